@@ -1,0 +1,100 @@
+"""What the data modules hand to the modules: one NamedTuple per kind of example.
+
+Notation: B batch, T padded length, P padded prompt length. Every mask is boolean and True means "counts". Masks come
+from lengths, never from comparing ids with the pad id, so models whose pad token is their EOS work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor
+
+
+class InstructionBatch(NamedTuple):
+    """Prompt and response as one sequence, padded on the right.
+
+    Attributes:
+        input_ids: token ids, `[B, T]`, int64.
+        attention_mask: True for real tokens, `[B, T]`, bool.
+        loss_mask: True for tokens the model is taught to produce, `[B, T]`, bool. `loss_mask[b, t]` speaks of token t
+            as a *target*, predicted from the tokens before it; column 0 is always False.
+        row_ids: number of each example's row in its source, `[B]`, int64; named in error messages.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
+    row_ids: Tensor
+
+
+class PreferenceBatch(NamedTuple):
+    """Chosen and rejected sequences of the same prompts, both padded on the right to one length T.
+
+    Attributes:
+        chosen_ids: prompt and chosen response, `[B, T]`, int64.
+        chosen_mask: True for real tokens, `[B, T]`, bool.
+        rejected_ids: prompt and rejected response, `[B, T]`, int64.
+        rejected_mask: True for real tokens, `[B, T]`, bool.
+        row_ids: number of each pair's row in its source, `[B]`, int64.
+    """
+
+    chosen_ids: Tensor
+    chosen_mask: Tensor
+    rejected_ids: Tensor
+    rejected_mask: Tensor
+    row_ids: Tensor
+
+
+class PromptBatch(NamedTuple):
+    """Prompts to answer, padded on the left.
+
+    Attributes:
+        prompt_ids: token ids, `[B, P]`, int64.
+        prompt_mask: True for real tokens, `[B, P]`, bool.
+        prompts: the text of each prompt as it was tokenised, without special tokens; what reward functions see.
+        row_ids: number of each prompt's row in its source, `[B]`, int64.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    prompts: list[str]
+    row_ids: Tensor
+
+
+class ScoringBatch(NamedTuple):
+    """Whole sequences to be scored by a reward model, padded on the right.
+
+    Attributes:
+        input_ids: prompt and response, `[B, T]`, int64.
+        attention_mask: True for real tokens, `[B, T]`, bool.
+        prompts: the text of each prompt.
+        responses: the text of each response.
+        roles: which column each response came from: `response`, `chosen` or `rejected`.
+        row_ids: number of each sequence's row in its source, `[B]`, int64.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    prompts: list[str]
+    responses: list[str]
+    roles: list[str]
+    row_ids: Tensor
+
+
+BatchT = TypeVar("BatchT", InstructionBatch, PreferenceBatch, PromptBatch, ScoringBatch)
+
+
+def split_batch(batch: BatchT, size: int) -> Iterator[BatchT]:
+    """Cut a batch into consecutive pieces of at most `size` examples; the last may be smaller.
+
+    Example:
+        >>> import torch
+        >>> ids, mask = torch.arange(6).view(3, 2), torch.ones(3, 2, dtype=torch.bool)
+        >>> pieces = list(split_batch(InstructionBatch(ids, mask, mask, torch.arange(3)), 2))
+        >>> [p.row_ids.tolist() for p in pieces]
+        [[0, 1], [2]]
+    """
+    for start in range(0, len(batch.row_ids), size):
+        yield type(batch)(*(field[start : start + size] for field in batch))
