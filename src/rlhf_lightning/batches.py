@@ -7,7 +7,7 @@ from lengths, never from comparing ids with the pad id, so models whose pad toke
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -97,4 +97,5 @@ def split_batch(batch: BatchT, size: int) -> Iterator[BatchT]:
         [[0, 1], [2]]
     """
     for start in range(0, len(batch.row_ids), size):
-        yield type(batch)(*(field[start : start + size] for field in batch))
+        pieces: Any = [field[start : start + size] for field in batch]
+        yield type(batch)(*pieces)

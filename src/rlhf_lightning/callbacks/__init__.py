@@ -1,0 +1,8 @@
+"""Everything optional: exports, sample texts, prediction files, progress."""
+
+from rlhf_lightning.callbacks.hf_export import HFExport
+from rlhf_lightning.callbacks.predictions import PredictionWriter
+from rlhf_lightning.callbacks.progress import StageProgressBar
+from rlhf_lightning.callbacks.sample_texts import SampleTexts
+
+__all__ = ["HFExport", "PredictionWriter", "SampleTexts", "StageProgressBar"]

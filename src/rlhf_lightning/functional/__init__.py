@@ -1,0 +1,35 @@
+"""Pure tensor maths: no state, no logging, nothing in place."""
+
+from rlhf_lightning.functional.advantages import KLEstimator, gae, kl_estimate, kl_shaped_rewards
+from rlhf_lightning.functional.logprobs import entropy, token_logprobs
+from rlhf_lightning.functional.losses import (
+    RewardLoss,
+    cross_entropy_sum,
+    divergence_index,
+    pairwise_loss,
+    ppo_policy_loss,
+    ppo_value_loss,
+    scores_at_end,
+)
+from rlhf_lightning.functional.masked import last_index, masked_mean, masked_moments, masked_sum, masked_whiten
+
+__all__ = [
+    "KLEstimator",
+    "RewardLoss",
+    "cross_entropy_sum",
+    "divergence_index",
+    "entropy",
+    "gae",
+    "kl_estimate",
+    "kl_shaped_rewards",
+    "last_index",
+    "masked_mean",
+    "masked_moments",
+    "masked_sum",
+    "masked_whiten",
+    "pairwise_loss",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "scores_at_end",
+    "token_logprobs",
+]

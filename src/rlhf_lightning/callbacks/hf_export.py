@@ -1,0 +1,191 @@
+"""Writes the Hugging Face folder that the next stage, or anybody's tools, start from."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import transformers
+import yaml
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from torch import Tensor
+from transformers import GenerationConfig
+
+from rlhf_lightning import __version__
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.tokenizer import eos_ids
+from rlhf_lightning.strategies import consolidated_state_dict
+
+_CARD = "README.md"
+_MARK = "rlhf_lightning"
+
+
+class HFExport(Callback):
+    """Exports the trained model at the end of `fit`.
+
+    The folder holds weights, config, tokenizer with its chat template, generation config, and a model card that says
+    from what and with which settings it was made. It is written beside its place and then renamed, so a half-written
+    one is never found; and a folder that this callback did not write is never replaced.
+
+    Args:
+        dirpath: where to write; by default `export` in the trainer's `default_root_dir`.
+        with_checkpoints: also write a folder beside every checkpoint that is kept, `<checkpoint>-hf`; it goes when its
+            checkpoint goes.
+        dtype: type of the saved weights; `auto` for the type they were trained in.
+    """
+
+    def __init__(self, dirpath: str | None = None, with_checkpoints: bool = False, dtype: str = "auto") -> None:
+        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise UserError(f"HFExport: dtype '{dtype}' is unknown; use auto, float32, bfloat16 or float16")
+        self.dirpath = dirpath
+        self.with_checkpoints = with_checkpoints
+        self.dtype = dtype
+        self._checkpoint_written = False
+
+    def target(self, trainer: pl.Trainer) -> Path:
+        """The folder that `fit` ends with."""
+        return Path(self.dirpath) if self.dirpath else Path(trainer.default_root_dir) / "export"
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse now, not after hours of training, to replace a folder of somebody else."""
+        target = self.target(trainer)
+        if target.exists() and any(target.iterdir()) and not _is_ours(target):
+            raise UserError(f"HFExport: '{target}' exists and is no export of this package; choose another dirpath")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export the final weights."""
+        if trainer.interrupted:
+            return
+        self._export_with_checkpoints(trainer, pl_module)
+        self.export(trainer, pl_module, self.target(trainer))
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        """Note that the next hook has a checkpoint to go with."""
+        self._checkpoint_written = True
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Export beside a checkpoint while the weights are still those it holds."""
+        self._export_with_checkpoints(trainer, pl_module)
+
+    def _export_with_checkpoints(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not (self.with_checkpoints and self._checkpoint_written):
+            return
+        self._checkpoint_written = False
+        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+        folders = {Path(c.dirpath) for c in callbacks if c.dirpath}
+        kept = trainer.strategy.broadcast(sorted(str(path) for folder in folders for path in folder.glob("*.ckpt")))
+        for checkpoint in kept:
+            folder = Path(checkpoint[: -len(".ckpt")] + "-hf")
+            written = trainer.strategy.broadcast(folder.exists())
+            if not written or checkpoint in [c.last_model_path for c in callbacks]:
+                self.export(trainer, pl_module, folder)
+        if trainer.is_global_zero:
+            for folder in (f for parent in folders for f in parent.glob("*-hf")):
+                if not folder.with_name(folder.name[: -len("-hf")] + ".ckpt").exists() and _is_ours(folder):
+                    shutil.rmtree(folder)
+
+    def export(self, trainer: pl.Trainer, pl_module: Any, folder: Path) -> None:
+        """Write one folder. Every process must call it.
+
+        Args:
+            trainer: the running trainer.
+            pl_module: a module with `export_model` and `tokenizer`.
+            folder: replaced if it is an export.
+        """
+        model = pl_module.export_model
+        weights = consolidated_state_dict(pl_module, model)
+        if weights is None:
+            return
+        new = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        model.save_pretrained(new, state_dict=_cast(weights, self.dtype))
+        pl_module.tokenizer.save_pretrained(new)
+        if model.can_generate():
+            _generation_config(model, pl_module.tokenizer).save_pretrained(new)
+        (new / _CARD).write_text(model_card(trainer, pl_module), encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        new.rename(folder)
+
+
+def _cast(weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    if dtype == "auto":
+        return weights
+    wanted = getattr(torch, dtype)
+    copies: dict[int, Tensor] = {}
+    for tensor in weights.values():
+        copies.setdefault(id(tensor), tensor.to(wanted) if tensor.is_floating_point() else tensor)
+    return {name: copies[id(tensor)] for name, tensor in weights.items()}
+
+
+def _generation_config(model: Any, tokenizer: Any) -> GenerationConfig:
+    config: GenerationConfig = model.generation_config
+    ends = eos_ids(tokenizer, config.eos_token_id)
+    config.eos_token_id = ends[0] if len(ends) == 1 else ends
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    return config
+
+
+def _is_ours(folder: Path) -> bool:
+    card = folder / _CARD
+    return card.is_file() and _MARK in card.read_text(encoding="utf-8")
+
+
+def model_card(trainer: pl.Trainer, pl_module: Any) -> str:
+    """Markdown that says what a folder is: stage, base model, data, settings, last metrics, versions.
+
+    Args:
+        trainer: the running trainer.
+        pl_module: the module whose model is saved.
+    """
+    stage = type(pl_module).__name__
+    settings: dict[str, Any] = {"module": _settings(pl_module)}
+    if (datamodule := getattr(trainer, "datamodule", None)) is not None:
+        settings["data"] = _settings(datamodule)
+    settings["trainer"] = {"precision": str(trainer.precision), "world_size": trainer.world_size}
+    metrics = {name: round(float(value), 6) for name, value in sorted(trainer.callback_metrics.items())}
+    head = yaml.safe_dump(
+        {"base_model": str(pl_module.model_name_or_path), "library_name": "transformers", "tags": [_MARK]}
+    )
+    return f"""---
+{head}---
+
+# {stage} export
+
+Made by [{_MARK}]: stage `{stage}`, started from `{pl_module.model_name_or_path}`, after {trainer.global_step} optimizer
+steps. Versions: rlhf-lightning {__version__}, torch {torch.__version__}, transformers {transformers.__version__}.
+
+## Settings
+
+```yaml
+{yaml.safe_dump(settings, sort_keys=True)}```
+
+## Last metrics
+
+```yaml
+{yaml.safe_dump(metrics)}```
+"""
+
+
+def _settings(configured: Any) -> dict[str, Any]:
+    """The constructor's arguments, as far as the object keeps them under their names."""
+    names = inspect.signature(type(configured).__init__).parameters
+    kept = {name: getattr(configured, name) for name in names if hasattr(configured, name)}
+    return {name: _plain(value) for name, value in kept.items()}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, list) and len(value) > 20:
+        return f"{len(value)} rows given in Python"
+    if callable(value) or isinstance(value, Path):
+        return getattr(value, "__name__", str(value))
+    return value

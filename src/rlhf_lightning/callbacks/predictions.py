@@ -1,0 +1,58 @@
+"""Writes what `predict` returns to a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import BasePredictionWriter
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes predictions as JSON lines, in the order of the source, each row once.
+
+    Args:
+        path: the file, replaced; by default `predictions.jsonl` in the trainer's `default_root_dir`.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__(write_interval="batch")
+        self.path = path
+
+    def _target(self, trainer: pl.Trainer) -> Path:
+        return Path(self.path) if self.path else Path(trainer.default_root_dir) / "predictions.jsonl"
+
+    def _part(self, trainer: pl.Trainer, rank: int) -> Path:
+        target = self._target(trainer)
+        return target.with_name(f"{target.name}.rank{rank}")
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make room for this rank's part."""
+        part = self._part(trainer, trainer.global_rank)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text("")
+
+    def write_on_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Any, *args: Any
+    ) -> None:
+        """Append one batch to this rank's part."""
+        with self._part(trainer, trainer.global_rank).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Join the parts of all ranks, leaving out the rows that padding repeated."""
+        trainer.strategy.barrier()
+        if not trainer.is_global_zero:
+            return
+        parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
+        lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in lines]
+        unique = {(row["row"], row.get("role", "")): line for row, line in zip(rows, lines, strict=True)}
+        target = self._target(trainer)
+        joined = target.with_name(target.name + ".partial")
+        joined.write_text("".join(unique[key] + "\n" for key in sorted(unique)), encoding="utf-8")
+        joined.replace(target)
+        for part in parts:
+            part.unlink()

@@ -1,0 +1,51 @@
+"""A progress bar that also looks inside a PPO iteration."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
+
+
+class StageProgressBar(TQDMProgressBar):
+    """Lightning's bar, plus a second one for the parts of a long step: generating, scoring, updating.
+
+    Args:
+        refresh_rate: batches between two updates of the bar.
+        leave: keep the bar of each epoch on the screen.
+    """
+
+    def __init__(self, refresh_rate: int = 1, leave: bool = False) -> None:
+        super().__init__(refresh_rate=refresh_rate, leave=leave)
+        self._inner: Any = None
+
+    def on_progress(self, stage: str, done: int, total: int) -> None:
+        """Move the second bar; it shows on a terminal only, since a log file cannot take lines back."""
+        if self.is_disabled or not sys.stderr.isatty():
+            return
+        if self._inner is None or self._inner.desc.strip(": ") != stage:
+            self._close()
+            self._inner = Tqdm(total=total, desc=stage, leave=False, position=(2 * self.process_position) + 2)
+        self._inner.n = done
+        self._inner.refresh()
+        if done >= total:
+            self._close()
+
+    def _close(self) -> None:
+        if self._inner is not None:
+            self._inner.close()
+            self._inner = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Close the second bar with the step."""
+        self._close()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the terminal clean."""
+        self._close()

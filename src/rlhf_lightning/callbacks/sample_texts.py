@@ -1,0 +1,75 @@
+"""Answers to the same prompts again and again: the surest way to see what training does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from rlhf_lightning.data.chat import ChatEncoder
+from rlhf_lightning.data.collate import EncodedPrompt, collate_prompts, pack_ids
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.generation import Sampling
+from rlhf_lightning.models.tokenizer import filler_id
+from rlhf_lightning.reporting import log_text
+from rlhf_lightning.rng import generator
+from rlhf_lightning.rollout import respond
+from rlhf_lightning.strategies import synced
+
+
+class SampleTexts(Callback):
+    """Answers fixed prompts before training and at each validation, to every logger and to a Markdown file.
+
+    The random numbers are the same each time and are not those of training, so the samples differ only by what was
+    learnt, and taking them changes nothing.
+
+    Args:
+        prompts: as in the data: plain text, or a dialogue in Human and Assistant turns.
+        path: the Markdown file, appended to; by default `samples.md` in the trainer's `default_root_dir`.
+        sampling: how answers are drawn; by default as the module's.
+    """
+
+    def __init__(self, prompts: list[str], path: str | None = None, sampling: Sampling | None = None) -> None:
+        if not prompts:
+            raise UserError("SampleTexts: prompts is empty; give at least one")
+        self.prompts = prompts
+        self.path = path
+        self.sampling = sampling
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Answer before the first step."""
+        self._write(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Answer after each validation during training."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._write(trainer, pl_module)
+
+    @torch.no_grad()
+    def _write(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        tokenizer = pl_module.tokenizer
+        chat = getattr(getattr(trainer, "datamodule", None), "chat", None) or ChatEncoder(tokenizer)
+        encoded = [chat.encode_prompt(prompt) for prompt in self.prompts]
+        rows = [EncodedPrompt(row_id=i, ids=pack_ids(ids), text=text) for i, (text, ids) in enumerate(encoded)]
+        batch = trainer.strategy.batch_to_device(collate_prompts(rows, filler_id(tokenizer)))
+        with trainer.precision_plugin.forward_context():
+            _, texts = respond(
+                pl_module.export_model,
+                tokenizer,
+                batch,
+                self.sampling or pl_module.sampling,
+                generator(pl_module.device, "sample texts"),
+                synced=synced(pl_module),
+            )
+        if not trainer.is_global_zero:
+            return
+        answers = [f"> {p.strip()}\n\n{t.strip()}\n" for p, t in zip(self.prompts, texts, strict=True)]
+        section = f"## Step {trainer.global_step}\n\n" + "\n---\n\n".join(answers)
+        log_text(pl_module, "samples", section, trainer.global_step)
+        path = Path(self.path) if self.path else Path(trainer.default_root_dir) / "samples.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(section + "\n")

@@ -1,0 +1,94 @@
+"""What a rollout leaves behind, and how it is cut into minibatches.
+
+Notation: B batch, P padded prompt length, R padded response length. Prompts are padded on the left, responses on the
+right; response token r sits at position P + r of the joined sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Experience(NamedTuple):
+    """Responses of the old policy and all that the update needs to know of them.
+
+    Attributes:
+        prompt_ids: `[B, P]`, int64.
+        prompt_mask: True for real tokens, `[B, P]`, bool.
+        response_ids: `[B, R]`, int64.
+        response_mask: True for the tokens the policy produced, the EOS included, `[B, R]`, bool.
+        ended: True where the response ended by itself, `[B]`, bool.
+        logprobs: `logprobs[b, r] = log pi_old(x[P+r] | x[<P+r])`, `[B, R]`, nats.
+        ref_logprobs: the same under the reference, `[B, R]`, nats.
+        entropy: entropy of the old policy before each token, `[B, R]`, nats.
+        values: `values[b, r] = V_old(x[<P+r])`, `[B, R]`.
+        scores: raw output of the reward, `[B]`.
+        rewards: per token after scaling, clipping and the KL penalty, `[B, R]`.
+        advantages: whitened if asked for, `[B, R]`.
+        returns: advantages before whitening plus values, `[B, R]`.
+        row_ids: number of each prompt's row in its source, `[B]`, int64.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    ended: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+    scores: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+    row_ids: Tensor
+
+    @property
+    def sequences(self) -> Tensor:
+        """Prompts and responses joined, `[B, P + R]`."""
+        return torch.cat([self.prompt_ids, self.response_ids], dim=1)
+
+    @property
+    def sequence_mask(self) -> Tensor:
+        """True for real tokens of the joined sequences, `[B, P + R]`, bool."""
+        return torch.cat([self.prompt_mask, self.response_mask], dim=1)
+
+    def select(self, index: Tensor | slice) -> Experience:
+        """The examples at `index`, in that order."""
+        return Experience(*(field[index] for field in self))
+
+    def split(self, size: int) -> Iterator[Experience]:
+        """Consecutive pieces of at most `size` examples."""
+        for start in range(0, len(self.scores), size):
+            yield self.select(slice(start, start + size))
+
+    def minibatches(self, epochs: int, size: int, generator: torch.Generator) -> Iterator[Experience]:
+        """Every example once per epoch, in a new order each time, `size` examples at once.
+
+        Args:
+            epochs: passes over the experience.
+            size: examples per minibatch; divides the number of examples.
+            generator: a CPU generator that orders them.
+        """
+        for _ in range(epochs):
+            order = torch.randperm(len(self.scores), generator=generator).to(self.scores.device)
+            for index in order.split(size):
+                yield self.select(index)
+
+
+def pad_responses(pieces: list[Tensor], value: int | bool) -> Tensor:
+    """Stack `[b, r]` tensors of different r into one `[B, R]`, filled on the right.
+
+    Example:
+        >>> pad_responses([torch.tensor([[1]]), torch.tensor([[2, 3]])], value=0)
+        tensor([[1, 0],
+                [2, 3]])
+    """
+    longest = max(piece.shape[1] for piece in pieces)
+    return torch.cat([F.pad(piece, (0, longest - piece.shape[1]), value=value) for piece in pieces])

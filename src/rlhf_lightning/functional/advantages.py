@@ -1,0 +1,108 @@
+"""From scores to advantages: the KL penalty, rewards per token, and generalised advantage estimation.
+
+Notation: B batch, R padded response length; `response_mask[b, r]` is True for the tokens the policy produced, the EOS
+included, and responses start at r = 0.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.functional.masked import last_index
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator = "k1") -> Tensor:
+    """Per-token estimate of KL(policy || reference) from one sampled token.
+
+    With d = log pi - log ref: `k1` is d (unbiased, can be negative), `k2` is d^2 / 2 (biased, low variance), `k3` is
+    exp(-d) - 1 + d (unbiased, never negative). Source: http://joschu.net/blog/kl-approx.html.
+
+    Args:
+        logprobs: log-probabilities under the policy, `[B, R]`, in nats.
+        ref_logprobs: log-probabilities under the reference, `[B, R]`, in nats.
+        estimator: `k1`, `k2` or `k3`.
+
+    Returns:
+        `[B, R]`, in nats.
+
+    Example:
+        >>> kl_estimate(torch.tensor([[-1.0]]), torch.tensor([[-3.0]]), "k2")
+        tensor([[2.]])
+    """
+    difference = logprobs - ref_logprobs
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return 0.5 * difference**2
+    return torch.exp(-difference) - 1 + difference
+
+
+def kl_shaped_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
+    """Reward per token: the KL penalty everywhere, the score on the last token of the response.
+
+    `rewards[b, r] = -kl_coef * kl[b, r] + [r is last] * scores[b]` (Stiennon et al. 2020, section 3.4; Ziegler et al.
+    2019, equation 2).
+
+    Args:
+        scores: one score per response, `[B]`.
+        kl: per-token KL estimate, `[B, R]`.
+        response_mask: `[B, R]`, bool.
+        kl_coef: weight of the penalty, per nat.
+
+    Returns:
+        `[B, R]`, 0 after the last token.
+
+    Example:
+        >>> mask = torch.tensor([[True, True, False]])
+        >>> kl_shaped_rewards(torch.tensor([1.0]), torch.tensor([[1.0, 2.0, 9.0]]), mask, 0.5)
+        tensor([[-0.5000,  0.0000,  0.0000]])
+    """
+    positions = torch.arange(response_mask.shape[1], device=response_mask.device)
+    is_last = positions == last_index(response_mask).unsqueeze(1)
+    rewards = -kl_coef * kl + is_last * scores.unsqueeze(1)
+    return torch.where(response_mask, rewards, 0)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float = 1.0, gae_lambda: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation over the response tokens, with nothing after the last one.
+
+    delta_r = reward_r + gamma * V_{r+1} - V_r and A_r = delta_r + gamma * lambda * A_{r+1}; V and A are 0 past the end
+    (Schulman et al. 2016, equations 11 to 16).
+
+    Args:
+        rewards: `[B, R]`.
+        values: `values[b, r] = V(x[<P+r])`, the value before token r is chosen, `[B, R]`.
+        response_mask: `[B, R]`, bool.
+        gamma: discount per token.
+        gae_lambda: weight between one-step (0) and Monte-Carlo (1) advantages.
+
+    Returns:
+        Advantages and returns, both `[B, R]` and 0 after the last token; `returns = advantages + values`.
+
+    Example:
+        >>> mask = torch.tensor([[True, True, False]])
+        >>> rewards, values = torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[0.5, 0.5, 7.0]])
+        >>> advantages, returns = gae(rewards, values, mask, gamma=1.0, gae_lambda=1.0)
+        >>> advantages
+        tensor([[0.5000, 0.5000, 0.0000]])
+        >>> returns
+        tensor([[1., 1., 0.]])
+    """
+    values = torch.where(response_mask, values, 0)
+    next_value = torch.zeros_like(values[:, 0])
+    advantage = torch.zeros_like(values[:, 0])
+    backwards = []
+    for r in range(values.shape[1] - 1, -1, -1):
+        delta = rewards[:, r] + gamma * next_value - values[:, r]
+        advantage = torch.where(response_mask[:, r], delta + gamma * gae_lambda * advantage, 0)
+        next_value = values[:, r]
+        backwards.append(advantage)
+    advantages = torch.stack(backwards[::-1], dim=1)
+    return advantages, advantages + values

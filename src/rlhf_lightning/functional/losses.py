@@ -1,0 +1,187 @@
+"""The losses of the three stages, as sums or per-pair values; the caller divides by the global count.
+
+A loss here never averages: the number of valid tokens (or pairs) of the whole minibatch, over all micro-batches and
+ranks, is known only to the module. Notation: B batch, T padded length, R padded response length, N selected tokens,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf_lightning.functional.masked import last_index, masked_sum
+
+RewardLoss = Literal["last_token", "average", "per_sample"]
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Summed next-token cross-entropy in nats.
+
+    Args:
+        logits: predictions for the targets, `[N, V]`, any float type.
+        targets: `[N]`, int64.
+        label_smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2016, section 7).
+
+    Returns:
+        A scalar, float32.
+
+    Example:
+        >>> cross_entropy_sum(torch.zeros(3, 4), torch.tensor([0, 1, 2]))
+        tensor(4.1589)
+    """
+    return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
+
+
+def divergence_index(chosen_ids: Tensor, rejected_ids: Tensor, chosen_mask: Tensor, rejected_mask: Tensor) -> Tensor:
+    """First position where the two sequences of a pair differ, by id or because one has ended.
+
+    Args:
+        chosen_ids: `[B, T]`, int64, padded on the right.
+        rejected_ids: `[B, T]`, int64, padded on the right.
+        chosen_mask: `[B, T]`, bool.
+        rejected_mask: `[B, T]`, bool.
+
+    Returns:
+        `[B]`, int64; 0 for identical sequences.
+
+    Example:
+        >>> both = torch.tensor([[True, True, True]])
+        >>> divergence_index(torch.tensor([[5, 6, 7]]), torch.tensor([[5, 8, 7]]), both, both)
+        tensor([1])
+    """
+    differ = (chosen_mask != rejected_mask) | ((chosen_ids != rejected_ids) & chosen_mask)
+    return differ.int().argmax(dim=1)
+
+
+def scores_at_end(token_scores: Tensor, mask: Tensor) -> Tensor:
+    """The score of each sequence: the scalar head at its last real token.
+
+    Args:
+        token_scores: `[B, T]`.
+        mask: True for real tokens, `[B, T]`, bool.
+
+    Returns:
+        `[B]`.
+
+    Example:
+        >>> scores_at_end(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[True, True, False]]))
+        tensor([2.])
+    """
+    return token_scores.gather(1, last_index(mask).unsqueeze(1)).squeeze(1)
+
+
+def _mean_from(token_scores: Tensor, mask: Tensor, start: Tensor) -> Tensor:
+    # A side that ends where the other goes on (a prefix) has no token of its own; its last one stands for it.
+    start = torch.minimum(start, last_index(mask)).unsqueeze(1)
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    own = mask & (positions >= start)
+    return torch.where(own, token_scores, 0).sum(dim=1) / own.sum(dim=1)
+
+
+def _hold_last(token_scores: Tensor, mask: Tensor) -> Tensor:
+    positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    return token_scores.gather(1, torch.minimum(positions, last_index(mask).unsqueeze(1)))
+
+
+def pairwise_loss(
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    chosen_ids: Tensor,
+    rejected_ids: Tensor,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    kind: RewardLoss = "last_token",
+) -> Tensor:
+    """Bradley-Terry loss `-log sigmoid(chosen - rejected)` of each pair.
+
+    `last_token` compares the scores at each side's last real token (Stiennon et al. 2020, section 3.4). `average`
+    compares the means over each side's real tokens from the first difference on. `per_sample` averages the loss over
+    the positions from the first difference to the longer side's end, the shorter side holding its last score (Yao et
+    al. 2023, DeepSpeed-Chat).
+
+    Args:
+        chosen_scores: per-token scores, `[B, T]`.
+        rejected_scores: per-token scores, `[B, T]`.
+        chosen_ids: `[B, T]`, int64, padded on the right.
+        rejected_ids: `[B, T]`, int64, padded on the right.
+        chosen_mask: True for real tokens, `[B, T]`, bool.
+        rejected_mask: True for real tokens, `[B, T]`, bool.
+        kind: `last_token`, `average` or `per_sample`.
+
+    Returns:
+        `[B]`, float32.
+    """
+    chosen_scores, rejected_scores = chosen_scores.float(), rejected_scores.float()
+    if kind == "last_token":
+        margin = scores_at_end(chosen_scores, chosen_mask) - scores_at_end(rejected_scores, rejected_mask)
+        return -F.logsigmoid(margin)
+    start = divergence_index(chosen_ids, rejected_ids, chosen_mask, rejected_mask)
+    if kind == "average":
+        margin = _mean_from(chosen_scores, chosen_mask, start) - _mean_from(rejected_scores, rejected_mask, start)
+        return -F.logsigmoid(margin)
+    losses = -F.logsigmoid(_hold_last(chosen_scores, chosen_mask) - _hold_last(rejected_scores, rejected_mask))
+    positions = torch.arange(chosen_mask.shape[1], device=chosen_mask.device)
+    compared = (positions >= start.unsqueeze(1)) & (chosen_mask | rejected_mask)
+    return torch.where(compared, losses, 0).sum(dim=1) / compared.sum(dim=1)
+
+
+def ppo_policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor, clip_range: float = 0.2
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate loss, summed over the response tokens (Schulman et al. 2017, equation 7, negated).
+
+    Args:
+        logprobs: under the policy being trained, `[B, R]`.
+        old_logprobs: under the policy that generated, `[B, R]`.
+        advantages: `[B, R]`.
+        response_mask: `[B, R]`, bool.
+        clip_range: the ratio is clipped to `[1 - clip_range, 1 + clip_range]`.
+
+    Returns:
+        The summed loss, a scalar, and sums over tokens of `ratio`, `clip_fraction` and `approx_kl` (the k3 estimate of
+        KL(old || new)).
+    """
+    # Under the mask False both are arbitrary; a masked difference keeps exp() finite, also in the backward pass.
+    log_ratio = torch.where(response_mask, logprobs - old_logprobs, 0)
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = masked_sum(torch.maximum(unclipped, clipped), response_mask)
+    with torch.no_grad():
+        metrics = {
+            "ratio": masked_sum(ratio, response_mask),
+            "clip_fraction": masked_sum((clipped > unclipped).float(), response_mask),
+            "approx_kl": masked_sum(ratio - 1 - log_ratio, response_mask),
+        }
+    return loss, metrics
+
+
+def ppo_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, clip_range: float | None = 0.2
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Half the squared error of the values, summed over the response tokens, clipped around the old values.
+
+    Args:
+        values: under the value model being trained, `[B, R]`.
+        old_values: at the time of the rollout, `[B, R]`.
+        returns: `[B, R]`.
+        response_mask: `[B, R]`, bool.
+        clip_range: values may move this far from the old ones; None for no clipping (OpenAI baselines PPO2; kept by
+            Stiennon et al. 2020 and Huang et al. 2024).
+
+    Returns:
+        The summed loss, a scalar, and the sum over tokens of `clip_fraction`.
+    """
+    error = (values - returns) ** 2
+    if clip_range is None:
+        return 0.5 * masked_sum(error, response_mask), {"clip_fraction": torch.zeros_like(error).sum()}
+    near_old = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    clipped_error = (near_old - returns) ** 2
+    loss = 0.5 * masked_sum(torch.maximum(error, clipped_error), response_mask)
+    with torch.no_grad():
+        metrics = {"clip_fraction": masked_sum((clipped_error > error).float(), response_mask)}
+    return loss, metrics

@@ -1,0 +1,193 @@
+"""The policy and its frozen reference: loading, hidden states, logits where they are needed, log-probabilities.
+
+Notation: B batch, T padded length, R padded response length, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.functional import entropy, token_logprobs
+from rlhf_lightning.models.folders import check_model_folder, read_config
+
+
+def load_causal_lm(
+    name_or_path: str | os.PathLike[str], dropout: bool = False, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a language model in torch's default dtype.
+
+    A folder that holds a PEFT adapter is loaded on its base model and merged, so the next stage starts from both.
+
+    Args:
+        name_or_path: a Hugging Face folder, a PEFT adapter folder, or a hub id.
+        dropout: keep the dropout that the model's config asks for; otherwise every dropout module is turned off.
+        trust_remote_code: allow the folder to run Python code of its own.
+
+    Raises:
+        UserError: there is no language model at that place.
+    """
+    name = check_model_folder(name_or_path)
+    architectures = read_config(name).get("architectures") or []
+    if any("SequenceClassification" in a for a in architectures):
+        raise UserError(f"'{name}' is a reward model ({architectures[0]}); a language model is needed here")
+    kwargs: dict[str, Any] = {"dtype": torch.get_default_dtype(), "trust_remote_code": trust_remote_code}
+    try:
+        if (Path(name) / "adapter_config.json").is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            model: Any = AutoPeftModelForCausalLM.from_pretrained(name, **kwargs).merge_and_unload()
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"no language model could be loaded from '{name}': {str(e).strip().splitlines()[0]}") from e
+    if not dropout:
+        disable_dropout(model)
+    return model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Turn off every dropout of a model, whatever its config calls it.
+
+    Functional dropout reads a number from the module that applies it (`attention_dropout`, `dropout`, `layerdrop`), so
+    those attributes are set too.
+
+    Args:
+        model: changed in place.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "layerdrop", "activation_dropout", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def freeze(model: nn.Module) -> None:
+    """Make a model a constant: evaluation mode, no gradients."""
+    model.eval().requires_grad_(False)
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions that count real tokens only, so that padding on the left changes nothing.
+
+    Args:
+        attention_mask: True for real tokens, `[B, T]`, bool.
+
+    Returns:
+        `[B, T]`, int64, 0 on padding.
+
+    Example:
+        >>> position_ids(torch.tensor([[False, True, True]]))
+        tensor([[0, 0, 1]])
+    """
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def run_backbone(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
+    """Run the transformer without its output layer.
+
+    Args:
+        model: any Hugging Face model with a backbone and a head.
+        input_ids: `[B, T]`, int64.
+        attention_mask: True for real tokens, `[B, T]`, bool; longer than T when a cache is passed.
+        **kwargs: handed to the backbone, for instance `past_key_values` and `use_cache`.
+
+    Returns:
+        The backbone's output; its `last_hidden_state` is `[B, T, D]`.
+    """
+    backbone = model.base_model
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        kwargs["position_ids"] = position_ids(attention_mask)[:, -input_ids.shape[1] :]
+    kwargs.setdefault("use_cache", False)
+    return backbone(input_ids=input_ids, attention_mask=attention_mask.long(), **kwargs)
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Last hidden states, `[B, T, D]`: everything before the output layer.
+
+    Args:
+        model: a language model or a scalar model.
+        input_ids: `[B, T]`, int64.
+        attention_mask: True for real tokens, `[B, T]`, bool, padded on either side.
+    """
+    return run_backbone(model, input_ids, attention_mask).last_hidden_state
+
+
+def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits from hidden states, exactly as the model's own forward computes them.
+
+    Selecting positions before this call is what keeps `[B, T, V]` out of memory.
+
+    Args:
+        model: a language model.
+        hidden: `[..., D]`.
+
+    Returns:
+        `[..., V]`.
+    """
+    logits = model.get_output_embeddings()(hidden)
+    config = model.config
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * scale
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / scaling
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def response_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
+    """Hidden states from which the response tokens are predicted.
+
+    Response token r sits at position P + r and is predicted from P + r - 1.
+
+    Args:
+        model: a language model or a scalar model.
+        input_ids: prompts padded on the left, then responses padded on the right, `[B, P + R]`.
+        attention_mask: `[B, P + R]`, bool.
+        response_length: R.
+
+    Returns:
+        `[B, R, D]`.
+    """
+    return hidden_states(model, input_ids, attention_mask)[:, -response_length - 1 : -1]
+
+
+def response_logprobs(
+    model: PreTrainedModel,
+    sequences: Tensor,
+    sequence_mask: Tensor,
+    response_mask: Tensor,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each response token, `log pi(x[P+r] | x[<P+r])`.
+
+    Args:
+        model: a language model.
+        sequences: prompts padded on the left, then responses padded on the right, `[B, P + R]`, int64.
+        sequence_mask: True for real tokens, `[B, P + R]`, bool.
+        response_mask: True for response tokens, `[B, R]`, bool.
+        temperature: the sampling temperature.
+        with_entropy: also compute the entropy of each prediction.
+
+    Returns:
+        Log-probabilities and entropies in nats, both `[B, R]`, float32, 0 after the last token; the entropies are all 0
+        unless asked for.
+    """
+    length = response_mask.shape[1]
+    # Only real response positions meet the output matrix: nothing of shape [B, T, V] comes to be.
+    hidden = response_hidden(model, sequences, sequence_mask, length)[response_mask]
+    logits = output_logits(model, hidden)
+    logprobs = token_logprobs(logits, sequences[:, -length:][response_mask], temperature)
+    empty = torch.zeros(response_mask.shape, dtype=torch.float32, device=sequences.device)
+    entropies = empty.masked_scatter(response_mask, entropy(logits, temperature)) if with_entropy else empty
+    return empty.masked_scatter(response_mask, logprobs), entropies

@@ -1,0 +1,57 @@
+"""Finding a model: which strings are folders, which are hub ids, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.errors import UserError
+
+
+def looks_local(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether a name means a folder on this disk rather than a hub id: it is one, or could not be anything else.
+
+    Example:
+        >>> looks_local("./runs/sft/export"), looks_local("a/b/c"), looks_local("facebook/opt-350m")
+        (True, True, False)
+    """
+    name = os.fspath(name_or_path)
+    beside_something = "/" in name and os.path.isdir(os.path.dirname(name))
+    return os.path.isdir(name) or beside_something or name.startswith((".", "~", os.sep)) or name.count("/") > 1
+
+
+def check_model_folder(name_or_path: str | os.PathLike[str]) -> str:
+    """Return the name to load from, after the checks that need no network.
+
+    Args:
+        name_or_path: a Hugging Face folder or hub id.
+
+    Raises:
+        UserError: it means a folder, and the folder is missing or holds no model.
+    """
+    name = os.path.expanduser(os.fspath(name_or_path))
+    if not looks_local(name):
+        return name
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UserError(f"model folder '{name}' does not exist; pass a Hugging Face folder or hub id")
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        hint = (
+            "; it holds Lightning checkpoints, the model is in its export folder" if any(folder.glob("*.ckpt")) else ""
+        )
+        raise UserError(f"'{name}' is not a model folder: it has no config.json{hint}")
+    return name
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """The raw `config.json` of a local model folder; empty for a hub id or an adapter folder."""
+    path = Path(name) / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"'{path}' is not valid JSON ({e}); export the model again") from e
+    return config

@@ -1,0 +1,104 @@
+"""Loading tokenizers, and which id stands in for padding."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.folders import looks_local
+
+_RESERVED = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>")
+"""Tokens that vocabularies carry for this purpose or that ordinary text never contains, most fitting first."""
+
+
+def load_tokenizer(
+    name_or_path: str | os.PathLike[str] | PreTrainedTokenizerBase, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; one that is loaded already is returned as it is. No pad token is invented.
+
+    Args:
+        name_or_path: a Hugging Face folder, a hub id, or a tokenizer.
+        trust_remote_code: allow the folder to run Python code of its own.
+
+    Raises:
+        UserError: there is no tokenizer at that place.
+    """
+    if isinstance(name_or_path, PreTrainedTokenizerBase):
+        return name_or_path
+    name = os.path.expanduser(os.fspath(name_or_path))
+    if looks_local(name) and not Path(name).is_dir():
+        raise UserError(f"tokenizer folder '{name}' does not exist; pass a Hugging Face folder or hub id")
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(f"no tokenizer could be loaded from '{name}': {reason}") from e
+    return tokenizer
+
+
+def filler_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id written where a mask is False: the pad id, else the EOS id, else 0. Its value never matters."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    return 0
+
+
+def eos_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int] | None = None) -> list[int]:
+    """Every id that ends a response: the tokenizer's EOS, then those of the model's generation config.
+
+    Args:
+        tokenizer: the policy's tokenizer.
+        generation_eos: `generation_config.eos_token_id` of the model.
+
+    Raises:
+        UserError: there is none, so no response could ever end.
+    """
+    ids = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    extra = [generation_eos] if isinstance(generation_eos, int) else (generation_eos or [])
+    ids += [i for i in extra if i not in ids]
+    if not ids:
+        raise UserError(
+            f"the tokenizer of '{tokenizer.name_or_path}' has no EOS token, so no response could end; set one"
+        )
+    return ids
+
+
+def own_pad_token(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> int:
+    """Give the tokenizer a pad token that is not its EOS or BOS, without growing the model where possible.
+
+    `...ForSequenceClassification` reads the score at the last id that is not the pad id; with pad == EOS it would read
+    the token before the EOS. Tried in this order: a pad token that is distinct already; a reserved token of the
+    vocabulary; the unknown token; a new token on a spare embedding row; a new token (the model must then be resized).
+
+    Args:
+        tokenizer: changed in place.
+        num_embeddings: rows of the model's embedding matrix.
+
+    Returns:
+        The pad id; `num_embeddings` or more if the model must be resized.
+    """
+    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id, None}
+    if tokenizer.pad_token_id not in taken:
+        return int(tokenizer.pad_token_id)
+    vocab = tokenizer.get_vocab()
+    reserved = [*_RESERVED, tokenizer.unk_token]
+    for token in reserved:
+        if token in vocab and vocab[token] not in taken:
+            tokenizer.pad_token = token
+            return int(vocab[token])
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    return int(tokenizer.pad_token_id)
+
+
+def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether ids of one mean the same in the other; a pad token that only one of them has is no difference."""
+    if a.eos_token_id != b.eos_token_id:
+        return False
+    ours, theirs = a.get_vocab(), b.get_vocab()
+    smaller, larger = sorted((ours, theirs), key=len)
+    return len(larger) - len(smaller) <= 1 and all(larger.get(token) == i for token, i in smaller.items())

@@ -1,0 +1,145 @@
+"""What the modules of all stages do alike, as functions."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.generation import Generation
+from rlhf_lightning.optim import schedule_learning_rate
+
+
+def check_batch_sizes(**sizes: int | None) -> None:
+    """Refuse sizes below 1, and a size that does not divide the one named before it.
+
+    Args:
+        **sizes: from the largest to the smallest; None is passed over.
+
+    Raises:
+        UserError: names both sizes.
+
+    Example:
+        >>> check_batch_sizes(minibatch_size=6, micro_batch_size=4)
+        Traceback (most recent call last):
+        rlhf_lightning.errors.UserError: minibatch_size (6) must be a multiple of micro_batch_size (4)
+    """
+    given = [(name, size) for name, size in sizes.items() if size is not None]
+    for name, size in given:
+        if size < 1:
+            raise UserError(f"{name} ({size}) must be at least 1")
+    for (name, size), (smaller_name, smaller) in pairwise(given):
+        if size % smaller:
+            raise UserError(f"{name} ({size}) must be a multiple of {smaller_name} ({smaller})")
+
+
+def name_rows(row_ids: Tensor) -> str:
+    """How error messages name the examples of a batch.
+
+    Example:
+        >>> name_rows(torch.tensor([3, 7]))
+        'rows 3, 7'
+    """
+    return "rows " + ", ".join(str(row) for row in row_ids.tolist())
+
+
+def log_metrics(module: pl.LightningModule, metrics: dict[str, Any], shown: str, batch_size: int) -> None:
+    """Log numbers that are the same on every rank already.
+
+    Args:
+        module: the stage, inside a training step.
+        metrics: name to number or scalar tensor.
+        shown: the one that the progress bar shows too.
+        batch_size: examples the numbers speak of.
+    """
+    for name, value in metrics.items():
+        module.log(name, value, prog_bar=name == shown, batch_size=batch_size)
+
+
+def configure_optimizer(module: Any, optimizer: Optimizer, steps_per_batch: int = 1) -> dict[str, Any]:
+    """Optimizer and schedule as Lightning wants them, the schedule counted in optimizer steps.
+
+    Args:
+        module: has `lr_schedule` and `warmup_steps` and is attached to a trainer.
+        optimizer: built already.
+        steps_per_batch: optimizer steps made from one batch of the loader.
+    """
+    trainer = module.trainer
+    batches = trainer.estimated_stepping_batches  # also sets up the loader
+    if trainer.max_steps > 0:  # in optimizer steps, whereas the estimate mixes them with batches
+        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else float("inf")
+        total = min(float(trainer.max_steps), trainer.num_training_batches * epochs * steps_per_batch)
+    else:
+        total = float(batches) * steps_per_batch
+    scheduler = schedule_learning_rate(optimizer, module.lr_schedule, module.warmup_steps, total)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def response_rows(prompts: PromptBatch, generation: Generation, texts: list[str]) -> list[dict[str, Any]]:
+    """Answers as `predict` returns them: `row`, `prompt`, `response` and `ended` (False where cut at the limit).
+
+    Args:
+        prompts: the prompts.
+        generation: their responses.
+        texts: the responses as text.
+    """
+    columns = (prompts.row_ids.tolist(), prompts.prompts, texts, generation.ended.tolist())
+    rows = zip(*columns, strict=True)
+    return [{"row": row, "prompt": p, "response": text.strip(), "ended": ended} for row, p, text, ended in rows]
+
+
+def run_seed(module: Any) -> int:
+    """The seed of the run: that of the checkpoint it was resumed from, else torch's (`seed_everything`)."""
+    state = getattr(module, "_run_state", None)
+    return state["seed"] if state else torch.initial_seed()
+
+
+def save_run_state(module: pl.LightningModule, checkpoint: dict[str, Any], **state: Any) -> None:
+    """Write what a stage must remember, besides weights, under one key of the checkpoint.
+
+    Args:
+        module: the stage.
+        checkpoint: Lightning's.
+        **state: plain numbers, strings, lists and dicts, so that the checkpoint loads without unpickling code.
+    """
+    checkpoint["rlhf_lightning"] = {"seed": run_seed(module), **state}
+
+
+def drop_frozen_weights(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Take frozen weights out of a checkpoint: they are loaded from their own folders.
+
+    Args:
+        module: the stage.
+        checkpoint: Lightning's; DeepSpeed keeps weights elsewhere and leaves them out itself.
+    """
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    weights = checkpoint.get("state_dict", {})
+    for name in frozen & weights.keys():
+        del weights[name]
+
+
+def check_trained_weights(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks trained weights; without strict loading they would silently stay as they are.
+
+    Args:
+        module: the stage, its models loaded.
+        checkpoint: Lightning's.
+
+    Raises:
+        UserError: names a weight that is missing or unknown.
+    """
+    weights = checkpoint.get("state_dict")
+    if not weights:
+        return
+    trained = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    known = set(module.state_dict())
+    if missing := sorted(trained - weights.keys()):
+        raise UserError(f"the checkpoint has no weight '{missing[0]}': it was made with another model or stage")
+    if unknown := sorted(weights.keys() - known):
+        raise UserError(f"the checkpoint's weight '{unknown[0]}' is unknown: it was made with another model or stage")

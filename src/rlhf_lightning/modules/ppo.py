@@ -1,0 +1,424 @@
+"""PPO against a reward, with a KL penalty to the SFT model.
+
+One batch of the loader is one iteration: answer the prompts (rollout), turn scores and the KL penalty into advantages,
+then improve policy and value on minibatches of that experience. Equations and their sources: docs/ppo.md.
+
+Left out, on purpose: an entropy bonus (Zheng et al. 2023 advise against it), a pretraining loss on the side, a shared
+trunk of policy and value.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.controllers import KLController, RunningMoments
+from rlhf_lightning.errors import NonFiniteError, UserError
+from rlhf_lightning.experience import Experience
+from rlhf_lightning.functional import ppo_policy_loss, ppo_value_loss
+from rlhf_lightning.models.causal_lm import freeze, load_causal_lm, response_logprobs
+from rlhf_lightning.models.generation import Generation, Sampling
+from rlhf_lightning.models.rewarding import (
+    FunctionScorer,
+    ModelScorer,
+    RewardFunction,
+    TextScorer,
+    load_scorer,
+)
+from rlhf_lightning.models.scalar_lm import ScalarLM, load_reward_model, new_scalar_lm, response_values
+from rlhf_lightning.models.tokenizer import load_tokenizer
+from rlhf_lightning.modules.common import (
+    check_batch_sizes,
+    check_trained_weights,
+    configure_optimizer,
+    drop_frozen_weights,
+    log_metrics,
+    name_rows,
+    response_rows,
+    run_seed,
+    save_run_state,
+)
+from rlhf_lightning.optim import Schedule, learning_rates, parameter_groups
+from rlhf_lightning.ppo_settings import KLPenalty, Objective, ScoreShaping
+from rlhf_lightning.reporting import log_text, report_progress
+from rlhf_lightning.rng import generator
+from rlhf_lightning.rollout import (
+    Measurements,
+    build_experience,
+    experience_metrics,
+    measure,
+    respond,
+    shape_scores,
+)
+from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks, synced, world_size
+
+
+class PPOModule(pl.LightningModule):
+    """Improves a policy by PPO.
+
+    Expects batches like `PromptBatch`, one per iteration. `docs/metrics.md` lists what is logged under `train/`, `val/`
+    and `test/`. All batch sizes count prompts per process.
+
+    Args:
+        model_name_or_path: Hugging Face folder or hub id of the SFT model: the policy starts from it, and a frozen copy
+            is the reference.
+        reward: folder or hub id of a reward model (its tokenizer may differ from the policy's), or the import path of a
+            function `(prompts: list[str], responses: list[str]) -> list[float]`; from Python also the function.
+        value_name_or_path: what the value model starts from. None takes the reward model, or, where that is a function
+            or reads other tokens, the policy's folder with a head that says 0.
+        sampling: how responses are drawn.
+        rollout_batch_size: prompts answered per iteration.
+        generation_batch_size: prompts answered at once; None for the whole rollout.
+        minibatch_size: responses per optimizer step.
+        micro_batch_size: responses per forward and backward pass; None for the whole minibatch.
+        ppo_epochs: passes over each rollout.
+        optimizer: the optimizer of policy and value model; its learning rate is the policy's.
+        value_lr: learning rate of the value model; None for the policy's.
+        lr_schedule: course of the learning rates after the warm-up, in optimizer steps.
+        warmup_steps: optimizer steps of linear warm-up; a number below 1 is a share of all steps.
+        gradient_clip_val: norm the gradient is clipped to; None for no clipping.
+        kl: the penalty that holds the policy near the reference.
+        score: what happens to scores before they become rewards.
+        objective: clipping, discount and weights of the losses.
+        frozen_dtype: what reference and reward model are held in; `auto` for that of the policy.
+        trust_remote_code: allow the model folders to run Python code of their own.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        reward: str | RewardFunction,
+        value_name_or_path: str | None = None,
+        sampling: Sampling = Sampling(),
+        rollout_batch_size: int = 64,
+        generation_batch_size: int | None = None,
+        minibatch_size: int = 32,
+        micro_batch_size: int | None = None,
+        ppo_epochs: int = 2,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-6, eps=1e-5, weight_decay=0.0),
+        value_lr: float | None = None,
+        lr_schedule: Schedule = "linear",
+        warmup_steps: float = 0,
+        gradient_clip_val: float | None = 1.0,
+        kl: KLPenalty = KLPenalty(),
+        score: ScoreShaping = ScoreShaping(),
+        objective: Objective = Objective(),
+        frozen_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        functions = ["reward"] if callable(reward) else []
+        self.save_hyperparameters(ignore=["optimizer", "sampling", "kl", "score", "objective", *functions])
+        check_batch_sizes(
+            rollout_batch_size=rollout_batch_size, minibatch_size=minibatch_size, micro_batch_size=micro_batch_size
+        )
+        check_batch_sizes(rollout_batch_size=rollout_batch_size, generation_batch_size=generation_batch_size)
+        if sampling.temperature == 0:
+            raise UserError("PPO learns from sampled responses: sampling.temperature must be above 0")
+        self.automatic_optimization = False
+        self.strict_loading = False  # frozen weights are not in the checkpoint; check_trained_weights sees to the rest
+        self.model_name_or_path = model_name_or_path
+        self.reward = reward
+        self.value_name_or_path = value_name_or_path
+        self.sampling = sampling
+        self.rollout_batch_size = rollout_batch_size
+        self.generation_batch_size = generation_batch_size or rollout_batch_size
+        self.minibatch_size = minibatch_size
+        self.micro_batch_size = micro_batch_size or minibatch_size
+        self.ppo_epochs = ppo_epochs
+        self.optimizer = optimizer
+        self.value_lr = value_lr
+        self.lr_schedule: Schedule = lr_schedule
+        self.warmup_steps = warmup_steps
+        self.gradient_clip_val = gradient_clip_val
+        self.kl = kl
+        self.score = score
+        self.objective = objective
+        self.frozen_dtype = frozen_dtype
+        self.trust_remote_code = trust_remote_code
+        self.kl_controller = KLController(kl.coef, kl.target, kl.horizon)
+        self.score_moments = RunningMoments()
+        self.iteration = 0
+        self.policy: PreTrainedModel | None = None
+        self.value: ScalarLM | None = None
+        self.reference: PreTrainedModel | None = None
+        self.scorer: ModelScorer | TextScorer | FunctionScorer | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        names = ("score", "kl", "eos_rate", "response_length")
+        self.eval_means = nn.ModuleDict({name: MeanMetric() for name in names})
+
+    # Models
+
+    def configure_model(self) -> None:
+        """Load the four models, once: policy and value to be trained, reference and reward frozen."""
+        if self.policy is not None:
+            return
+        trust = self.trust_remote_code
+        tokenizer = load_tokenizer(self.model_name_or_path, trust)
+        self.scorer = load_scorer(self.reward, tokenizer, trust)
+        self.reference = load_causal_lm(self.model_name_or_path, trust_remote_code=trust)
+        for frozen in (self.reference, self.scorer):
+            if isinstance(frozen, nn.Module):
+                freeze(frozen)
+                if self.frozen_dtype != "auto":
+                    frozen.to(getattr(torch, self.frozen_dtype))
+        self.value = self._load_value()
+        self.tokenizer = tokenizer
+        self.policy = load_causal_lm(self.model_name_or_path, trust_remote_code=trust)
+
+    def _load_value(self) -> ScalarLM:
+        name = self.value_name_or_path
+        if name is None and isinstance(self.scorer, ModelScorer):
+            name = str(self.reward)
+        if name is None:
+            return new_scalar_lm(self.model_name_or_path, head="zero", trust_remote_code=self.trust_remote_code)
+        return load_reward_model(name, trust_remote_code=self.trust_remote_code)
+
+    @property
+    def export_model(self) -> PreTrainedModel:
+        """The policy."""
+        assert self.policy is not None
+        return self.policy
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer for policy and value model, each with its learning rate; DeepSpeed allows one only."""
+        assert self.value is not None
+        value_options = {} if self.value_lr is None else {"lr": self.value_lr}
+        groups = parameter_groups(self.export_model) + parameter_groups(self.value, **value_options)
+        steps_per_rollout = self.ppo_epochs * self.rollout_batch_size // self.minibatch_size
+        return configure_optimizer(self, self.optimizer(groups), steps_per_rollout)
+
+    def on_fit_start(self) -> None:
+        """Check that the longest sequence fits the model."""
+        self.export_model.train()
+        limit = getattr(self.export_model.config, "max_position_embeddings", None)
+        prompt_limit = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_length", None)
+        if limit and prompt_limit and prompt_limit + self.sampling.max_new_tokens > limit:
+            raise UserError(
+                f"max_prompt_length ({prompt_limit}) + sampling.max_new_tokens ({self.sampling.max_new_tokens}) exceed "
+                f"the context of '{self.model_name_or_path}' ({limit} tokens)"
+            )
+
+    # One iteration
+
+    def training_step(self, prompts: PromptBatch, batch_idx: int) -> None:
+        """One PPO iteration."""
+        if len(prompts.prompts) != self.rollout_batch_size:
+            raise UserError(
+                f"the loader gives {len(prompts.prompts)} prompts at once but rollout_batch_size is "
+                f"{self.rollout_batch_size}; set both to the same number"
+            )
+        experience, metrics = self.rollout(prompts)
+        started = time.perf_counter()
+        lr = learning_rates(self.optimizers())  # type: ignore[arg-type]
+        order = generator("cpu", run_seed(self), "minibatches", self.iteration, self.global_rank)
+        updates: list[dict[str, Tensor]] = []
+        total = self.ppo_epochs * self.rollout_batch_size // self.minibatch_size
+        for minibatch in experience.minibatches(self.ppo_epochs, self.minibatch_size, order):
+            updates.append(self.update(minibatch, is_first=self.iteration == 0 and not updates))
+            report_progress(self, "updating", len(updates), total)
+        metrics |= {name: torch.stack([update[name] for update in updates]).mean() for name in updates[0]}
+        metrics |= {"lr": lr[0], "value_lr": lr[-1], "seconds_updating": time.perf_counter() - started}
+        shown = {f"train/{name}": value for name, value in metrics.items()}
+        log_metrics(self, shown, shown="train/score", batch_size=self.rollout_batch_size)
+        self.iteration += 1
+
+    @torch.no_grad()
+    def rollout(self, prompts: PromptBatch) -> tuple[Experience, dict[str, Any]]:
+        """Answer prompts and measure the answers.
+
+        Args:
+            prompts: this rank's share of the iteration.
+
+        Returns:
+            The experience, and what is logged of it, over all ranks.
+
+        Raises:
+            NonFiniteError: on every rank, if a score of any rank is NaN or infinite.
+        """
+        started = time.perf_counter()
+        random = generator(self.device, run_seed(self), "rollout", self.iteration, self.global_rank)
+        generation, texts = self._respond(prompts, random)
+        generated = time.perf_counter()
+        measured = self._measure(prompts, generation, texts)
+        self.score_moments.update(measured.scores, self._reduce)
+        scores = shape_scores(measured.scores, generation.ended, self.score_moments, self.score)
+        kl_coef = self.kl_controller.coef
+        experience = build_experience(
+            prompts, generation, measured, scores, self.kl, kl_coef, self.objective, self._reduce
+        )
+        metrics: dict[str, Any] = dict(experience_metrics(experience, self._reduce))
+        if self.iteration == 0:
+            self._check_fresh(metrics)
+        self.kl_controller.update(float(metrics["kl"]), self.rollout_batch_size * world_size(self))
+        metrics |= {
+            "kl_coef": kl_coef,
+            "seconds_generating": generated - started,
+            "seconds_scoring": time.perf_counter() - generated,
+        }
+        sample = f"{prompts.prompts[0]}**{texts[0].strip()}**\n\nscore {float(measured.scores[0]):.3f}"
+        log_text(self, "train/sample", sample, self.trainer.global_step)
+        return experience, metrics
+
+    def _respond(self, prompts: PromptBatch, random: torch.Generator) -> tuple[Generation, list[str]]:
+        assert self.tokenizer is not None
+        report = partial(report_progress, self, "generating")
+        size = self.generation_batch_size
+        return respond(self.export_model, self.tokenizer, prompts, self.sampling, random, size, synced(self), report)
+
+    def _measure(
+        self, prompts: PromptBatch, generation: Generation, texts: list[str], with_values: bool = True
+    ) -> Measurements:
+        assert self.reference is not None
+        assert self.scorer is not None
+        measured = measure(
+            self.export_model,
+            self.reference,
+            self.scorer,
+            self.value if with_values else None,
+            prompts,
+            generation,
+            texts,
+            self.sampling.temperature,
+            self.micro_batch_size,
+            partial(report_progress, self, "scoring"),
+        )
+        finite = torch.isfinite(measured.scores)
+        if int(sum_over_ranks(self, (~finite).sum())):
+            rows = name_rows(prompts.row_ids[~finite])
+            raise NonFiniteError(f"step {self.trainer.global_step}: a score is not finite ({rows}); look at the reward")
+        return measured
+
+    def _reduce(self, tensor: Tensor) -> Tensor:
+        return sum_over_ranks(self, tensor)
+
+    @property
+    def _fresh_tolerance(self) -> float:
+        exact = self.trainer.precision == "32-true" and self.frozen_dtype in ("auto", "float32")
+        return 1e-3 if exact else 0.05
+
+    def _check_fresh(self, metrics: dict[str, Any]) -> None:
+        """Before the first update policy and reference are one model, and the reward model is what was saved."""
+        kl_per_token = abs(float(metrics["kl"] / metrics["response_length"]))
+        if kl_per_token > self._fresh_tolerance:
+            raise AssertionError(f"policy and reference start from one model, yet their KL per token is {kl_per_token}")
+        if isinstance(self.scorer, ModelScorer | TextScorer):
+            error = self.scorer.model.probe_error()
+            if error > max(self._fresh_tolerance, 0.1):
+                raise AssertionError(
+                    f"the reward model scores its probe {error:.3f} standard deviations off from when it was saved"
+                )
+
+    def update(self, minibatch: Experience, is_first: bool = False) -> dict[str, Tensor]:
+        """One optimizer step.
+
+        Args:
+            minibatch: its responses.
+            is_first: check that old and new log-probabilities agree, as they must before the first step.
+
+        Returns:
+            What is logged of it, scalars over all ranks.
+        """
+        num_tokens = sum_over_ranks(self, minibatch.response_mask.sum())
+        micro_batches = list(minibatch.split(self.micro_batch_size))
+        accumulation = GradientAccumulation(self, len(micro_batches))
+        sums = []
+        for micro_batch in micro_batches:
+            loss, metrics = self.ppo_loss(micro_batch)
+            accumulation.backward(loss / num_tokens)
+            sums.append(torch.stack(list(metrics.values())))
+        means = sum_over_ranks(self, torch.stack(sums).sum(dim=0)) / num_tokens
+        result = dict(zip(metrics, means, strict=True))
+        if is_first and abs(float(result["ratio"]) - 1) > self._fresh_tolerance:
+            raise AssertionError(f"before the first update the probability ratio is {float(result['ratio'])}, not 1")
+        result["grad_norm"] = accumulation.step(context=name_rows(minibatch.row_ids))
+        if is_first and float(result["grad_norm"]) == 0:
+            raise AssertionError("the first update has no gradient: nothing would be learnt")
+        return result
+
+    def ppo_loss(self, batch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+        """Policy loss plus weighted value loss, summed over response tokens, a scalar, and sums to be logged."""
+        logprobs, _ = response_logprobs(
+            self.export_model, batch.sequences, batch.sequence_mask, batch.response_mask, self.sampling.temperature
+        )
+        assert self.value is not None
+        values = response_values(self.value, batch.sequences, batch.sequence_mask, batch.response_mask)
+        objective = self.objective
+        policy_loss, policy = ppo_policy_loss(
+            logprobs, batch.logprobs, batch.advantages, batch.response_mask, objective.clip_range
+        )
+        value_loss, value = ppo_value_loss(
+            values, batch.values, batch.returns, batch.response_mask, objective.value_clip_range
+        )
+        return policy_loss + objective.value_coef * value_loss, {
+            "policy_loss": policy_loss.detach(),
+            "value_loss": value_loss.detach(),
+            "ratio": policy["ratio"],
+            "approx_kl": policy["approx_kl"],
+            "clip_fraction": policy["clip_fraction"],
+            "value_clip_fraction": value["clip_fraction"],
+        }
+
+    # Evaluation
+
+    def _evaluate(self, prompts: PromptBatch, batch_idx: int, stage: str) -> dict[str, Any]:
+        random = generator(self.device, run_seed(self), stage, batch_idx, self.global_rank)
+        generation, texts = self._respond(prompts, random)
+        measured = self._measure(prompts, generation, texts, with_values=False)
+        values = {
+            "score": measured.scores,
+            "kl": (measured.logprobs - measured.ref_logprobs).sum(dim=1),
+            "eos_rate": generation.ended.float(),
+            "response_length": generation.response_mask.sum(dim=1).float(),
+        }
+        for name, value in values.items():
+            metric: Any = self.eval_means[name]
+            metric.update(value)
+            self.log(f"{stage}/{name}", metric, prog_bar=name == "score", batch_size=len(texts))
+        return {"prompts": prompts.prompts, "responses": texts, "scores": measured.scores}
+
+    def validation_step(self, prompts: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Answer held-out prompts; the random numbers are those of every validation, so curves compare."""
+        return self._evaluate(prompts, batch_idx, "val")
+
+    def test_step(self, prompts: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """Answer test prompts."""
+        return self._evaluate(prompts, batch_idx, "test")
+
+    def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Answer prompts and score the answers.
+
+        Returns:
+            For each prompt `row`, `prompt`, `response`, `ended` and `score`.
+        """
+        random = generator(self.device, run_seed(self), "predict", batch_idx, self.global_rank)
+        generation, texts = self._respond(prompts, random)
+        scores = self._measure(prompts, generation, texts, with_values=False).scores
+        rows = response_rows(prompts, generation, texts)
+        return [{**row, "score": score} for row, score in zip(rows, scores.tolist(), strict=True)]
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out frozen weights; keep the KL coefficient, the score moments and the place in the random numbers."""
+        drop_frozen_weights(self, checkpoint)
+        controllers = {"kl_coef": self.kl_controller.coef, "score_moments": {**vars(self.score_moments)}}
+        save_run_state(self, checkpoint, iteration=self.iteration, **controllers)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on where the run that wrote the checkpoint was."""
+        self.configure_model()
+        check_trained_weights(self, checkpoint)
+        self._run_state = state = checkpoint["rlhf_lightning"]
+        self.iteration = state["iteration"]
+        self.kl_controller.coef = state["kl_coef"]
+        self.score_moments = RunningMoments(**state["score_moments"])

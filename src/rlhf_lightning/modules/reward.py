@@ -1,0 +1,288 @@
+"""Reward modelling: a scalar head on a language model learns which of two responses people prefer.
+
+The loss is the Bradley-Terry negative log-likelihood in three variants (see `functional.pairwise_loss`). At the end the
+raw scores are measured on held-out chosen responses, so that every user of the model sees scores with mean 0 and
+standard deviation 1 there. Left out: rankings of more than two responses, margins, a language-model loss on the side.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.cli import OptimizerCallable
+from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torchmetrics import CatMetric, MeanMetric
+from torchmetrics.classification import BinaryAccuracy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_lightning.batches import PreferenceBatch, ScoringBatch, split_batch
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.functional import RewardLoss, pairwise_loss, scores_at_end
+from rlhf_lightning.models.generation import evaluation_mode
+from rlhf_lightning.models.scalar_lm import (
+    Calibration,
+    ScalarLM,
+    has_reward_head,
+    load_reward_model,
+    new_scalar_lm,
+)
+from rlhf_lightning.models.tokenizer import load_tokenizer, own_pad_token
+from rlhf_lightning.modules.common import (
+    check_batch_sizes,
+    configure_optimizer,
+    log_metrics,
+    name_rows,
+    run_seed,
+    save_run_state,
+)
+from rlhf_lightning.optim import Schedule, learning_rates, parameter_groups
+from rlhf_lightning.rng import forked_rng
+from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks
+
+_PROBE_TOKENS = 64
+
+
+class RewardModule(pl.LightningModule):
+    """Trains a reward model on pairs.
+
+    Expects batches like `PreferenceBatch`. Logs `loss`, `accuracy`, `chosen_score`, `rejected_score` and `margin` (raw
+    scores) under `train/` and `val/`, and `train/lr`, `train/grad_norm`, `train/tokens_per_second`. `predict` scores
+    sequences (`ScoringBatch`).
+
+    Args:
+        model_name_or_path: Hugging Face folder or hub id. A language model, usually the export of the SFT stage, gets a
+            fresh scalar head; a reward model keeps the head it has.
+        loss: which scores of a pair are compared: `last_token`, `average` or `per_sample`.
+        optimizer: the optimizer; weight decay reaches matrices only.
+        lr_schedule: course of the learning rate after the warm-up, in optimizer steps.
+        warmup_steps: optimizer steps of linear warm-up; a number below 1 is a share of all steps.
+        micro_batch_size: pairs per forward and backward pass; None for the whole batch. Splitting changes memory and
+            time, not the gradient.
+        gradient_clip_val: norm the gradient is clipped to; None for no clipping.
+        dropout: keep the dropout that the model's config asks for; by default it is off.
+        trust_remote_code: allow the model folder to run Python code of its own.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        loss: RewardLoss = "last_token",
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
+            params, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1
+        ),
+        lr_schedule: Schedule = "cosine",
+        warmup_steps: float = 0.03,
+        micro_batch_size: int | None = None,
+        gradient_clip_val: float | None = 1.0,
+        dropout: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer"])
+        check_batch_sizes(micro_batch_size=micro_batch_size)
+        self.automatic_optimization = False
+        self.model_name_or_path = model_name_or_path
+        self.loss: RewardLoss = loss
+        self.optimizer = optimizer
+        self.lr_schedule: Schedule = lr_schedule
+        self.warmup_steps = warmup_steps
+        self.micro_batch_size = micro_batch_size
+        self.gradient_clip_val = gradient_clip_val
+        self.dropout = dropout
+        self.trust_remote_code = trust_remote_code
+        self.scalar: ScalarLM | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._head_is_random = False
+        self._calibrated_at: int | None = None
+        names = ("loss", "chosen_score", "rejected_score", "margin")
+        self.eval_means = nn.ModuleDict({name: MeanMetric() for name in names})
+        self.eval_accuracy = BinaryAccuracy()
+        self.held_out_scores = CatMetric()
+
+    def configure_model(self) -> None:
+        """Load the model and its tokenizer, once; the pad token becomes one that is not the EOS."""
+        if self.scalar is not None:
+            return
+        self._head_is_random = not has_reward_head(self.model_name_or_path)
+        load = new_scalar_lm if self._head_is_random else load_reward_model
+        scalar = load(self.model_name_or_path, dropout=self.dropout, trust_remote_code=self.trust_remote_code)
+        self.tokenizer = load_tokenizer(self.model_name_or_path, self.trust_remote_code)
+        num_embeddings = scalar.model.get_input_embeddings().num_embeddings
+        pad_id = own_pad_token(self.tokenizer, num_embeddings)
+        if pad_id >= num_embeddings:
+            scalar.model.resize_token_embeddings(pad_id + 1)
+        scalar.model.config.pad_token_id = pad_id
+        self.scalar = scalar
+
+    @property
+    def export_model(self) -> PreTrainedModel:
+        """The classifier that plain transformers loads."""
+        assert self.scalar is not None
+        return self.scalar.model
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer, stepped with its schedule once per batch of the loader."""
+        return configure_optimizer(self, self.optimizer(parameter_groups(self.export_model)))
+
+    def on_fit_start(self) -> None:
+        """Put the model in training mode: `from_pretrained` leaves it in evaluation mode."""
+        self.export_model.train()
+        self._head_is_random = False
+
+    def pair_scores(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+        """Raw per-token scores of both sides, two tensors `[B, T]`, float32."""
+        assert self.scalar is not None
+        ids = torch.cat([batch.chosen_ids, batch.rejected_ids])
+        mask = torch.cat([batch.chosen_mask, batch.rejected_mask])
+        chosen, rejected = self.scalar.raw(ids, mask).chunk(2)
+        return chosen, rejected
+
+    def pair_metrics(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of each pair, `[B]`, and what is logged of it: scores at the last token and their difference, `[B]`."""
+        chosen, rejected = self.pair_scores(batch)
+        losses = pairwise_loss(
+            chosen,
+            rejected,
+            batch.chosen_ids,
+            batch.rejected_ids,
+            batch.chosen_mask,
+            batch.rejected_mask,
+            self.loss,
+        )
+        chosen_score = scores_at_end(chosen.detach(), batch.chosen_mask)
+        rejected_score = scores_at_end(rejected.detach(), batch.rejected_mask)
+        return losses, {
+            "chosen_score": chosen_score,
+            "rejected_score": rejected_score,
+            "margin": chosen_score - rejected_score,
+        }
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """One optimizer step on one batch."""
+        start = time.perf_counter()
+        num_pairs = sum_over_ranks(self, torch.tensor(len(batch.row_ids), device=self.device))
+        micro_batches = list(split_batch(batch, self.micro_batch_size or len(batch.row_ids)))
+        accumulation = GradientAccumulation(self, len(micro_batches))
+        sums = torch.zeros(4, device=self.device)
+        with forked_rng(self.device, run_seed(self), "reward", self.trainer.global_step, self.global_rank):
+            for micro_batch in micro_batches:
+                losses, pairs = self.pair_metrics(micro_batch)
+                accumulation.backward(losses.sum() / num_pairs)
+                right = (pairs["margin"] > 0).float()
+                sums += torch.stack([right.sum(), *(values.sum() for values in pairs.values())])
+        lr = learning_rates(self.optimizers())[0]  # type: ignore[arg-type]
+        grad_norm = accumulation.step(context=name_rows(batch.row_ids))
+        means = sum_over_ranks(self, sums) / num_pairs
+        names = ("accuracy", "chosen_score", "rejected_score", "margin")
+        num_tokens = sum_over_ranks(self, batch.chosen_mask.sum() + batch.rejected_mask.sum())
+        metrics = {
+            "train/loss": accumulation.loss,
+            **{f"train/{name}": mean for name, mean in zip(names, means, strict=True)},
+            "train/lr": lr,
+            "train/grad_norm": grad_norm,
+            "train/tokens_per_second": num_tokens / (time.perf_counter() - start),
+        }
+        log_metrics(self, metrics, shown="train/loss", batch_size=len(batch.row_ids))
+
+    def _evaluate(self, batch: PreferenceBatch, stage: str) -> None:
+        losses, pairs = self.pair_metrics(batch)
+        size = len(batch.row_ids)
+        for name, values in {"loss": losses, **pairs}.items():
+            metric: Any = self.eval_means[name]
+            metric.update(values)
+            self.log(f"{stage}/{name}", metric, prog_bar=name == "loss", batch_size=size)
+        self.eval_accuracy.update((pairs["margin"] > 0).int(), torch.ones(size, dtype=torch.int, device=self.device))
+        self.log(f"{stage}/accuracy", self.eval_accuracy, prog_bar=True, batch_size=size)
+        self.held_out_scores.update(pairs["chosen_score"])
+
+    def _refuse_random_head(self) -> None:
+        if self._head_is_random:
+            raise UserError(
+                f"'{self.model_name_or_path}' has no trained reward head; pass the export folder of a reward model, "
+                "or a checkpoint with --ckpt_path"
+            )
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin the measurement of scores; refuse to validate a head that nobody trained."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self._refuse_random_head()
+        self.held_out_scores.reset()
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Loss, accuracy and raw scores over the whole validation set."""
+        self._evaluate(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        """Calibrate by this validation's chosen scores, so that exports beside checkpoints are calibrated too."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._calibrate()
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Loss, accuracy and raw scores over the whole test set."""
+        self._refuse_random_head()
+        self._evaluate(batch, "test")
+
+    @torch.no_grad()
+    def on_train_end(self) -> None:
+        """Calibrate the final weights, unless the last validation has just done so."""
+        if self._calibrated_at == self.trainer.global_step:
+            return
+        loader = self.trainer.val_dataloaders
+        if not loader:
+            rank_zero_warn("no validation data: the reward model's scores stay uncalibrated (mean 0, std 1)")
+            return
+        self.held_out_scores.reset()
+        with evaluation_mode(self.export_model), self.trainer.precision_plugin.forward_context():
+            for batch in loader:
+                on_device = self.trainer.strategy.batch_to_device(batch)
+                chosen, _ = self.pair_scores(on_device)
+                self.held_out_scores.update(scores_at_end(chosen, on_device.chosen_mask))
+            self._calibrate()
+
+    def _calibrate(self) -> None:
+        """Measure the held-out scores that were collected, and remember one sequence as a probe."""
+        assert self.scalar is not None
+        scores = torch.as_tensor(self.held_out_scores.compute()).double().reshape(-1)
+        std = float(scores.std(correction=0)) if len(scores) > 1 else 0.0
+        loader = self.trainer.val_dataloaders
+        example = self.trainer.strategy.batch_to_device(next(iter(loader)))  # type: ignore[arg-type]
+        ids = example.chosen_ids[:1, : int(example.chosen_mask[0].sum())][:, :_PROBE_TOKENS]
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        probe_score = float(scores_at_end(self.scalar.raw(ids, mask), mask))
+        self.scalar.calibration = Calibration(float(scores.mean()), std or 1.0, ids[0].tolist(), probe_score)
+        self._calibrated_at = self.trainer.global_step
+
+    def predict_step(self, batch: ScoringBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Score sequences.
+
+        Returns:
+            For each sequence `row`, `role` (the column its response came from), `prompt`, `response`, `score`
+            (calibrated) and `raw_score`.
+        """
+        assert self.scalar is not None
+        self._refuse_random_head()
+        raw = scores_at_end(self.scalar.raw(batch.input_ids, batch.attention_mask), batch.attention_mask)
+        columns = (batch.row_ids, batch.roles, batch.prompts, batch.responses, self.scalar.calibrate(raw), raw)
+        names = ("row", "role", "prompt", "response", "score", "raw_score")
+        plain = [column.tolist() if isinstance(column, Tensor) else column for column in columns]
+        return [dict(zip(names, row, strict=True)) for row in zip(*plain, strict=True)]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the seed of the run and the calibration."""
+        assert self.scalar is not None
+        calibration = self.scalar.calibration
+        save_run_state(self, checkpoint, calibration={**vars(calibration)}, calibrated_at=self._calibrated_at)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on where the run that wrote the checkpoint was."""
+        self.configure_model()
+        assert self.scalar is not None
+        self._run_state = checkpoint["rlhf_lightning"]
+        self.scalar.calibration = Calibration(**self._run_state["calibration"])
+        self._calibrated_at = self._run_state["calibrated_at"]
+        self._head_is_random = False

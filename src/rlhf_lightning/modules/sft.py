@@ -1,0 +1,196 @@
+"""Supervised fine-tuning: next-token cross-entropy on demonstrations.
+
+One batch of the loader is one optimizer step; inside it the batch is cut into micro-batches, and the loss of each token
+weighs the same whatever micro-batch or rank it is on. That is why the optimisation is manual: Lightning's
+`accumulate_grad_batches` averages the means of micro-batches. Left out: packing, fine-tuning a part of the weights.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.cli import OptimizerCallable
+from torch import Tensor
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_lightning.batches import InstructionBatch, PromptBatch, split_batch
+from rlhf_lightning.functional import cross_entropy_sum
+from rlhf_lightning.models.causal_lm import hidden_states, load_causal_lm, output_logits
+from rlhf_lightning.models.generation import Sampling
+from rlhf_lightning.models.tokenizer import load_tokenizer
+from rlhf_lightning.modules.common import (
+    check_batch_sizes,
+    configure_optimizer,
+    log_metrics,
+    name_rows,
+    response_rows,
+    run_seed,
+    save_run_state,
+)
+from rlhf_lightning.optim import Schedule, learning_rates, parameter_groups
+from rlhf_lightning.rng import forked_rng, generator
+from rlhf_lightning.rollout import respond
+from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks, synced
+
+
+class SFTModule(pl.LightningModule):
+    """Teaches a language model to answer as the demonstrations do.
+
+    Expects batches like `InstructionBatch`. Logs `train/loss`, `train/perplexity`, `train/lr`, `train/grad_norm`,
+    `train/tokens_per_second`, `val/loss` and `val/perplexity`. `predict` answers prompts (`PromptBatch`).
+
+    Args:
+        model_name_or_path: Hugging Face folder or hub id of the model to start from.
+        optimizer: the optimizer; weight decay reaches matrices only.
+        lr_schedule: course of the learning rate after the warm-up, in optimizer steps.
+        warmup_steps: optimizer steps of linear warm-up; a number below 1 is a share of all steps.
+        label_smoothing: share of each target spread evenly over the vocabulary.
+        micro_batch_size: examples per forward and backward pass; None for the whole batch. Splitting changes memory
+            and time, not the gradient.
+        gradient_clip_val: norm the gradient is clipped to; None for no clipping.
+        dropout: keep the dropout that the model's config asks for; by default it is off.
+        sampling: how `predict` and sample texts are generated.
+        trust_remote_code: allow the model folder to run Python code of its own.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
+            params, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1
+        ),
+        lr_schedule: Schedule = "cosine",
+        warmup_steps: float = 0.03,
+        label_smoothing: float = 0.0,
+        micro_batch_size: int | None = None,
+        gradient_clip_val: float | None = 1.0,
+        dropout: bool = False,
+        sampling: Sampling = Sampling(),
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer", "sampling"])
+        check_batch_sizes(micro_batch_size=micro_batch_size)
+        self.automatic_optimization = False
+        self.model_name_or_path = model_name_or_path
+        self.optimizer = optimizer
+        self.lr_schedule: Schedule = lr_schedule
+        self.warmup_steps = warmup_steps
+        self.label_smoothing = label_smoothing
+        self.micro_batch_size = micro_batch_size
+        self.gradient_clip_val = gradient_clip_val
+        self.dropout = dropout
+        self.sampling = sampling
+        self.trust_remote_code = trust_remote_code
+        self.model: PreTrainedModel | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.val_loss = MeanMetric()
+
+    def configure_model(self) -> None:
+        """Load the model and its tokenizer, once."""
+        if self.model is not None:
+            return
+        self.model = load_causal_lm(self.model_name_or_path, self.dropout, self.trust_remote_code)
+        self.tokenizer = load_tokenizer(self.model_name_or_path, self.trust_remote_code)
+
+    @property
+    def export_model(self) -> PreTrainedModel:
+        """The model that the next stage starts from."""
+        assert self.model is not None
+        return self.model
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer, stepped with its schedule once per batch of the loader."""
+        return configure_optimizer(self, self.optimizer(parameter_groups(self.export_model)))
+
+    def on_fit_start(self) -> None:
+        """Put the model in training mode: `from_pretrained` leaves it in evaluation mode."""
+        self.export_model.train()
+
+    def loss_sums(self, batch: InstructionBatch) -> tuple[Tensor, Tensor]:
+        """Loss and negative log-likelihood, both summed over the target tokens, two scalars in nats.
+
+        Args:
+            batch: at least one example.
+        """
+        hidden = hidden_states(self.export_model, batch.input_ids, batch.attention_mask)
+        # Token t is predicted from t - 1. Only positions with a target meet the output matrix.
+        targets = batch.loss_mask[:, 1:]
+        logits = output_logits(self.export_model, hidden[:, :-1][targets])
+        target_ids = batch.input_ids[:, 1:][targets]
+        loss = cross_entropy_sum(logits, target_ids, self.label_smoothing)
+        if not self.label_smoothing:
+            return loss, loss.detach()
+        with torch.no_grad():
+            return loss, cross_entropy_sum(logits, target_ids)
+
+    def training_step(self, batch: InstructionBatch, batch_idx: int) -> None:
+        """One optimizer step on one batch."""
+        start = time.perf_counter()
+        num_targets = sum_over_ranks(self, batch.loss_mask.sum()).clamp(min=1)
+        micro_batches = list(split_batch(batch, self.micro_batch_size or len(batch.row_ids)))
+        accumulation = GradientAccumulation(self, len(micro_batches))
+        nll = torch.zeros((), device=self.device)
+        with forked_rng(self.device, run_seed(self), "sft", self.trainer.global_step, self.global_rank):
+            for micro_batch in micro_batches:
+                loss_sum, nll_sum = self.loss_sums(micro_batch)
+                accumulation.backward(loss_sum / num_targets)
+                nll += nll_sum / num_targets
+        lr = learning_rates(self.optimizers())[0]  # type: ignore[arg-type]
+        grad_norm = accumulation.step(context=name_rows(batch.row_ids))
+        num_tokens = sum_over_ranks(self, batch.attention_mask.sum())
+        metrics = {
+            "train/loss": accumulation.loss,
+            "train/perplexity": sum_over_ranks(self, nll).exp(),
+            "train/lr": lr,
+            "train/grad_norm": grad_norm,
+            "train/tokens_per_second": num_tokens / (time.perf_counter() - start),
+        }
+        log_metrics(self, metrics, shown="train/loss", batch_size=len(batch.row_ids))
+
+    def _evaluate(self, batch: InstructionBatch, stage: str) -> None:
+        _, nll_sum = self.loss_sums(batch)
+        num_targets = batch.loss_mask.sum()
+        self.val_loss.update(nll_sum / num_targets.clamp(min=1), weight=num_targets)
+        self.log(f"{stage}/loss", self.val_loss, prog_bar=True, batch_size=len(batch.row_ids))
+
+    def validation_step(self, batch: InstructionBatch, batch_idx: int) -> None:
+        """Loss per target token over the whole validation set."""
+        self._evaluate(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        """Perplexity from the loss of the whole set, not the mean of the batches' perplexities."""
+        self.log("val/perplexity", self.val_loss.compute().exp())
+
+    def test_step(self, batch: InstructionBatch, batch_idx: int) -> None:
+        """Loss per target token over the whole test set."""
+        self._evaluate(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        """Perplexity of the whole test set."""
+        self.log("test/perplexity", self.val_loss.compute().exp())
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Answer prompts.
+
+        Returns:
+            For each prompt `row`, `prompt`, `response` (text) and `ended` (False where it was cut at the limit).
+        """
+        assert self.tokenizer is not None
+        random = generator(self.device, run_seed(self), "predict", batch_idx, self.global_rank)
+        generation, texts = respond(
+            self.export_model, self.tokenizer, batch, self.sampling, random, synced=synced(self)
+        )
+        return response_rows(batch, generation, texts)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the seed that the run's random numbers are derived from."""
+        save_run_state(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the random numbers of the run that wrote the checkpoint."""
+        self._run_state = checkpoint["rlhf_lightning"]

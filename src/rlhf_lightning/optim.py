@@ -1,0 +1,84 @@
+"""Parameter groups and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from rlhf_lightning.errors import UserError
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+def parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
+    """Split trainable parameters so that weight decay reaches matrices only, not biases and norms.
+
+    Args:
+        model: its parameters with `requires_grad` are taken, each once.
+        **options: set on both groups, for instance `lr`.
+
+    Returns:
+        Groups for a torch optimizer; the first, matrices, keeps the optimizer's own weight decay.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # A partitioned parameter (ZeRO-3) shows its full shape in ds_shape.
+    dims = [len(getattr(p, "ds_shape", p.shape)) for p in parameters]
+    matrices = [p for p, d in zip(parameters, dims, strict=True) if d >= 2]
+    vectors = [p for p, d in zip(parameters, dims, strict=True) if d < 2]
+    groups = [{"params": matrices, **options}, {"params": vectors, "weight_decay": 0.0, **options}]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate_factor(
+    step: int, kind: Schedule, warmup_steps: int, total_steps: float, min_factor: float = 0.0
+) -> float:
+    """Factor on the learning rate of optimizer step number `step`, counted from 0.
+
+    Linear warm-up reaches 1 at the last of the `warmup_steps` and is never 0, so the first step learns; then the
+    factor falls from 1 to `min_factor` (`cosine`, `linear`) or stays (`constant`).
+
+    Example:
+        >>> [round(learning_rate_factor(s, "linear", 2, 6), 2) for s in range(6)]
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if kind == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps))
+    fall = 0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1 - progress
+    return min_factor + (1 - min_factor) * fall
+
+
+def schedule_learning_rate(
+    optimizer: Optimizer, kind: Schedule, warmup_steps: int | float, total_steps: float, min_factor: float = 0.0
+) -> LambdaLR:
+    """Scheduler to be stepped once per optimizer step.
+
+    Args:
+        optimizer: its groups keep their ratio to one another.
+        kind: `cosine`, `linear` or `constant` after the warm-up.
+        warmup_steps: optimizer steps of linear warm-up; a number below 1 is a share of all steps.
+        total_steps: optimizer steps of the whole run; infinite only for `constant`.
+        min_factor: where `cosine` and `linear` end, as a share of the peak.
+
+    Raises:
+        UserError: the run has no end to decay towards.
+    """
+    if not math.isfinite(total_steps) and (kind != "constant" or 0 < warmup_steps < 1):
+        raise UserError(f"lr_schedule '{kind}' needs a run with an end; set trainer.max_epochs or trainer.max_steps")
+    if 0 < warmup_steps < 1:
+        warmup_steps = math.ceil(warmup_steps * total_steps)
+    warmup = int(warmup_steps)
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, kind, warmup, total_steps, min_factor))
+
+
+def learning_rates(optimizer: Optimizer | Iterable[dict[str, Any]]) -> list[float]:
+    """Learning rate of each parameter group."""
+    groups = optimizer.param_groups if isinstance(optimizer, Optimizer) else optimizer
+    return [group["lr"] for group in groups]

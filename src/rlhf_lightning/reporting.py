@@ -1,0 +1,51 @@
+"""What a module tells the outside besides numbers: texts for the loggers, and where it is inside a long step."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import pytorch_lightning as pl
+
+
+@runtime_checkable
+class ProgressListener(Protocol):
+    """A callback that wants to know how far a long step has come."""
+
+    def on_progress(self, stage: str, done: int, total: int) -> None:
+        """Receive `done` of `total` parts of `stage`, for instance `generating`."""
+
+
+def report_progress(module: pl.LightningModule, stage: str, done: int, total: int) -> None:
+    """Tell every callback that listens how far the current step has come.
+
+    Args:
+        module: a module attached to a trainer.
+        stage: name of the part of the step, for instance `generating`.
+        done: finished parts.
+        total: all parts.
+    """
+    for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ProgressListener):
+            callback.on_progress(stage, done, total)
+
+
+def log_text(module: pl.LightningModule, key: str, text: str, step: int) -> None:
+    """Write a text to every logger that takes one: TensorBoard, and those with a `log_text` (W&B, Comet, MLflow).
+
+    Args:
+        module: a module attached to a trainer.
+        key: name of the text.
+        text: Markdown.
+        step: optimizer steps done.
+    """
+    if not module.trainer.is_global_zero:
+        return
+    loggers: list[Any] = module.trainer.loggers
+    for logger in loggers:
+        experiment = logger.experiment
+        if hasattr(experiment, "add_text"):
+            experiment.add_text(key, text, step)
+        elif isinstance(logger, pl.loggers.WandbLogger):
+            logger.log_text(key, columns=["text"], data=[[text]], step=step)
+        elif hasattr(experiment, "log_text"):
+            experiment.log_text(text)

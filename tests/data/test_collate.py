@@ -1,0 +1,94 @@
+"""Batches against tensors written out by hand. 2 is the EOS, 0 a pad token of its own."""
+
+import pickle
+from functools import partial
+
+import pytest
+import torch
+
+from rlhf_lightning.data.collate import (
+    EncodedExample,
+    EncodedPair,
+    EncodedPrompt,
+    EncodedSequence,
+    collate_instructions,
+    collate_pairs,
+    collate_prompts,
+    collate_sequences,
+    pack_ids,
+    pad,
+)
+
+T, F = True, False
+
+
+def check(tensor, expected):
+    assert tensor.tolist() == expected
+    assert tensor.dtype == torch.tensor(expected).dtype  # int64 or bool
+
+
+@pytest.mark.parametrize("filler", [0, 2])
+@pytest.mark.parametrize("packed", [list, pack_ids])
+def test_instructions(filler, packed):
+    o = filler
+    examples = [
+        EncodedExample(packed([5, 6, 7, 8, 2]), 2, 10),  # an ordinary response
+        EncodedExample(packed([5, 6, 2]), 2, 11),  # a response that is only EOS
+        EncodedExample(packed([5, 6, 7]), 1, 12),  # one prompt token, a response that was cut
+    ]
+    batch = collate_instructions(examples, filler)
+
+    check(batch.input_ids, [[5, 6, 7, 8, 2], [5, 6, 2, o, o], [5, 6, 7, o, o]])
+    check(batch.attention_mask, [[T, T, T, T, T], [T, T, T, F, F], [T, T, T, F, F]])
+    check(batch.loss_mask, [[F, F, T, T, T], [F, F, T, F, F], [F, T, T, F, F]])
+    check(batch.row_ids, [10, 11, 12])
+
+    everything = collate_instructions(examples, filler, loss_on="all")
+    check(everything.loss_mask, [[F, T, T, T, T], [F, T, T, F, F], [F, T, T, F, F]])
+
+
+@pytest.mark.parametrize("filler", [0, 2])
+def test_pairs_share_one_length(filler):
+    o = filler
+    pairs = [EncodedPair([5, 6, 2], [5, 7, 8, 2], 1, 3), EncodedPair([5, 2], [5, 9, 2], 1, 4)]
+    batch = collate_pairs(pairs, filler)
+
+    check(batch.chosen_ids, [[5, 6, 2, o], [5, 2, o, o]])
+    check(batch.chosen_mask, [[T, T, T, F], [T, T, F, F]])
+    check(batch.rejected_ids, [[5, 7, 8, 2], [5, 9, 2, o]])
+    check(batch.rejected_mask, [[T, T, T, T], [T, T, T, F]])
+    check(batch.row_ids, [3, 4])
+
+
+@pytest.mark.parametrize("filler", [0, 2])
+def test_prompts_are_padded_on_the_left(filler):
+    o = filler
+    batch = collate_prompts([EncodedPrompt([5, 2, 6], "a", 0), EncodedPrompt(pack_ids([7]), "b", 5)], filler)
+
+    check(batch.prompt_ids, [[5, 2, 6], [o, o, 7]])
+    check(batch.prompt_mask, [[T, T, T], [F, F, T]])
+    assert batch.prompts == ["a", "b"]
+    check(batch.row_ids, [0, 5])
+
+
+def test_sequences_to_score():
+    sequences = [EncodedSequence([5, 6, 2], "a", "b", "chosen", 7), EncodedSequence([5, 2], "a", "", "rejected", 7)]
+    batch = collate_sequences(sequences, 2)
+
+    check(batch.input_ids, [[5, 6, 2], [5, 2, 2]])
+    check(batch.attention_mask, [[T, T, T], [T, T, F]])
+    assert (batch.prompts, batch.responses, batch.roles) == (["a", "a"], ["b", ""], ["chosen", "rejected"])
+    check(batch.row_ids, [7, 7])
+
+
+def test_padding_on_either_side():
+    assert [x.tolist() for x in pad([[1], [2, 3]], 9, "left")] == [[[9, 1], [2, 3]], [[F, T], [T, T]]]
+    assert [x.tolist() for x in pad([[1], [2, 3]], 9, "right", length=3)] == [
+        [[1, 9, 9], [2, 3, 9]],
+        [[T, F, F], [T, T, F]],
+    ]
+
+
+def test_collate_functions_travel_to_workers():
+    collate = pickle.loads(pickle.dumps(partial(collate_instructions, filler=0, loss_on="all")))
+    assert collate([EncodedExample(pack_ids([1, 2]), 1, 0)]).loss_mask.tolist() == [[F, T]]

@@ -1,0 +1,213 @@
+"""A run that is cut and resumed sees exactly the batches of a run that is not."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies import SingleDeviceStrategy
+
+from helpers.tokenizers import tiny_tokenizer
+from rlhf_lightning.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
+from rlhf_lightning.errors import UserError
+
+ROWS = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(23)]
+VALIDATION = [{"prompt": f"held out {i}", "chosen": "yes", "rejected": "no"} for i in range(5)]
+SIZES = {PromptDataModule: "rollout_batch_size"}
+
+
+class Cut(Exception):
+    """What ends a run that is cut."""
+
+
+class Recorder(pl.LightningModule):
+    """Steps by hand and writes down which rows it saw, and which batch Lightning said was the last of the epoch."""
+
+    def __init__(self, cut_after: int | None = None, asks_for_length: bool = False) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.cut_after, self.asks_for_length = cut_after, asks_for_length
+        self.seen: list[tuple[int, int, list[int], bool]] = []
+
+    def training_step(self, batch, batch_idx):
+        if self.cut_after == len(self.seen):
+            raise Cut
+        last = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        self.seen.append((self.current_epoch, batch_idx, batch.row_ids.tolist(), last))
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.weight.sum())
+        optimizer.step()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        if self.asks_for_length:  # makes the training loader before the checkpoint's progress is read
+            assert self.trainer.estimated_stepping_batches > 0
+        return torch.optim.SGD([self.weight], lr=0.1)
+
+
+def data_module(kind, workers=0, **changes):
+    size = SIZES.get(kind, "batch_size")
+    settings = {"data": ROWS, "validation_data": VALIDATION, "num_workers": workers, size: 4, "seed": 7} | changes
+    return kind(tiny_tokenizer(), **settings)
+
+
+def trainer(folder, callbacks=(), **settings):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return pl.Trainer(default_root_dir=folder, callbacks=list(callbacks), **quiet, **({"max_epochs": 3} | settings))
+
+
+def uninterrupted(folder, kind, **settings):
+    module = Recorder()
+    trainer(folder, enable_checkpointing=False, **settings).fit(module, data_module(kind))
+    return module.seen
+
+
+def resumed(folder, checkpoint, kind, workers=0, asks_for_length=False, **settings):
+    module = Recorder(asks_for_length=asks_for_length)
+    run = trainer(folder, enable_checkpointing=False, **settings)
+    run.fit(module, data_module(kind, workers), ckpt_path=checkpoint)
+    return module.seen
+
+
+def checkpoint_every(folder, steps):
+    return ModelCheckpoint(folder, "{step}", every_n_train_steps=steps, save_top_k=-1)
+
+
+@pytest.mark.parametrize("kind", [InstructionDataModule, PreferenceDataModule, PromptDataModule])
+def test_an_epoch_sees_every_row_once_and_the_next_in_another_order(tmp_path, kind):
+    seen = uninterrupted(tmp_path, kind)
+
+    epochs = [[row for epoch, _, rows, _ in seen for row in rows if epoch == number] for number in range(3)]
+    size = 20 if kind is PromptDataModule else 23  # prompts come in full batches only
+    assert [len(set(rows)) for rows in epochs] == [len(rows) for rows in epochs] == [size] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert seen == uninterrupted(tmp_path, kind)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("asks_for_length", [False, True])
+@pytest.mark.parametrize("step", [2, 6, 8])  # the middle of an epoch, the end of one, the middle of the next
+def test_resumes_after_any_batch(tmp_path, workers, asks_for_length, step):
+    kind = InstructionDataModule
+    whole = uninterrupted(tmp_path, kind, val_check_interval=3)
+    part = Recorder(cut_after=step + 1)
+    with pytest.raises(Cut):
+        trainer(tmp_path, [checkpoint_every(tmp_path, 2)], val_check_interval=3).fit(part, data_module(kind))
+    assert part.seen == whole[: step + 1]
+
+    rest = resumed(tmp_path, tmp_path / f"step={step}.ckpt", kind, workers, asks_for_length, val_check_interval=3)
+
+    assert rest == whole[step:]
+
+
+class LateStrategy(SingleDeviceStrategy):
+    """Reads the checkpoint after the optimizers are made, as DeepSpeed does."""
+
+    restore_checkpoint_after_setup = True
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("step", [2, 6, 8])
+def test_resumes_where_the_loader_is_made_before_the_checkpoint_is_read(tmp_path, workers, step):
+    kind = PreferenceDataModule
+    whole = uninterrupted(tmp_path, kind)
+    with pytest.raises(Cut):
+        trainer(tmp_path, [checkpoint_every(tmp_path, 2)]).fit(Recorder(cut_after=9), data_module(kind))
+
+    settings = {"asks_for_length": True, "strategy": LateStrategy(torch.device("cpu"))}
+    assert resumed(tmp_path, tmp_path / f"step={step}.ckpt", kind, workers, **settings) == whole[step:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [PreferenceDataModule, PromptDataModule])
+def test_resumes_in_every_data_module(tmp_path, kind, workers):
+    whole = uninterrupted(tmp_path, kind)
+    with pytest.raises(Cut):
+        trainer(tmp_path, [checkpoint_every(tmp_path, 1)]).fit(Recorder(cut_after=8), data_module(kind))
+
+    assert resumed(tmp_path, tmp_path / "step=7.ckpt", kind, workers) == whole[7:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("when", ["on_train_epoch_end", "on_validation_end"])
+def test_resumes_from_the_end_of_an_epoch(tmp_path, workers, when):
+    kind = InstructionDataModule
+    whole = uninterrupted(tmp_path, kind)
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=when == "on_train_epoch_end")
+    trainer(tmp_path, [saver], max_epochs=2).fit(Recorder(), data_module(kind))
+
+    for epoch in (0, 1):
+        rest = resumed(tmp_path, tmp_path / f"epoch={epoch}.ckpt", kind, workers)
+        assert rest == whole[6 * (epoch + 1) :]
+
+
+def test_resumes_twice_and_with_fewer_batches_an_epoch(tmp_path):
+    kind, short = PromptDataModule, {"limit_train_batches": 3}
+    whole = uninterrupted(tmp_path, kind, **short)
+    with pytest.raises(Cut):
+        trainer(tmp_path / "a", [checkpoint_every(tmp_path / "a", 1)], **short).fit(
+            Recorder(cut_after=2), data_module(kind)
+        )
+    again = Recorder(cut_after=3)
+    with pytest.raises(Cut):
+        trainer(tmp_path / "b", [checkpoint_every(tmp_path / "b", 1)], **short).fit(
+            again, data_module(kind), ckpt_path=tmp_path / "a" / "step=2.ckpt"
+        )
+
+    assert again.seen == whole[2:5]
+    assert resumed(tmp_path, tmp_path / "b" / "step=5.ckpt", kind, **short) == whole[5:]
+
+
+def test_a_batch_that_failed_is_run_again(tmp_path):
+    kind = PromptDataModule
+    whole = uninterrupted(tmp_path, kind)
+    saver = pl.callbacks.OnExceptionCheckpoint(tmp_path, "failed")
+    with pytest.raises(Cut):
+        trainer(tmp_path, [saver]).fit(Recorder(cut_after=7), data_module(kind))
+
+    assert resumed(tmp_path, tmp_path / "failed.ckpt", kind) == whole[7:]
+
+
+def test_lightning_knows_that_the_loader_resumes(tmp_path, recwarn):
+    with pytest.raises(Cut):
+        trainer(tmp_path, [checkpoint_every(tmp_path, 1)]).fit(Recorder(cut_after=3), data_module(PromptDataModule))
+    resumed(tmp_path, tmp_path / "step=2.ckpt", PromptDataModule)
+
+    assert not [warning for warning in recwarn if "not resumable" in str(warning.message)]
+
+
+def test_a_fresh_fit_with_the_same_objects_begins_at_the_beginning(tmp_path):
+    whole = uninterrupted(tmp_path, PromptDataModule)
+    with pytest.raises(Cut):
+        trainer(tmp_path, [checkpoint_every(tmp_path, 1)]).fit(Recorder(cut_after=3), data_module(PromptDataModule))
+    data = data_module(PromptDataModule)
+    trainer(tmp_path, enable_checkpointing=False).fit(Recorder(), data, ckpt_path=tmp_path / "step=2.ckpt")
+
+    module = Recorder()
+    trainer(tmp_path, enable_checkpointing=False).fit(module, data)
+
+    assert module.seen == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"rollout_batch_size": 5}, "batch_size 4, now it is 5"),
+        ({"seed": 8}, "seed 7, now it is 8"),
+        ({"data": ROWS[:20]}, "training examples 23, now it is 20"),
+    ],
+)
+def test_another_order_is_refused_in_the_middle_of_an_epoch_only(tmp_path, changes, name):
+    with pytest.raises(Cut):
+        trainer(tmp_path, [checkpoint_every(tmp_path, 1)]).fit(Recorder(cut_after=6), data_module(PromptDataModule))
+    other = data_module(PromptDataModule, **changes)
+
+    with pytest.raises(UserError, match=name):
+        trainer(tmp_path, enable_checkpointing=False).fit(Recorder(), other, ckpt_path=tmp_path / "step=2.ckpt")
+
+    module = Recorder()
+    trainer(tmp_path, enable_checkpointing=False).fit(module, other, ckpt_path=tmp_path / "step=5.ckpt")
+    assert module.seen[0][:2] == (1, 0)
