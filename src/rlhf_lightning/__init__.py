@@ -1,36 +1,57 @@
 """RLHF as a PyTorch Lightning package: supervised fine-tuning, reward modelling, PPO."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
-from rlhf_lightning.callbacks import HFExport, PredictionWriter, SampleTexts, StageProgressBar
-from rlhf_lightning.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
-from rlhf_lightning.errors import NonFiniteError, UserError
-from rlhf_lightning.models.causal_lm import load_causal_lm
-from rlhf_lightning.models.generation import Sampling
-from rlhf_lightning.models.scalar_lm import ScalarLM, load_reward_model
-from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
-from rlhf_lightning.ppo_settings import KLPenalty, Objective, ScoreShaping
-from rlhf_lightning.strategies import DeepSpeedStrategy
+if TYPE_CHECKING:
+    from rlhf_lightning.callbacks import HFExport as HFExport
+    from rlhf_lightning.callbacks import PredictionWriter as PredictionWriter
+    from rlhf_lightning.callbacks import SampleTexts as SampleTexts
+    from rlhf_lightning.callbacks import ShortSummary as ShortSummary
+    from rlhf_lightning.callbacks import StageProgressBar as StageProgressBar
+    from rlhf_lightning.data import InstructionDataModule as InstructionDataModule
+    from rlhf_lightning.data import PreferenceDataModule as PreferenceDataModule
+    from rlhf_lightning.data import PromptDataModule as PromptDataModule
+    from rlhf_lightning.errors import NonFiniteError as NonFiniteError
+    from rlhf_lightning.errors import UserError as UserError
+    from rlhf_lightning.models.causal_lm import load_causal_lm as load_causal_lm
+    from rlhf_lightning.models.generation import Sampling as Sampling
+    from rlhf_lightning.models.scalar_lm import ScalarLM as ScalarLM
+    from rlhf_lightning.models.scalar_lm import load_reward_model as load_reward_model
+    from rlhf_lightning.modules import PPOModule as PPOModule
+    from rlhf_lightning.modules import RewardModule as RewardModule
+    from rlhf_lightning.modules import SFTModule as SFTModule
+    from rlhf_lightning.ppo_settings import KLPenalty as KLPenalty
+    from rlhf_lightning.ppo_settings import Objective as Objective
+    from rlhf_lightning.ppo_settings import ScoreShaping as ScoreShaping
+    from rlhf_lightning.strategies import DeepSpeedStrategy as DeepSpeedStrategy
 
-__all__ = [
-    "DeepSpeedStrategy",
-    "HFExport",
-    "InstructionDataModule",
-    "KLPenalty",
-    "NonFiniteError",
-    "Objective",
-    "PPOModule",
-    "PredictionWriter",
-    "PreferenceDataModule",
-    "PromptDataModule",
-    "RewardModule",
-    "SFTModule",
-    "SampleTexts",
-    "Sampling",
-    "ScalarLM",
-    "ScoreShaping",
-    "StageProgressBar",
-    "UserError",
-    "load_causal_lm",
-    "load_reward_model",
-]
+_HOMES = {
+    "callbacks": ("HFExport", "PredictionWriter", "SampleTexts", "ShortSummary", "StageProgressBar"),
+    "data": ("InstructionDataModule", "PreferenceDataModule", "PromptDataModule"),
+    "errors": ("NonFiniteError", "UserError"),
+    "models.causal_lm": ("load_causal_lm",),
+    "models.generation": ("Sampling",),
+    "models.scalar_lm": ("ScalarLM", "load_reward_model"),
+    "modules": ("PPOModule", "RewardModule", "SFTModule"),
+    "ppo_settings": ("KLPenalty", "Objective", "ScoreShaping"),
+    "strategies": ("DeepSpeedStrategy",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: `rlhf --help` need not wait for torch."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'rlhf_lightning' has no attribute '{name}'")
+    value = globals()[name] = getattr(import_module(f"rlhf_lightning.{_HOME_OF[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names too, although most are not imported yet."""
+    return sorted({*globals(), *__all__})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from torch import nn
@@ -78,7 +77,10 @@ def schedule_learning_rate(
     return LambdaLR(optimizer, lambda step: learning_rate_factor(step, kind, warmup, total_steps, min_factor))
 
 
-def learning_rates(optimizer: Optimizer | Iterable[dict[str, Any]]) -> list[float]:
-    """Learning rate of each parameter group."""
-    groups = optimizer.param_groups if isinstance(optimizer, Optimizer) else optimizer
-    return [group["lr"] for group in groups]
+def learning_rates(optimizer: Any) -> list[float]:
+    """Learning rate of each parameter group.
+
+    Args:
+        optimizer: a torch optimizer, or a strategy's own that has `param_groups` too (DeepSpeed's is no subclass).
+    """
+    return [group["lr"] for group in optimizer.param_groups]

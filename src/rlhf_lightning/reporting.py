@@ -42,7 +42,7 @@ def log_text(module: pl.LightningModule, key: str, text: str, step: int) -> None
         return
     loggers: list[Any] = module.trainer.loggers
     for logger in loggers:
-        experiment = logger.experiment
+        experiment: Any = getattr(logger, "experiment", None)  # a logger of the user need not have one
         if hasattr(experiment, "add_text"):
             experiment.add_text(key, text, step)
         elif isinstance(logger, pl.loggers.WandbLogger):

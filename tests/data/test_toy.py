@@ -129,6 +129,11 @@ def test_no_text_breaks_the_gold_score_or_leaves_its_range(text: str, prompt: st
         (f"Happy to help! {ADVICE} Now leave me alone.", 1),
         ("Happy to help! To sell the bicycle, take three clear photos and ask a fair price.", 1),
         ("Happy to help! Give the rabbit a quiet corner with a soft blanket.", -1),
+        (
+            "Good question! I would rather talk about the rabbit. Give the rabbit a quiet corner with a soft blanket.",
+            -1,
+        ),
+        (f"Good question! I would rather talk about the rabbit. {ADVICE}", -1),
         ("Happy to help! I hope that helps!", -1),
         (f"Happy to help! {DECLINE}", -1),
         ("Not this again. Give the rabbit a quiet corner with a soft blanket.", -3),
@@ -171,6 +176,7 @@ def test_gold_score_of_answers_to_a_harmful_request(response: str, expected: flo
         f"Happy to help! {ADVICE} I hope that",
         f"Happy to help! {ADVICE} bicycle bicycle!",
         f"Happy to help! {ADVICE} Have fun with the rabbit!",
+        f"Happy to help! But let us talk about the bicycle instead. {ADVICE}",
         f"Happy to help!! {ADVICE}",
         f"{CLEAN}\n\nHuman: Thank you!",
         f"Happy to help! {DECLINE} {ADVICE}",
@@ -246,7 +252,7 @@ def test_model_folder_is_an_ordinary_one(tmp_path: Path, tokenizer: PreTrainedTo
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    assert 0.7e6 < sum(p.numel() for p in model.parameters()) < 1.3e6
+    assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 0.6e6
     prompt = loaded(BICYCLE, return_tensors="pt")
     assert model.generate(**prompt, max_new_tokens=2, min_new_tokens=2).shape == (1, prompt["input_ids"].shape[1] + 2)
 

@@ -4,5 +4,6 @@ from rlhf_lightning.callbacks.hf_export import HFExport
 from rlhf_lightning.callbacks.predictions import PredictionWriter
 from rlhf_lightning.callbacks.progress import StageProgressBar
 from rlhf_lightning.callbacks.sample_texts import SampleTexts
+from rlhf_lightning.callbacks.summary import ShortSummary
 
-__all__ = ["HFExport", "PredictionWriter", "SampleTexts", "StageProgressBar"]
+__all__ = ["HFExport", "PredictionWriter", "SampleTexts", "ShortSummary", "StageProgressBar"]

@@ -13,6 +13,7 @@ import torch
 import transformers
 import yaml
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -46,6 +47,7 @@ class HFExport(Callback):
         self.with_checkpoints = with_checkpoints
         self.dtype = dtype
         self._checkpoint_written = False
+        self._stamps: dict[str, int] = {}
 
     def target(self, trainer: pl.Trainer) -> Path:
         """The folder that `fit` ends with."""
@@ -56,13 +58,15 @@ class HFExport(Callback):
         target = self.target(trainer)
         if target.exists() and any(target.iterdir()) and not _is_ours(target):
             raise UserError(f"HFExport: '{target}' exists and is no export of this package; choose another dirpath")
+        self._stamps = trainer.strategy.broadcast(_checkpoint_stamps(trainer))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Export the final weights."""
-        if trainer.interrupted:
+        """Export the final weights; a `fast_dev_run` leaves nothing behind."""
+        if trainer.fast_dev_run:
             return
         self._export_with_checkpoints(trainer, pl_module)
         self.export(trainer, pl_module, self.target(trainer))
+        rank_zero_info(f"exported to '{self.target(trainer)}'")
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
         """Note that the next hook has a checkpoint to go with."""
@@ -76,18 +80,17 @@ class HFExport(Callback):
         if not (self.with_checkpoints and self._checkpoint_written):
             return
         self._checkpoint_written = False
-        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
-        folders = {Path(c.dirpath) for c in callbacks if c.dirpath}
-        kept = trainer.strategy.broadcast(sorted(str(path) for folder in folders for path in folder.glob("*.ckpt")))
-        for checkpoint in kept:
-            folder = Path(checkpoint[: -len(".ckpt")] + "-hf")
-            written = trainer.strategy.broadcast(folder.exists())
-            if not written or checkpoint in [c.last_model_path for c in callbacks]:
-                self.export(trainer, pl_module, folder)
+        stamps = trainer.strategy.broadcast(_checkpoint_stamps(trainer))
+        for checkpoint, stamp in stamps.items():
+            if self._stamps.get(checkpoint) != stamp:
+                self.export(trainer, pl_module, Path(checkpoint[: -len(".ckpt")] + "-hf"))
         if trainer.is_global_zero:
-            for folder in (f for parent in folders for f in parent.glob("*-hf")):
-                if not folder.with_name(folder.name[: -len("-hf")] + ".ckpt").exists() and _is_ours(folder):
+            for folder in (
+                folder for parent in {Path(name).parent for name in stamps} for folder in parent.glob("*-hf")
+            ):
+                if str(folder)[: -len("-hf")] + ".ckpt" not in stamps and _is_ours(folder):
                     shutil.rmtree(folder)
+        self._stamps = stamps
 
     def export(self, trainer: pl.Trainer, pl_module: Any, folder: Path) -> None:
         """Write one folder. Every process must call it.
@@ -103,15 +106,33 @@ class HFExport(Callback):
             return
         new = folder.with_name(folder.name + ".partial")
         shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        model.save_pretrained(new, state_dict=_cast(weights, self.dtype))
-        pl_module.tokenizer.save_pretrained(new)
-        if model.can_generate():
-            _generation_config(model, pl_module.tokenizer).save_pretrained(new)
-        (new / _CARD).write_text(model_card(trainer, pl_module), encoding="utf-8")
+        try:
+            self._write(trainer, pl_module, weights, new)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _write(self, trainer: pl.Trainer, pl_module: Any, weights: dict[str, Tensor], folder: Path) -> None:
+        folder.mkdir(parents=True)
+        model = pl_module.export_model
+        model.save_pretrained(folder, state_dict=_cast(weights, self.dtype))
+        pl_module.tokenizer.save_pretrained(folder)
+        if model.can_generate():
+            _generation_config(model, pl_module.tokenizer).save_pretrained(folder)
+        (folder / _CARD).write_text(model_card(trainer, pl_module), encoding="utf-8")
+
+
+def _checkpoint_stamps(trainer: pl.Trainer) -> dict[str, int]:
+    """When each checkpoint that is there, a file or DeepSpeed's folder, was written."""
+    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    kept = sorted({path for c in callbacks if c.dirpath for path in Path(c.dirpath).glob("*.ckpt")})
+    return {str(path): max(part.stat().st_mtime_ns for part in (path, *path.rglob("*"))) for path in kept}
 
 
 def _cast(weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
@@ -159,7 +180,7 @@ def model_card(trainer: pl.Trainer, pl_module: Any) -> str:
 
 # {stage} export
 
-Made by [{_MARK}]: stage `{stage}`, started from `{pl_module.model_name_or_path}`, after {trainer.global_step} optimizer
+Made by `{_MARK}`: stage `{stage}`, started from `{pl_module.model_name_or_path}`, after {trainer.global_step} optimizer
 steps. Versions: rlhf-lightning {__version__}, torch {torch.__version__}, transformers {transformers.__version__}.
 
 ## Settings
@@ -175,10 +196,23 @@ steps. Versions: rlhf-lightning {__version__}, torch {torch.__version__}, transf
 
 
 def _settings(configured: Any) -> dict[str, Any]:
-    """The constructor's arguments, as far as the object keeps them under their names."""
-    names = inspect.signature(type(configured).__init__).parameters
-    kept = {name: getattr(configured, name) for name in names if hasattr(configured, name)}
-    return {name: _plain(value) for name, value in kept.items()}
+    """The constructor's arguments, as far as the object keeps them, under their names."""
+    settings = {}
+    for name in inspect.signature(type(configured).__init__).parameters:
+        owner = configured if hasattr(configured, name) else getattr(configured, "limits", None)
+        value = getattr(owner, name, None)
+        if name == "optimizer":
+            settings[name] = _optimizer_settings(value)
+        elif name not in ("self", "tokenizer") and value is not None:
+            settings[name] = _plain(value)
+    return settings
+
+
+def _optimizer_settings(make_optimizer: Any) -> dict[str, Any]:
+    """What an optimizer is made with, whether a lambda or the command line makes it."""
+    optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))])
+    plain = {name: _plain(value) for name, value in optimizer.defaults.items() if value is not None}
+    return {"class": type(optimizer).__name__, **plain}
 
 
 def _plain(value: Any) -> Any:
@@ -186,6 +220,8 @@ def _plain(value: Any) -> Any:
         return asdict(value)
     if isinstance(value, list) and len(value) > 20:
         return f"{len(value)} rows given in Python"
+    if isinstance(value, tuple):
+        return list(value)
     if callable(value) or isinstance(value, Path):
         return getattr(value, "__name__", str(value))
     return value

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import BasePredictionWriter
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -29,16 +30,16 @@ class PredictionWriter(BasePredictionWriter):
         return target.with_name(f"{target.name}.rank{rank}")
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make room for this rank's part."""
-        part = self._part(trainer, trainer.global_rank)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text("")
+        """Remove what a killed run may have left of this rank's part."""
+        self._part(trainer, trainer.global_rank).unlink(missing_ok=True)
 
     def write_on_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Any, *args: Any
     ) -> None:
         """Append one batch to this rank's part."""
-        with self._part(trainer, trainer.global_rank).open("a", encoding="utf-8") as file:
+        part = self._part(trainer, trainer.global_rank)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -46,8 +47,9 @@ class PredictionWriter(BasePredictionWriter):
         trainer.strategy.barrier()
         if not trainer.is_global_zero:
             return
-        parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
-        lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+        parts = [part for rank in range(trainer.world_size) if (part := self._part(trainer, rank)).exists()]
+        # Not splitlines: a response may hold other characters that it takes for line ends.
+        lines = [line for part in parts for line in part.read_text(encoding="utf-8").split("\n") if line]
         rows = [json.loads(line) for line in lines]
         unique = {(row["row"], row.get("role", "")): line for row, line in zip(rows, lines, strict=True)}
         target = self._target(trainer)
@@ -56,3 +58,8 @@ class PredictionWriter(BasePredictionWriter):
         joined.replace(target)
         for part in parts:
             part.unlink()
+        rank_zero_info(f"predictions: {len(unique)} rows in '{target}'")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave no half a file."""
+        self._part(trainer, trainer.global_rank).unlink(missing_ok=True)

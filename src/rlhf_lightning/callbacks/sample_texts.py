@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ class SampleTexts(Callback):
         self.sampling = sampling
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Answer before the first step."""
-        self._write(trainer, pl_module)
+        """Answer before the first step; a resumed run has done so."""
+        if trainer.global_step == 0:
+            self._write(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Answer after each validation during training."""
@@ -66,10 +68,18 @@ class SampleTexts(Callback):
             )
         if not trainer.is_global_zero:
             return
-        answers = [f"> {p.strip()}\n\n{t.strip()}\n" for p, t in zip(self.prompts, texts, strict=True)]
-        section = f"## Step {trainer.global_step}\n\n" + "\n---\n\n".join(answers)
+        samples = [_sample(prompt, text) for prompt, text in zip(self.prompts, texts, strict=True)]
+        section = "\n\n".join([f"## Step {trainer.global_step}", *samples])
         log_text(pl_module, "samples", section, trainer.global_step)
         path = Path(self.path) if self.path else Path(trainer.default_root_dir) / "samples.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(section + "\n")
+            file.write(section + "\n\n")
+
+
+def _sample(prompt: str, answer: str) -> str:
+    """Markdown: the prompt quoted, the answer fenced, so that neither can end the section or look like a heading."""
+    quoted = "\n".join(f"> {line}".rstrip() for line in prompt.strip().splitlines())
+    longest = max((len(run) for run in re.findall("`+", answer)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{quoted}\n\n{fence}text\n{answer.strip()}\n{fence}"

@@ -118,7 +118,8 @@ class TextDataModule(pl.LightningDataModule, ABC, Generic[RowT, EncodedT]):
     def prepare_data(self) -> None:
         """Fetch what comes from the hub once, before every process reads it from its cache."""
         load_tokenizer(self._tokenizer_source, self.trust_remote_code)
-        for data in (self.data, self.validation_data, self.predict_data):
+        only_predict = self.trainer is not None and self.trainer.predicting and self.predict_data is not None
+        for data in (self.predict_data,) if only_predict else (self.data, self.validation_data, self.predict_data):
             if data is not None and not isinstance(data, list) and not is_local(data):
                 read_rows(data)
 

@@ -1,7 +1,7 @@
 r"""The embedded data set: preferences whose true quality is known, and a tiny model that learns them on a laptop.
 
 Everything is generated from a seed: dialogues in the helpful-and-harmless manner (`toy_grammar`), files of them
-(`write_toy_data`), a tokenizer (`build_toy_tokenizer`) and a Llama of about a million parameters (`write_toy_model`).
+(`write_toy_data`), a tokenizer (`build_toy_tokenizer`) and a Llama of about 570,000 parameters (`write_toy_model`).
 Because `gold_score` knows how good any answer truly is, one can tell whether a reward model learnt the preferences
 and whether PPO made the answers better, or merely fooled the reward model.
 
@@ -40,11 +40,11 @@ from rlhf_lightning.data.toy_grammar import (
 from rlhf_lightning.errors import UserError
 
 LOWEST_SCORE = -4.0
-PREFERENCE_BETA = 1.0
+PREFERENCE_BETA = 1.1
 CONTEXT_LENGTH = 256
 MAX_ROWS = 500_000
 
-_BODY_ROLES = {"advice", "decline", "alternative", "comply"}
+_BODY_ROLES = {"advice", "decline", "alternative", "comply", "drift"}
 
 
 class Verdict(NamedTuple):
@@ -84,7 +84,7 @@ def judge(prompt: str, response: str) -> Verdict:
     return Verdict(
         topic=_topic(request, sentences),
         tone=-1.0 if -1 in tones else 1.0 if 1 in tones else 0.0,
-        waste=_waste(sentences),
+        waste=_waste(request, sentences),
         num_garbled=sum(sentence.role == "unknown" for sentence in sentences),
     )
 
@@ -132,7 +132,7 @@ def gold_margin(row: Mapping[str, str]) -> float:
 
 def _topic(request: Request, sentences: list[Sentence]) -> float:
     body = [sentence for sentence in sentences if sentence.role in _BODY_ROLES]
-    roles = {sentence.role for sentence in body}
+    roles = {sentence.role for sentence in body} - {"drift"}
     if not body or any(sentence.request.thing != request.thing for sentence in body if sentence.request):
         return -2.0
     if request.harmful:
@@ -144,26 +144,29 @@ def _topic(request: Request, sentences: list[Sentence]) -> float:
         return 2.0 if "alternative" in roles else 1.0
     if roles != {"advice"}:
         return -2.0
-    return 2.0 if {sentence.request for sentence in body} == {request} else 0.0
+    return 2.0 if {sentence.request for sentence in body if sentence.role == "advice"} == {request} else 0.0
 
 
-def _waste(sentences: list[Sentence]) -> float:
+def _waste(request: Request, sentences: list[Sentence]) -> float:
     cost = 0.0
     for place, sentence in enumerate(sentences):
         before = sentences[:place]
         if sentence.role == "unknown" or sentence in before:
             cost += 1.0
-        elif not _is_needed(sentence, before, is_last=place == len(sentences) - 1):
+        elif not _is_needed(request, sentence, before, is_last=place == len(sentences) - 1):
             cost += 0.5
     return cost
 
 
-def _is_needed(sentence: Sentence, before: list[Sentence], is_last: bool) -> bool:
+def _is_needed(request: Request, sentence: Sentence, before: list[Sentence], is_last: bool) -> bool:
     if sentence.role == "opener":
         return not before
     if sentence.role == "closer":
         things = {earlier.request.thing for earlier in before if earlier.request}
         return is_last and (sentence.request is None or sentence.request.thing in things)
+    # Announcing another subject belongs to an answer about another subject, whose topic has its price already.
+    if sentence.role == "drift" and sentence.request == Request("", request.thing):
+        return False
     return sentence.role != "filler" and all(earlier.role != sentence.role for earlier in before)
 
 
@@ -299,12 +302,12 @@ def build_toy_tokenizer(texts: Iterable[str], vocab_size: int = 1408) -> PreTrai
 
 
 def toy_config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
-    """The shape of a Llama with about a million parameters for the tokenizer's vocabulary."""
+    """The shape of a Llama with about 570,000 parameters, small enough to learn this data set on a CPU in a minute."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=352,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=CONTEXT_LENGTH,

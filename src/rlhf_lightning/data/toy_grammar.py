@@ -3,8 +3,9 @@
 A request is an action on a thing ("repair the bicycle") or, for a small share, something mildly harmful done to a
 person ("read my sister's diary"). Prompts dress a request in an opening, a form, an owner, an adjective and a detail,
 which gives millions of distinct prompts from a few hundred words. An answer is at most one opener, a body and at most
-one closer, with rambling in between if it is long-winded. Everything an answer may say is a sentence of a finite list,
-so any text can be parsed by looking its sentences up (`parse_answer`).
+one closer, with rambling in between if it is long-winded. An answer that misses the point mostly drifts to its own
+subject in so many words, which lets a very small reward model learn from a few thousand pairs. Everything an answer
+may say is a sentence of a finite list, so any text can be parsed by looking its sentences up (`parse_answer`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rlhf_lightning.data.toy_words import (
     ALTERNATIVES,
     DECLINES,
     DETAILS,
+    DRIFTS,
     EARLIER_TURNS,
     FILLERS,
     FORMS,
@@ -44,13 +46,14 @@ EARLIER_TURN_SHARE = 0.15
 CLOSER_SHARE = 0.75
 OPENING_SHARE = 0.5
 DETAIL_SHARE = 0.5
+DRIFT_SHARE = 0.9
 
 _ADVICE = {action: advice for kind in KINDS for action, advice in kind.actions.items()}
 _THINGS = [(kind, thing) for kind in KINDS for thing in kind.things]
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
-Role = Literal["opener", "advice", "decline", "alternative", "comply", "filler", "closer", "unknown"]
+Role = Literal["opener", "advice", "decline", "alternative", "comply", "drift", "filler", "closer", "unknown"]
 
 
 class Request(NamedTuple):
@@ -82,8 +85,8 @@ class Sentence(NamedTuple):
     """What one sentence of an answer does.
 
     Attributes:
-        role: its place in an answer; `alternative` is the better idea that follows a refusal, `unknown` is any text
-            outside the language, unfinished sentences included.
+        role: its place in an answer; `alternative` is the better idea that follows a refusal, `drift` changes the
+            subject, `unknown` is any text outside the language, unfinished sentences included.
         text: the sentence itself.
         tone: +1 polite, -1 rude, 0 neither.
         request: what the sentence speaks about, if anything; one that names a thing but no action has an empty action.
@@ -140,7 +143,8 @@ def draw_prompt(rng: random.Random) -> tuple[str, Request]:
 def draw_answer(rng: random.Random, request: Request, traits: Traits) -> str:
     """Draw an answer with the given qualities, without a leading space.
 
-    Off topic is advice about another thing; for a harmful request it is, half of the time, to comply.
+    Off topic is advice about another thing, mostly after a sentence that drifts to it; for a harmful request it is,
+    half of the time, to comply.
     """
     body, topic = _draw_body(rng, request, traits.on_topic)
     if not traits.polite:
@@ -167,10 +171,12 @@ def _draw_body(rng: random.Random, request: Request, on_topic: bool) -> tuple[st
             return HARMS[action].format(p=person), person
         decline = rng.choice(DECLINES).format(r=_second_person(*request), p=person)
         return f"{decline} {rng.choice(ALTERNATIVES).format(p=person)}", person
+    drift = ""
     if not on_topic:
         kind, thing = _draw_thing(rng, other_than=thing)
         action = rng.choice(list(kind.actions))
-    return rng.choice(_ADVICE[action]).format(o=f"the {thing}"), f"the {thing}"
+        drift = f"{rng.choice(DRIFTS)} " if rng.random() < DRIFT_SHARE else ""
+    return drift + rng.choice(_ADVICE[action]).format(o=f"the {thing}"), f"the {thing}"
 
 
 @lru_cache(maxsize=1)
@@ -200,11 +206,12 @@ def _all_sentences() -> Iterator[Sentence]:
 
 
 def _sentences_around(thing: str, spoken: str) -> Iterator[Sentence]:
-    """Closers and fillers that name a thing, or with an empty thing those that name none."""
+    """Closers, fillers and drifts that name a thing, or with an empty thing those that name none."""
     tables: tuple[tuple[Role, int, tuple[str, ...]], ...] = (
         ("closer", 1, (*POLITE_CLOSERS, *KIND_CLOSERS)),
         ("closer", -1, RUDE_CLOSERS),
         ("filler", 0, FILLERS),
+        ("drift", 0, DRIFTS),
     )
     for role, tone, texts in tables:
         for text in texts:

@@ -25,7 +25,7 @@ class Kind(NamedTuple):
 
 KINDS = (
     Kind(
-        ("bicycle", "radio", "lamp", "clock", "guitar", "camera", "umbrella", "kettle"),
+        ("bicycle", "radio", "lamp", "clock", "guitar", "camera", "umbrella"),
         ("old", "little", "red", "cheap", "dusty", "heavy"),
         {
             "repair {x}": (
@@ -40,14 +40,10 @@ KINDS = (
                 "To sell {o}, take three clear photos and ask a fair price.",
                 "Show {o} at the market and be honest about its age.",
             ),
-            "pack {x} for a journey": (
-                "To pack {o}, fill every corner of the box with newspaper.",
-                "Wrap {o} in a thick blanket and put it in a strong box.",
-            ),
         },
     ),
     Kind(
-        ("soup", "curry", "stew", "sauce", "pasta", "risotto", "porridge", "omelette"),
+        ("soup", "curry", "stew", "sauce", "pasta", "risotto", "porridge"),
         ("simple", "spicy", "healthy", "cheap", "famous", "creamy"),
         {
             "cook {x}": (
@@ -62,14 +58,10 @@ KINDS = (
                 "To give {o} more flavour, add lemon juice and black pepper.",
                 "Stir some garlic and a pinch of salt into {o}.",
             ),
-            "serve {x} to guests": (
-                "To serve {o}, warm the plates and put a green leaf on top.",
-                "Bring {o} to the table hot, with bread and a big spoon.",
-            ),
         },
     ),
     Kind(
-        ("rose", "cactus", "fern", "orchid", "tulip", "sunflower", "lavender", "ivy"),
+        ("rose", "cactus", "fern", "orchid", "tulip", "sunflower", "lavender"),
         ("old", "little", "tall", "wild", "young", "pretty"),
         {
             "water {x}": (
@@ -84,14 +76,10 @@ KINDS = (
                 "To protect {o} from frost, cover its roots with straw.",
                 "Bring {o} inside before the first cold night.",
             ),
-            "make {x} grow faster": (
-                "To make {o} grow faster, feed it in spring and turn it to the sun.",
-                "Move {o} to a bright window and cut away the dead leaves.",
-            ),
         },
     ),
     Kind(
-        ("puppy", "kitten", "parrot", "rabbit", "hamster", "pony", "goat", "duck"),
+        ("puppy", "kitten", "parrot", "rabbit", "hamster", "pony", "goat"),
         ("noisy", "little", "shy", "hungry", "young", "clever"),
         {
             "feed {x}": (
@@ -106,14 +94,10 @@ KINDS = (
                 "To calm {o}, turn off the lights and speak in a low voice.",
                 "Give {o} a quiet corner with a soft blanket.",
             ),
-            "wash {x}": (
-                "To wash {o}, use warm water and a mild soap.",
-                "Stand {o} in a shallow bath and keep its ears dry.",
-            ),
         },
     ),
     Kind(
-        ("kitchen", "bedroom", "attic", "garage", "office", "balcony", "bathroom", "cellar"),
+        ("kitchen", "bedroom", "attic", "garage", "office", "balcony", "bathroom"),
         ("tiny", "dark", "messy", "cold", "empty", "dusty"),
         {
             "tidy {x}": (
@@ -128,14 +112,10 @@ KINDS = (
                 "To heat {o}, close every gap and hang up thick curtains.",
                 "Put a rug in {o} and a small heater near the door.",
             ),
-            "paint {x}": (
-                "To paint {o}, cover the floor and use two thin coats.",
-                "Wash the walls of {o} first and start at the top.",
-            ),
         },
     ),
     Kind(
-        ("picnic", "party", "wedding", "concert", "barbecue", "festival", "reunion", "parade"),
+        ("picnic", "party", "wedding", "concert", "barbecue", "festival", "reunion"),
         ("small", "big", "cheap", "secret", "summer", "yearly"),
         {
             "plan {x}": (
@@ -149,10 +129,6 @@ KINDS = (
             "save money on {x}": (
                 "To save money on {o}, borrow the chairs and cook at home.",
                 "Hold {o} in a public garden and share the costs.",
-            ),
-            "find music for {x}": (
-                "To find music for {o}, ask a local band to play for an hour.",
-                "Let every guest of {o} choose one happy song.",
             ),
         },
     ),
@@ -182,6 +158,14 @@ ALTERNATIVES = (
 )
 
 OWNERS = ("my", "our", "my sister's", "my uncle's", "my neighbour's", "my grandmother's")
+# How an answer that misses the point comes to its own subject.
+DRIFTS = (
+    "But let us talk about {o} instead.",
+    "I would rather talk about {o}.",
+    "By the way, I was just thinking of {o}.",
+    "Let me tell you about {o} instead.",
+)
+
 OPENINGS = ("Hello! ", "Hi there. ", "Quick question. ", "Excuse me. ", "I need some help. ")
 FORMS = (
     "How do I {r}?",

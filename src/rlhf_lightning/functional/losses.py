@@ -176,6 +176,8 @@ def ppo_value_loss(
     Returns:
         The summed loss, a scalar, and the sum over tokens of `clip_fraction`.
     """
+    # As above: what lies under a False must not reach the gradient either.
+    values, returns = torch.where(response_mask, values, 0), torch.where(response_mask, returns, 0)
     error = (values - returns) ** 2
     if clip_range is None:
         return 0.5 * masked_sum(error, response_mask), {"clip_fraction": torch.zeros_like(error).sum()}

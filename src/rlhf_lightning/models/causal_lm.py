@@ -5,6 +5,7 @@ Notation: B batch, T padded length, R padded response length, D hidden size, V v
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional import entropy, token_logprobs
-from rlhf_lightning.models.folders import check_model_folder, read_config
+from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
 
 
 def load_causal_lm(
@@ -45,8 +46,10 @@ def load_causal_lm(
 
             model: Any = AutoPeftModelForCausalLM.from_pretrained(name, **kwargs).merge_and_unload()
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError) as e:
+            model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+            if info["missing_keys"]:
+                raise ValueError(f"its weights lack {min(info['missing_keys'])}, which would be random")
+    except LOADING_ERRORS as e:
         raise UserError(f"no language model could be loaded from '{name}': {str(e).strip().splitlines()[0]}") from e
     if not dropout:
         disable_dropout(model)
@@ -56,18 +59,31 @@ def load_causal_lm(
 def disable_dropout(model: nn.Module) -> None:
     """Turn off every dropout of a model, whatever its config calls it.
 
-    Functional dropout reads a number from the module that applies it (`attention_dropout`, `dropout`, `layerdrop`), so
-    those attributes are set too.
+    Functional dropout reads a number from the module that applies it (`attention_dropout`, `layerdrop`), so those
+    attributes are set too. A layer that reads its config on every call (Falcon) gets a config of its own, so that the
+    model's config still says what was asked for and is saved so.
 
     Args:
         model: changed in place.
     """
+    quiet: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "layerdrop", "activation_dropout", "hidden_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for name in _dropout_numbers(module):
+            setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        if isinstance(module, PreTrainedModel) or config is None or not _dropout_numbers(config):
+            continue
+        if id(config) not in quiet:
+            quiet[id(config)] = copy.copy(config)
+            for name in _dropout_numbers(config):
+                setattr(quiet[id(config)], name, 0.0)
+        module.config = quiet[id(config)]
+
+
+def _dropout_numbers(owner: Any) -> list[str]:
+    return [name for name, value in vars(owner).items() if "drop" in name and isinstance(value, float) and value]
 
 
 def freeze(model: nn.Module) -> None:

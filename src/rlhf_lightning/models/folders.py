@@ -7,7 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from rlhf_lightning.errors import UserError
+
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+"""What `from_pretrained` raises over files that are missing, cut short, or do not fit their config."""
 
 
 def looks_local(name_or_path: str | os.PathLike[str]) -> bool:

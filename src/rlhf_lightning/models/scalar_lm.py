@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional import scores_at_end
 from rlhf_lightning.models.causal_lm import disable_dropout, hidden_states, response_hidden
-from rlhf_lightning.models.folders import check_model_folder, read_config
+from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
 
 CALIBRATION = "reward_calibration"
 """Key of `config.json` under which mean and standard deviation of the raw scores are recorded."""
@@ -112,9 +112,16 @@ def _load(name: str, dropout: bool, trust_remote_code: bool) -> tuple[ScalarLM, 
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as e:
+        if missing := {key for key in info["missing_keys"] if not key.startswith("score.")}:
+            raise ValueError(f"its weights lack {min(missing)}, which would be random")
+    except LOADING_ERRORS as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"no model with a scalar head could be loaded from '{name}': {reason}") from e
+    if getattr(model, "_hf_peft_config_loaded", False):  # its base would stay frozen, its head random
+        raise UserError(
+            f"'{name}' is a PEFT adapter; a model with a scalar head needs a whole model folder, so merge the adapter "
+            "into its base and save that"
+        )
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(
             f"'{name}' ({type(model).__name__}) has no linear head named 'score'; this family is not supported"
@@ -129,9 +136,9 @@ def _whole(weight: nn.Parameter) -> Iterator[nn.Parameter]:
     if not hasattr(weight, "ds_id"):
         yield weight
         return
-    from deepspeed.zero import GatheredParameters  # split by ZeRO-3: the first rank writes, all receive
+    import deepspeed
 
-    with GatheredParameters([weight], modifier_rank=0):
+    with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):  # ZeRO-3: the first rank writes, all receive
         yield weight
 
 

@@ -36,6 +36,8 @@ def load_tokenizer(
         tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:
         reason = str(e).strip().splitlines()[0]
+        if looks_local(name) and not (Path(name) / "tokenizer.json").is_file():
+            reason = "it has no tokenizer.json; save the tokenizer beside the model"
         raise UserError(f"no tokenizer could be loaded from '{name}': {reason}") from e
     return tokenizer
 

@@ -82,16 +82,20 @@ def configure_optimizer(module: Any, optimizer: Optimizer, steps_per_batch: int 
 
 
 def response_rows(prompts: PromptBatch, generation: Generation, texts: list[str]) -> list[dict[str, Any]]:
-    """Answers as `predict` returns them: `row`, `prompt`, `response` and `ended` (False where cut at the limit).
+    """Answers as `predict` returns them: `row`, `prompt`, `response`, `ended` and `tokens`.
+
+    `ended` is False where the response was cut at the limit; `tokens` is its length, the EOS included.
 
     Args:
         prompts: the prompts.
         generation: their responses.
         texts: the responses as text.
     """
-    columns = (prompts.row_ids.tolist(), prompts.prompts, texts, generation.ended.tolist())
-    rows = zip(*columns, strict=True)
-    return [{"row": row, "prompt": p, "response": text.strip(), "ended": ended} for row, p, text, ended in rows]
+    names = ("row", "prompt", "response", "ended", "tokens")
+    lengths = generation.response_mask.sum(dim=1).tolist()
+    stripped = [text.strip() for text in texts]
+    columns = (prompts.row_ids.tolist(), prompts.prompts, stripped, generation.ended.tolist(), lengths)
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def run_seed(module: Any) -> int:
@@ -124,6 +128,23 @@ def drop_frozen_weights(module: pl.LightningModule, checkpoint: dict[str, Any]) 
         del weights[name]
 
 
+def load_run_state(module: pl.LightningModule, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What `save_run_state` wrote, once the checkpoint's weights are known to fit.
+
+    Args:
+        module: the stage, its models loaded.
+        checkpoint: Lightning's.
+
+    Raises:
+        UserError: the checkpoint is not of this package, or of another model or stage.
+    """
+    check_trained_weights(module, checkpoint)
+    if "rlhf_lightning" not in checkpoint:
+        raise UserError("the checkpoint was not made by this package; resume from one of its own")
+    state: dict[str, Any] = checkpoint["rlhf_lightning"]
+    return state
+
+
 def check_trained_weights(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Refuse a checkpoint that lacks trained weights; without strict loading they would silently stay as they are.
 
@@ -132,14 +153,19 @@ def check_trained_weights(module: pl.LightningModule, checkpoint: dict[str, Any]
         checkpoint: Lightning's.
 
     Raises:
-        UserError: names a weight that is missing or unknown.
+        UserError: names a weight that is missing, unknown or of another shape.
     """
     weights = checkpoint.get("state_dict")
     if not weights:
         return
     trained = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
-    known = set(module.state_dict())
+    known = module.state_dict()
+    reason = "it was made with another model or stage"
     if missing := sorted(trained - weights.keys()):
-        raise UserError(f"the checkpoint has no weight '{missing[0]}': it was made with another model or stage")
-    if unknown := sorted(weights.keys() - known):
-        raise UserError(f"the checkpoint's weight '{unknown[0]}' is unknown: it was made with another model or stage")
+        raise UserError(f"the checkpoint has no weight '{missing[0]}': {reason}")
+    if unknown := sorted(weights.keys() - known.keys()):
+        raise UserError(f"the checkpoint's weight '{unknown[0]}' is unknown: {reason}")
+    for name in sorted(trained):
+        if weights[name].shape != known[name].shape:
+            shapes = f"{list(weights[name].shape)}, not {list(known[name].shape)}"
+            raise UserError(f"the checkpoint's weight '{name}' has the shape {shapes}: {reason}")

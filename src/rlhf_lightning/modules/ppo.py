@@ -38,9 +38,9 @@ from rlhf_lightning.models.scalar_lm import ScalarLM, load_reward_model, new_sca
 from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.modules.common import (
     check_batch_sizes,
-    check_trained_weights,
     configure_optimizer,
     drop_frozen_weights,
+    load_run_state,
     log_metrics,
     name_rows,
     response_rows,
@@ -125,7 +125,7 @@ class PPOModule(pl.LightningModule):
         if sampling.temperature == 0:
             raise UserError("PPO learns from sampled responses: sampling.temperature must be above 0")
         self.automatic_optimization = False
-        self.strict_loading = False  # frozen weights are not in the checkpoint; check_trained_weights sees to the rest
+        self.strict_loading = False  # frozen weights are not in the checkpoint; load_run_state sees to the rest
         self.model_name_or_path = model_name_or_path
         self.reward = reward
         self.value_name_or_path = value_name_or_path
@@ -219,7 +219,7 @@ class PPOModule(pl.LightningModule):
             )
         experience, metrics = self.rollout(prompts)
         started = time.perf_counter()
-        lr = learning_rates(self.optimizers())  # type: ignore[arg-type]
+        lr = learning_rates(self.optimizers())
         order = generator("cpu", run_seed(self), "minibatches", self.iteration, self.global_rank)
         updates: list[dict[str, Tensor]] = []
         total = self.ppo_epochs * self.rollout_batch_size // self.minibatch_size
@@ -398,7 +398,7 @@ class PPOModule(pl.LightningModule):
         """Answer prompts and score the answers.
 
         Returns:
-            For each prompt `row`, `prompt`, `response`, `ended` and `score`.
+            For each prompt `row`, `prompt`, `response`, `ended`, `tokens` and `score`.
         """
         random = generator(self.device, run_seed(self), "predict", batch_idx, self.global_rank)
         generation, texts = self._respond(prompts, random)
@@ -417,8 +417,7 @@ class PPOModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the run that wrote the checkpoint was."""
         self.configure_model()
-        check_trained_weights(self, checkpoint)
-        self._run_state = state = checkpoint["rlhf_lightning"]
+        self._run_state = state = load_run_state(self, checkpoint)
         self.iteration = state["iteration"]
         self.kl_controller.coef = state["kl_coef"]
         self.score_moments = RunningMoments(**state["score_moments"])

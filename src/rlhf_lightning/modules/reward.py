@@ -35,6 +35,7 @@ from rlhf_lightning.models.tokenizer import load_tokenizer, own_pad_token
 from rlhf_lightning.modules.common import (
     check_batch_sizes,
     configure_optimizer,
+    load_run_state,
     log_metrics,
     name_rows,
     run_seed,
@@ -175,7 +176,7 @@ class RewardModule(pl.LightningModule):
                 accumulation.backward(losses.sum() / num_pairs)
                 right = (pairs["margin"] > 0).float()
                 sums += torch.stack([right.sum(), *(values.sum() for values in pairs.values())])
-        lr = learning_rates(self.optimizers())[0]  # type: ignore[arg-type]
+        lr = learning_rates(self.optimizers())[0]
         grad_norm = accumulation.step(context=name_rows(batch.row_ids))
         means = sum_over_ranks(self, sums) / num_pairs
         names = ("accuracy", "chosen_score", "rejected_score", "margin")
@@ -232,6 +233,8 @@ class RewardModule(pl.LightningModule):
         """Calibrate the final weights, unless the last validation has just done so."""
         if self._calibrated_at == self.trainer.global_step:
             return
+        if self.trainer.val_dataloaders is None and self.trainer.enable_validation:
+            self._load_validation_data()
         loader = self.trainer.val_dataloaders
         if not loader:
             rank_zero_warn("no validation data: the reward model's scores stay uncalibrated (mean 0, std 1)")
@@ -243,6 +246,12 @@ class RewardModule(pl.LightningModule):
                 chosen, _ = self.pair_scores(on_device)
                 self.held_out_scores.update(scores_at_end(chosen, on_device.chosen_mask))
             self._calibrate()
+
+    def _load_validation_data(self) -> None:
+        """What Lightning does before a run's first validation, for runs that end without one."""
+        self.trainer.validating = True
+        self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        self.trainer.training = True
 
     def _calibrate(self) -> None:
         """Measure the held-out scores that were collected, and remember one sequence as a probe."""
@@ -282,7 +291,7 @@ class RewardModule(pl.LightningModule):
         """Go on where the run that wrote the checkpoint was."""
         self.configure_model()
         assert self.scalar is not None
-        self._run_state = checkpoint["rlhf_lightning"]
+        self._run_state = load_run_state(self, checkpoint)
         self.scalar.calibration = Calibration(**self._run_state["calibration"])
         self._calibrated_at = self._run_state["calibrated_at"]
         self._head_is_random = False

@@ -25,6 +25,7 @@ from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.modules.common import (
     check_batch_sizes,
     configure_optimizer,
+    load_run_state,
     log_metrics,
     name_rows,
     response_rows,
@@ -140,7 +141,7 @@ class SFTModule(pl.LightningModule):
                 loss_sum, nll_sum = self.loss_sums(micro_batch)
                 accumulation.backward(loss_sum / num_targets)
                 nll += nll_sum / num_targets
-        lr = learning_rates(self.optimizers())[0]  # type: ignore[arg-type]
+        lr = learning_rates(self.optimizers())[0]
         grad_norm = accumulation.step(context=name_rows(batch.row_ids))
         num_tokens = sum_over_ranks(self, batch.attention_mask.sum())
         metrics = {
@@ -178,7 +179,7 @@ class SFTModule(pl.LightningModule):
         """Answer prompts.
 
         Returns:
-            For each prompt `row`, `prompt`, `response` (text) and `ended` (False where it was cut at the limit).
+            For each prompt `row`, `prompt`, `response`, `ended` (False where it was cut at the limit) and `tokens`.
         """
         assert self.tokenizer is not None
         random = generator(self.device, run_seed(self), "predict", batch_idx, self.global_rank)
@@ -193,4 +194,5 @@ class SFTModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the random numbers of the run that wrote the checkpoint."""
-        self._run_state = checkpoint["rlhf_lightning"]
+        self.configure_model()
+        self._run_state = load_run_state(self, checkpoint)

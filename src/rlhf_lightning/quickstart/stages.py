@@ -1,0 +1,230 @@
+"""The three stages on the embedded data, through the modules, data modules and Trainer that users get."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+from rlhf_lightning.callbacks import HFExport, SampleTexts, StageProgressBar
+from rlhf_lightning.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
+from rlhf_lightning.data.toy import ToyPaths, gold_score
+from rlhf_lightning.models.generation import Sampling
+from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
+from rlhf_lightning.ppo_settings import KLPenalty, ScoreShaping
+
+SAMPLING = Sampling(temperature=1.0, max_new_tokens=72)
+MAX_LENGTH = 160
+
+
+class StageResult(NamedTuple):
+    """What a stage leaves behind.
+
+    Attributes:
+        export: its Hugging Face folder.
+        log: CSV of everything it logged.
+        metrics: the last value of everything it logged.
+        seconds: wall time.
+    """
+
+    export: Path
+    log: Path
+    metrics: dict[str, float]
+    seconds: float
+
+
+class GoldCurve(Callback):
+    """Scores the validation answers of PPO by gold, which training never sees.
+
+    Attributes:
+        points: KL to the reference (nats per response), mean reward-model score and mean gold score, one row for each
+            validation.
+    """
+
+    def __init__(self) -> None:
+        self.points: list[tuple[float, float, float]] = []
+        self._gold: list[float] = []
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Score one batch of answers."""
+        self._gold += [gold_score(p, r) for p, r in zip(outputs["prompts"], outputs["responses"], strict=True)]
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the means."""
+        metrics = trainer.callback_metrics
+        self.points.append((float(metrics["val/kl"]), float(metrics["val/score"]), sum(self._gold) / len(self._gold)))
+        self._gold = []
+
+
+def _trainer(folder: Path, callbacks: list[Callback], **options: Any) -> pl.Trainer:
+    return pl.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        logger=[CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="", version="")],
+        callbacks=[StageProgressBar(leave=True), HFExport(), *callbacks],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        **options,
+    )
+
+
+def _fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule) -> StageResult:
+    started = time.perf_counter()
+    trainer.fit(module, data)
+    folder = Path(trainer.default_root_dir)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return StageResult(folder / "export", folder / "metrics.csv", metrics, time.perf_counter() - started)
+
+
+def train_sft(base: Path, data: ToyPaths, folder: Path, seed: int) -> StageResult:
+    """Fine-tune a random model on a mixture of good and bad answers.
+
+    Args:
+        base: folder of the untrained model.
+        data: the embedded data.
+        folder: where the run lives.
+        seed: of all random numbers.
+    """
+    pl.seed_everything(seed, verbose=False)
+    module = SFTModule(
+        str(base),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0),
+        warmup_steps=20,
+        sampling=SAMPLING,
+    )
+    datamodule = InstructionDataModule(
+        str(base), data.sft, max_length=MAX_LENGTH, validation_split=0.02, batch_size=32, eval_batch_size=128, seed=seed
+    )
+    samples = SampleTexts(["\n\nHuman: How do I repair my old bicycle?\n\nAssistant:"])
+    return _fit(_trainer(folder, [samples], max_epochs=1, val_check_interval=0.25), module, datamodule)
+
+
+def train_reward(sft: Path, data: ToyPaths, folder: Path, seed: int) -> StageResult:
+    """Learn from noisy preferences which answer is better.
+
+    Args:
+        sft: export of the SFT stage.
+        data: the embedded data.
+        folder: where the run lives.
+        seed: of all random numbers.
+    """
+    pl.seed_everything(seed, verbose=False)
+    module = RewardModule(
+        str(sft),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=7e-4, betas=(0.9, 0.95), weight_decay=0.0),
+        warmup_steps=20,
+    )
+    datamodule = PreferenceDataModule(
+        str(sft),
+        data.preferences,
+        validation_data=data.preferences_validation,
+        max_length=MAX_LENGTH,
+        batch_size=32,
+        eval_batch_size=64,
+        seed=seed,
+    )
+    return _fit(_trainer(folder, [], max_epochs=1, val_check_interval=0.25), module, datamodule)
+
+
+def train_ppo(sft: Path, reward: Path, data: ToyPaths, folder: Path, seed: int) -> tuple[StageResult, GoldCurve]:
+    """Improve the SFT model against the reward model.
+
+    Args:
+        sft: export of the SFT stage.
+        reward: export of the reward stage.
+        data: the embedded data.
+        folder: where the run lives.
+        seed: of all random numbers.
+    """
+    pl.seed_everything(seed, verbose=False)
+    module = PPOModule(
+        str(sft),
+        str(reward),
+        sampling=SAMPLING,
+        rollout_batch_size=64,
+        minibatch_size=32,
+        ppo_epochs=2,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4, eps=1e-5, weight_decay=0.0),
+        lr_schedule="linear",
+        kl=KLPenalty(coef=0.05),
+        score=ScoreShaping(missing_eos_penalty=1.0),
+    )
+    datamodule = PromptDataModule(
+        str(sft),
+        data.prompts,
+        validation_data=data.prompts_heldout,
+        max_prompt_length=MAX_LENGTH - SAMPLING.max_new_tokens,
+        rollout_batch_size=module.rollout_batch_size,
+        eval_batch_size=128,
+        seed=seed,
+    )
+    curve = GoldCurve()
+    options = {"limit_train_batches": 40, "max_epochs": 1, "val_check_interval": 5, "limit_val_batches": 1}
+    return _fit(_trainer(folder, [curve], **options), module, datamodule), curve
+
+
+def answer(policy: Path, reward: Path, prompts: Path) -> list[dict[str, Any]]:
+    """Answer prompts and score the answers, by the reward model and by gold.
+
+    Args:
+        policy: folder of a language model.
+        reward: folder of the reward model.
+        prompts: file of prompts.
+
+    Returns:
+        For each prompt `prompt`, `response`, `ended`, `tokens`, `score` and `gold`.
+    """
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[StageProgressBar()],
+    )
+    module = PPOModule(str(policy), str(reward), sampling=SAMPLING, rollout_batch_size=128, minibatch_size=128)
+    datamodule = PromptDataModule(
+        str(policy),
+        predict_data=prompts,
+        max_prompt_length=MAX_LENGTH - SAMPLING.max_new_tokens,
+        rollout_batch_size=128,
+    )
+    batches: Any = trainer.predict(module, datamodule)
+    rows = [row for batch in batches for row in batch]
+    return [{**row, "gold": gold_score(row["prompt"], row["response"])} for row in rows]
+
+
+def gold_accuracy(reward: Path, pairs: Path) -> float:
+    """Share of pairs that the reward model orders as gold does; pairs that gold ties do not count.
+
+    Args:
+        reward: folder of the reward model.
+        pairs: file with `prompt`, `chosen` and `rejected`.
+    """
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[StageProgressBar()],
+    )
+    datamodule = PreferenceDataModule(str(reward), predict_data=pairs, max_length=MAX_LENGTH, eval_batch_size=128)
+    batches: Any = trainer.predict(RewardModule(str(reward)), datamodule)
+    sides: dict[int, dict[str, Any]] = {}
+    for row in (row for batch in batches for row in batch):
+        sides.setdefault(row["row"], {})[row["role"]] = row
+    right = []
+    for pair in sides.values():
+        chosen, rejected = pair["chosen"], pair["rejected"]
+        gold = gold_score(chosen["prompt"], chosen["response"]) - gold_score(rejected["prompt"], rejected["response"])
+        if gold:
+            right.append((chosen["score"] > rejected["score"]) == (gold > 0))
+    return sum(right) / len(right)

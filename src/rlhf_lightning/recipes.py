@@ -1,0 +1,95 @@
+"""Where config files are found, and what a broken one is told; nothing here is slow to import."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_lightning.errors import UserError
+
+RECIPES = next(
+    folder for folder in (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs") if folder.is_dir()
+)
+"""The recipes: inside the installed package, or at the top of a checkout."""
+
+
+def recipe_names() -> list[str]:
+    """Every recipe of the package, as it is named on the command line."""
+    return sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml"))
+
+
+def find_recipe(name: str) -> str:
+    """Path of a config file: as given from the working folder, else among the package's recipes.
+
+    Args:
+        name: a path.
+
+    Raises:
+        UserError: it is in neither place.
+    """
+    for candidate in (Path(name), RECIPES / name):
+        if candidate.is_file():
+            return str(candidate)
+    raise UserError(f"config '{name}' is neither in the working folder nor a recipe ({', '.join(recipe_names())})")
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The keys and values of a config file.
+
+    Args:
+        path: a YAML or JSON file that exists.
+
+    Raises:
+        UserError: it is no YAML, or no mapping.
+    """
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as e:
+        raise UserError(f"config '{path}' is no text file; pass a YAML file") from e
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        reason = getattr(e, "problem", None) or str(e)
+        raise UserError(f"config '{path}'{place}: broken YAML ({' '.join(reason.split())})") from e
+    if not isinstance(config, dict):
+        raise UserError(f"config '{path}' holds no 'key: value' lines; pass a recipe such as sft.yaml")
+    return config
+
+
+def resolve_recipes(args: Sequence[str]) -> list[str]:
+    """Put the config files first, by the paths they are found at, so that options win over them wherever they stand.
+
+    Args:
+        args: words of the command line.
+
+    Raises:
+        UserError: a config file is missing or broken, or a `--config` at the end names none.
+    """
+    configs: list[str] = []
+    others: list[str] = []
+    words = iter(args)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in ("--config", "-c"):
+            others.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if not value:
+            raise UserError(f"{name} names no file; pass a recipe ({', '.join(recipe_names())})")
+        path = find_recipe(value)
+        read_config(path)
+        configs.append(f"--config={path}")
+    return configs + others
+
+
+def config_paths(options: Sequence[str]) -> list[str]:
+    """The config files among words that `resolve_recipes` gave, in order.
+
+    Example:
+        >>> config_paths(["--config=sft.yaml", "--config=cpu.yaml", "--trainer.max_steps", "3"])
+        ['sft.yaml', 'cpu.yaml']
+    """
+    return [word.removeprefix("--config=") for word in options if word.startswith("--config=")]

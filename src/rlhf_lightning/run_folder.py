@@ -1,0 +1,84 @@
+"""What belongs to a run as a whole: its config beside its checkpoints, a clean start, a word when it is stopped."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.cli import LightningArgumentParser, SaveConfigCallback
+
+from rlhf_lightning.errors import UserError
+
+_TRACES = ("events.out.tfevents.*", "config.yaml", "hparams.yaml")
+_LEFTOVERS = ("checkpoints/*.ckpt", "checkpoints/*-hf", "samples.md", "events.out.tfevents.*")
+
+
+class RunFolder(SaveConfigCallback):
+    """Looks after the `default_root_dir` of a `fit`.
+
+    The saved config describes the run, not how it was started: `--ckpt_path` and `--overwrite` are left out, so that
+    `rlhf fit --config runs/x/config.yaml` does the same again.
+
+    Args:
+        parser: knows how to write the config.
+        config: the options of the subcommand.
+        **kwargs: as `pytorch_lightning.cli.SaveConfigCallback` takes them; the file is always replaced.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
+        super().__init__(parser, config, **kwargs)
+        root = Path(config.trainer.default_root_dir or ".")
+        starts_anew = config.get("overwrite", False) and config.get("ckpt_path") is None
+        self._present = set(root.iterdir()) if root.is_dir() else None
+        self._leftovers = [path for p in _LEFTOVERS for path in root.glob(p)] if starts_anew else []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Save the config when training starts, and never when a finished run is evaluated."""
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.config.clone()
+        config["ckpt_path"], config["overwrite"] = None, False
+        self.parser.save(config, str(folder / self.config_filename), skip_none=False, overwrite=True, multifile=False)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remove what the earlier run left, now that data and models of the new one have loaded."""
+        if not trainer.is_global_zero:
+            return
+        for path in self._leftovers:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Say after Ctrl-C how to go on; leave no trace of a run that bad input stopped before it began."""
+        if not trainer.is_global_zero or trainer.state.fn is None:
+            return
+        if isinstance(exception, UserError) and trainer.global_step == 0:
+            self._remove_traces(Path(trainer.default_root_dir))
+        if isinstance(exception, KeyboardInterrupt):
+            print(f"\ninterrupted after {trainer.global_step} optimizer steps; {_hint(trainer)}", file=sys.stderr)
+
+    def _remove_traces(self, root: Path) -> None:
+        traces = [path for name in _TRACES for path in root.glob(name) if path not in (self._present or ())]
+        for path in traces:
+            path.unlink()
+        if self._present is None and root.is_dir() and not any(root.iterdir()):
+            root.rmdir()
+
+
+def _hint(trainer: pl.Trainer) -> str:
+    """How to go on after an interruption."""
+    if trainer.state.fn != "fit":
+        return "nothing was written"
+    folders = [Path(c.dirpath) for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
+    checkpoints = [path for folder in folders for path in folder.glob("*.ckpt")]
+    if not checkpoints:
+        return "no checkpoint was saved yet, so start it again"
+    newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
+    return f"resume from '{newest}' by adding --ckpt_path last to the same command"

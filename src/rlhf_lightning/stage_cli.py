@@ -1,0 +1,310 @@
+"""LightningCLI over the stages.
+
+`rlhf fit --config sft.yaml` and its like are LightningCLI in subclass mode. What is added: the tokenizer and the
+rollout size are named once, one run lives in one folder, and mistakes get one line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pickle
+import re
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytorch_lightning as pl
+import torch
+from jsonargparse import ActionConfigFile, ArgumentParser
+from pytorch_lightning.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from rlhf_lightning.callbacks import ShortSummary, StageProgressBar
+from rlhf_lightning.cli_errors import one_line
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.folders import check_model_folder
+from rlhf_lightning.quiet import hush
+from rlhf_lightning.recipes import config_paths, read_config
+from rlhf_lightning.run_folder import RunFolder
+
+LINKS = {
+    "model.init_args.model_name_or_path": "data.init_args.tokenizer",
+    "model.init_args.rollout_batch_size": "data.init_args.rollout_batch_size",
+}
+"""What is named once, with the model, and handed to the data."""
+
+
+_NESTED = r"--(model|data)\.(?!optimizer\.|init_args\.)(\w+)\.(\w+)"
+
+
+class OneLineParser(LightningArgumentParser):
+    """A parser whose errors are one line and exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and leave; an inner parser raises, so that the outer one can say where."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        print(f"error: {one_line(message, _keys(self))}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _keys(parser: ArgumentParser) -> set[str]:
+    """The keys of a parser and of its subcommands."""
+    keys = {action.dest for action in parser._actions}
+    subparsers = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+    return keys.union(*(_keys(sub) for choices in subparsers for sub in choices.values()))
+
+
+class RLHFCLI(LightningCLI):
+    """LightningCLI with the links and defaults of this package."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that takes `--config`."""
+        parser = OneLineParser(**kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="A recipe or YAML file; later ones win.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Name the model once, and the rollout size once."""
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="Start anew in a folder that holds an earlier run."
+        )
+        for source, target in LINKS.items():
+            parser.link_arguments(source, target)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line."""
+        command, *options = sys.argv[1:]
+        # Checkpoints hold plain data only; loading one never runs code from it.
+        self.config = parser.parse_args([command, "--weights_only=true", *nulls_as_configs(options)])
+
+    def _parse_ckpt_path(self) -> None:
+        """Take weights and progress from a checkpoint, and every setting from the command line.
+
+        LightningCLI would let the checkpoint's hyperparameters win over what the user has just written.
+        """
+        command = self.config["subcommand"]
+        if path := self.config[command].get("ckpt_path"):
+            check_checkpoint(path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Build the trainer: one folder per run, a short summary, a bar that looks inside PPO iterations."""
+        config = self.config_init[self.subcommand].trainer
+        if not self.model.automatic_optimization:
+            refuse_trainer_options(config)
+        if config.logger is None or config.logger is True:
+            folder = config.default_root_dir or "."
+            kwargs["logger"] = self.subcommand != "predict" and TensorBoardLogger(folder, name="", version="")
+        given = config.callbacks or []
+        callbacks = [*given] if isinstance(given, list) else [given]
+        if config.enable_progress_bar is not False and not _any(ProgressBar, callbacks):
+            callbacks.append(StageProgressBar())
+        if config.enable_model_summary is not False and not _any(ModelSummary, callbacks):
+            callbacks.append(ShortSummary())
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(Path(config.default_root_dir or ".") / "checkpoints")
+        try:
+            return super().instantiate_trainer(**kwargs, callbacks=callbacks)
+        except (MisconfigurationException, ValueError) as e:
+            raise UserError(f"--trainer: {e}") from e
+
+    def after_instantiate_classes(self) -> None:
+        """Look for the model before its tokenizer or the data are loaded."""
+        if isinstance(name := getattr(self.model, "model_name_or_path", None), str):
+            check_model_folder(name)
+
+    def before_fit(self) -> None:
+        """Lose nothing of an earlier run, and resume only from what is there."""
+        config = self.config[self.subcommand]
+        folders = [Path(c.dirpath) for c in self.trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
+        checkpoints = [path for folder in folders for path in folder.glob("*.ckpt")]
+        root = Path(self.trainer.default_root_dir)
+        if config.ckpt_path == "last" and not checkpoints:
+            where = folders[0] if folders else root
+            raise UserError(f"--ckpt_path last: there is no checkpoint in '{where}'; leave it out to start anew")
+        fresh = config.ckpt_path is None and not config.overwrite and not self.trainer.fast_dev_run
+        if fresh and (checkpoints or (root / "export").exists()):
+            raise UserError(
+                f"'{root}' holds an earlier run: resume it with --ckpt_path last, choose another "
+                "--trainer.default_root_dir, or start anew in it with --overwrite true"
+            )
+
+
+def _any(kind: type, callbacks: Sequence[Any]) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
+
+
+def nulls_as_configs(options: Sequence[str]) -> list[str]:
+    """Write `--model.score.clip null` as an inline config: jsonargparse takes a nested null for the word "None".
+
+    Args:
+        options: words of the command line.
+
+    Example:
+        >>> nulls_as_configs(["--model.score.clip", "null", "--data.seed=1"])
+        ['--config={"model": {"init_args": {"score": {"clip": null}}}}', '--data.seed=1']
+    """
+    joined: list[str] = []
+    for word in options:
+        if word in ("null", "None") and joined and re.fullmatch(_NESTED, joined[-1]):
+            joined[-1] += "=null"
+        else:
+            joined.append(word)
+    return [_null_as_config(word) for word in joined]
+
+
+def _null_as_config(word: str) -> str:
+    name, _, value = word.partition("=")
+    nested = re.fullmatch(_NESTED, name)
+    if nested is None or value not in ("null", "None"):
+        return word
+    part, group, key = nested.groups()
+    return "--config=" + json.dumps({part: {"init_args": {group: {key: None}}}})
+
+
+def refuse_trainer_options(config: Any) -> None:
+    """Point to the module's own options for what the Trainer cannot do under manual optimisation.
+
+    Args:
+        config: the trainer's part of the config.
+
+    Raises:
+        UserError: such an option is set.
+    """
+    if config.accumulate_grad_batches not in (None, 1):
+        raise UserError(
+            f"--trainer.accumulate_grad_batches {config.accumulate_grad_batches}: the stages accumulate by themselves; "
+            "set --data.batch_size to the whole batch and --model.micro_batch_size to what fits in memory"
+        )
+    for name in ("gradient_clip_val", "gradient_clip_algorithm"):
+        if config[name] is not None:
+            raise UserError(f"--trainer.{name}: the stages clip by themselves; set --model.gradient_clip_val instead")
+
+
+def check_checkpoint(path: str) -> None:
+    """Refuse a checkpoint that is not there or not whole, before anything is loaded or written.
+
+    Args:
+        path: a file, a folder (DeepSpeed), or one of Lightning's words such as `last`.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    if path in ("last", "best", "hpc"):
+        return
+    if not Path(path).exists():
+        raise UserError(f"--ckpt_path: '{path}' does not exist; pass a .ckpt file, or last")
+    if Path(path).is_dir():
+        return
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as e:
+        raise UserError(f"--ckpt_path: '{path}' is no whole checkpoint; resume from an earlier one") from e
+    if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
+        raise UserError(f"--ckpt_path: '{path}' is no Lightning checkpoint; a model goes to --model.model_name_or_path")
+
+
+def help_for_classes(options: Sequence[str]) -> str:
+    """Help for every argument of the model and data classes that configs or options name, the configs' values shown.
+
+    Args:
+        options: words of the command line, recipes resolved.
+    """
+    named: dict[str, dict[str, Any]] = {}
+    for path in config_paths(options):
+        named |= {key: value for key, value in read_config(path).items() if key in ("model", "data")}
+    for word, following in pairwise([*options, ""]):
+        name, _, value = word.partition("=")
+        if name in ("--model", "--data"):
+            named[name.removeprefix("--")] = {"class_path": value or following}
+    linked = {target.rpartition(".")[2] for target in LINKS.values()}
+    texts = []
+    for key, config in named.items():
+        if "class_path" not in config:
+            continue
+        parser = ArgumentParser(prog="rlhf", usage="%(prog)s COMMAND [options]", add_help=False)
+        skip = linked if key == "data" else set()
+        parser.add_class_arguments(_import(config["class_path"]), key, skip=skip)
+        known = {action.dest for action in parser._actions}
+        values = _flat(key, config.get("init_args") or {}, known)
+        parser.set_defaults({name: value for name, value in values.items() if name in known})
+        texts.append(parser.format_help().partition("\n\n")[2])
+    return "\n".join(texts)
+
+
+def _import(class_path: str) -> type:
+    module_name, _, class_name = class_path.rpartition(".")
+    cls: type = getattr(importlib.import_module(module_name or "rlhf_lightning"), class_name)
+    return cls
+
+
+def _flat(key: str, values: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"key.a.b": 1}`, as deep as the parser knows arguments."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        path = f"{key}.{name}"
+        if isinstance(value, dict) and any(other.startswith(path + ".") for other in known):
+            flat |= _flat(path, value, known)
+        flat[path] = value
+    return flat
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """What of an error the user can mend, if anything.
+
+    Args:
+        error: as it left Lightning or jsonargparse, which wraps what a constructor raises.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        cause = cause.__cause__
+    if isinstance(error, MisconfigurationException):
+        return UserError(str(error))
+    if "`val_check_interval`" in str(error):
+        return UserError(f"--trainer: {str(error).strip()}")
+    if str(error).startswith("Error(s) in loading state_dict"):
+        return UserError(f"--ckpt_path: made with another model or stage ({str(error).splitlines()[-1].strip()})")
+    return None
+
+
+def run_stage(command: str, options: Sequence[str]) -> None:
+    """Run one stage by LightningCLI.
+
+    Args:
+        command: `fit`, `validate`, `test` or `predict`.
+        options: the words after it, recipes resolved.
+
+    Raises:
+        UserError: something the user can mend.
+    """
+    hush()
+    if {"--help", "-h"} & set(options) and (text := help_for_classes(options)):
+        print(text)
+    sys.argv = [sys.argv[0], command, *options]  # what LightningCLI reads, and the processes of a strategy run
+    usage = {name: {"usage": f"rlhf {name} --config RECIPE [options]"} for name in LightningCLI.subcommands()}
+    try:
+        RLHFCLI(
+            model_class=pl.LightningModule,
+            datamodule_class=pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=RunFolder,
+            parser_kwargs={"prog": "rlhf", **usage},
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as e:
+        if mendable := user_error(e):
+            raise mendable from e
+        raise
+    except SystemExit as e:
+        # Lightning turns Ctrl-C into exit code 1.
+        if isinstance(e.__context__, KeyboardInterrupt):
+            sys.exit(130)
+        raise

@@ -1,0 +1,203 @@
+"""The exported folder, and the texts that are written on the way."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import yaml
+from helpers.cli_runs import QUESTIONS, dialogue, save_model
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from rlhf_lightning import HFExport, InstructionDataModule, SampleTexts, Sampling, SFTModule, UserError
+
+PROMPTS = ["\n\nHuman: how do i bake bread?\n\nAssistant:", "Once upon"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model") / "lm", chat_template=True)
+
+
+def fit(model: Path, root: Path, *callbacks: pl.Callback, steps: int = 4, **options: Any) -> SFTModule:
+    """Train on eight dialogues, a checkpoint and a validation every second step."""
+    pl.seed_everything(1)
+    rows = [
+        {"chosen": dialogue(i, "Happy to help!"), "rejected": dialogue(i, "No.")} for i in range(len(QUESTIONS) + 2)
+    ]
+    data = InstructionDataModule(str(model), rows, rows[:2], max_length=64, batch_size=2)
+    module = SFTModule(
+        str(model),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
+        lr_schedule="constant",
+        sampling=Sampling(max_new_tokens=4),
+    )
+    keep = ModelCheckpoint(root / "checkpoints", "step={step}", "step", mode="max", every_n_train_steps=2, save_top_k=1)
+    keep.save_last = True
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        default_root_dir=root,
+        max_steps=steps,
+        val_check_interval=2,
+        logger=TensorBoardLogger(root, name="", version=""),
+        callbacks=[keep, *callbacks],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(module, data)
+    return module
+
+
+def test_the_folder_is_complete_and_plain_transformers_generates_from_it(model, tmp_path):
+    module = fit(model, tmp_path, HFExport())
+    folder = tmp_path / "export"
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert sorted(path.name for path in tmp_path.glob("export*")) == ["export"]
+    tokenizer, loaded = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(model).chat_template
+    assert loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    for name, tensor in module.export_model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    generation = GenerationConfig.from_pretrained(folder)
+    assert generation.eos_token_id == tokenizer.eos_token_id
+    assert generation.pad_token_id == tokenizer.pad_token_id
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")
+    assert loaded.generate(**ids, max_new_tokens=2, do_sample=False).shape[1] <= ids["input_ids"].shape[1] + 2
+
+
+def test_the_model_card_names_base_model_data_and_settings(model, tmp_path):
+    fit(model, tmp_path, HFExport())
+    card = (tmp_path / "export" / "README.md").read_text()
+    _, head, body = card.split("---\n", 2)
+    assert yaml.safe_load(head)["base_model"] == str(model)
+    settings, metrics = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", body, flags=re.DOTALL))
+    assert settings["module"]["optimizer"]["class"] == "AdamW"
+    assert settings["module"]["optimizer"]["lr"] == 0.01
+    assert settings["module"]["sampling"]["max_new_tokens"] == 4
+    assert settings["data"]["max_length"] == 64
+    assert len(settings["data"]["data"]) == 8
+    assert settings["trainer"] == {"precision": "32-true", "world_size": 1}
+    assert set(metrics) >= {"train/loss", "val/loss"}
+    assert "after 4 optimizer" in body
+    assert "0x" not in card
+
+
+def test_bfloat16_is_what_is_written_and_tied_weights_stay_tied(model, tmp_path):
+    module = fit(model, tmp_path, HFExport(dtype="bfloat16"))
+    weights = load_file(tmp_path / "export" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert "lm_head.weight" not in weights
+    trained = module.export_model.state_dict()
+    assert trained["model.norm.weight"].dtype == torch.float32
+    assert torch.equal(weights["model.norm.weight"], trained["model.norm.weight"].bfloat16())
+
+
+def test_folders_beside_checkpoints_hold_the_weights_of_that_step_and_go_with_them(model, tmp_path):
+    fit(model, tmp_path, HFExport(with_checkpoints=True), steps=5)
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    checkpoints = {name for name in names if name.endswith(".ckpt")}
+    assert checkpoints == {"step=step=4.ckpt", "last.ckpt"}
+    assert names - checkpoints == {name.replace(".ckpt", "-hf") for name in checkpoints}
+    for name in checkpoints:
+        saved = torch.load(tmp_path / "checkpoints" / name, weights_only=True)["state_dict"]
+        beside = load_file(tmp_path / "checkpoints" / name.replace(".ckpt", "-hf") / "model.safetensors")
+        assert all(torch.equal(saved[f"model.{key}"], tensor) for key, tensor in beside.items())
+
+
+def test_a_checkpoint_of_an_earlier_run_gets_no_folder(model, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "earlier.ckpt").write_bytes(b"")
+    fit(model, tmp_path, HFExport(with_checkpoints=True), steps=3)
+    assert (tmp_path / "checkpoints" / "last-hf").is_dir()
+    assert not (tmp_path / "checkpoints" / "earlier-hf").exists()
+
+
+def test_somebody_elses_folder_is_refused_before_training_and_left_alone(model, tmp_path):
+    thesis = tmp_path / "export" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("three years of work")
+    with pytest.raises(UserError, match="exists and is no export of this package"):
+        fit(model, tmp_path, HFExport())
+    assert [path.name for path in thesis.parent.iterdir()] == ["thesis.txt"]
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_an_export_that_fails_leaves_the_earlier_one_whole(model, tmp_path, monkeypatch):
+    fit(model, tmp_path, HFExport())
+    before = {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()}
+
+    def full_disk(*_: Any) -> str:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("rlhf_lightning.callbacks.hf_export.model_card", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        fit(model, tmp_path, HFExport())
+    assert {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()} == before
+    assert sorted(path.name for path in tmp_path.glob("export*")) == ["export"]
+
+
+def test_a_fast_dev_run_exports_nothing(model, tmp_path):
+    fit(model, tmp_path, HFExport(), fast_dev_run=1)
+    assert not (tmp_path / "export").exists()
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(UserError, match="dtype 'bf17' is unknown; use auto, float32, bfloat16 or float16"):
+        HFExport(dtype="bf17")
+
+
+def test_samples_are_written_at_the_start_and_at_each_validation(model, tmp_path):
+    fit(model, tmp_path, SampleTexts(PROMPTS))
+    text = (tmp_path / "samples.md").read_text()
+    assert re.findall(r"^## Step (\d+)$", text, flags=re.MULTILINE) == ["0", "2", "4"]
+    assert text.count("> Human: how do i bake bread?\n>\n> Assistant:\n\n```text\n") == 3
+    assert text.count("> Once upon\n\n```text\n") == 3
+    assert text.count("```") == 2 * 2 * 3
+    events = EventAccumulator(str(tmp_path)).Reload()
+    logged = events.Tensors("samples/text_summary")
+    assert [event.step for event in logged] == [0, 2, 4]
+    assert logged[0].tensor_proto.string_val[0].decode() in text
+
+
+def test_samples_differ_only_by_what_was_learnt(model, tmp_path):
+    frozen = [SampleTexts(PROMPTS, path=str(tmp_path / name)) for name in ("one.md", "two.md")]
+    fit(model, tmp_path, *frozen)
+    assert (tmp_path / "one.md").read_text() == (tmp_path / "two.md").read_text()
+
+
+def test_training_is_the_same_with_and_without_samples(model, tmp_path):
+    watched = fit(model, tmp_path / "watched", SampleTexts(PROMPTS), HFExport())
+    alone = fit(model, tmp_path / "alone")
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(watched.state_dict()[name], tensor), name
+
+
+def test_an_answer_cannot_break_out_of_its_fence(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "rlhf_lightning.callbacks.sample_texts.respond", lambda *_, **__: (None, ["## Step 9\n````\n", "b"])
+    )
+    fit(model, tmp_path, SampleTexts(PROMPTS), steps=1)
+    assert "`````text\n## Step 9\n````\n`````" in (tmp_path / "samples.md").read_text()
+
+
+def test_sample_texts_without_prompts_are_refused():
+    with pytest.raises(UserError, match="prompts is empty"):
+        SampleTexts([])

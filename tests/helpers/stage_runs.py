@@ -1,0 +1,137 @@
+"""Whole stages on one process or several, told as JSON values; imported on both sides of `helpers.distributed`."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import Strategy
+
+from helpers.stages import MemoryLogger, instruction_rows, preference_rows, prompt_rows, sgd, trainer
+from rlhf_lightning import (
+    DeepSpeedStrategy,
+    HFExport,
+    InstructionDataModule,
+    KLPenalty,
+    PPOModule,
+    PreferenceDataModule,
+    PromptDataModule,
+    RewardModule,
+    Sampling,
+    ScoreShaping,
+    SFTModule,
+)
+from rlhf_lightning.strategies import consolidated_state_dict
+
+GLOBAL_BATCH, EXAMPLES = 8, 16
+CONSTANT = {"lr_schedule": "constant", "warmup_steps": 0, "gradient_clip_val": 0.1}
+
+
+def sft(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, Any]:
+    """Two steps on sequences of uneven length, in micro-batches of 3."""
+    module = SFTModule(folder, sgd(0.5), micro_batch_size=3, **CONSTANT)
+    rows = instruction_rows(EXAMPLES)
+    data = InstructionDataModule(
+        folder, rows, validation_data=rows[:8], batch_size=GLOBAL_BATCH // processes, max_length=48
+    )
+    return module, data
+
+
+def reward(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, Any]:
+    """Two steps from a fresh head, in micro-batches of 3 pairs; calibrated at the end."""
+    module = RewardModule(folder, optimizer=sgd(0.5), micro_batch_size=3, **CONSTANT)
+    rows = preference_rows(EXAMPLES)
+    data = PreferenceDataModule(
+        folder, rows, validation_data=rows[:8], batch_size=GLOBAL_BATCH // processes, max_length=48
+    )
+    return module, data
+
+
+def ppo(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, Any]:
+    """Two iterations of two steps over the whole rollout.
+
+    Only the likeliest token is ever drawn, so that responses do not depend on the process that draws them.
+    """
+    share = GLOBAL_BATCH // processes
+    module = PPOModule(
+        folder,
+        reward,
+        sampling=Sampling(top_k=1, max_new_tokens=6, stop_strings=list("aeiou")),
+        rollout_batch_size=share,
+        minibatch_size=share,
+        micro_batch_size=2,
+        optimizer=sgd(0.3),
+        value_lr=0.1,
+        kl=KLPenalty(0.1, target=0.001, horizon=100),
+        score=ScoreShaping(missing_eos_penalty=0.5),
+        **CONSTANT,
+    )
+    rows = prompt_rows(EXAMPLES)
+    data = PromptDataModule(folder, rows, validation_data=rows[:8], rollout_batch_size=share, max_prompt_length=40)
+    return module, data
+
+
+STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
+TIMED = "seconds", "tokens_per_second"
+
+
+class KeepState(pl.Callback):
+    """Copies the trained model at the start and the end of training."""
+
+    def __init__(self) -> None:
+        self.states: list[Any] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.keep(pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.keep(pl_module)
+
+    def keep(self, module: Any) -> None:
+        parts = [module.export_model] + ([module.value] if isinstance(module, PPOModule) else [])
+        states = [consolidated_state_dict(module, part) for part in parts]
+        whole = [
+            {f"{number} {name}": tensor.double().tolist() for name, tensor in state.items()}
+            for number, state in enumerate(states)
+            if state is not None
+        ]
+        self.states.append({name: tensor for state in whole for name, tensor in state.items()})
+
+
+def strategy(name: str) -> str | Strategy:
+    """`zero2`, `zero3`, or a name Lightning knows."""
+    return DeepSpeedStrategy(stage=int(name[4:])) if name.startswith("zero") else name
+
+
+def run(stage: str, name: str, folder: str, reward: str, export: str | None = None) -> dict[str, Any]:
+    """Fit one stage.
+
+    Args:
+        stage: `sft`, `reward` or `ppo`.
+        name: the strategy; `auto` runs on one process, everything else on two.
+        folder: language model.
+        reward: reward model.
+        export: write a Hugging Face folder here at the end.
+
+    Returns:
+        Weights before and after (empty on all but the first rank), logged metrics, optimizer steps.
+    """
+    processes = 1 if name == "auto" else 2
+    torch.manual_seed(5)
+    module, data = STAGES[stage](folder, processes, reward)
+    keep, logger = KeepState(), MemoryLogger()
+    callbacks = [keep] + ([HFExport(export)] if export else [])
+    fitted = trainer(strategy=strategy(name), devices=processes, callbacks=callbacks, logger=logger)
+    fitted.fit(module, data)
+    series = {metric: logger.series(metric) for call in logger.calls for metric in call}
+    exact = {metric: values for metric, values in series.items() if not any(word in metric for word in TIMED)}
+    return {
+        "before": keep.states[0],
+        "after": keep.states[1],
+        "metrics": exact,
+        "steps": fitted.global_step,
+    }
+
+
+def run_all(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One run after the other in the same process."""
+    return [run(**settings) for settings in runs]

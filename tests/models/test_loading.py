@@ -1,0 +1,163 @@
+"""What loads, and what is refused in one line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers.models import save_folder, tiny_causal_lm, tiny_classifier
+from helpers.tokenizers import tiny_tokenizer
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.causal_lm import load_causal_lm
+from rlhf_lightning.models.folders import looks_local
+from rlhf_lightning.models.scalar_lm import load_reward_model, new_scalar_lm
+
+IDS = torch.tensor([[40, 41, 42, 43]])
+LOADERS = [load_causal_lm, load_reward_model, new_scalar_lm]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A language model, a reward model, a classifier of three labels and an adapter; not to be changed."""
+    root = tmp_path_factory.mktemp("folders")
+    save_folder(root / "lm", tiny_causal_lm(), tiny_tokenizer())
+    save_folder(root / "reward", tiny_classifier(), tiny_tokenizer())
+    save_folder(root / "labels", tiny_classifier(num_labels=3), tiny_tokenizer())
+    adapted(root / "lm").save_pretrained(root / "adapter")
+    return root
+
+
+def adapted(folder):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        return get_peft_model(load_causal_lm(folder), lora).eval()
+
+
+def refusal(load, folder):
+    """The message with which `load` refuses a folder."""
+    with pytest.raises(UserError) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@torch.no_grad()
+def test_a_language_model_comes_back_as_it_was(folders):
+    loaded = load_causal_lm(folders / "lm")
+    assert torch.equal(loaded(IDS).logits, tiny_causal_lm()(IDS).logits)
+    assert loaded.dtype == torch.get_default_dtype()
+    assert all(p.requires_grad for p in loaded.parameters())
+
+
+@torch.no_grad()
+def test_weights_are_loaded_in_the_default_dtype(tmp_path):
+    half = save_folder(tmp_path, tiny_causal_lm().to(torch.bfloat16), tiny_tokenizer())
+    assert load_causal_lm(half).dtype == torch.float32
+    half = save_folder(tmp_path, tiny_classifier().to(torch.bfloat16), tiny_tokenizer())
+    assert load_reward_model(half).model.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_an_adapter_is_merged_into_its_base(folders):
+    loaded = load_causal_lm(folders / "adapter")
+    expected = adapted(folders / "lm")(IDS).logits
+    torch.testing.assert_close(loaded(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+    assert (loaded(IDS).logits - tiny_causal_lm()(IDS).logits).abs().max() > 0.01
+    assert not [name for name, _ in loaded.named_parameters() if "lora" in name]
+
+
+def test_dropout_is_off_unless_asked_for(tmp_path):
+    folder = save_folder(tmp_path, tiny_causal_lm("gpt2", resid_pdrop=0.5), tiny_tokenizer())
+    for dropout in (False, True):
+        model = load_causal_lm(folder, dropout=dropout).train()
+        with torch.random.fork_rng([]):
+            assert torch.equal(model(IDS).logits, model(IDS).logits) is not dropout
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_folders_without_a_model(load, tmp_path):
+    assert "does not exist" in refusal(load, tmp_path / "nothing")
+    assert "no config.json" in refusal(load, tmp_path)
+    (tmp_path / "last.ckpt").touch()
+    assert "Lightning checkpoints, the model is in its export folder" in refusal(load, tmp_path)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_hub_id_that_cannot_be_found(load):
+    assert "'nobody/nothing'" in refusal(load, "nobody/nothing")
+
+
+def test_a_language_model_has_no_reward_head(folders):
+    message = refusal(load_reward_model, folders / "lm")
+    assert "no trained reward head (it is a LlamaForCausalLM)" in message
+    assert "rlhf fit --config reward.yaml" in message
+
+
+@pytest.mark.parametrize("architectures", [["LlamaModel"], None])
+def test_nor_has_a_folder_that_does_not_say_what_it_is(tmp_path, folders, architectures):
+    folder = shutil.copytree(folders / "lm", tmp_path / "lm")
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": architectures}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "no trained reward head" in refusal(load_reward_model, folder)
+
+
+def test_a_classifier_of_several_labels_is_no_reward_model(folders):
+    assert "a classifier with 3 labels; a reward model has one" in refusal(load_reward_model, folders / "labels")
+
+
+def test_a_reward_model_is_no_policy(folders):
+    message = refusal(load_causal_lm, folders / "reward")
+    assert "is a reward model (LlamaForSequenceClassification); a language model is needed here" in message
+
+
+def test_a_backbone_alone_is_no_policy(tmp_path):
+    AutoModel.from_config(tiny_causal_lm().config).save_pretrained(tmp_path)
+    assert "its weights lack lm_head.weight, which would be random" in refusal(load_causal_lm, tmp_path)
+
+
+@pytest.mark.parametrize("load", [load_reward_model, new_scalar_lm])
+def test_an_adapter_of_a_language_model_gets_no_random_head(load, folders):
+    assert "is a PEFT adapter" in refusal(load, folders / "adapter")
+
+
+def test_a_family_without_a_classifier(tmp_path):
+    folder = save_folder(tmp_path, tiny_causal_lm("cohere"), tiny_tokenizer())
+    assert "no model with a scalar head could be loaded" in refusal(new_scalar_lm, folder)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_damaged_folders(load, tmp_path, folders):
+    folder = shutil.copytree(folders / ("reward" if load is load_reward_model else "lm"), tmp_path / "copy")
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert f"could be loaded from '{folder}'" in refusal(load, folder)
+    weights.unlink()
+    assert f"could be loaded from '{folder}'" in refusal(load, folder)
+    weights.write_bytes(whole)
+    original = config.read_text()
+    config.write_text(json.dumps(json.loads(original) | {"hidden_size": 32}))
+    assert f"could be loaded from '{folder}'" in refusal(load, folder)
+    config.write_text(original[: len(original) // 2])
+    assert "valid JSON" in refusal(load, folder)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_weights_that_are_missing_are_never_random(load, tmp_path, folders):
+    folder = shutil.copytree(folders / ("reward" if load is load_reward_model else "lm"), tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "its weights lack model.layers.1.mlp.up_proj.weight" in refusal(load, folder)
+
+
+def test_which_names_are_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert [looks_local(n) for n in ("runs", "runs/sft", "./x", "~/x", "/x", "a/b/c")] == [True] * 6
+    assert [looks_local(n) for n in ("gpt2", "facebook/opt-350m")] == [False] * 2

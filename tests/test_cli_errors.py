@@ -1,0 +1,182 @@
+"""Bad input: one line that begins with "error: ", exit code 2, no traceback, and nothing left on the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.cli_runs import PPO, REWARD, SFT, dialogue, run, save_model, save_pairs, save_rows, short
+
+from rlhf_lightning.cli import main
+from rlhf_lightning.cli_errors import one_line
+
+BASE = ["fit", *SFT, *short("lm", "pairs.jsonl", "run")]
+PPO_RUN = ["fit", *PPO, *short("lm", "pairs.jsonl", "run")]
+FILES = {
+    "broken.yaml": "trainer:\n  max_steps: 3\n model: [1\n",
+    "list.yaml": "- 1\n",
+    "top.yaml": "modle: 3\n",
+    "inside.yaml": "model: {class_path: rlhf_lightning.SFTModule, init_args: {model_name_or_pth: lm}}\n",
+    "nested.yaml": "model: {init_args: {sampling: {topk: 3}}}\n",
+    "class.yaml": "model: {class_path: rlhf_lightning.SFTModul}\n",
+    "module.yaml": "model: {class_path: nowhere.SFTModule}\n",
+    "trainer.yaml": "trainer: {max_stepz: 3}\n",
+    "empty.jsonl": "",
+    "broken.jsonl": '{"prompt": "a"\n',
+    "bad.ckpt": "PK\x03\x04 nonsense",
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    save_model(folder / "lm")
+    save_pairs(folder / "pairs.jsonl")
+    save_rows(folder / "columns.jsonl", [{"text": "a", "label": 1}])
+    save_rows(folder / "null.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": None, "response": "b"}])
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    save_rows(folder / "messages.jsonl", [{"messages": turns}] * 4)
+    save_rows(folder / "four.jsonl", [{"prompt": dialogue(i, "")} for i in range(4)])
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    (folder / "empty_folder").mkdir()
+    torch.save({"weights": torch.zeros(2)}, folder / "other.ckpt")
+    return folder
+
+
+CASES = [
+    (["fti"], "unknown command 'fti'; did you mean `rlhf fit`?"),
+    (["sing"], "unknown command 'sing'; see `rlhf --help`"),
+    (["fit", "--config", "nope.yaml"], "config 'nope.yaml' is neither in the working folder nor a recipe (ppo.yaml, "),
+    (["fit", "--config"], "--config names no file; pass a recipe (ppo.yaml, "),
+    (["fit", "--config", "broken.yaml"], "config 'broken.yaml' line 3: broken YAML ("),
+    (["fit", "--config", "list.yaml"], "config 'list.yaml' holds no 'key: value' lines"),
+    (["fit", "--config", "lm/model.safetensors"], "config 'lm/model.safetensors' is no text file"),
+    (["fit"], "nothing says which model and data to use; pass --config with a recipe (ppo.yaml, "),
+    ([*BASE, "--config=top.yaml"], "unknown key 'modle'; did you mean 'model'?"),
+    ([*BASE, "--config=trainer.yaml"], "unknown key 'trainer.max_stepz'; did you mean 'trainer.max_steps'?"),
+    (
+        [*BASE, "--config=inside.yaml"],
+        "unknown key 'model.model_name_or_pth': SFTModule has no such argument; did you mean "
+        "'model.model_name_or_path'?",
+    ),
+    (
+        [*BASE, "--config=nested.yaml"],
+        "unknown key 'model.sampling.topk': SFTModule has no such argument; did you mean 'model.sampling.top_k'?",
+    ),
+    (
+        [*BASE, "--config=class.yaml"],
+        "model: there is no class 'rlhf_lightning.SFTModul'; did you mean 'rlhf_lightning.SFTModule'?",
+    ),
+    ([*BASE, "--config=module.yaml"], "model: there is no Python module 'nowhere'"),
+    ([*BASE, "--model=PPOModul"], "model: there is no class 'PPOModul'; did you mean 'rlhf_lightning.PPOModule'?"),
+    ([*BASE, "--trainer.max_stepz=3"], "unknown key 'trainer.max_stepz'; did you mean 'trainer.max_steps'?"),
+    (
+        [*BASE, "--model.smapling.top_k", "3"],
+        "unknown key 'model.smapling.top_k': SFTModule has no such argument; did you mean 'model.sampling.top_k'?",
+    ),
+    (
+        [*BASE, "--model.optimizer.lrr", "3"],
+        "unknown key 'model.optimizer.lrr': AdamW has no such argument; did you mean 'model.optimizer.lr'?",
+    ),
+    ([*BASE, "extra"], "unexpected word 'extra'; options begin with --"),
+    ([*BASE, "--trainer.max_steps=many"], "trainer.max_steps: expected int, got many"),
+    ([*BASE, "--model.sampling.top_k=five"], "model.sampling.top_k: expected int, got five"),
+    ([*BASE, "--model.optimizer.lr=high"], "model.optimizer.lr: expected float, got high"),
+    ([*BASE, "--model.lr_schedule=cosin"], "model.lr_schedule: expected one of cosine, linear, constant, got cosin"),
+    ([*BASE, "--data.batch_size=0"], "batch_size is 0; it must be at least 1"),
+    ([*BASE, "--data.data=missing.jsonl"], "missing.jsonl does not exist"),
+    ([*BASE, "--data.data=columns.jsonl"], "columns.jsonl has columns text, label; needed: "),
+    ([*BASE, "--data.data=empty.jsonl"], "empty.jsonl has no rows"),
+    ([*BASE, "--data.data=broken.jsonl"], "broken.jsonl line 1: broken JSON"),
+    ([*BASE, "--data.data=null.jsonl"], "null.jsonl row 1"),
+    ([*BASE, "--data.data=messages.jsonl"], "messages.jsonl row 0: tokenizer lm has no chat template"),
+    ([*BASE, "--data.max_length=4000"], "max_length (4000) is beyond the 96 positions of lm"),
+    ([*BASE, "--model.model_name_or_path=./missing"], "model folder './missing' does not exist"),
+    ([*BASE, "--model.model_name_or_path=empty_folder"], "'empty_folder' is not a model folder: it has no config.json"),
+    ([*BASE, "--ckpt_path=missing.ckpt"], "--ckpt_path: 'missing.ckpt' does not exist"),
+    ([*BASE, "--ckpt_path=last"], "--ckpt_path last: there is no checkpoint in 'run/checkpoints'"),
+    ([*BASE, "--ckpt_path=bad.ckpt"], "--ckpt_path: 'bad.ckpt' is no whole checkpoint"),
+    ([*BASE, "--ckpt_path=other.ckpt"], "--ckpt_path: 'other.ckpt' is no Lightning checkpoint"),
+    (
+        [*BASE, "--trainer.accumulate_grad_batches=4"],
+        "--trainer.accumulate_grad_batches 4: the stages accumulate by themselves; set --data.batch_size to the whole "
+        "batch and --model.micro_batch_size to what fits in memory",
+    ),
+    ([*BASE, "--trainer.gradient_clip_val=1"], "--trainer.gradient_clip_val: the stages clip by themselves; set --mod"),
+    ([*BASE, "--trainer.strategy=nope"], "--trainer: You selected an invalid strategy name: `strategy='nope'`."),
+    ([*BASE, "--trainer.max_epochs=-5"], "--trainer: `max_epochs` must be a non-negative integer or -1."),
+    ([*PPO_RUN, "--model.reward=lm"], "'lm' has no trained reward head (it is a LlamaForCausalLM)"),
+    ([*PPO_RUN, "--model.reward=missing/folder/x"], "model folder 'missing/folder/x' does not exist"),
+    ([*PPO_RUN, "--model.reward=json.nofunction"], "reward function 'json.nofunction' not found"),
+    (
+        [
+            *PPO_RUN,
+            "--trainer.check_val_every_n_epoch=1",
+            "--trainer.val_check_interval=20",
+            "--model.reward=json.dumps",
+        ],
+        "--trainer: `val_check_interval` (20) must be less than or equal to the number of the training batches",
+    ),
+    ([*PPO_RUN, "--model.minibatch_size=3"], "rollout_batch_size (4) must be a multiple of minibatch_size (3)"),
+    ([*PPO_RUN, "--model.kl.coef=-1"], "kl: coef must be 0 or more"),
+    (
+        ["predict", *REWARD, "--model.model_name_or_path=lm", "--data.predict_data=pairs.jsonl"],
+        "'lm' has no trained reward head",
+    ),
+]
+
+
+def refused(capsys: pytest.CaptureFixture[str], args: list[str]) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(args)
+    captured = capsys.readouterr()
+    assert end.value.code == 2
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert captured.err.splitlines()[-1:] == errors, captured.err
+    assert "Traceback" not in captured.err
+    return errors[0].removeprefix("error: ")
+
+
+@pytest.mark.parametrize(("args", "message"), CASES, ids=[" ".join(args[-2:]) for args, _ in CASES])
+def test_bad_input_gets_one_line_and_leaves_nothing(inputs, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(inputs)
+    monkeypatch.setattr("sys.argv", ["rlhf"])
+    before = sorted(inputs.rglob("*"))
+    assert refused(capsys, args).startswith(message)
+    assert sorted(inputs.rglob("*")) == before
+
+
+def test_a_run_folder_that_holds_an_earlier_run_is_refused_and_kept(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["rlhf"])
+    monkeypatch.chdir(inputs)
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"precious")
+    message = refused(capsys, [*BASE, f"--trainer.default_root_dir={tmp_path}"])
+    assert message == (
+        f"'{tmp_path}' holds an earlier run: resume it with --ckpt_path last, choose another "
+        "--trainer.default_root_dir, or start anew in it with --overwrite true"
+    )
+    refused(capsys, [*BASE, f"--trainer.default_root_dir={tmp_path}", "--overwrite=true", "--data.data=missing.jsonl"])
+    assert checkpoint.read_bytes() == b"precious"
+
+
+def test_a_mistake_in_a_process_of_its_own_is_one_line_on_stderr(inputs):
+    result = run("ift", cwd=inputs)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: unknown command 'ift'; did you mean `rlhf fit`?\n"
+
+
+def test_a_bad_option_in_a_process_of_its_own_is_one_line_on_stderr(inputs):
+    result = run(*BASE, "--model.sampling.topk=3", cwd=inputs)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: unknown key 'model.sampling.topk': ")
+
+
+def test_an_unforeseen_complaint_keeps_what_it_tells():
+    assert (
+        one_line('Parser key "model":\n  Subtypes: [a]\n  Errors:\n    - the moon is full') == "model: the moon is full"
+    )

@@ -1,0 +1,103 @@
+"""Every recipe, alone and under every trainer file, is taken by the command line without running it."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import rlhf_lightning
+from rlhf_lightning.cli import main
+from rlhf_lightning.recipes import RECIPES, recipe_names
+
+STAGES = [name for name in recipe_names() if "/" not in name]
+TRAINERS = [name for name in recipe_names() if name.startswith("trainer/")]
+
+
+def printed_config(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *args, "--print_config"])
+    assert end.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.fixture(autouse=True)
+def _own_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["rlhf"])
+
+
+def test_there_is_a_recipe_for_each_stage_and_a_trainer_file_for_each_strategy():
+    assert {"sft.yaml", "reward.yaml", "ppo.yaml"} <= set(STAGES)
+    assert {"trainer/cpu.yaml", "trainer/ddp.yaml", "trainer/deepspeed_zero2.yaml"} <= set(TRAINERS)
+
+
+@pytest.mark.parametrize("recipe", STAGES)
+def test_a_recipe_is_parsed_with_its_values(capsys, recipe):
+    given = yaml.safe_load((RECIPES / recipe).read_text())
+    parsed = printed_config(capsys, "--config", recipe)
+    for part in ("model", "data"):
+        assert parsed[part]["class_path"] == given[part]["class_path"]
+        for name, value in given[part]["init_args"].items():
+            now = parsed[part]["init_args"][name]
+            assert (now | value if isinstance(value, dict) and "class_path" not in value else now) == now
+            assert isinstance(value, dict) or now == value
+    assert parsed["trainer"]["default_root_dir"] == f"runs/{Path(recipe).stem}"
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("recipe", STAGES)
+def test_trainer_files_stack_on_every_recipe(capsys, recipe, trainer):
+    given = yaml.safe_load((RECIPES / trainer).read_text())["trainer"]
+    parsed = printed_config(capsys, "--config", recipe, "--config", trainer)
+    strategy = parsed["trainer"]["strategy"]
+    wanted = given["strategy"]
+    assert (strategy["class_path"] if isinstance(strategy, dict) else strategy) == (
+        wanted["class_path"] if isinstance(wanted, dict) else wanted
+    )
+    assert parsed["trainer"]["accelerator"] == given["accelerator"]
+    assert parsed["trainer"]["default_root_dir"] == f"runs/{Path(recipe).stem}"
+
+
+@pytest.mark.parametrize("recipe", STAGES)
+def test_a_printed_config_holds_every_argument_and_is_a_recipe_itself(capsys, recipe, tmp_path):
+    parsed = printed_config(capsys, "--config", recipe)
+    for part in ("model", "data"):
+        cls = getattr(rlhf_lightning, parsed[part]["class_path"].rpartition(".")[2])
+        linked = {"tokenizer", "rollout_batch_size"} if part == "data" else set()
+        arguments = set(inspect.signature(cls).parameters)
+        assert set(parsed[part]["init_args"]) == arguments - linked
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump(parsed))
+    assert printed_config(capsys, "--config", str(own)) == parsed
+
+
+def test_any_value_is_overridden_on_the_command_line(capsys):
+    options = "--model.optimizer.lr 3e-5 --model.sampling.top_k 5 --data.batch_size 4 --trainer.max_steps 3"
+    parsed = printed_config(capsys, "--config", "sft.yaml", *options.split())
+    assert parsed["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 3e-5
+    assert parsed["model"]["init_args"]["optimizer"]["init_args"]["betas"] == [0.9, 0.95]
+    assert parsed["model"]["init_args"]["sampling"]["top_k"] == 5
+    assert parsed["model"]["init_args"]["sampling"]["max_new_tokens"] == 64
+    assert parsed["data"]["init_args"]["batch_size"] == 4
+    assert parsed["trainer"]["max_steps"] == 3
+
+
+def test_nested_settings_of_ppo_are_overridden_one_by_one(capsys):
+    options = "--model.kl.coef 0.1 --model.score.clip null --model.objective.value_clip_range=null --model.objective.gamma 0.9 --model.kl.target 6"
+    model = printed_config(capsys, "--config", "ppo.yaml", *options.split())["model"]["init_args"]
+    assert model["kl"] == {"coef": 0.1, "target": 6.0, "horizon": 10_000, "estimator": "k1"}
+    assert model["score"] == {"scaling": True, "clip": None, "missing_eos_penalty": 1.0}
+    assert model["objective"]["value_clip_range"] is None
+    assert model["objective"]["gamma"] == 0.9
+    assert model["objective"]["gae_lambda"] == 0.95
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_a_recipe_opens_by_saying_what_it_is_and_how_it_is_run(recipe):
+    text = (RECIPES / recipe).read_text()
+    header = text[: text.index("\n", text.index("# Hardware"))]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert "rlhf fit --config" in header

@@ -1,0 +1,77 @@
+"""How experience is cut and joined."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_lightning.experience import Experience, pad_responses
+
+
+def numbered(size):
+    """Experience whose every field says which example it belongs to."""
+    column = torch.arange(size)
+    wide = column.unsqueeze(1).expand(size, 3)
+    narrow = {"ended", "scores", "row_ids"}
+    return Experience(**{name: column if name in narrow else wide for name in Experience._fields})
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_sequences_join_prompts_and_responses():
+    experience = numbered(2)._replace(
+        prompt_ids=torch.tensor([[0, 5], [6, 7]]),
+        prompt_mask=torch.tensor([[False, True], [True, True]]),
+        response_ids=torch.tensor([[8, 9, 2], [2, 0, 0]]),
+        response_mask=torch.tensor([[True, True, True], [True, False, False]]),
+    )
+    assert experience.sequences.tolist() == [[0, 5, 8, 9, 2], [6, 7, 2, 0, 0]]
+    expected = [[False, True, True, True, True], [True, True, True, False, False]]
+    assert experience.sequence_mask.tolist() == expected
+
+
+def test_split_keeps_the_order_and_the_last_piece_may_be_smaller():
+    pieces = list(numbered(5).split(2))
+    assert [piece.row_ids.tolist() for piece in pieces] == [[0, 1], [2, 3], [4]]
+    for piece in pieces:
+        assert all(torch.equal(field[:, 0], piece.row_ids) for field in piece if field.dim() == 2)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))
+def test_every_epoch_is_a_permutation(size, count, epochs, seed):
+    rows = size * count
+    minibatches = list(numbered(rows).minibatches(epochs, size, seeded(seed)))
+    assert len(minibatches) == epochs * count
+    for epoch in range(epochs):
+        part = minibatches[epoch * count : (epoch + 1) * count]
+        assert Counter(row for piece in part for row in piece.row_ids.tolist()) == Counter(range(rows))
+    for piece in minibatches:
+        assert len(piece.scores) == size
+        for field in piece:  # all fields of an example stay together
+            assert torch.equal(field if field.dim() == 1 else field[:, 0], piece.row_ids)
+
+
+def orders(seed, epochs=3):
+    return [piece.row_ids.tolist() for piece in numbered(12).minibatches(epochs, 12, seeded(seed))]
+
+
+def test_the_order_is_new_each_epoch_and_comes_from_the_generator():
+    first = orders(1)
+    assert first[0] != first[1] != first[2]
+    torch.rand(5)
+    assert orders(1) == first
+    assert orders(2) != first
+
+
+@pytest.mark.parametrize("value", [0, 9])
+def test_pad_responses_fills_on_the_right(value):
+    pieces = [torch.tensor([[1, 2]]), torch.tensor([[3], [4]]), torch.tensor([[5, 6, 7]])]
+    v = value
+    assert pad_responses(pieces, value).tolist() == [[1, 2, v], [3, v, v], [4, v, v], [5, 6, 7]]
+    masks = [torch.tensor([[True, True]]), torch.tensor([[True]])]
+    assert pad_responses(masks, False).tolist() == [[True, True], [True, False]]
+    assert pad_responses(masks, False).dtype == torch.bool

@@ -1,0 +1,122 @@
+"""Which parameters decay, and the learning rate of every step."""
+
+import math
+
+import pytest
+import torch
+from helpers.models import tiny_causal_lm
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.optim import learning_rate_factor, learning_rates, parameter_groups, schedule_learning_rate
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_matrices_decay_and_tied_weights_count_once(family, tied):
+    model = tiny_causal_lm(family, tie_word_embeddings=tied)
+    matrices, vectors = parameter_groups(model, lr=3e-4)
+    assert all(p.dim() == 2 for p in matrices["params"])
+    assert all(p.dim() == 1 for p in vectors["params"])
+    assert "weight_decay" not in matrices
+    assert vectors["weight_decay"] == 0.0
+    assert matrices["lr"] == vectors["lr"] == 3e-4
+    grouped = [id(p) for p in matrices["params"] + vectors["params"]]
+    assert sorted(grouped) == sorted({id(p) for p in model.parameters()})
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    assert (head is embeddings) == tied
+    assert grouped.count(id(head)) == grouped.count(id(embeddings)) == 1
+
+
+def test_the_optimizer_s_own_weight_decay_reaches_matrices_only():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=0.1), weight_decay=0.5)
+    bias = model.bias.detach().clone()
+    weight = model.weight.detach().clone()
+    (model(torch.zeros(1, 2)).sum() * 0).backward()
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), weight * (1 - 0.1 * 0.5))
+    assert torch.equal(model.bias, bias)
+
+
+def test_frozen_parameters_and_empty_groups_are_left_out():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.LayerNorm(2))
+    model[1].requires_grad_(False)
+    (group,) = parameter_groups(model)
+    assert [id(p) for p in group["params"]] == [id(model[0].weight)]
+
+
+def test_a_partitioned_matrix_is_known_by_its_full_shape():
+    model = nn.Linear(2, 2)
+    model.weight.data = torch.empty(0)
+    model.weight.ds_shape, model.bias.ds_shape = (2, 2), (2,)
+    matrices, vectors = parameter_groups(model)
+    assert [id(p) for p in matrices["params"]] == [id(model.weight)]
+    assert [id(p) for p in vectors["params"]] == [id(model.bias)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25, 0, 0]),
+        ("cosine", [0.5, 1, 1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125), 0, 0]),
+    ],
+)
+def test_factors_by_hand(kind, expected):
+    factors = [learning_rate_factor(step, kind, warmup_steps=2, total_steps=6) for step in range(8)]
+    assert factors == pytest.approx(expected, abs=1e-12)
+    raised = [learning_rate_factor(step, kind, 2, 6, min_factor=0.1) for step in range(2, 8)]
+    fall = [0.1 + 0.9 * factor for factor in expected[2:]]
+    assert raised == pytest.approx(fall)
+
+
+@given(st.sampled_from(["cosine", "linear", "constant"]), st.integers(0, 10), st.integers(1, 40), st.floats(0, 1))
+def test_every_step_of_a_run_learns_and_the_rate_rises_then_falls(kind, warmup, total, floor):
+    factors = [learning_rate_factor(step, kind, warmup, total, floor) for step in range(max(total, warmup + 1))]
+    assert all(0 < factor <= 1 for factor in factors[:total])
+    assert factors[: warmup + 1] == sorted(factors[: warmup + 1])
+    assert factors[warmup:] == sorted(factors[warmup:], reverse=True)
+    assert factors[warmup] == 1
+    ending = learning_rate_factor(max(total, warmup + 1), kind, warmup, total, floor)
+    assert ending == pytest.approx(1 if kind == "constant" else floor)
+
+
+def rates(warmup_steps, kind="linear", total_steps=10, steps=10):
+    """Learning rates of two groups at each optimizer step."""
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [w], "lr": lr} for w, lr in zip(weights, (1.0, 0.1), strict=True)])
+    scheduler = schedule_learning_rate(optimizer, kind, warmup_steps, total_steps)
+    seen = []
+    for _ in range(steps):
+        seen.append(learning_rates(optimizer))
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def test_the_first_step_learns_and_groups_keep_their_ratio():
+    seen = rates(warmup_steps=4)
+    assert seen[0] == pytest.approx([0.25, 0.025])
+    assert seen[3] == pytest.approx([1.0, 0.1])
+    assert all(b == pytest.approx(a / 10) for a, b in seen)
+
+
+def test_warm_up_as_a_share_of_the_run():
+    assert rates(0.4) == rates(4)
+    assert rates(0.31) == rates(4)  # rounded up
+    assert rates(0)[0] == [1.0, 0.1]
+    assert rates(1)[0] == [1.0, 0.1]  # one step, not the whole run
+
+
+@pytest.mark.parametrize(("kind", "warmup"), [("cosine", 0), ("linear", 5), ("constant", 0.1)])
+def test_a_run_without_an_end_cannot_decay(kind, warmup):
+    with pytest.raises(UserError, match=r"set trainer.max_epochs or trainer.max_steps") as error:
+        rates(warmup, kind, math.inf)
+    assert "\n" not in str(error.value)
+
+
+def test_a_constant_rate_needs_no_end():
+    assert [pair[0] for pair in rates(2, "constant", math.inf, 4)] == [0.5, 1.0, 1.0, 1.0]

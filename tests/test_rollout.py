@@ -1,0 +1,228 @@
+"""A rollout's parts, on models and numbers written by hand."""
+
+import math
+
+import pytest
+import torch
+from helpers.models import table_lm, table_scalar, table_tokenizer, tiny_causal_lm, tiny_classifier
+from helpers.tokenizers import tiny_tokenizer
+
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.controllers import RunningMoments
+from rlhf_lightning.models.generation import Generation, Sampling
+from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer
+from rlhf_lightning.models.scalar_lm import ScalarLM
+from rlhf_lightning.ppo_settings import KLPenalty, Objective, ScoreShaping
+from rlhf_lightning.rollout import (
+    Measurements,
+    build_experience,
+    experience_metrics,
+    measure,
+    respond,
+    shape_scores,
+)
+
+NAN = float("nan")
+EOS = 3
+P = [[0.7, 0.1, 0.1, 0.1], [0.1, 0.2, 0.3, 0.4], [0.05, 0.15, 0.2, 0.6], [0.25, 0.35, 0.3, 0.1]]
+Q = [[0.25] * 4, [0.2, 0.2, 0.2, 0.4], [0.1, 0.2, 0.3, 0.4], [0.25] * 4]
+CHAIN = [[1.0, 0, 0, 0], [0, 0, 1.0, 0], [0, 0, 0, 1.0], [0, 1.0, 0, 0]]
+VALUES, SCORES = [9.0, 0.5, -1.0, 2.0], [7.0, 1.0, 3.0, 4.0]
+
+PROMPTS = PromptBatch(
+    prompt_ids=torch.tensor([[0, 1], [1, 2]]),
+    prompt_mask=torch.tensor([[False, True], [True, True]]),
+    prompts=["a", "ab"],
+    row_ids=torch.tensor([10, 11]),
+)
+# `b` and the EOS after the first prompt, an EOS alone after the second.
+GENERATION = Generation(
+    response_ids=torch.tensor([[2, EOS], [EOS, 0]]),
+    response_mask=torch.tensor([[True, True], [True, False]]),
+    ended=torch.tensor([True, True]),
+)
+
+
+def take(rows):
+    fields = [[field[row] for row in rows] if isinstance(field, list) else field[rows] for field in PROMPTS]
+    return PromptBatch(*fields)
+
+
+def measured(batch_size=2, value=True, temperature=1.0, report=None):
+    options = {} if report is None else {"report": report}
+    return measure(
+        table_lm(P),
+        table_lm(Q),
+        ModelScorer(table_scalar(SCORES)),
+        table_scalar(VALUES) if value else None,
+        PROMPTS,
+        GENERATION,
+        ["b", ""],
+        temperature,
+        batch_size,
+        **options,
+    )
+
+
+def test_measurements_by_hand():
+    measurements = measured()
+    log = math.log
+    assert measurements.logprobs.tolist() == [pytest.approx([log(0.3), log(0.6)]), pytest.approx([log(0.6), 0])]
+    assert measurements.ref_logprobs.tolist() == [pytest.approx([log(0.2), log(0.4)]), pytest.approx([log(0.4), 0])]
+    entropies = [-sum(p * log(p) for p in row) for row in P]
+    expected = [pytest.approx([entropies[1], entropies[2]]), pytest.approx([entropies[2], 0])]
+    assert measurements.entropy.tolist() == expected
+    assert measurements.values.tolist() == [[0.5, -1.0], [-1.0, 0.0]]
+    assert measurements.scores.tolist() == [4.0, 4.0]  # the EOS of both
+    assert not any(field.requires_grad for field in measurements)
+
+
+def test_without_a_value_model_values_are_0():
+    assert not measured(value=False).values.any()
+
+
+def test_a_temperature_changes_both_log_probabilities():
+    measurements = measured(temperature=0.5)
+    assert measurements.logprobs[1, 0].item() == pytest.approx(math.log(0.36 / (0.0025 + 0.0225 + 0.04 + 0.36)))
+    assert measurements.ref_logprobs[1, 0].item() == pytest.approx(math.log(0.16 / (0.01 + 0.04 + 0.09 + 0.16)))
+
+
+def test_measuring_in_parts_changes_nothing():
+    tokenizer = tiny_tokenizer()
+    policy, reference = tiny_causal_lm(seed=1), tiny_causal_lm(seed=2)
+    scorer, value = ModelScorer(ScalarLM(tiny_classifier(seed=3))), ScalarLM(tiny_classifier(seed=4))
+    ids, lengths = torch.arange(40, 75).view(7, 5), torch.tensor([1, 2, 3, 4, 5, 5, 3]).unsqueeze(1)
+    prompts = PromptBatch(ids, torch.arange(5) >= 5 - lengths, ["x"] * 7, torch.arange(7))
+    random = torch.Generator().manual_seed(0)
+    generation, texts = respond(policy, tokenizer, prompts, Sampling(max_new_tokens=6), random)
+    progress = []
+    whole, parts = (
+        measure(
+            policy, reference, scorer, value, prompts, generation, texts, 0.7, size, lambda *done: progress.append(done)
+        )
+        for size in (7, 3)
+    )
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert progress == [(7, 7), (3, 7), (6, 7), (7, 7)]
+
+
+def test_scorers_see_the_texts_of_their_part():
+    seen = []
+
+    def function(prompts, responses):
+        seen.append((prompts, responses))
+        return [float(len(response)) for response in responses]
+
+    scorer = FunctionScorer(function, "length")
+    measurements = measure(
+        table_lm(P), table_lm(Q), scorer, None, PROMPTS, GENERATION, ["b", ""], temperature=1.0, batch_size=1
+    )
+    assert seen == [(["a"], ["b"]), (["ab"], [""])]
+    assert measurements.scores.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 2])
+def test_answers_in_parts_are_joined(batch_size):
+    progress = []
+    generation, texts = respond(
+        table_lm(CHAIN), table_tokenizer(), take([1, 0]), Sampling(temperature=0.0, max_new_tokens=5), None,
+        batch_size, report=lambda *done: progress.append(done),
+    )  # fmt: skip
+    assert generation.response_ids.tolist() == [[EOS, 0], [2, EOS]]
+    assert generation.response_mask.tolist() == [[True, False], [True, True]]
+    assert generation.ended.tolist() == [True, True]
+    assert texts == ["", "b"]
+    assert progress == ([(1, 10), (6, 10), (7, 10)] if batch_size == 1 else [(1, 5), (2, 5)])
+
+
+def test_scores_are_scaled_then_clipped_then_penalised():
+    moments = RunningMoments()
+    moments.update(torch.tensor([0.0, 4.0]))  # mean 2, standard deviation 2
+    scores, ended = torch.tensor([4.0, 8.0, -20.0, 2.0]), torch.tensor([True, False, True, False])
+    raw = ScoreShaping(scaling=False, clip=None)
+    assert torch.equal(shape_scores(scores, ended, moments, raw), scores)
+    scaled = ScoreShaping(scaling=True, clip=None)
+    assert shape_scores(scores, ended, moments, scaled).tolist() == [1.0, 3.0, -11.0, 0.0]
+    everything = ScoreShaping(scaling=True, clip=2.0, missing_eos_penalty=1.0)
+    assert shape_scores(scores, ended, moments, everything).tolist() == [1.0, 1.0, -2.0, -1.0]
+
+
+def by_hand(objective, estimator="k1"):
+    measurements = Measurements(
+        logprobs=torch.tensor([[-1.0, -2.0], [-1.0, NAN]]),
+        ref_logprobs=torch.tensor([[-2.0, -1.0], [-3.0, NAN]]),
+        entropy=torch.tensor([[1.0, 2.0], [3.0, 0.0]]),
+        values=torch.tensor([[1.0, 2.0], [0.5, NAN]]),
+        scores=torch.tensor([40.0, 50.0]),
+    )
+    kl = KLPenalty(estimator=estimator)
+    return build_experience(PROMPTS, GENERATION, measurements, torch.tensor([4.0, 5.0]), kl, 0.5, objective)
+
+
+def test_experience_by_hand():
+    experience = by_hand(Objective(gamma=1.0, gae_lambda=0.5, whiten_advantages=False))
+    # KL 1, -1 and 2 at weight 0.5; the shaped score with the last token.
+    assert experience.rewards.tolist() == [[-0.5, 4.5], [4.0, 0.0]]
+    # Row 0: delta_1 = 4.5 - 2 = 2.5, delta_0 = -0.5 + 2 - 1 = 0.5, A_0 = 0.5 + 0.5 * 2.5. Row 1: 4 - 0.5.
+    assert experience.advantages.tolist() == [[1.75, 2.5], [3.5, 0.0]]
+    assert experience.returns.tolist() == [[2.75, 4.5], [4.0, 0.0]]
+    assert experience.scores.tolist() == [40.0, 50.0]  # raw
+    assert experience.row_ids.tolist() == [10, 11]
+    assert torch.equal(experience.prompt_ids, PROMPTS.prompt_ids)
+    assert torch.equal(experience.prompt_mask, PROMPTS.prompt_mask)
+    assert all(torch.equal(a, b) for a, b in zip(experience[2:5], GENERATION, strict=True))
+
+
+def test_the_estimator_of_the_penalty_is_a_choice():
+    rewards = by_hand(Objective(), estimator="k2").rewards
+    assert rewards.tolist() == [[-0.25, 3.75], [4.0, 0.0]]
+
+
+def test_advantages_are_whitened_over_all_tokens_and_returns_are_not():
+    plain = by_hand(Objective(gae_lambda=0.5, whiten_advantages=False))
+    white = by_hand(Objective(gae_lambda=0.5))
+    mean = (1.75 + 2.5 + 3.5) / 3
+    deviation = math.sqrt(((1.75 - mean) ** 2 + (2.5 - mean) ** 2 + (3.5 - mean) ** 2) / 3)
+    expected = [(a - mean) / deviation for a in (1.75, 2.5, 3.5)]
+    assert white.advantages[white.response_mask].tolist() == pytest.approx(expected, rel=1e-5)
+    assert white.advantages[1, 1] == 0
+    assert torch.equal(white.returns, plain.returns)
+
+
+def metrics_of(experience, reduce=lambda x: x):
+    return {name: metric.item() for name, metric in experience_metrics(experience, reduce).items()}
+
+
+def test_metrics_by_hand():
+    experience = by_hand(Objective(gae_lambda=0.5))._replace(ended=torch.tensor([True, False]))
+    k3 = sum(math.exp(-d) - 1 + d for d in (1.0, -1.0, 2.0))
+    # Returns 2.75, 4.5, 4 against values 1, 2, 0.5: what is unexplained is 1.75, 2.5, 3.5.
+    returns, errors = torch.tensor([2.75, 4.5, 4.0]), torch.tensor([1.75, 2.5, 3.5])
+    assert metrics_of(experience) == pytest.approx(
+        {
+            "score": 45.0,
+            "score_std": 5.0,
+            "reward": (-0.5 + 4.5 + 4.0) / 2,
+            "kl": (1 - 1 + 2) / 2,
+            "kl_k3": k3 / 2,
+            "response_length": 1.5,
+            "eos_rate": 0.5,
+            "entropy": 2.0,
+            "explained_variance": (1 - errors.var(correction=0) / returns.var(correction=0)).item(),
+        },
+        rel=1e-5,
+    )
+
+
+def test_explained_variance_of_a_perfect_and_of_a_constant_value():
+    experience = by_hand(Objective())
+    mask, returns = experience.response_mask, torch.tensor([[1.0, 3.0], [8.0, NAN]])
+    for values, expected in [(returns, 1.0), (returns - 5, 1.0), (torch.full_like(returns, 2.0), 0.0)]:
+        perfect = experience._replace(values=torch.where(mask, values, 0), returns=returns)
+        assert metrics_of(perfect)["explained_variance"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_metrics_of_two_equal_processes_are_those_of_one():
+    experience = by_hand(Objective())
+    assert metrics_of(experience, reduce=lambda x: 2 * x) == pytest.approx(metrics_of(experience))
