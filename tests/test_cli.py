@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.cli_runs import SFT, save_model, save_pairs, short
 
 import rlhf_lightning
+from helpers.cli_runs import SFT, save_model, save_pairs, short
 from rlhf_lightning.callbacks import ShortSummary, StageProgressBar
 from rlhf_lightning.cli import main
 from rlhf_lightning.recipes import recipe_names, resolve_recipes
@@ -117,7 +117,7 @@ def test_the_model_and_the_rollout_size_are_named_once(inputs, tmp_path, started
     data = [f"--data.data={inputs / 'pairs.jsonl'}", f"--trainer.default_root_dir={tmp_path}"]
     model = f"--model.model_name_or_path={inputs / 'lm'}"
     sizes = ["--model.rollout_batch_size=6", "--model.minibatch_size=3", "--model.micro_batch_size=1"]
-    main(["fit", "--config=ppo.yaml", model, *sizes, *data, "--trainer.accelerator=cpu"])
+    main(["fit", "--config=ppo.yaml", model, *sizes, *data, "--trainer.accelerator=cpu", "--data.max_prompt_length=48"])
     assert started["module"].rollout_batch_size == started["data"].batch_size == 6
     started["data"].setup("fit")
     assert started["data"].tokenizer.name_or_path == str(inputs / "lm")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.cli_runs import PPO, REWARD, SFT, dialogue, run, save_model, save_pairs, save_rows, short
 
+from helpers.cli_runs import PPO, REWARD, SFT, dialogue, run, save_model, save_pairs, save_rows, short
 from rlhf_lightning.cli import main
 from rlhf_lightning.cli_errors import one_line
 

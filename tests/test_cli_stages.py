@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
 from helpers.cli_runs import (
     PPO,
     REWARD,
@@ -21,8 +23,6 @@ from helpers.cli_runs import (
     short,
     working_folder,
 )
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
 from rlhf_lightning.cli import main
 
 
@@ -122,7 +122,7 @@ def test_predict_answers_a_file_without_training_data(stages, monkeypatch):
         main(["predict", *SFT, "--model.model_name_or_path=sft/export", *options])
     rows = [json.loads(line) for line in (root / "answers/predictions.jsonl").read_text().splitlines()]
     assert [(row["row"], row["prompt"]) for row in rows] == [(i, f"Question {i}?") for i in range(5)]
-    assert all(set(row) == {"row", "prompt", "response", "ended"} for row in rows)
+    assert all({"row", "prompt", "response", "ended"} <= set(row) for row in rows)
 
 
 def test_validate_measures_an_export_and_leaves_it_as_it_was(stages, monkeypatch, capsys):
@@ -151,12 +151,12 @@ def test_ctrl_c_ends_with_one_line_and_the_run_resumes(stages, monkeypatch):
         "  - class_path: ModelCheckpoint\n    init_args: {every_n_train_steps: 2, save_last: true}\n"
         "  - class_path: rlhf_lightning.HFExport\n  - class_path: helpers.cli_runs.Announce\n"
     )
-    args = ["fit", *SFT, "--config=callbacks.yaml", *short("lm", "pairs.jsonl", "stopped", steps=-1)]
+    args = ["fit", *SFT, "--config=callbacks.yaml", *short("lm", "pairs.jsonl", "stopped", steps=100_000)]
     with working_folder(root):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = subprocess.Popen(command(*args), env=environment(), text=True, **pipes)
         assert process.stdout is not None
-        assert process.stdout.readline() == "checkpoint written\n"
+        assert process.stdout.readline() == "checkpoint written\n", process.communicate()[1]
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
         assert process.returncode == 130, err

@@ -86,7 +86,8 @@ def test_any_value_is_overridden_on_the_command_line(capsys):
 
 
 def test_nested_settings_of_ppo_are_overridden_one_by_one(capsys):
-    options = "--model.kl.coef 0.1 --model.score.clip null --model.objective.value_clip_range=null --model.objective.gamma 0.9 --model.kl.target 6"
+    options = "--model.kl.coef 0.1 --model.kl.target 6 --model.score.clip null --model.objective.value_clip_range=null"
+    options += " --model.objective.gamma 0.9"
     model = printed_config(capsys, "--config", "ppo.yaml", *options.split())["model"]["init_args"]
     assert model["kl"] == {"coef": 0.1, "target": 6.0, "horizon": 10_000, "estimator": "k1"}
     assert model["score"] == {"scaling": True, "clip": None, "missing_eos_penalty": 1.0}

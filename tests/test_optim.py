@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from helpers.models import tiny_causal_lm
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from helpers.models import tiny_causal_lm
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.optim import learning_rate_factor, learning_rates, parameter_groups, schedule_learning_rate
 

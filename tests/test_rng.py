@@ -41,11 +41,6 @@ def test_forked_numbers_are_seeded_and_leave_no_trace():
 
 def test_the_state_comes_back_after_an_error():
     state = torch.get_rng_state()
-
-    def fail():
-        with forked_rng(CPU, 1):
-            torch.rand(1)
-            raise KeyError
-
-    pytest.raises(KeyError, fail)
+    with pytest.raises(KeyError), forked_rng(CPU, 1):
+        raise KeyError(torch.rand(1))
     assert torch.equal(torch.get_rng_state(), state)

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+
 from helpers.models import table_lm, table_scalar, table_tokenizer, tiny_causal_lm, tiny_classifier
 from helpers.tokenizers import tiny_tokenizer
-
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.controllers import RunningMoments
 from rlhf_lightning.models.generation import Generation, Sampling

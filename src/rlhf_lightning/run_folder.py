@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, SaveConfigCallback
-
-from rlhf_lightning.errors import UserError
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 _TRACES = ("events.out.tfevents.*", "config.yaml", "hparams.yaml")
 _LEFTOVERS = ("checkpoints/*.ckpt", "checkpoints/*-hf", "samples.md", "events.out.tfevents.*")
@@ -59,7 +59,7 @@ class RunFolder(SaveConfigCallback):
         """Say after Ctrl-C how to go on; leave no trace of a run that bad input stopped before it began."""
         if not trainer.is_global_zero or trainer.state.fn is None:
             return
-        if isinstance(exception, UserError) and trainer.global_step == 0:
+        if isinstance(exception, (ValueError, MisconfigurationException)) and trainer.global_step == 0:
             self._remove_traces(Path(trainer.default_root_dir))
         if isinstance(exception, KeyboardInterrupt):
             print(f"\ninterrupted after {trainer.global_step} optimizer steps; {_hint(trainer)}", file=sys.stderr)
@@ -72,12 +72,17 @@ class RunFolder(SaveConfigCallback):
             root.rmdir()
 
 
+def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:
+    """Where the checkpoint callbacks of a trainer write."""
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    return [Path(callback.dirpath) for callback in callbacks if callback.dirpath]
+
+
 def _hint(trainer: pl.Trainer) -> str:
     """How to go on after an interruption."""
     if trainer.state.fn != "fit":
         return "nothing was written"
-    folders = [Path(c.dirpath) for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
-    checkpoints = [path for folder in folders for path in folder.glob("*.ckpt")]
+    checkpoints = [path for folder in checkpoint_folders(trainer) for path in folder.glob("*.ckpt")]
     if not checkpoints:
         return "no checkpoint was saved yet, so start it again"
     newest = max(checkpoints, key=lambda path: path.stat().st_mtime)

@@ -30,7 +30,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folders import check_model_folder
 from rlhf_lightning.quiet import hush
 from rlhf_lightning.recipes import config_paths, read_config
-from rlhf_lightning.run_folder import RunFolder
+from rlhf_lightning.run_folder import RunFolder, checkpoint_folders
 
 LINKS = {
     "model.init_args.model_name_or_path": "data.init_args.tokenizer",
@@ -122,13 +122,13 @@ class RLHFCLI(LightningCLI):
     def before_fit(self) -> None:
         """Lose nothing of an earlier run, and resume only from what is there."""
         config = self.config[self.subcommand]
-        folders = [Path(c.dirpath) for c in self.trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
+        folders = checkpoint_folders(self.trainer)
         checkpoints = [path for folder in folders for path in folder.glob("*.ckpt")]
         root = Path(self.trainer.default_root_dir)
         if config.ckpt_path == "last" and not checkpoints:
             where = folders[0] if folders else root
             raise UserError(f"--ckpt_path last: there is no checkpoint in '{where}'; leave it out to start anew")
-        fresh = config.ckpt_path is None and not config.overwrite and not self.trainer.fast_dev_run
+        fresh = config.ckpt_path is None and not config.overwrite and not config.trainer.fast_dev_run
         if fresh and (checkpoints or (root / "export").exists()):
             raise UserError(
                 f"'{root}' holds an earlier run: resume it with --ckpt_path last, choose another "

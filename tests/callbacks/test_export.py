@@ -10,13 +10,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
-from helpers.cli_runs import QUESTIONS, dialogue, save_model
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from helpers.cli_runs import QUESTIONS, dialogue, save_model
 from rlhf_lightning import HFExport, InstructionDataModule, SampleTexts, Sampling, SFTModule, UserError
 
 PROMPTS = ["\n\nHuman: how do i bake bread?\n\nAssistant:", "Once upon"]

@@ -212,6 +212,17 @@ def test_labels_agree_with_gold_as_often_as_noisy_people_would(paths: ToyPaths) 
     assert 0.85 < sum(margin > 0 for margin in margins) / len(margins) < 0.92
 
 
+def test_some_compared_answers_say_nothing_repeat_themselves_or_break_off(paths: ToyPaths) -> None:
+    rows = read_jsonl(paths.preferences)
+    answers = [parse_answer(row[side]) for row in rows for side in ("chosen", "rejected")]
+    empty = sum(all(s.role in ("opener", "closer") for s in answer) for answer in answers)
+    repeated = sum(len(set(answer)) < len(answer) for answer in answers)
+    unfinished = sum(answer[-1].role == "unknown" for answer in answers)
+    for count in (empty, repeated, unfinished):
+        assert 0.04 < count / len(answers) < 0.14
+    assert all(parse_answer(row["response"])[-1].role != "unknown" for row in read_jsonl(paths.sft))
+
+
 def test_instruction_rows_mix_good_and_bad_answers(paths: ToyPaths) -> None:
     verdicts = [judge(row["prompt"], row["response"]) for row in read_jsonl(paths.sft)]
     for good in (lambda v: v.topic > 0, lambda v: v.tone > 0, lambda v: v.waste == 0):

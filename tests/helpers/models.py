@@ -196,7 +196,7 @@ def table_scalar(scalars: list[float]) -> ScalarLM:
 
 
 def table_tokenizer(pad_id: int | None = 0) -> PreTrainedTokenizerFast:
-    """Tokenizer of four tokens for the models above: 0 `_`, 1 `a`, 2 `b`, 3 the EOS `.`; texts are joined without spaces.
+    """Tokenizer of four tokens for the models above: 0 `_`, 1 `a`, 2 `b`, 3 the EOS `.`; no spaces between.
 
     Args:
         pad_id: 0 for a pad token of its own, 3 for the EOS in its place, None for no pad token.

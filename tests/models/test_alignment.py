@@ -8,8 +8,8 @@ import math
 
 import pytest
 import torch
-from helpers.models import table_lm, table_scalar
 
+from helpers.models import table_lm, table_scalar
 from rlhf_lightning.models.causal_lm import response_logprobs
 from rlhf_lightning.models.scalar_lm import Calibration, response_values
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers.models import FAMILIES, WITHOUT_CLASSIFIER, spread_weights, tiny_causal_lm, with_dropout
-from helpers.tokenizers import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from helpers.models import FAMILIES, WITHOUT_CLASSIFIER, spread_weights, tiny_causal_lm, with_dropout
+from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.functional import entropy
 from rlhf_lightning.models.causal_lm import (
     disable_dropout,

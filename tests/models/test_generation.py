@@ -6,9 +6,9 @@ from itertools import product
 
 import pytest
 import torch
+
 from helpers.models import table_lm, table_tokenizer, tiny_causal_lm
 from helpers.tokenizers import tiny_tokenizer
-
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.generation import (
     Generation,
@@ -195,12 +195,8 @@ def test_decoded_responses_continue_their_prompts():
 def test_evaluation_mode_is_left_again_after_an_error():
     model = torch.nn.Dropout().train()
 
-    def fail():
-        with evaluation_mode(model):
-            assert not model.training
-            raise KeyError
-
-    pytest.raises(KeyError, fail)
+    with pytest.raises(KeyError, match="False"), evaluation_mode(model):
+        raise KeyError(model.training)
     assert model.training
 
 

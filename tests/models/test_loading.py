@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from helpers.models import save_folder, tiny_causal_lm, tiny_classifier
-from helpers.tokenizers import tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
+from helpers.models import save_folder, tiny_causal_lm, tiny_classifier
+from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.causal_lm import load_causal_lm
 from rlhf_lightning.models.folders import looks_local

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from helpers.models import save_folder, tiny_causal_lm, tiny_classifier
 from helpers.tokenizers import tiny_tokenizer
-
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, Responses, TextScorer, load_scorer
 from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM, load_reward_model

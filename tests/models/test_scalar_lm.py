@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from helpers.models import FAMILIES, WITHOUT_CLASSIFIER, save_folder, tiny_causal_lm, tiny_classifier
-from helpers.tokenizers import tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from helpers.models import FAMILIES, WITHOUT_CLASSIFIER, save_folder, tiny_causal_lm, tiny_classifier
+from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.models.causal_lm import freeze, hidden_states
 from rlhf_lightning.models.scalar_lm import (
     Calibration,

@@ -1,9 +1,9 @@
 """Loading tokenizers, and the ids that end, fill and pad."""
 
 import pytest
+
 from helpers.models import table_tokenizer
 from helpers.tokenizers import tiny_tokenizer
-
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.tokenizer import eos_ids, filler_id, load_tokenizer, own_pad_token, same_tokenizer
 

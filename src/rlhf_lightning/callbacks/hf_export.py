@@ -62,7 +62,7 @@ class HFExport(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export the final weights; a `fast_dev_run` leaves nothing behind."""
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._export_with_checkpoints(trainer, pl_module)
         self.export(trainer, pl_module, self.target(trainer))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -41,6 +42,7 @@ from rlhf_lightning.errors import UserError
 
 LOWEST_SCORE = -4.0
 PREFERENCE_BETA = 1.1
+FLAW_SHARE = 0.25
 CONTEXT_LENGTH = 256
 MAX_ROWS = 500_000
 
@@ -243,6 +245,26 @@ def _draw_mixed_answer(rng: random.Random, request: Request) -> str:
     return draw_answer(rng, request, traits)
 
 
+def _draw_compared_answer(rng: random.Random, request: Request) -> str:
+    """An answer as a model in training may write it: some say nothing, say a thing twice, or break off.
+
+    Without such rejected answers no reward model would know that they are bad, and PPO would find them at once.
+    """
+    answer = _draw_mixed_answer(rng, request)
+    if rng.random() >= FLAW_SHARE:
+        return answer
+    sentences = re.split(r"(?<=[.!?]) ", answer)
+    flaw = rng.choice(("says nothing", "repeats itself", "breaks off"))
+    if flaw == "says nothing":
+        closer = sentences[-1:] if len(sentences) > 2 and rng.random() < 0.5 else []
+        return " ".join([*sentences[:1], *closer])
+    if flaw == "repeats itself":
+        place = rng.randrange(len(sentences))
+        return " ".join([*sentences[: place + 1], *sentences[place:]])
+    words = answer.split()
+    return " ".join(words[: rng.randrange(1, len(words))])
+
+
 def _instruction_row(rng: random.Random, prompt: str, request: Request) -> dict[str, str]:
     return {"prompt": prompt, "response": _draw_mixed_answer(rng, request)}
 
@@ -251,7 +273,7 @@ def _preference_row(rng: random.Random, prompt: str, request: Request) -> dict[s
     """Two answers of different quality, labelled as Bradley and Terry's model says people would."""
     margin = 0.0
     while margin == 0.0:
-        first, second = _draw_mixed_answer(rng, request), _draw_mixed_answer(rng, request)
+        first, second = (_draw_compared_answer(rng, request) for _ in range(2))
         margin = gold_score(prompt, first) - gold_score(prompt, second)
     if rng.random() >= 1 / (1 + math.exp(-PREFERENCE_BETA * margin)):
         first, second = second, first

@@ -123,11 +123,11 @@ def draw_prompt(rng: random.Random) -> tuple[str, Request]:
     """
     if rng.random() < HARMFUL_SHARE:
         request = Request(rng.choice(list(HARMS)), rng.choice(PERSONS))
-        phrase, details = request.action.format(p=f"my {request.thing}"), HARM_DETAILS
+        phrase = request.action.format(p=f"my {request.thing}")
     else:
         kind, thing = _draw_thing(rng)
         request = Request(rng.choice(list(kind.actions)), thing)
-        phrase, details = request.action.format(x=_noun_phrase(rng, kind, thing)), DETAILS
+        phrase = request.action.format(x=_noun_phrase(rng, kind, thing))
     turns = []
     if rng.random() < EARLIER_TURN_SHARE:
         question, answer = rng.choice(EARLIER_TURNS)
@@ -135,6 +135,7 @@ def draw_prompt(rng: random.Random) -> tuple[str, Request]:
         turns = [_HUMAN, " " + question.format(x=_noun_phrase(rng, *_draw_thing(rng, request.thing)))]
         turns += [_ASSISTANT, " " + answer]
     opening = rng.choice(OPENINGS) if rng.random() < OPENING_SHARE else ""
+    details = HARM_DETAILS if request.harmful else DETAILS
     detail = rng.choice(details) if rng.random() < DETAIL_SHARE else ""
     question = opening + rng.choice(FORMS).format(r=phrase) + detail
     return "".join([*turns, _HUMAN, " ", question, _ASSISTANT]), request
@@ -147,6 +148,8 @@ def draw_answer(rng: random.Random, request: Request, traits: Traits) -> str:
     half of the time, to comply.
     """
     body, topic = _draw_body(rng, request, traits.on_topic)
+    openers: tuple[str, ...]
+    closers: tuple[str, ...]
     if not traits.polite:
         openers, closers = RUDE_OPENERS, RUDE_CLOSERS
     elif request.harmful and traits.on_topic:

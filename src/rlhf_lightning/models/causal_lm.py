@@ -40,13 +40,15 @@ def load_causal_lm(
     if any("SequenceClassification" in a for a in architectures):
         raise UserError(f"'{name}' is a reward model ({architectures[0]}); a language model is needed here")
     kwargs: dict[str, Any] = {"dtype": torch.get_default_dtype(), "trust_remote_code": trust_remote_code}
+    model: Any
     try:
         if (Path(name) / "adapter_config.json").is_file():
             from peft import AutoPeftModelForCausalLM
 
-            model: Any = AutoPeftModelForCausalLM.from_pretrained(name, **kwargs).merge_and_unload()
+            model = AutoPeftModelForCausalLM.from_pretrained(name, **kwargs).merge_and_unload()
         else:
-            model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+            model, info = loaded
             if info["missing_keys"]:
                 raise ValueError(f"its weights lack {min(info['missing_keys'])}, which would be random")
     except LOADING_ERRORS as e:

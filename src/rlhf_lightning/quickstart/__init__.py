@@ -18,6 +18,7 @@ from rlhf_lightning.data.toy import build_toy_tokenizer, toy_texts, write_toy_da
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.quickstart.report import plot_curves, print_answers, print_table, summarise, win_rate
 from rlhf_lightning.quickstart.stages import answer, gold_accuracy, train_ppo, train_reward, train_sft
+from rlhf_lightning.quiet import hush
 
 RESULTS = "results.json"
 
@@ -96,6 +97,6 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=1, help="seed of data, weights and sampling (%(default)s)")
     parsed = parser.parse_args(args)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+    hush()
     run_quickstart(parsed.out, parsed.seed, Console())

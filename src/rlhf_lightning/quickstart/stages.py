@@ -120,7 +120,7 @@ def train_reward(sft: Path, data: ToyPaths, folder: Path, seed: int) -> StageRes
     pl.seed_everything(seed, verbose=False)
     module = RewardModule(
         str(sft),
-        optimizer=lambda params: torch.optim.AdamW(params, lr=7e-4, betas=(0.9, 0.95), weight_decay=0.0),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=5e-4, betas=(0.9, 0.95), weight_decay=0.0),
         warmup_steps=20,
     )
     datamodule = PreferenceDataModule(
