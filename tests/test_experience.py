@@ -34,11 +34,22 @@ def test_sequences_join_prompts_and_responses():
     assert experience.sequence_mask.tolist() == expected
 
 
-def test_split_keeps_the_order_and_the_last_piece_may_be_smaller():
-    pieces = list(numbered(5).split(2))
-    assert [piece.row_ids.tolist() for piece in pieces] == [[0, 1], [2, 3], [4]]
-    for piece in pieces:
-        assert all(torch.equal(field[:, 0], piece.row_ids) for field in piece if field.dim() == 2)
+def test_micro_batches_hold_each_row_once_longest_first_and_no_column_of_padding_alone():
+    experience = numbered(3)._replace(
+        prompt_ids=torch.tensor([[0, 0, 5], [6, 7, 8], [0, 9, 5]]),
+        prompt_mask=torch.tensor([[False, False, True], [True, True, True], [False, True, True]]),
+        response_ids=torch.tensor([[2, 0, 0], [3, 4, 2], [2, 0, 0]]),
+        response_mask=torch.tensor([[True, False, False], [True, True, True], [True, False, False]]),
+        row_ids=torch.arange(3),
+    )
+    first, second, third = experience.micro_batches(1)
+    assert [piece.row_ids.tolist() for piece in (first, second, third)] == [[1], [2], [0]]
+    assert first.sequences.tolist() == [[6, 7, 8, 3, 4, 2]]
+    assert second.sequences.tolist() == [[9, 5, 2]]
+    assert third.sequences.tolist() == [[5, 2]]
+    wide, narrow = experience.micro_batches(2)
+    assert wide.sequences.tolist() == [[6, 7, 8, 3, 4, 2], [0, 9, 5, 2, 0, 0]]
+    assert narrow.row_ids.tolist() == [0]
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))

@@ -84,6 +84,7 @@ class ScoringBatch(NamedTuple):
 
 
 BatchT = TypeVar("BatchT", InstructionBatch, PreferenceBatch, PromptBatch, ScoringBatch)
+TrainBatchT = TypeVar("TrainBatchT", InstructionBatch, PreferenceBatch)
 
 
 def split_batch(batch: BatchT, size: int) -> Iterator[BatchT]:
@@ -99,3 +100,31 @@ def split_batch(batch: BatchT, size: int) -> Iterator[BatchT]:
     for start in range(0, len(batch.row_ids), size):
         pieces: Any = [field[start : start + size] for field in batch]
         yield type(batch)(*pieces)
+
+
+def micro_batches(batch: TrainBatchT, size: int | None) -> list[TrainBatchT]:
+    """Cut a batch into pieces of at most `size` examples of similar length, each as wide as its longest.
+
+    The longest come first, so a run that does not fit in memory fails at its first backward pass. A loss that is a sum
+    over tokens or pairs is the same whichever way the batch is cut.
+
+    Args:
+        batch: padded on the right.
+        size: None leaves the batch whole.
+
+    Example:
+        >>> import torch
+        >>> mask = torch.tensor([[True, False, False], [True, True, True], [True, True, False]])
+        >>> pieces = micro_batches(InstructionBatch(mask.long(), mask, mask, torch.arange(3)), 2)
+        >>> [(p.row_ids.tolist(), p.input_ids.shape[1]) for p in pieces]
+        [([1, 2], 3), ([0], 1)]
+    """
+    if size is None:
+        return [batch]
+    mask = batch.attention_mask if isinstance(batch, InstructionBatch) else batch.chosen_mask | batch.rejected_mask
+    lengths, order = mask.sum(dim=1).sort(descending=True, stable=True)
+    pieces: list[Any] = []
+    for index, width in zip(order.split(size), lengths[::size].tolist(), strict=True):
+        fields: Any = [field[index, :width] if field.dim() == 2 else field[index] for field in batch]
+        pieces.append(type(batch)(*fields))
+    return pieces

@@ -63,10 +63,27 @@ class Experience(NamedTuple):
         """The examples at `index`, in that order."""
         return Experience(*(field[index] for field in self))
 
-    def split(self, size: int) -> Iterator[Experience]:
-        """Consecutive pieces of at most `size` examples."""
-        for start in range(0, len(self.scores), size):
-            yield self.select(slice(start, start + size))
+    def micro_batches(self, size: int) -> list[Experience]:
+        """Pieces of at most `size` examples of similar length, longest first, each as narrow as its rows allow.
+
+        Args:
+            size: examples per forward and backward pass.
+        """
+        prompts, responses = self.prompt_mask.sum(dim=1), self.response_mask.sum(dim=1)
+        order = (prompts + responses).argsort(descending=True, stable=True)
+        return [self.select(index)._trimmed() for index in order.split(size)]
+
+    def _trimmed(self) -> Experience:
+        """Without the columns that are padding in every row: prompts lose them on the left, responses on the right."""
+        widths = torch.stack([self.prompt_mask.sum(dim=1).max(), self.response_mask.sum(dim=1).max()])
+        prompt, response = widths.tolist()
+        fields = {}
+        for name, field in self._asdict().items():
+            if name.startswith("prompt_"):
+                fields[name] = field[:, -prompt:]
+            else:
+                fields[name] = field[:, :response] if field.dim() == 2 else field
+        return Experience(**fields)
 
     def minibatches(self, epochs: int, size: int, generator: torch.Generator) -> Iterator[Experience]:
         """Every example once per epoch, in a new order each time, `size` examples at once.

@@ -148,9 +148,9 @@ class GradientAccumulation:
         A `training_step` in manual optimisation::
 
             num_tokens = sum_over_ranks(self, batch.loss_mask.sum())
-            micro_batches = list(split_batch(batch, self.micro_batch_size))
-            accumulation = GradientAccumulation(self, len(micro_batches))
-            for micro_batch in micro_batches:
+            pieces = micro_batches(batch, self.micro_batch_size)
+            accumulation = GradientAccumulation(self, len(pieces))
+            for micro_batch in pieces:
                 accumulation.backward(self.loss_sum(micro_batch) / num_tokens)
             grad_norm = accumulation.step(context=f"rows {batch.row_ids.tolist()}")
 

@@ -42,7 +42,7 @@ from rlhf_lightning.errors import UserError
 
 LOWEST_SCORE = -4.0
 PREFERENCE_BETA = 1.1
-FLAW_SHARE = 0.25
+FLAW_SHARE = 0.15
 CONTEXT_LENGTH = 256
 MAX_ROWS = 500_000
 
@@ -246,7 +246,7 @@ def _draw_mixed_answer(rng: random.Random, request: Request) -> str:
 
 
 def _draw_compared_answer(rng: random.Random, request: Request) -> str:
-    """An answer as a model in training may write it: some say nothing, say a thing twice, or break off.
+    """An answer as a model in training may write it: some say nothing, say a thing twice, break off, or stammer.
 
     Without such rejected answers no reward model would know that they are bad, and PPO would find them at once.
     """
@@ -254,7 +254,7 @@ def _draw_compared_answer(rng: random.Random, request: Request) -> str:
     if rng.random() >= FLAW_SHARE:
         return answer
     sentences = re.split(r"(?<=[.!?]) ", answer)
-    flaw = rng.choice(("says nothing", "repeats itself", "breaks off"))
+    flaw = rng.choice(("says nothing", "repeats itself", "breaks off", "mixes up words"))
     if flaw == "says nothing":
         closer = sentences[-1:] if len(sentences) > 2 and rng.random() < 0.5 else []
         return " ".join([*sentences[:1], *closer])
@@ -262,7 +262,11 @@ def _draw_compared_answer(rng: random.Random, request: Request) -> str:
         place = rng.randrange(len(sentences))
         return " ".join([*sentences[: place + 1], *sentences[place:]])
     words = answer.split()
-    return " ".join(words[: rng.randrange(1, len(words))])
+    if flaw == "breaks off":
+        return " ".join(words[: rng.randrange(1, len(words))])
+    for place in rng.sample(range(len(words)), min(len(words), rng.randint(3, 6))):
+        words[place] = rng.choice(words)
+    return " ".join(words)
 
 
 def _instruction_row(rng: random.Random, prompt: str, request: Request) -> dict[str, str]:

@@ -56,7 +56,9 @@ def read_config(name: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise UserError(f"'{path}' is not valid JSON ({e}); export the model again") from e
+    if not isinstance(config, dict):
+        raise UserError(f"'{path}' holds no JSON object; export the model again")
     return config

@@ -47,6 +47,13 @@ from rlhf_lightning.modules.common import (
     run_seed,
     save_run_state,
 )
+from rlhf_lightning.modules.ppo_checks import (
+    check_context,
+    check_first_gradient,
+    check_first_ratio,
+    check_fresh_models,
+    fresh_tolerance,
+)
 from rlhf_lightning.optim import Schedule, learning_rates, parameter_groups
 from rlhf_lightning.ppo_settings import KLPenalty, Objective, ScoreShaping
 from rlhf_lightning.reporting import log_text, report_progress
@@ -200,13 +207,8 @@ class PPOModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Check that the longest sequence fits the model."""
         self.export_model.train()
-        limit = getattr(self.export_model.config, "max_position_embeddings", None)
         prompt_limit = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_length", None)
-        if limit and prompt_limit and prompt_limit + self.sampling.max_new_tokens > limit:
-            raise UserError(
-                f"max_prompt_length ({prompt_limit}) + sampling.max_new_tokens ({self.sampling.max_new_tokens}) exceed "
-                f"the context of '{self.model_name_or_path}' ({limit} tokens)"
-            )
+        check_context(self.export_model.config, prompt_limit, self.sampling.max_new_tokens)
 
     # One iteration
 
@@ -258,7 +260,7 @@ class PPOModule(pl.LightningModule):
         )
         metrics: dict[str, Any] = dict(experience_metrics(experience, self._reduce))
         if self.iteration == 0:
-            self._check_fresh(metrics)
+            check_fresh_models(self.scorer, metrics, self._fresh_tolerance)
         self.kl_controller.update(float(metrics["kl"]), self.rollout_batch_size * world_size(self))
         metrics |= {
             "kl_coef": kl_coef,
@@ -303,20 +305,7 @@ class PPOModule(pl.LightningModule):
 
     @property
     def _fresh_tolerance(self) -> float:
-        exact = self.trainer.precision == "32-true" and self.frozen_dtype in ("auto", "float32")
-        return 1e-3 if exact else 0.05
-
-    def _check_fresh(self, metrics: dict[str, Any]) -> None:
-        """Before the first update policy and reference are one model, and the reward model is what was saved."""
-        kl_per_token = abs(float(metrics["kl"] / metrics["response_length"]))
-        if kl_per_token > self._fresh_tolerance:
-            raise AssertionError(f"policy and reference start from one model, yet their KL per token is {kl_per_token}")
-        if isinstance(self.scorer, ModelScorer | TextScorer):
-            error = self.scorer.model.probe_error()
-            if error > max(self._fresh_tolerance, 0.1):
-                raise AssertionError(
-                    f"the reward model scores its probe {error:.3f} standard deviations off from when it was saved"
-                )
+        return fresh_tolerance(self.trainer.precision, self.frozen_dtype)
 
     def update(self, minibatch: Experience, is_first: bool = False) -> dict[str, Tensor]:
         """One optimizer step.
@@ -329,7 +318,7 @@ class PPOModule(pl.LightningModule):
             What is logged of it, scalars over all ranks.
         """
         num_tokens = sum_over_ranks(self, minibatch.response_mask.sum())
-        micro_batches = list(minibatch.split(self.micro_batch_size))
+        micro_batches = minibatch.micro_batches(self.micro_batch_size)
         accumulation = GradientAccumulation(self, len(micro_batches))
         sums = []
         for micro_batch in micro_batches:
@@ -338,11 +327,11 @@ class PPOModule(pl.LightningModule):
             sums.append(torch.stack(list(metrics.values())))
         means = sum_over_ranks(self, torch.stack(sums).sum(dim=0)) / num_tokens
         result = dict(zip(metrics, means, strict=True))
-        if is_first and abs(float(result["ratio"]) - 1) > self._fresh_tolerance:
-            raise AssertionError(f"before the first update the probability ratio is {float(result['ratio'])}, not 1")
+        if is_first:
+            check_first_ratio(result["ratio"], self._fresh_tolerance)
         result["grad_norm"] = accumulation.step(context=name_rows(minibatch.row_ids))
-        if is_first and float(result["grad_norm"]) == 0:
-            raise AssertionError("the first update has no gradient: nothing would be learnt")
+        if is_first:
+            check_first_gradient(result["grad_norm"])
         return result
 
     def ppo_loss(self, batch: Experience) -> tuple[Tensor, dict[str, Tensor]]:

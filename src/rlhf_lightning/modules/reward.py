@@ -20,7 +20,7 @@ from torchmetrics import CatMetric, MeanMetric
 from torchmetrics.classification import BinaryAccuracy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lightning.batches import PreferenceBatch, ScoringBatch, split_batch
+from rlhf_lightning.batches import PreferenceBatch, ScoringBatch, micro_batches
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional import RewardLoss, pairwise_loss, scores_at_end
 from rlhf_lightning.models.generation import evaluation_mode
@@ -167,11 +167,11 @@ class RewardModule(pl.LightningModule):
         """One optimizer step on one batch."""
         start = time.perf_counter()
         num_pairs = sum_over_ranks(self, torch.tensor(len(batch.row_ids), device=self.device))
-        micro_batches = list(split_batch(batch, self.micro_batch_size or len(batch.row_ids)))
-        accumulation = GradientAccumulation(self, len(micro_batches))
+        pieces = micro_batches(batch, self.micro_batch_size)
+        accumulation = GradientAccumulation(self, len(pieces))
         sums = torch.zeros(4, device=self.device)
         with forked_rng(self.device, run_seed(self), "reward", self.trainer.global_step, self.global_rank):
-            for micro_batch in micro_batches:
+            for micro_batch in pieces:
                 losses, pairs = self.pair_metrics(micro_batch)
                 accumulation.backward(losses.sum() / num_pairs)
                 right = (pairs["margin"] > 0).float()

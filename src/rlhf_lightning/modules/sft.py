@@ -17,7 +17,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lightning.batches import InstructionBatch, PromptBatch, split_batch
+from rlhf_lightning.batches import InstructionBatch, PromptBatch, micro_batches
 from rlhf_lightning.functional import cross_entropy_sum
 from rlhf_lightning.models.causal_lm import hidden_states, load_causal_lm, output_logits
 from rlhf_lightning.models.generation import Sampling
@@ -133,11 +133,11 @@ class SFTModule(pl.LightningModule):
         """One optimizer step on one batch."""
         start = time.perf_counter()
         num_targets = sum_over_ranks(self, batch.loss_mask.sum()).clamp(min=1)
-        micro_batches = list(split_batch(batch, self.micro_batch_size or len(batch.row_ids)))
-        accumulation = GradientAccumulation(self, len(micro_batches))
+        pieces = micro_batches(batch, self.micro_batch_size)
+        accumulation = GradientAccumulation(self, len(pieces))
         nll = torch.zeros((), device=self.device)
         with forked_rng(self.device, run_seed(self), "sft", self.trainer.global_step, self.global_rank):
-            for micro_batch in micro_batches:
+            for micro_batch in pieces:
                 loss_sum, nll_sum = self.loss_sums(micro_batch)
                 accumulation.backward(loss_sum / num_targets)
                 nll += nll_sum / num_targets
@@ -165,7 +165,7 @@ class SFTModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Perplexity from the loss of the whole set, not the mean of the batches' perplexities."""
-        self.log("val/perplexity", self.val_loss.compute().exp())
+        self.log("val/perplexity", self.val_loss.compute().exp(), sync_dist=True)
 
     def test_step(self, batch: InstructionBatch, batch_idx: int) -> None:
         """Loss per target token over the whole test set."""
@@ -173,7 +173,7 @@ class SFTModule(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Perplexity of the whole test set."""
-        self.log("test/perplexity", self.val_loss.compute().exp())
+        self.log("test/perplexity", self.val_loss.compute().exp(), sync_dist=True)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Answer prompts.

@@ -18,7 +18,7 @@ from rlhf_lightning.models.generation import Sampling
 from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
 from rlhf_lightning.ppo_settings import KLPenalty, ScoreShaping
 
-SAMPLING = Sampling(temperature=1.0, max_new_tokens=72)
+SAMPLING = Sampling(temperature=0.7, max_new_tokens=72)
 MAX_LENGTH = 160
 
 
@@ -97,8 +97,9 @@ def train_sft(base: Path, data: ToyPaths, folder: Path, seed: int) -> StageResul
     pl.seed_everything(seed, verbose=False)
     module = SFTModule(
         str(base),
-        optimizer=lambda params: torch.optim.AdamW(params, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
         warmup_steps=20,
+        micro_batch_size=16,
         sampling=SAMPLING,
     )
     datamodule = InstructionDataModule(
@@ -120,8 +121,9 @@ def train_reward(sft: Path, data: ToyPaths, folder: Path, seed: int) -> StageRes
     pl.seed_everything(seed, verbose=False)
     module = RewardModule(
         str(sft),
-        optimizer=lambda params: torch.optim.AdamW(params, lr=5e-4, betas=(0.9, 0.95), weight_decay=0.0),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
         warmup_steps=20,
+        micro_batch_size=8,
     )
     datamodule = PreferenceDataModule(
         str(sft),
@@ -152,10 +154,12 @@ def train_ppo(sft: Path, reward: Path, data: ToyPaths, folder: Path, seed: int) 
         sampling=SAMPLING,
         rollout_batch_size=64,
         minibatch_size=32,
+        micro_batch_size=16,
         ppo_epochs=2,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4, eps=1e-5, weight_decay=0.0),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1.5e-4, eps=1e-5, weight_decay=0.0, fused=True),
+        value_lr=3e-4,
         lr_schedule="linear",
-        kl=KLPenalty(coef=0.05),
+        kl=KLPenalty(coef=0.1),
         score=ScoreShaping(missing_eos_penalty=1.0),
     )
     datamodule = PromptDataModule(
@@ -168,7 +172,7 @@ def train_ppo(sft: Path, reward: Path, data: ToyPaths, folder: Path, seed: int) 
         seed=seed,
     )
     curve = GoldCurve()
-    options = {"limit_train_batches": 40, "max_epochs": 1, "val_check_interval": 5, "limit_val_batches": 1}
+    options = {"limit_train_batches": 28, "max_epochs": 1, "val_check_interval": 7, "limit_val_batches": 1}
     return _fit(_trainer(folder, [curve], **options), module, datamodule), curve
 
 

@@ -1,0 +1,89 @@
+"""What must hold before PPO's first update, checked while it runs: cheap and loud."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.rewarding import ModelScorer, TextScorer
+
+_PROBE_TOLERANCE = 0.1
+"""Standard deviations; a reward model may be held in a lower precision than it was saved in."""
+
+
+def check_context(config: Any, max_prompt_length: int | None, max_new_tokens: int) -> None:
+    """The longest prompt and response together fit the model.
+
+    Args:
+        config: the policy's.
+        max_prompt_length: the data module's limit, in tokens; None if unknown.
+        max_new_tokens: the longest response.
+
+    Raises:
+        UserError: they do not.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    if context and max_prompt_length and max_prompt_length + max_new_tokens > context:
+        raise UserError(
+            f"max_prompt_length ({max_prompt_length}) + sampling.max_new_tokens ({max_new_tokens}) exceed the context "
+            f"of '{config.name_or_path}' ({context} tokens)"
+        )
+
+
+def fresh_tolerance(precision: str, frozen_dtype: str) -> float:
+    """How far two evaluations of the same weights may lie apart, in nats per token.
+
+    Args:
+        precision: the trainer's.
+        frozen_dtype: what the reference is held in.
+    """
+    return 1e-3 if precision == "32-true" and frozen_dtype in ("auto", "float32") else 0.05
+
+
+def check_fresh_models(scorer: Any, metrics: dict[str, Any], tolerance: float) -> None:
+    """Policy and reference are one model, and the reward model scores as it did when it was saved.
+
+    Args:
+        scorer: where scores come from.
+        metrics: of the first rollout.
+        tolerance: nats per token.
+
+    Raises:
+        AssertionError: one of the two does not hold.
+    """
+    kl_per_token = abs(float(metrics["kl"] / metrics["response_length"]))
+    if kl_per_token > tolerance:
+        raise AssertionError(f"policy and reference start from one model, yet their KL per token is {kl_per_token}")
+    if isinstance(scorer, ModelScorer | TextScorer) and (error := scorer.model.probe_error()) > _PROBE_TOLERANCE:
+        raise AssertionError(
+            f"the reward model scores its probe {error:.3f} standard deviations off from when it was saved"
+        )
+
+
+def check_first_ratio(ratio: Tensor, tolerance: float) -> None:
+    """Old and new log-probabilities agree before anything has moved.
+
+    Args:
+        ratio: mean probability ratio of the first minibatch.
+        tolerance: nats per token.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    if abs(float(ratio) - 1) > tolerance:
+        raise AssertionError(f"before the first update the probability ratio is {float(ratio)}, not 1")
+
+
+def check_first_gradient(grad_norm: Tensor) -> None:
+    """Something is learnt.
+
+    Args:
+        grad_norm: of the first minibatch.
+
+    Raises:
+        AssertionError: the gradient is 0.
+    """
+    if float(grad_norm) == 0:
+        raise AssertionError("the first update has no gradient: nothing would be learnt")
