@@ -193,10 +193,10 @@ class ToyPaths(NamedTuple):
 def write_toy_data(
     folder: str | Path,
     seed: int = 1,
-    num_sft: int = 16_000,
+    num_sft: int = 13_000,
     num_pairs: int = 8_000,
     num_prompts: int = 8_000,
-    num_heldout: int = 512,
+    num_heldout: int = 384,
 ) -> ToyPaths:
     """Generate the embedded data set.
 

@@ -134,7 +134,7 @@ def train_reward(sft: Path, data: ToyPaths, folder: Path, seed: int) -> StageRes
         eval_batch_size=64,
         seed=seed,
     )
-    return _fit(_trainer(folder, [], max_epochs=1, val_check_interval=0.25), module, datamodule)
+    return _fit(_trainer(folder, [], max_epochs=1, val_check_interval=0.5), module, datamodule)
 
 
 def train_ppo(sft: Path, reward: Path, data: ToyPaths, folder: Path, seed: int) -> tuple[StageResult, GoldCurve]:
@@ -156,7 +156,7 @@ def train_ppo(sft: Path, reward: Path, data: ToyPaths, folder: Path, seed: int) 
         minibatch_size=32,
         micro_batch_size=16,
         ppo_epochs=2,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=1.5e-4, eps=1e-5, weight_decay=0.0, fused=True),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=2e-4, eps=1e-5, weight_decay=0.0, fused=True),
         value_lr=3e-4,
         lr_schedule="linear",
         kl=KLPenalty(coef=0.1),
@@ -172,7 +172,7 @@ def train_ppo(sft: Path, reward: Path, data: ToyPaths, folder: Path, seed: int) 
         seed=seed,
     )
     curve = GoldCurve()
-    options = {"limit_train_batches": 28, "max_epochs": 1, "val_check_interval": 7, "limit_val_batches": 1}
+    options = {"limit_train_batches": 20, "max_epochs": 1, "val_check_interval": 5, "limit_val_batches": 1}
     return _fit(_trainer(folder, [curve], **options), module, datamodule), curve
 
 
