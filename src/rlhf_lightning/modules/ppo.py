@@ -52,6 +52,7 @@ from rlhf_lightning.modules.ppo_checks import (
     check_first_gradient,
     check_first_ratio,
     check_fresh_models,
+    check_rollout_size,
     fresh_tolerance,
 )
 from rlhf_lightning.optim import Schedule, learning_rates, parameter_groups
@@ -67,6 +68,8 @@ from rlhf_lightning.rollout import (
     shape_scores,
 )
 from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks, synced, world_size
+
+_EVALUATED = ("score", "kl", "eos_rate", "response_length")
 
 
 class PPOModule(pl.LightningModule):
@@ -160,10 +163,7 @@ class PPOModule(pl.LightningModule):
         self.reference: PreTrainedModel | None = None
         self.scorer: ModelScorer | TextScorer | FunctionScorer | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        names = ("score", "kl", "eos_rate", "response_length")
-        self.eval_means = nn.ModuleDict({name: MeanMetric() for name in names})
-
-    # Models
+        self.eval_means = nn.ModuleDict({name: MeanMetric() for name in _EVALUATED})
 
     def configure_model(self) -> None:
         """Load the four models, once: policy and value to be trained, reference and reward frozen."""
@@ -210,15 +210,9 @@ class PPOModule(pl.LightningModule):
         prompt_limit = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_length", None)
         check_context(self.export_model.config, prompt_limit, self.sampling.max_new_tokens)
 
-    # One iteration
-
     def training_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """One PPO iteration."""
-        if len(prompts.prompts) != self.rollout_batch_size:
-            raise UserError(
-                f"the loader gives {len(prompts.prompts)} prompts at once but rollout_batch_size is "
-                f"{self.rollout_batch_size}; set both to the same number"
-            )
+        check_rollout_size(len(prompts.prompts), self.rollout_batch_size)
         experience, metrics = self.rollout(prompts)
         started = time.perf_counter()
         lr = learning_rates(self.optimizers())
@@ -357,8 +351,6 @@ class PPOModule(pl.LightningModule):
             "value_clip_fraction": value["clip_fraction"],
         }
 
-    # Evaluation
-
     def _evaluate(self, prompts: PromptBatch, batch_idx: int, stage: str) -> dict[str, Any]:
         random = generator(self.device, run_seed(self), stage, batch_idx, self.global_rank)
         generation, texts = self._respond(prompts, random)
@@ -394,8 +386,6 @@ class PPOModule(pl.LightningModule):
         scores = self._measure(prompts, generation, texts, with_values=False).scores
         rows = response_rows(prompts, generation, texts)
         return [{**row, "score": score} for row, score in zip(rows, scores.tolist(), strict=True)]
-
-    # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out frozen weights; keep the KL coefficient, the score moments and the place in the random numbers."""

@@ -32,6 +32,22 @@ def check_context(config: Any, max_prompt_length: int | None, max_new_tokens: in
         )
 
 
+def check_rollout_size(given: int, wanted: int) -> None:
+    """The loader gives as many prompts as the module counts its steps by.
+
+    Args:
+        given: prompts in the loader's batch.
+        wanted: `rollout_batch_size`.
+
+    Raises:
+        UserError: they differ.
+    """
+    if given != wanted:
+        raise UserError(
+            f"the loader gives {given} prompts at once but rollout_batch_size is {wanted}; set both to the same number"
+        )
+
+
 def fresh_tolerance(precision: str, frozen_dtype: str) -> float:
     """How far two evaluations of the same weights may lie apart, in nats per token.
 
