@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -154,11 +155,13 @@ def test_ctrl_c_ends_with_one_line_and_the_run_resumes(stages, monkeypatch):
     args = ["fit", *SFT, "--config=callbacks.yaml", *short("lm", "pairs.jsonl", "stopped", steps=100_000)]
     with working_folder(root):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen(command(*args), env=environment(), text=True, **pipes)
+        # A test run in the background inherits a SIGINT that is ignored; the command must hear it.
+        hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(command(*args), env=environment(), text=True, preexec_fn=hear, **pipes)
         assert process.stdout is not None
         assert process.stdout.readline() == "checkpoint written\n", process.communicate()[1]
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
+        out, err = process.communicate(timeout=120)
         assert process.returncode == 130, err
         last_line = err.strip().splitlines()[-1]
         assert "Traceback" not in out + err

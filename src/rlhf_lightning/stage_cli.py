@@ -99,7 +99,8 @@ class RLHFCLI(LightningCLI):
             refuse_trainer_options(config)
         if config.logger is None or config.logger is True:
             folder = config.default_root_dir or "."
-            kwargs["logger"] = self.subcommand != "predict" and TensorBoardLogger(folder, name="", version="")
+            tensorboard = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
+            kwargs["logger"] = self.subcommand != "predict" and tensorboard
         given = config.callbacks or []
         callbacks = [*given] if isinstance(given, list) else [given]
         if config.enable_progress_bar is not False and not _any(ProgressBar, callbacks):

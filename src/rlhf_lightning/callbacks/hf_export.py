@@ -171,7 +171,7 @@ def model_card(trainer: pl.Trainer, pl_module: Any) -> str:
     if (datamodule := getattr(trainer, "datamodule", None)) is not None:
         settings["data"] = _settings(datamodule)
     settings["trainer"] = {"precision": str(trainer.precision), "world_size": trainer.world_size}
-    metrics = {name: round(float(value), 6) for name, value in sorted(trainer.callback_metrics.items())}
+    metrics = {name: float(f"{float(value):.6g}") for name, value in sorted(trainer.callback_metrics.items())}
     head = yaml.safe_dump(
         {"base_model": str(pl_module.model_name_or_path), "library_name": "transformers", "tags": [_MARK]}
     )

@@ -64,10 +64,11 @@ class GoldCurve(Callback):
 
 
 def _trainer(folder: Path, callbacks: list[Callback], **options: Any) -> pl.Trainer:
+    tensorboard = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
     return pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
-        logger=[CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="", version="")],
+        logger=[CSVLogger(folder, name="", version=""), tensorboard],
         callbacks=[StageProgressBar(leave=True), HFExport(), *callbacks],
         enable_checkpointing=False,
         enable_model_summary=False,
