@@ -191,7 +191,9 @@ def test_no_prompt_stands_on_two_sides(kind):
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_nothing_is_read_before_setup_and_once_in_it(kind, tmp_path, caplog):
+def test_nothing_is_read_before_setup_and_once_in_it(kind, tmp_path, caplog, monkeypatch):
+    for logger in ("pytorch_lightning", "lightning_fabric"):  # either may carry the message; caplog listens at the root
+        monkeypatch.setattr(logging.getLogger(logger), "propagate", True)
     path = tmp_path / "rows.jsonl"
     data = kind(tiny_tokenizer(), data=str(path), validation_data=str(path))
     with pytest.raises(UserError, match=r"rows.jsonl does not exist"):

@@ -107,11 +107,15 @@ def test_a_new_head_is_drawn_with_the_width_of_the_paper(tmp_path):
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         head = new_scalar_lm(folder).model.score
+        torch.rand(7)  # what else was drawn does not matter, the seed does
+        again = new_scalar_lm(folder).model.score
+        torch.manual_seed(1)
         other = new_scalar_lm(folder).model.score
     assert head.bias is None
     assert head.weight.shape == (1, 1024)
     assert head.weight.std().item() == pytest.approx(1 / math.sqrt(1025), rel=0.1)
     assert abs(head.weight.mean().item()) < 4 / 1025
+    assert torch.equal(head.weight, again.weight)
     assert not torch.equal(head.weight, other.weight)
 
 

@@ -20,6 +20,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional import scores_at_end
 from rlhf_lightning.models.causal_lm import disable_dropout, hidden_states, response_hidden
 from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
+from rlhf_lightning.rng import generator
 
 CALIBRATION = "reward_calibration"
 """Key of `config.json` under which mean and standard deviation of the raw scores are recorded."""
@@ -162,8 +163,10 @@ def new_scalar_lm(
     """
     scalar, _ = _load(check_model_folder(name_or_path), dropout, trust_remote_code)
     std = 0.0 if head == "zero" else (scalar.model.score.in_features + 1) ** -0.5
+    # From a stream of its own, so that the head depends on the seed and not on what drew random numbers before.
+    drawn = torch.randn(1, scalar.model.score.in_features, generator=generator("cpu", torch.initial_seed(), "head"))
     with torch.no_grad(), _whole(scalar.model.score.weight) as weight:
-        weight.normal_(0.0, std) if std else weight.zero_()
+        weight.copy_(drawn * std)
     scalar.calibration = Calibration()
     return scalar
 
