@@ -7,9 +7,19 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
 settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
 settings.load_profile("reproducible")
+
+
+@pytest.fixture(autouse=True)
+def _no_seed_left_behind() -> Iterator[None]:
+    """`seed_everything` writes the seed into the environment, whence the processes of later tests would take it."""
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)
