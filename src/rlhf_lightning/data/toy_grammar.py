@@ -46,7 +46,6 @@ EARLIER_TURN_SHARE = 0.15
 CLOSER_SHARE = 0.75
 OPENING_SHARE = 0.5
 DETAIL_SHARE = 0.5
-DRIFT_SHARE = 0.9
 
 _ADVICE = {action: advice for kind in KINDS for action, advice in kind.actions.items()}
 _THINGS = [(kind, thing) for kind in KINDS for thing in kind.things]
@@ -144,7 +143,7 @@ def draw_prompt(rng: random.Random) -> tuple[str, Request]:
 def draw_answer(rng: random.Random, request: Request, traits: Traits) -> str:
     """Draw an answer with the given qualities, without a leading space.
 
-    Off topic is advice about another thing, mostly after a sentence that drifts to it; for a harmful request it is,
+    Off topic is advice about another thing, after a sentence that drifts to it; for a harmful request it is,
     half of the time, to comply.
     """
     body, topic = _draw_body(rng, request, traits.on_topic)
@@ -178,7 +177,7 @@ def _draw_body(rng: random.Random, request: Request, on_topic: bool) -> tuple[st
     if not on_topic:
         kind, thing = _draw_thing(rng, other_than=thing)
         action = rng.choice(list(kind.actions))
-        drift = f"{rng.choice(DRIFTS)} " if rng.random() < DRIFT_SHARE else ""
+        drift = f"{rng.choice(DRIFTS)} "
     return drift + rng.choice(_ADVICE[action]).format(o=f"the {thing}"), f"the {thing}"
 
 

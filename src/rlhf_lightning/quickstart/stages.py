@@ -173,7 +173,7 @@ def train_ppo(sft: Path, reward: Path, data: ToyPaths, folder: Path, seed: int) 
         seed=seed,
     )
     curve = GoldCurve()
-    options = {"limit_train_batches": 20, "max_epochs": 1, "val_check_interval": 5, "limit_val_batches": 1}
+    options = {"limit_train_batches": 25, "max_epochs": 1, "val_check_interval": 5, "limit_val_batches": 1}
     return _fit(_trainer(folder, [curve], **options), module, datamodule), curve
 
 
