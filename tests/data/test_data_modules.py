@@ -194,15 +194,15 @@ def test_no_prompt_stands_on_two_sides(kind):
 def test_nothing_is_read_before_setup_and_once_in_it(kind, tmp_path, caplog, monkeypatch):
     for logger in ("pytorch_lightning", "lightning_fabric"):  # either may carry the message; caplog listens at the root
         monkeypatch.setattr(logging.getLogger(logger), "propagate", True)
+        caplog.set_level(logging.INFO, logger=logger)  # other tests of this process may have silenced it
     path = tmp_path / "rows.jsonl"
     data = kind(tiny_tokenizer(), data=str(path), validation_data=str(path))
     with pytest.raises(UserError, match=r"rows.jsonl does not exist"):
         data.setup("fit")
 
     path.write_text("".join(json.dumps(row) + "\n" for row in HH_ROWS))
-    with caplog.at_level(logging.INFO):
-        data.prepare_data()
-        data.setup("fit")
+    data.prepare_data()
+    data.setup("fit")
     counts = dict(data.counts)
     path.unlink()
     data.setup("validate")
