@@ -194,7 +194,7 @@ def write_toy_data(
     folder: str | Path,
     seed: int = 1,
     num_sft: int = 13_000,
-    num_pairs: int = 8_000,
+    num_pairs: int = 10_000,
     num_prompts: int = 8_000,
     num_heldout: int = 384,
 ) -> ToyPaths:
