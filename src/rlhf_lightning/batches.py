@@ -13,20 +13,24 @@ from torch import Tensor
 
 
 class InstructionBatch(NamedTuple):
-    """Prompt and response as one sequence, padded on the right.
+    """Prompt and response as one sequence, or several such examples packed in a row; padded on the right.
 
     Attributes:
         input_ids: token ids, `[B, T]`, int64.
         attention_mask: True for real tokens, `[B, T]`, bool.
         loss_mask: True for tokens the model is taught to produce, `[B, T]`, bool. `loss_mask[b, t]` speaks of token t
-            as a *target*, predicted from the tokens before it; column 0 is always False.
-        row_ids: number of each example's row in its source, `[B]`, int64; named in error messages.
+            as a *target*, predicted from the tokens before it; the first token of an example is never one.
+        row_ids: number of each example's row in its source, int64; named in error messages. `[B]`, or `[B, E]` for
+            packed rows, -1 where a row holds fewer than E examples.
+        position_ids: place of each token in its own example, `[B, T]`, int64, 0 on padding, for packed rows; None
+            where every row holds one example.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     loss_mask: Tensor
     row_ids: Tensor
+    position_ids: Tensor | None = None
 
 
 class PreferenceBatch(NamedTuple):
@@ -38,6 +42,8 @@ class PreferenceBatch(NamedTuple):
         rejected_ids: prompt and rejected response, `[B, T]`, int64.
         rejected_mask: True for real tokens, `[B, T]`, bool.
         row_ids: number of each pair's row in its source, `[B]`, int64.
+        margins: by how much the chosen score must lead, `[B]`, float32, in units of the raw score; None for 0.
+        weights: how much each pair counts in the loss, `[B]`, float32, not negative; None for 1.
     """
 
     chosen_ids: Tensor
@@ -45,6 +51,8 @@ class PreferenceBatch(NamedTuple):
     rejected_ids: Tensor
     rejected_mask: Tensor
     row_ids: Tensor
+    margins: Tensor | None = None
+    weights: Tensor | None = None
 
 
 class PromptBatch(NamedTuple):
@@ -98,18 +106,18 @@ def split_batch(batch: BatchT, size: int) -> Iterator[BatchT]:
         [[0, 1], [2]]
     """
     for start in range(0, len(batch.row_ids), size):
-        pieces: Any = [field[start : start + size] for field in batch]
+        pieces: Any = [None if field is None else field[start : start + size] for field in batch]
         yield type(batch)(*pieces)
 
 
 def micro_batches(batch: TrainBatchT, size: int | None) -> list[TrainBatchT]:
-    """Cut a batch into pieces of at most `size` examples of similar length, each as wide as its longest.
+    """Cut a batch into pieces of at most `size` rows of similar length, each as wide as its longest.
 
     The longest come first, so a run that does not fit in memory fails at its first backward pass. A loss that is a sum
     over tokens or pairs is the same whichever way the batch is cut.
 
     Args:
-        batch: padded on the right.
+        batch: padded on the right; a packed row stays whole.
         size: None leaves the batch whole.
 
     Example:
@@ -125,6 +133,7 @@ def micro_batches(batch: TrainBatchT, size: int | None) -> list[TrainBatchT]:
     lengths, order = mask.sum(dim=1).sort(descending=True, stable=True)
     pieces: list[Any] = []
     for index, width in zip(order.split(size), lengths[::size].tolist(), strict=True):
-        fields: Any = [field[index, :width] if field.dim() == 2 else field[index] for field in batch]
-        pieces.append(type(batch)(*fields))
+        rows = {name: field[index] for name, field in batch._asdict().items() if field is not None}
+        per_token = {name: field[:, :width] for name, field in rows.items() if name != "row_ids" and field.dim() == 2}
+        pieces.append(type(batch)(**rows | per_token))
     return pieces

@@ -89,6 +89,20 @@ def test_a_pair_by_hand(pad_id, extra):
         assert pairwise_loss(**batch([PAIR], pad_id, extra), kind=kind).tolist() == pytest.approx([loss])
 
 
+def test_a_margin_by_hand():
+    # As above, with the chosen side asked to lead by 0.5; at every position, for the loss that has several.
+    expected = {
+        "last_token": log_loss(2.0 - 1.0 - 0.5),
+        "average": log_loss((0.9 + 2.0) / 2 - 1.0 - 0.5),
+        "per_sample": (log_loss(0.9 - 1.0 - 0.5) + log_loss(2.0 - 1.0 - 0.5)) / 2,
+    }
+    for kind, loss in expected.items():
+        margins = torch.tensor([0.5, 0.0])
+        losses = pairwise_loss(**batch([PAIR, PAIR], extra=1), kind=kind, margins=margins)
+        without = pairwise_loss(**batch([PAIR], extra=1), kind=kind).item()
+        assert losses.tolist() == pytest.approx([loss, without])
+
+
 def test_first_difference_by_hand():
     chosen = [[5, 6, 7], [5, EOS], [5, 6], [5, 6], [8]]
     rejected = [[5, 8, 7], [5, 6, EOS], [5, 6, EOS], [5, 6], [9]]

@@ -18,7 +18,7 @@ from helpers.stages import (
     unpadded,
     weights,
 )
-from rlhf_lightning import InstructionDataModule, Sampling, SFTModule, UserError
+from rlhf_lightning import InstructionDataModule, Sampling, SFTModule, Table, UserError
 from rlhf_lightning.batches import InstructionBatch
 
 CONSTANT = {"lr_schedule": "constant", "warmup_steps": 0}
@@ -107,7 +107,7 @@ def test_loss_and_perplexity_by_hand(folder, loss_on, smoothing):
 
     assert log.series("train/loss") == [pytest.approx(loss.item(), abs=1e-5)]
     assert log.series("train/perplexity") == [pytest.approx(nll.exp().item(), rel=1e-5)]
-    assert log.names("train") == {"loss", "perplexity", "lr", "grad_norm", "tokens_per_second"}
+    assert log.names("train") == {"loss", "perplexity", "lr", "grad_norm", "tokens_per_second", "padding_share"}
 
 
 def test_validation_weighs_every_token_alike(folder):
@@ -168,3 +168,13 @@ def test_dropout_depends_on_the_seed_and_on_nothing_else(tmp_path):
 def test_refuses_a_micro_batch_of_nothing(folder):
     with pytest.raises(UserError, match=r"^micro_batch_size \(0\) must be at least 1$"):
         SFTModule(folder, micro_batch_size=0)
+
+
+def test_a_stream_without_end_has_no_schedule_to_follow(folder):
+    data = Table(instruction_rows(6), streaming=True)
+    with pytest.raises(UserError, match=r"lr_schedule 'cosine' needs a run with an end; set .*trainer.max_steps"):
+        fit(SFTModule(folder, optimizer=sgd(0.01), lr_schedule="cosine"), data_module(folder, data))
+
+    endless = SFTModule(folder, optimizer=sgd(0.01), **CONSTANT)
+    fit(endless, data_module(folder, data, batch_size=2))
+    assert endless.trainer.global_step == 3

@@ -95,8 +95,9 @@ def pairwise_loss(
     chosen_mask: Tensor,
     rejected_mask: Tensor,
     kind: RewardLoss = "last_token",
+    margins: Tensor | None = None,
 ) -> Tensor:
-    """Bradley-Terry loss `-log sigmoid(chosen - rejected)` of each pair.
+    """Bradley-Terry loss `-log sigmoid(chosen - rejected - margin)` of each pair.
 
     `last_token` compares the scores at each side's last real token (Stiennon et al. 2020, section 3.4). `average`
     compares the means over each side's real tokens from the first difference on. `per_sample` averages the loss over
@@ -111,18 +112,23 @@ def pairwise_loss(
         chosen_mask: True for real tokens, `[B, T]`, bool.
         rejected_mask: True for real tokens, `[B, T]`, bool.
         kind: `last_token`, `average` or `per_sample`.
+        margins: by how much the chosen score must lead, `[B]`, in units of the scores (Touvron et al. 2023, Llama 2,
+            section 3.2.2); None for 0. `per_sample` asks for it at every position.
 
     Returns:
         `[B]`, float32.
     """
-    chosen_scores, rejected_scores = chosen_scores.float(), rejected_scores.float()
+    rejected_scores = rejected_scores.float()
+    if margins is not None:  # asking for a lead is the same as raising the other side
+        rejected_scores = rejected_scores + margins.float().unsqueeze(1)
+    chosen_scores = chosen_scores.float()
     if kind == "last_token":
-        margin = scores_at_end(chosen_scores, chosen_mask) - scores_at_end(rejected_scores, rejected_mask)
-        return -F.logsigmoid(margin)
+        lead = scores_at_end(chosen_scores, chosen_mask) - scores_at_end(rejected_scores, rejected_mask)
+        return -F.logsigmoid(lead)
     start = divergence_index(chosen_ids, rejected_ids, chosen_mask, rejected_mask)
     if kind == "average":
-        margin = _mean_from(chosen_scores, chosen_mask, start) - _mean_from(rejected_scores, rejected_mask, start)
-        return -F.logsigmoid(margin)
+        lead = _mean_from(chosen_scores, chosen_mask, start) - _mean_from(rejected_scores, rejected_mask, start)
+        return -F.logsigmoid(lead)
     losses = -F.logsigmoid(_hold_last(chosen_scores, chosen_mask) - _hold_last(rejected_scores, rejected_mask))
     positions = torch.arange(chosen_mask.shape[1], device=chosen_mask.device)
     compared = (positions >= start.unsqueeze(1)) & (chosen_mask | rejected_mask)

@@ -128,15 +128,24 @@ def run_backbone(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
     return backbone(input_ids=input_ids, attention_mask=attention_mask.long(), **kwargs)
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, packed_positions: Tensor | None = None
+) -> Tensor:
     """Last hidden states, `[B, T, D]`: everything before the output layer.
 
     Args:
         model: a language model or a scalar model.
         input_ids: `[B, T]`, int64.
         attention_mask: True for real tokens, `[B, T]`, bool, padded on either side.
+        packed_positions: for packed rows, the place of each token in its own example, `[B, T]`, int64, 0 on padding;
+            no example sees another (on models that pass `packed.check_packing`).
     """
-    return run_backbone(model, input_ids, attention_mask).last_hidden_state
+    if packed_positions is None:
+        return run_backbone(model, input_ids, attention_mask).last_hidden_state
+    # transformers reads the borders from the positions, but only where it is given no mask. A pad at position 0 is an
+    # example of its own, which nobody else sees.
+    output = model.base_model(input_ids=input_ids, attention_mask=None, position_ids=packed_positions, use_cache=False)
+    return output.last_hidden_state
 
 
 def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

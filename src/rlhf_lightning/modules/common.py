@@ -14,6 +14,7 @@ from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.generation import Generation
 from rlhf_lightning.optim import schedule_learning_rate
+from rlhf_lightning.strategies import sum_over_ranks
 
 
 def check_batch_sizes(**sizes: int | None) -> None:
@@ -42,11 +43,30 @@ def check_batch_sizes(**sizes: int | None) -> None:
 def name_rows(row_ids: Tensor) -> str:
     """How error messages name the examples of a batch.
 
+    Args:
+        row_ids: any shape; negative numbers stand for no example.
+
     Example:
         >>> name_rows(torch.tensor([3, 7]))
         'rows 3, 7'
     """
-    return "rows " + ", ".join(str(row) for row in row_ids.tolist())
+    return "rows " + ", ".join(str(row) for row in row_ids[row_ids >= 0].tolist())
+
+
+def count_tokens(module: pl.LightningModule, masks: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Real tokens of a step on all processes, and the share of padding in what the model was shown.
+
+    Args:
+        module: attached to a trainer.
+        masks: of everything that went through the model on this process; True for real tokens, any shapes, bool.
+
+    Returns:
+        Two scalars, the same on every process.
+    """
+    real = torch.stack([mask.sum() for mask in masks]).sum()
+    shown = torch.full_like(real, sum(mask.numel() for mask in masks))
+    num_tokens, num_shown = sum_over_ranks(module, torch.stack([real, shown]))
+    return num_tokens, 1 - num_tokens / num_shown
 
 
 def log_metrics(module: pl.LightningModule, metrics: dict[str, Any], shown: str, batch_size: int) -> None:
@@ -76,7 +96,8 @@ def configure_optimizer(module: Any, optimizer: Optimizer, steps_per_batch: int 
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else float("inf")
         total = min(float(trainer.max_steps), trainer.num_training_batches * epochs * steps_per_batch)
     else:
-        total = float(batches) * steps_per_batch
+        # Lightning says -1 for a stream without a length, which has no end either.
+        total = float(batches) * steps_per_batch if batches >= 0 else float("inf")
     scheduler = schedule_learning_rate(optimizer, module.lr_schedule, module.warmup_steps, total)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

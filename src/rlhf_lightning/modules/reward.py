@@ -2,7 +2,8 @@
 
 The loss is the Bradley-Terry negative log-likelihood in three variants (see `functional.pairwise_loss`). At the end the
 raw scores are measured on held-out chosen responses, so that every user of the model sees scores with mean 0 and
-standard deviation 1 there. Left out: rankings of more than two responses, margins, a language-model loss on the side.
+standard deviation 1 there. A pair may ask for a margin, and a pair of weight 2 counts as two pairs, in the loss and in
+every metric; rankings of more than two responses come as weighted pairs. Left out: a language-model loss on the side.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import CatMetric, MeanMetric
-from torchmetrics.classification import BinaryAccuracy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import PreferenceBatch, ScoringBatch, micro_batches
@@ -35,6 +35,7 @@ from rlhf_lightning.models.tokenizer import load_tokenizer, own_pad_token
 from rlhf_lightning.modules.common import (
     check_batch_sizes,
     configure_optimizer,
+    count_tokens,
     load_run_state,
     log_metrics,
     name_rows,
@@ -48,12 +49,17 @@ from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks
 _PROBE_TOKENS = 64
 
 
+def pair_weights(batch: PreferenceBatch) -> Tensor:
+    """How much each pair counts, `[B]`, float32."""
+    return torch.ones(len(batch.row_ids), device=batch.row_ids.device) if batch.weights is None else batch.weights
+
+
 class RewardModule(pl.LightningModule):
     """Trains a reward model on pairs.
 
     Expects batches like `PreferenceBatch`. Logs `loss`, `accuracy`, `chosen_score`, `rejected_score` and `margin` (raw
-    scores) under `train/` and `val/`, and `train/lr`, `train/grad_norm`, `train/tokens_per_second`. `predict` scores
-    sequences (`ScoringBatch`).
+    scores) under `train/` and `val/`, and `train/lr`, `train/grad_norm`, `train/tokens_per_second` and
+    `train/padding_share`. `predict` scores sequences (`ScoringBatch`).
 
     Args:
         model_name_or_path: Hugging Face folder or hub id. A language model, usually the export of the SFT stage, gets a
@@ -100,9 +106,8 @@ class RewardModule(pl.LightningModule):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._head_is_random = False
         self._calibrated_at: int | None = None
-        names = ("loss", "chosen_score", "rejected_score", "margin")
+        names = ("loss", "accuracy", "chosen_score", "rejected_score", "margin")
         self.eval_means = nn.ModuleDict({name: MeanMetric() for name in names})
-        self.eval_accuracy = BinaryAccuracy()
         self.held_out_scores = CatMetric()
 
     def configure_model(self) -> None:
@@ -144,7 +149,7 @@ class RewardModule(pl.LightningModule):
         return chosen, rejected
 
     def pair_metrics(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of each pair, `[B]`, and what is logged of it: scores at the last token and their difference, `[B]`."""
+        """Loss of each pair, `[B]`, and what else is logged of it, each `[B]`, from the scores at the last token."""
         chosen, rejected = self.pair_scores(batch)
         losses = pairwise_loss(
             chosen,
@@ -154,51 +159,53 @@ class RewardModule(pl.LightningModule):
             batch.chosen_mask,
             batch.rejected_mask,
             self.loss,
+            batch.margins,
         )
         chosen_score = scores_at_end(chosen.detach(), batch.chosen_mask)
         rejected_score = scores_at_end(rejected.detach(), batch.rejected_mask)
+        margin = chosen_score - rejected_score
         return losses, {
+            "accuracy": (margin > 0).float(),
             "chosen_score": chosen_score,
             "rejected_score": rejected_score,
-            "margin": chosen_score - rejected_score,
+            "margin": margin,
         }
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """One optimizer step on one batch."""
         start = time.perf_counter()
-        num_pairs = sum_over_ranks(self, torch.tensor(len(batch.row_ids), device=self.device))
+        # As with the number of tokens elsewhere: of all micro-batches and ranks. Only pairs of weight 0 sum to 0.
+        total_weight = sum_over_ranks(self, pair_weights(batch).sum()).clamp(min=torch.finfo(torch.float32).tiny)
         pieces = micro_batches(batch, self.micro_batch_size)
         accumulation = GradientAccumulation(self, len(pieces))
         sums = torch.zeros(4, device=self.device)
         with forked_rng(self.device, run_seed(self), "reward", self.trainer.global_step, self.global_rank):
             for micro_batch in pieces:
                 losses, pairs = self.pair_metrics(micro_batch)
-                accumulation.backward(losses.sum() / num_pairs)
-                right = (pairs["margin"] > 0).float()
-                sums += torch.stack([right.sum(), *(values.sum() for values in pairs.values())])
+                weights = pair_weights(micro_batch)
+                accumulation.backward((losses * weights).sum() / total_weight)
+                sums += torch.stack([(values * weights).sum() for values in pairs.values()])
         lr = learning_rates(self.optimizers())[0]
         grad_norm = accumulation.step(context=name_rows(batch.row_ids))
-        means = sum_over_ranks(self, sums) / num_pairs
-        names = ("accuracy", "chosen_score", "rejected_score", "margin")
-        num_tokens = sum_over_ranks(self, batch.chosen_mask.sum() + batch.rejected_mask.sum())
+        means = sum_over_ranks(self, sums) / total_weight
+        shown = [mask for piece in pieces for mask in (piece.chosen_mask, piece.rejected_mask)]
+        num_tokens, padding_share = count_tokens(self, shown)
         metrics = {
             "train/loss": accumulation.loss,
-            **{f"train/{name}": mean for name, mean in zip(names, means, strict=True)},
+            **{f"train/{name}": mean for name, mean in zip(pairs, means, strict=True)},
             "train/lr": lr,
             "train/grad_norm": grad_norm,
             "train/tokens_per_second": num_tokens / (time.perf_counter() - start),
+            "train/padding_share": padding_share,
         }
         log_metrics(self, metrics, shown="train/loss", batch_size=len(batch.row_ids))
 
     def _evaluate(self, batch: PreferenceBatch, stage: str) -> None:
         losses, pairs = self.pair_metrics(batch)
-        size = len(batch.row_ids)
         for name, values in {"loss": losses, **pairs}.items():
             metric: Any = self.eval_means[name]
-            metric.update(values)
-            self.log(f"{stage}/{name}", metric, prog_bar=name == "loss", batch_size=size)
-        self.eval_accuracy.update((pairs["margin"] > 0).int(), torch.ones(size, dtype=torch.int, device=self.device))
-        self.log(f"{stage}/accuracy", self.eval_accuracy, prog_bar=True, batch_size=size)
+            metric.update(values, pair_weights(batch))
+            self.log(f"{stage}/{name}", metric, prog_bar=name in ("loss", "accuracy"), batch_size=len(batch.row_ids))
         self.held_out_scores.update(pairs["chosen_score"])
 
     def _refuse_random_head(self) -> None:

@@ -2,7 +2,8 @@
 
 One batch of the loader is one optimizer step; inside it the batch is cut into micro-batches, and the loss of each token
 weighs the same whatever micro-batch or rank it is on. That is why the optimisation is manual: Lightning's
-`accumulate_grad_batches` averages the means of micro-batches. Left out: packing, fine-tuning a part of the weights.
+`accumulate_grad_batches` averages the means of micro-batches. Rows may hold several packed examples; the first such
+batch proves that the model keeps them apart. Left out: fine-tuning a part of the weights.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from rlhf_lightning.batches import InstructionBatch, PromptBatch, micro_batches
 from rlhf_lightning.functional import cross_entropy_sum
 from rlhf_lightning.models.causal_lm import hidden_states, load_causal_lm, output_logits
 from rlhf_lightning.models.generation import Sampling
+from rlhf_lightning.models.packed import check_packing
 from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.modules.common import (
     check_batch_sizes,
     configure_optimizer,
+    count_tokens,
     load_run_state,
     log_metrics,
     name_rows,
@@ -37,12 +40,15 @@ from rlhf_lightning.rng import forked_rng, generator
 from rlhf_lightning.rollout import respond
 from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks, synced
 
+_PROBE_TOKENS = 16
+
 
 class SFTModule(pl.LightningModule):
     """Teaches a language model to answer as the demonstrations do.
 
     Expects batches like `InstructionBatch`. Logs `train/loss`, `train/perplexity`, `train/lr`, `train/grad_norm`,
-    `train/tokens_per_second`, `val/loss` and `val/perplexity`. `predict` answers prompts (`PromptBatch`).
+    `train/tokens_per_second`, `train/padding_share`, `val/loss` and `val/perplexity`. `predict` answers prompts
+    (`PromptBatch`).
 
     Args:
         model_name_or_path: Hugging Face folder or hub id of the model to start from.
@@ -50,8 +56,8 @@ class SFTModule(pl.LightningModule):
         lr_schedule: course of the learning rate after the warm-up, in optimizer steps.
         warmup_steps: optimizer steps of linear warm-up; a number below 1 is a share of all steps.
         label_smoothing: share of each target spread evenly over the vocabulary.
-        micro_batch_size: examples per forward and backward pass; None for the whole batch. Splitting changes memory
-            and time, not the gradient.
+        micro_batch_size: examples (packed rows, if the data are packed) per forward and backward pass; None for the
+            whole batch. Splitting changes memory and time, not the gradient.
         gradient_clip_val: norm the gradient is clipped to; None for no clipping.
         dropout: keep the dropout that the model's config asks for; by default it is off.
         sampling: how `predict` and sample texts are generated.
@@ -90,6 +96,7 @@ class SFTModule(pl.LightningModule):
         self.model: PreTrainedModel | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.val_loss = MeanMetric()
+        self._packing_is_safe = False
 
     def configure_model(self) -> None:
         """Load the model and its tokenizer, once."""
@@ -117,8 +124,14 @@ class SFTModule(pl.LightningModule):
 
         Args:
             batch: at least one example.
+
+        Raises:
+            UserError: the batch is packed, and the model would let its examples see each other.
         """
-        hidden = hidden_states(self.export_model, batch.input_ids, batch.attention_mask)
+        if batch.position_ids is not None and not self._packing_is_safe:
+            check_packing(self.export_model, batch.input_ids[batch.attention_mask][:_PROBE_TOKENS])
+            self._packing_is_safe = True
+        hidden = hidden_states(self.export_model, batch.input_ids, batch.attention_mask, batch.position_ids)
         # Token t is predicted from t - 1. Only positions with a target meet the output matrix.
         targets = batch.loss_mask[:, 1:]
         logits = output_logits(self.export_model, hidden[:, :-1][targets])
@@ -143,13 +156,14 @@ class SFTModule(pl.LightningModule):
                 nll += nll_sum / num_targets
         lr = learning_rates(self.optimizers())[0]
         grad_norm = accumulation.step(context=name_rows(batch.row_ids))
-        num_tokens = sum_over_ranks(self, batch.attention_mask.sum())
+        num_tokens, padding_share = count_tokens(self, [piece.attention_mask for piece in pieces])
         metrics = {
             "train/loss": accumulation.loss,
             "train/perplexity": sum_over_ranks(self, nll).exp(),
             "train/lr": lr,
             "train/grad_norm": grad_norm,
             "train/tokens_per_second": num_tokens / (time.perf_counter() - start),
+            "train/padding_share": padding_share,
         }
         log_metrics(self, metrics, shown="train/loss", batch_size=len(batch.row_ids))
 

@@ -1,0 +1,64 @@
+"""Whether a model keeps the examples of a packed row apart, tried out rather than looked up by name.
+
+transformers takes places that start again as the border between two examples, builds the attention mask from them, and
+counts positions by them; but some families ignore them, wholly (Bloom, Mamba) or in part (OPT, Falcon), and so do some
+attention kernels.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.causal_lm import hidden_states
+from rlhf_lightning.models.generation import evaluation_mode
+
+_FULL_PRECISION_TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 0.1  # rounding stays far below, a leak is of order 1
+
+
+@torch.no_grad()
+def packing_error(model: PreTrainedModel, tokens: Tensor) -> float:
+    """How far hidden states of two packed examples are from those of each example alone.
+
+    Args:
+        model: any Hugging Face model with a backbone; one that takes no positions is infinitely far.
+        tokens: ids to try it with, `[N]`, int64, at least 2; both halves serve as examples, in both orders.
+
+    Returns:
+        The largest distance of any token, relative to the norm of its hidden state.
+    """
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        return float("inf")
+    halves = tokens.tensor_split(2)
+    alone = [hidden_states(model, half[None], torch.ones_like(half[None]).bool())[0] for half in halves]
+    places = [torch.arange(len(half), device=tokens.device) for half in halves]
+    ids, positions, expected = (
+        torch.stack([torch.cat(parts), torch.cat(parts[::-1])]) for parts in (halves, tuple(places), tuple(alone))
+    )
+    packed = hidden_states(model, ids, torch.ones_like(ids).bool(), positions)
+    distance = (packed.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+    return float(distance.max())
+
+
+def check_packing(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Refuse to train on packed rows a model that would let their examples see each other.
+
+    Args:
+        model: put in evaluation mode for a moment.
+        tokens: as for `packing_error`; the same number of forward passes is run on every process.
+
+    Raises:
+        UserError: names the model.
+    """
+    tolerance = _FULL_PRECISION_TOLERANCE if model.dtype == torch.float32 else _LOW_PRECISION_TOLERANCE
+    with evaluation_mode(model), torch.autocast(tokens.device.type, enabled=False):
+        error = packing_error(model, tokens)
+    if error > tolerance:
+        name, kernel = type(model).__name__, model.config._attn_implementation
+        raise UserError(
+            f"{name} (attention '{kernel}') does not keep examples in a packed row apart; set packing: false"
+        )
