@@ -18,6 +18,14 @@ settings.register_profile("reproducible", derandomize=True, deadline=None, datab
 settings.load_profile("reproducible")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the tests prepare stays out of the user's cache, and processes that they start find it."""
+    os.environ["RLHF_LIGHTNING_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ["RLHF_LIGHTNING_CACHE"]
+
+
 @pytest.fixture(autouse=True)
 def _no_seed_left_behind() -> Iterator[None]:
     """`seed_everything` writes the seed into the environment, whence the processes of later tests would take it."""

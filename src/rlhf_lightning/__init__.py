@@ -11,9 +11,15 @@ if TYPE_CHECKING:
     from rlhf_lightning.callbacks import SampleTexts as SampleTexts
     from rlhf_lightning.callbacks import ShortSummary as ShortSummary
     from rlhf_lightning.callbacks import StageProgressBar as StageProgressBar
+    from rlhf_lightning.data import TLDR as TLDR
+    from rlhf_lightning.data import Blend as Blend
+    from rlhf_lightning.data import Filters as Filters
+    from rlhf_lightning.data import HelpfulHarmless as HelpfulHarmless
     from rlhf_lightning.data import InstructionDataModule as InstructionDataModule
+    from rlhf_lightning.data import PlainFormat as PlainFormat
     from rlhf_lightning.data import PreferenceDataModule as PreferenceDataModule
     from rlhf_lightning.data import PromptDataModule as PromptDataModule
+    from rlhf_lightning.data import Table as Table
     from rlhf_lightning.errors import NonFiniteError as NonFiniteError
     from rlhf_lightning.errors import UserError as UserError
     from rlhf_lightning.models.causal_lm import load_causal_lm as load_causal_lm
@@ -30,7 +36,17 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "callbacks": ("HFExport", "PredictionWriter", "SampleTexts", "ShortSummary", "StageProgressBar"),
-    "data": ("InstructionDataModule", "PreferenceDataModule", "PromptDataModule"),
+    "data": (
+        "Blend",
+        "Filters",
+        "HelpfulHarmless",
+        "InstructionDataModule",
+        "PlainFormat",
+        "PreferenceDataModule",
+        "PromptDataModule",
+        "TLDR",
+        "Table",
+    ),
     "errors": ("NonFiniteError", "UserError"),
     "models.causal_lm": ("load_causal_lm",),
     "models.generation": ("Sampling",),

@@ -1,9 +1,14 @@
+import pickle
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PythonBackend
 
 from helpers.tokenizers import BOS_CHAT_TEMPLATE, CHAT_TEMPLATE, tiny_tokenizer
-from rlhf_lightning.data.chat import ChatEncoder, RefusedTurnsError, default_prefix, parse_dialogue, render_plain
+from rlhf_lightning.data.chat import ChatEncoder, default_prefix
+from rlhf_lightning.data.dialogue import PlainFormat, RefusedTurnsError, parse_dialogue, render_plain
 from rlhf_lightning.errors import UserError
 
 PLAIN = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:"
@@ -22,10 +27,33 @@ STRICT_TEMPLATE = (
 )
 
 
+OWN_FORMAT = PlainFormat("<user> ", "<bot>\n", "<rules> ", "", "<|end|>\n")
+
+
+def spoken(encoder, prompt):
+    """The texts of the assistant's earlier turns, by characters and by tokens."""
+    text = encoder.render(prompt).text
+    spans = encoder.turns(prompt)
+    (ids,), (turns,) = encoder.encode_turns([text], [spans])
+    assert ids.tolist() == encoder.encode_prompts([text])[0].tolist()
+    by_tokens = [encoder.tokenizer.decode(ids[a:b].tolist()) for a, b in turns.reshape(-1, 2)]
+    return [text[a:b] for a, b in spans], by_tokens
+
+
 def test_dialogues_and_messages_are_two_forms_of_the_same():
     assert parse_dialogue(PLAIN) == MESSAGES
-    assert render_plain(MESSAGES) == PLAIN
-    assert render_plain([SYSTEM, {**SYSTEM, "content": "Be kind."}, *MESSAGES]) == "Be brief.\nBe kind." + PLAIN
+    assert render_plain(MESSAGES) == (PLAIN, [(23, 29)])
+    assert PLAIN[23:29] == " hello"
+    assert render_plain([SYSTEM, {**SYSTEM, "content": "Be kind."}, *MESSAGES])[0] == "Be brief.\nBe kind." + PLAIN
+
+
+def test_a_plain_format_of_ones_own():
+    encoder = ChatEncoder(tiny_tokenizer(), "plain", plain_format=OWN_FORMAT)
+    text = "<rules> Be brief.<user> hi<bot>\nhello<|end|>\n<user> bye<bot>\n"
+    assert encoder.render([SYSTEM, *MESSAGES]) == (text, "plain")
+    assert encoder.render(PLAIN).text == text.removeprefix("<rules> Be brief.")
+    assert encoder.response_text(" so long", "plain") == "so long"
+    assert spoken(encoder, MESSAGES) == (["hello<|end|>"], ["hello<|end|>"])
 
 
 @pytest.mark.parametrize(
@@ -117,8 +145,8 @@ def test_exactly_one_bos(template, prompt):
     text, ids = encoder.encode_prompt(prompt)
 
     bos = encoder.tokenizer.bos_token_id
-    assert (ids[0], ids.count(bos)) == (bos, 1)
-    assert encoder.tokenizer.decode(ids[1:]) == text.removeprefix("<|bos|>")
+    assert (ids[0], np.count_nonzero(ids == bos)) == (bos, 1)
+    assert encoder.tokenizer.decode(ids[1:].tolist()) == text.removeprefix("<|bos|>")
 
 
 @pytest.mark.parametrize("response", ["Bake it.", "Bake it.<|end|>", "<|end|>", "Bake it.<|end|><|end|>"])
@@ -128,7 +156,7 @@ def test_exactly_one_eos_at_the_end(response, pad):
     ids = encoder.encode_response("how?", response)
 
     eos = encoder.tokenizer.eos_token_id
-    assert (ids[-1], ids.count(eos)) == (eos, 1)
+    assert (ids[-1], np.count_nonzero(ids == eos)) == (eos, 1)
     assert encoder.decode([ids]) == [response.replace("<|end|>", "")]
 
 
@@ -143,20 +171,164 @@ def test_without_eos_no_response_can_be_taught():
 def test_the_ids_of_a_prompt_do_not_depend_on_the_response(prompt, response):
     encoder = ENCODER
     text, prompt_ids = encoder.encode_prompt(prompt)
-    ids = prompt_ids + encoder.encode_response(prompt, response)
+    ids = [*prompt_ids.tolist(), *encoder.encode_response(prompt, response).tolist()]
 
-    assert ids[: len(prompt_ids)] == encoder.encode_prompts([text])[0]
+    assert ids[: len(prompt_ids)] == encoder.encode_prompts([text])[0].tolist()
     # Byte-level, so the joined ids say the joined text, whatever it is.
     kind = encoder.render(prompt).kind
     assert encoder.tokenizer.decode(ids[1:-1]) == text + encoder.response_text(response, kind)
 
 
+@given(st.lists(st.text(), min_size=1, max_size=4))
+def test_ids_are_those_of_the_tokenizer_itself(texts):
+    tokenizer = ENCODER.tokenizer
+    expected = tokenizer(texts)["input_ids"]
+    # Settings that an earlier call has left behind neither cut nor fill.
+    tokenizer(texts, padding=True, truncation=True, max_length=2)
+    for ids, whole in zip(ENCODER.encode_prompts(texts), expected, strict=True):
+        assert ids.tolist() == whole
+        assert ids.dtype == np.int32
+
+
 def test_no_token_spans_the_border():
     encoder = ChatEncoder(tiny_tokenizer())
     whole = encoder.tokenizer("Assistant", add_special_tokens=False).input_ids
-    apart = encoder.encode_prompt("Assis")[1] + encoder.encode_response("Assis", "tant")[:-1]
+    apart = [*encoder.encode_prompt("Assis")[1].tolist(), *encoder.encode_response("Assis", "tant")[:-1].tolist()]
     assert len(whole) == 1 < len(apart)
     assert encoder.tokenizer.decode(apart) == encoder.tokenizer.decode(whole) == "Assistant"
 
 
+def test_where_the_assistant_spoke():
+    assert spoken(ChatEncoder(tiny_tokenizer()), PLAIN) == ([" hello"], [" hello"])
+    for bos in (False, True):
+        encoder = ChatEncoder(tiny_tokenizer(bos=bos, chat_template=True))
+        assert spoken(encoder, PLAIN) == (["hello<|end|>"], ["hello<|end|>"])
+    assert spoken(ChatEncoder(tiny_tokenizer()), "Once upon a time") == ([], [])
+    assert spoken(ChatEncoder(tiny_tokenizer()), "\n\nHuman: hi\n\nAssistant:") == ([], [])
+
+
+def test_a_turn_without_a_written_eos_ends_with_its_text():
+    template = CHAT_TEMPLATE.replace("<|end|>", "<|im_end|>")
+    assert spoken(ChatEncoder(tiny_tokenizer(), chat_template=template), PLAIN)[0] == ["hello<|im_end|>"]
+    template = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    assert spoken(ChatEncoder(tiny_tokenizer(), chat_template=template), PLAIN)[0] == ["hello"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # What was said before the last question is left out, is refused where it comes last, is written otherwise.
+        "{{ messages[-1]['content'] }}",
+        "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('no') }}{% endif %}{{ messages[0]['content'] }}",
+        "{% for m in messages %}{{ m['content'] if loop.last else m['content'][:2] }}{% endfor %}",
+    ],
+)
+def test_turns_that_a_template_rewrites_cannot_be_found(template):
+    encoder = ChatEncoder(tiny_tokenizer(), chat_template=template)
+    assert encoder.turns(PLAIN) is None
+    assert encoder.turns(MESSAGES[:1]) == []
+
+
+def test_a_blank_turn_teaches_nothing():
+    blank = [MESSAGES[0], {"role": "assistant", "content": " "}, MESSAGES[2]]
+    assert spoken(ChatEncoder(tiny_tokenizer(), "plain"), blank) == ([""], [])
+
+
+def test_an_opening_turn_has_no_header_to_find_it_by():
+    encoder = ChatEncoder(tiny_tokenizer(chat_template=True))
+    assert encoder.turns([MESSAGES[1], MESSAGES[0]]) is None
+
+
+def test_a_token_across_the_border_of_a_turn_is_not_the_assistants():
+    encoder = ChatEncoder(tiny_tokenizer())
+    (ids,), (turns,) = encoder.encode_turns(["Assistant"], [[(3, 9)]])
+    assert (len(ids), turns.tolist()) == (1, [])
+
+
+TURN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
+
+
+@given(st.lists(st.tuples(TURN, TURN), max_size=3), st.sampled_from(["plain", "template", "bos"]))
+def test_turns_decode_to_what_was_said(exchanges, form):
+    encoder = {"plain": PLAIN_ENCODER, "template": TEMPLATE_ENCODER, "bos": BOS_ENCODER}[form]
+    messages = [{"role": role, "content": text} for pair in exchanges for role, text in zip(ROLES, pair, strict=True)]
+    messages.append({"role": "user", "content": "and now?"})
+    said = [f" {answer.strip()}" if form == "plain" else f"{answer.strip()}<|end|>" for _, answer in exchanges]
+    assert spoken(encoder, messages) == (said, said)
+
+
+def test_slow_tokenizers_cannot_find_turns():
+    encoder = ChatEncoder(Slow())
+    assert [ids.tolist() for ids in encoder.encode_prompts(["cab"])] == [[2, 0, 1]]
+    with pytest.raises(UserError, match=r"tokenizer Slow cannot say where its tokens stand .* use one with"):
+        encoder.encode_turns(["cab"], [[]])
+
+
+def test_a_fingerprint_stands_for_what_makes_the_ids(tmp_path):
+    tokenizer = tiny_tokenizer(pad="none", chat_template=True)
+    tokenizer.save_pretrained(tmp_path)
+    same = type(tokenizer).from_pretrained(tmp_path)
+    same.add_special_tokens({"pad_token": "<|new|>"})
+    same(["a", "bcd"], padding=True, truncation=True, max_length=4)
+    mine = ChatEncoder(tokenizer).fingerprint()
+    assert ChatEncoder(same).fingerprint() == pickle.loads(pickle.dumps(ChatEncoder(same))).fingerprint() == mine
+
+    for pad in ("own", "eos"):
+        assert ChatEncoder(tiny_tokenizer(pad=pad, chat_template=True)).fingerprint() == mine
+
+    other_eos = tiny_tokenizer(chat_template=True)
+    other_eos.eos_token = "<|pad|>"
+    more_words = tiny_tokenizer(chat_template=True)
+    more_words.add_tokens(["bread"])
+    others = [
+        ChatEncoder(tiny_tokenizer(bos=True, chat_template=True)),
+        ChatEncoder(other_eos),
+        ChatEncoder(more_words),
+        ChatEncoder(tiny_tokenizer(), chat_template=STRICT_TEMPLATE),
+        ChatEncoder(tiny_tokenizer()),
+        ChatEncoder(tiny_tokenizer(), plain_format=OWN_FORMAT),
+        ChatEncoder(tiny_tokenizer(), "plain"),
+    ]
+    assert len({mine, *(encoder.fingerprint() for encoder in others)}) == 1 + len(others)
+    assert ChatEncoder(Slow()).fingerprint() != mine
+
+
+def test_what_made_the_ids_is_described(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    tokenizer = type(tiny_tokenizer()).from_pretrained(tmp_path)
+    plain = ChatEncoder(tokenizer).describe()
+    assert (plain["tokenizer"], plain["dialogue_format"], plain["template_hash"]) == (str(tmp_path), "auto", None)
+    assert plain["plain_format"]["assistant"] == "\n\nAssistant:"
+    templated = ChatEncoder(tokenizer, chat_template=CHAT_TEMPLATE).describe()
+    assert templated["tokenizer_hash"] == plain["tokenizer_hash"]
+    assert len(templated["template_hash"]) == 32
+    assert templated["plain_format"] is None
+
+
+class Slow(PythonBackend):
+    """A tokenizer in Python: one id for each of three letters."""
+
+    def __init__(self):
+        super().__init__(eos_token="c")
+
+    vocab_size = 3
+
+    def get_vocab(self):
+        return {"a": 0, "b": 1, "c": 2}
+
+    def _tokenize(self, text):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.get_vocab().get(token, 0)
+
+    def _convert_id_to_token(self, index):
+        return "abc"[index]
+
+
+ROLES = ("user", "assistant")
+PLAIN_ENCODER = ChatEncoder(tiny_tokenizer(), "plain")
+TEMPLATE_ENCODER = ChatEncoder(tiny_tokenizer(chat_template=True))
+BOS_ENCODER = ChatEncoder(tiny_tokenizer(bos=True, chat_template=True))
 ENCODER = ChatEncoder(tiny_tokenizer(bos=True))

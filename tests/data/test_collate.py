@@ -3,6 +3,7 @@
 import pickle
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from rlhf_lightning.data.collate import (
     EncodedPrompt,
     EncodedSequence,
     collate_instructions,
+    collate_packed,
     collate_pairs,
     collate_prompts,
     collate_sequences,
@@ -24,7 +26,7 @@ T, F = True, False
 
 def check(tensor, expected):
     assert tensor.tolist() == expected
-    assert tensor.dtype == torch.tensor(expected).dtype  # int64 or bool
+    assert tensor.dtype == torch.tensor(expected).dtype  # int64, bool or float32
 
 
 @pytest.mark.parametrize("filler", [0, 2])
@@ -47,10 +49,49 @@ def test_instructions(filler, packed):
     check(everything.loss_mask, [[F, T, T, T, T], [F, T, T, F, F], [F, T, T, F, F]])
 
 
+def test_every_turn_of_the_assistant():
+    dialogue = EncodedExample([1, 5, 6, 2, 7, 8, 2, 9, 4, 2], 8, 0, turns=np.array([2, 4, 5, 7], np.int32))
+    batch = collate_instructions([dialogue, EncodedExample([5, 6, 2], 1, 1)], 0, loss_on="turns")
+    check(batch.loss_mask, [[F, F, T, T, F, T, T, F, T, T], [F, T, T, F, F, F, F, F, F, F]])
+    alone = collate_instructions([dialogue], 0)
+    check(alone.loss_mask, [[F, F, F, F, F, F, F, F, T, T]])
+
+
+def test_the_first_token_is_never_a_target():
+    prompts_of_none = [EncodedExample([7, 2], 0, 0), EncodedExample([6, 2], 1, 1, turns=[0, 1])]
+    for loss_on in ("response", "turns", "all"):
+        check(collate_instructions(prompts_of_none, 0, loss_on).loss_mask, [[F, T], [F, T]])
+
+
+@pytest.mark.parametrize("filler", [0, 2])
+def test_packed_examples(filler):
+    o = filler
+    rows = [
+        [EncodedExample(pack_ids([5, 6, 7, 2]), 2, 10), EncodedExample([5, 2], 1, 11, turns=[0, 1])],
+        [EncodedExample([5, 6, 8], 1, 12)],
+    ]
+    batch = collate_packed(rows, filler)
+
+    check(batch.input_ids, [[5, 6, 7, 2, 5, 2], [5, 6, 8, o, o, o]])
+    check(batch.attention_mask, [[T, T, T, T, T, T], [T, T, T, F, F, F]])
+    check(batch.loss_mask, [[F, F, T, T, F, T], [F, T, T, F, F, F]])
+    check(batch.position_ids, [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 0]])
+    check(batch.row_ids, [[10, 11], [12, -1]])
+    check(collate_packed(rows, filler, loss_on="all").loss_mask, [[F, T, T, T, F, T], [F, T, T, F, F, F]])
+    check(collate_packed(rows, filler, loss_on="turns").loss_mask, batch.loss_mask.tolist())
+
+
+@pytest.mark.filterwarnings("error")
+def test_ids_that_may_not_be_written_to():
+    ids = np.frombuffer(np.array([5, 6, 2], np.int32).tobytes(), np.int32)
+    assert not ids.flags.writeable
+    check(collate_instructions([EncodedExample(ids, 1, 0)], 0).input_ids, [[5, 6, 2]])
+
+
 @pytest.mark.parametrize("filler", [0, 2])
 def test_pairs_share_one_length(filler):
     o = filler
-    pairs = [EncodedPair([5, 6, 2], [5, 7, 8, 2], 1, 3), EncodedPair([5, 2], [5, 9, 2], 1, 4)]
+    pairs = [EncodedPair([5, 6, 2], [5, 7, 8, 2], 1, 3), EncodedPair([5, 2], [5, 9, 2], 1, 4, 0.5, 2.0)]
     batch = collate_pairs(pairs, filler)
 
     check(batch.chosen_ids, [[5, 6, 2, o], [5, 2, o, o]])
@@ -58,6 +99,8 @@ def test_pairs_share_one_length(filler):
     check(batch.rejected_ids, [[5, 7, 8, 2], [5, 9, 2, o]])
     check(batch.rejected_mask, [[T, T, T, T], [T, T, T, F]])
     check(batch.row_ids, [3, 4])
+    check(batch.margins, [0.0, 0.5])
+    check(batch.weights, [1.0, 2.0])
 
 
 @pytest.mark.parametrize("filler", [0, 2])

@@ -3,11 +3,20 @@ import logging
 
 import pytest
 import torch
+import yaml
 from jsonargparse import ArgumentParser
 
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.batches import InstructionBatch, PreferenceBatch, PromptBatch, ScoringBatch
-from rlhf_lightning.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
+from rlhf_lightning.data import (
+    Blend,
+    Filters,
+    InstructionDataModule,
+    PlainFormat,
+    PreferenceDataModule,
+    PromptDataModule,
+)
+from rlhf_lightning.data.preparing.filters import Splits
 from rlhf_lightning.errors import UserError
 
 ALL = [InstructionDataModule, PreferenceDataModule, PromptDataModule]
@@ -109,7 +118,6 @@ def test_preferences_from_dialogues():
         "dropped: response in chosen is empty": 1,
         "train": len(seen),
         "validation": 40 - len(seen),
-        "cut: response": 0,
     }
     scored = list(data.predict_dataloader())
     assert all(isinstance(batch, ScoringBatch) for batch in scored)
@@ -131,7 +139,7 @@ def test_scoring_data_of_its_own(rows, roles, responses):
     batches = list(data.predict_dataloader())
     assert [role for batch in batches for role in batch.roles] == roles
     assert [text for batch in batches for text in batch.responses] == responses
-    assert data.counts == {"predict rows": len(rows), "predict kept": len(rows), "predict cut: response": 0}
+    assert data.counts == {"predict rows": len(rows), "predict kept": len(rows)}
 
 
 def test_prompts_are_full_batches_without_duplicates():
@@ -168,7 +176,8 @@ def test_types_are_those_of_the_contract(kind):
         batch = next(iter(loader))
         for name, value in batch._asdict().items():
             if isinstance(value, torch.Tensor):
-                assert value.dtype == (torch.bool if name.endswith("mask") else torch.int64), name
+                others = {"margins": torch.float32, "weights": torch.float32}
+                assert value.dtype == others.get(name, torch.bool if name.endswith("mask") else torch.int64), name
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -319,11 +328,40 @@ def test_every_argument_is_typed_and_explained_on_the_command_line(kind, tmp_pat
     parser.add_subclass_arguments(kind, "data")
     tiny_tokenizer().save_pretrained(tmp_path)
     settings = ["--data=" + kind.__name__, f"--data.tokenizer={tmp_path}", '--data.columns={"prompt": "q"}']
-    parsed = parser.parse_args([*settings, "--data.data=rows.jsonl", "--data.validation_split=0.2"])
-    built = parser.instantiate_classes(parsed).data
+    settings += ["--data.data=rows.jsonl", "--data.validation_split=0.2", "--data.stage_split={sft: 0.5, ppo: 0.5}"]
+    settings += ["--data.filters.remove_same_inputs=true", "--data.filters.duplicates=exact", "--data.on_bad_row=skip"]
+    built = parser.instantiate(parser.parse_args([*settings, "--data.plain_format.user=Q: "])).data
 
     assert type(built) is kind
-    assert (built.data, built.columns, built.validation_split) == ("rows.jsonl", {"prompt": "q"}, 0.2)
+    assert (built.data, built.columns, built.on_bad_row) == ("rows.jsonl", {"prompt": "q"}, "skip")
+    assert built.splits == Splits(0.2, stages={"sft": 0.5, "ppo": 0.5})
+    assert built.filters == Filters(remove_same_inputs=True, duplicates="exact")
+    assert built.plain_format == PlainFormat(user="Q: ")
     explained = ArgumentParser()
     explained.add_class_arguments(kind, "data")
     assert all(action.help for action in explained._actions)
+
+
+BLEND = """
+class_path: rlhf_lightning.data.Blend
+init_args:
+  weights: [1, 0.5]
+  sources:
+    - class_path: rlhf_lightning.data.HelpfulHarmless
+      init_args: {path: hh.jsonl}
+    - class_path: rlhf_lightning.data.Table
+      init_args: {path: own.csv, columns: {prompt: q}}
+"""
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_source_is_chosen_by_its_class(kind, tmp_path):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kind, "data")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "blend.yaml").write_text(BLEND)
+    source = json.dumps(yaml.safe_load(BLEND))
+    built = parser.instantiate(
+        parser.parse_args(["--data=" + kind.__name__, f"--data.tokenizer={tmp_path}", f"--data.data={source}"])
+    ).data
+    assert isinstance(built.data, Blend)

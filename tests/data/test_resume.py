@@ -7,7 +7,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
 from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
+from rlhf_lightning.data import Blend, InstructionDataModule, PreferenceDataModule, PromptDataModule, Table
 from rlhf_lightning.errors import UserError
 
 ROWS = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(23)]
@@ -65,10 +65,10 @@ def uninterrupted(folder, kind, **settings):
     return module.seen
 
 
-def resumed(folder, checkpoint, kind, workers=0, asks_for_length=False, **settings):
+def resumed(folder, checkpoint, kind, workers=0, asks_for_length=False, changes=None, **settings):
     module = Recorder(asks_for_length=asks_for_length)
     run = trainer(folder, enable_checkpointing=False, **settings)
-    run.fit(module, data_module(kind, workers), ckpt_path=checkpoint)
+    run.fit(module, data_module(kind, workers, **(changes or {})), ckpt_path=checkpoint)
     return module.seen
 
 
@@ -129,6 +129,29 @@ def test_resumes_in_every_data_module(tmp_path, kind, workers):
         trainer(tmp_path, [checkpoint_every(tmp_path, 1)]).fit(Recorder(cut_after=8), data_module(kind))
 
     assert resumed(tmp_path, tmp_path / "step=7.ckpt", kind, workers) == whole[7:]
+
+
+BLEND = Blend([Table(ROWS[:12]), Table(ROWS[12:])], [0.5, 1.5])
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (InstructionDataModule, {"packing": True, "max_length": 48, "batch_size": 2}),
+        (InstructionDataModule, {"packing": True, "max_length": 48, "batch_size": 2, "data": BLEND}),
+        (InstructionDataModule, {"length_grouped": True}),
+        (PreferenceDataModule, {"length_grouped": True, "data": BLEND}),
+        (PromptDataModule, {"data": BLEND}),
+    ],
+)
+def test_resumes_in_every_order(tmp_path, kind, changes, step):
+    whole = Recorder()
+    trainer(tmp_path, enable_checkpointing=False).fit(whole, data_module(kind, **changes))
+    with pytest.raises(Cut):
+        trainer(tmp_path, [checkpoint_every(tmp_path, 1)]).fit(Recorder(cut_after=4), data_module(kind, **changes))
+
+    assert resumed(tmp_path, tmp_path / f"step={step}.ckpt", kind, changes=changes) == whole.seen[step:]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -198,6 +221,7 @@ def test_a_fresh_fit_with_the_same_objects_begins_at_the_beginning(tmp_path):
         ({"rollout_batch_size": 5}, "batch_size 4, now it is 5"),
         ({"seed": 8}, "seed 7, now it is 8"),
         ({"data": ROWS[:20]}, "training examples 23, now it is 20"),
+        ({"data": BLEND}, r"epoch with weights None, now it is \[0.5, 1.5\]"),
     ],
 )
 def test_another_order_is_refused_in_the_middle_of_an_epoch_only(tmp_path, changes, name):

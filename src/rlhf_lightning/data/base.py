@@ -1,106 +1,137 @@
-"""What the three data modules share: reading, splitting, loaders, and the place in the data a checkpoint remembers."""
+"""What the three data modules share: the prepared tokens, loaders, and the place in the data a checkpoint remembers."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-import pytorch_lightning as pl
+import numpy as np
 import torch.distributed
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.data.chat import ChatEncoder, DialogueFormat, RefusedTurnsError, Rendered
-from rlhf_lightning.data.limits import check_positive
-from rlhf_lightning.data.rows import OnBadRow, RowReader, count_drop, prompt_key, split_of
+from rlhf_lightning.data.chat import ChatEncoder, DialogueFormat
+from rlhf_lightning.data.dialogue import PlainFormat
+from rlhf_lightning.data.encode import EncodedRow
+from rlhf_lightning.data.limits import TokenLimits, check_context, check_positive
+from rlhf_lightning.data.packing import PackedTable
+from rlhf_lightning.data.preparing.cache import find_or_build
+from rlhf_lightning.data.preparing.filters import Filters, Splits
+from rlhf_lightning.data.preparing.legacy import LegacyPreparation, is_legacy
+from rlhf_lightning.data.preparing.preparation import Preparation, read_all, say_counts
+from rlhf_lightning.data.preparing.prepared import PARTS, PreparedFolder, TokenTable, is_prepared
+from rlhf_lightning.data.preparing.reading import Encoder
+from rlhf_lightning.data.resuming import ResumableDataModule
+from rlhf_lightning.data.rows import KINDS, Need, OnBadRow, Row
 from rlhf_lightning.data.sampler import LateLoader, ResumableSampler
-from rlhf_lightning.data.sources import DataSource, is_local, read_rows, source_name
+from rlhf_lightning.data.sources import DataSource, Source, as_source
+from rlhf_lightning.data.streaming import StreamedExamples, StreamLoader, check_streaming, evaluation_tables
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer
 
-RowT = TypeVar("RowT")
-EncodedT = TypeVar("EncodedT")
-Read = Callable[[RowReader], list[Any]]
-Encode = Callable[[Iterator[tuple[Any, Rendered]], Counter[str]], Iterator[Any]]
 
+class TextDataModule(ResumableDataModule, ABC):
+    """Tokens prepared once, mapped into memory by every process, and batched.
 
-class TextDataModule(pl.LightningDataModule, ABC, Generic[RowT, EncodedT]):
-    """Rows of text, read, split by prompt, tokenised and batched.
-
-    A subclass says what it reads from a row (`_read`), how that becomes ids (`_encode`), and how ids become batches
-    (`_collate`); and the same for prediction. The arguments are those of the subclasses, which document them.
+    A subclass says which kind of example it needs (`need`) and how examples become batches (`_collate`); and the same
+    for prediction. The arguments are those of the subclasses, which document them.
 
     Attributes:
         tokenizer: the loaded tokenizer, after `setup`.
-        counts: rows read, kept, dropped and cut by reason, after `setup`; rows = kept + all that is dropped. Counts of
-            `validation_data` and `predict_data` carry that word in front.
+        counts: rows read, kept, dropped and cut by reason, after `setup`; rows = kept + all that is dropped + those of
+            other stages. Counts of `validation_data`, `test_data` and `predict_data` carry that word in front.
     """
 
+    need: Need
     drop_last = False
+    find_turns = False
+    packing = False
+    length_grouped = False
 
     def __init__(
         self,
         tokenizer: str | PreTrainedTokenizerBase,
         data: DataSource | None,
         validation_data: DataSource | None,
+        test_data: DataSource | None,
         predict_data: DataSource | None,
         columns: Mapping[str, str] | None,
-        validation_split: float,
+        splits: Splits,
+        filters: Filters,
+        limits: TokenLimits,
         num_samples: int | None,
         dialogue_format: DialogueFormat,
+        plain_format: PlainFormat,
         chat_template: str | None,
         on_bad_row: OnBadRow,
         batch_size: int,
         eval_batch_size: int | None,
         num_workers: int,
+        num_proc: int,
+        cache_dir: str | Path | None,
         seed: int,
         trust_remote_code: bool,
     ) -> None:
         super().__init__()
-        check_positive(batch_size=batch_size, eval_batch_size=eval_batch_size, num_samples=num_samples)
-        if not 0 <= validation_split < 1:
-            raise UserError(f"validation_split ({validation_split}) must be at least 0 and below 1")
-        self.data, self.validation_data, self.predict_data = data, validation_data, predict_data
+        check_positive(
+            batch_size=batch_size, eval_batch_size=eval_batch_size, num_samples=num_samples, num_proc=num_proc
+        )
+        self.data, self.validation_data = data, validation_data
+        self.test_data, self.predict_data = test_data, predict_data
         self.columns, self.on_bad_row, self.num_samples = columns, on_bad_row, num_samples
-        self.validation_split = validation_split
-        self.dialogue_format, self.chat_template = dialogue_format, chat_template
+        self.splits, self.filters, self.limits = splits, filters, limits
+        self.dialogue_format, self.plain_format, self.chat_template = dialogue_format, plain_format, chat_template
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.num_workers, self.seed = num_workers, seed
+        self.num_workers, self.num_proc, self.cache_dir, self.seed = num_workers, num_proc, cache_dir, seed
         self.trust_remote_code = trust_remote_code
         self.counts: Counter[str] = Counter()
         self._tokenizer_source = tokenizer
         self._chat: ChatEncoder | None = None
-        self._parts: dict[str, list[EncodedT]] | None = None
-        self._predict: list[Any] | None = None
-        self._sampler: ResumableSampler | None = None
+        self._parts: dict[str, TokenTable] | None = None
+        self._weights: list[float] = []
+        self._train: Sequence[Any] = ()
+        self._predict: Sequence[Any] | None = None
 
     # What a subclass says
 
     @abstractmethod
-    def _read(self, reader: RowReader) -> list[RowT]:
-        """The rows of a source, parsed."""
-
-    @abstractmethod
-    def _encode(self, rows: Iterator[tuple[RowT, Rendered]], counts: Counter[str]) -> Iterator[EncodedT]:
-        """Ids of parsed rows, at most one example a row; those left out are counted."""
-
-    @abstractmethod
-    def _collate(self) -> Callable[[list[EncodedT]], Any]:
+    def _collate(self) -> Callable[[list[Any]], Any]:
         """From encoded examples to a batch."""
 
-    @abstractmethod
-    def _encode_predict(self, counts: Counter[str]) -> list[Any]:
-        """What prediction runs on: `predict_data`, or the validation part where there is none."""
+    def _collate_train(self) -> Callable[[list[Any]], Any]:
+        """The same for training."""
+        return self._collate()
 
     @abstractmethod
     def _collate_predict(self) -> Callable[[list[Any]], Any]:
-        """From what `_encode_predict` gives to a batch."""
+        """From what prediction runs on to a batch."""
 
-    def _check(self) -> None:
-        """Checks that need the tokenizer, or none."""
+    @abstractmethod
+    def _predict_validation(self) -> Sequence[Any]:
+        """What prediction runs on where there is no `predict_data`: the validation part."""
+
+    @abstractmethod
+    def _predict_need(self) -> Need:
+        """What the rows of `predict_data` are read for."""
+
+    @abstractmethod
+    def _predict_examples(self, row: Row, encoded: EncodedRow) -> list[Any]:
+        """What prediction runs on of one row of `predict_data`."""
+
+    def _check_limits(self) -> None:
+        check_context(self.tokenizer, "max_length", self.limits.max_length)
+
+    @property
+    def _row_limit(self) -> int:
+        """Most tokens of a row, as the user set it."""
+        return self.limits.max_length
+
+    def _check_folder(self, folder: PreparedFolder) -> None:
+        """Checks of a prepared folder that was not made for this data module."""
 
     # Lightning's hooks
 
@@ -116,15 +147,19 @@ class TextDataModule(pl.LightningDataModule, ABC, Generic[RowT, EncodedT]):
         return self._chat
 
     def prepare_data(self) -> None:
-        """Fetch what comes from the hub once, before every process reads it from its cache."""
-        load_tokenizer(self._tokenizer_source, self.trust_remote_code)
+        """Prepare the tokens, or find them in the cache, in one process; the others then find them there too."""
+        self._load_chat()
         only_predict = self.trainer is not None and self.trainer.predicting and self.predict_data is not None
-        for data in (self.predict_data,) if only_predict else (self.data, self.validation_data, self.predict_data):
-            if data is not None and not isinstance(data, list) and not is_local(data):
-                read_rows(data)
+        if self.data is not None and not only_predict:
+            if self._streamed:
+                self._evaluation_tables()
+            else:
+                self._folder()
+        if self.predict_data is not None:
+            len(as_source(self.predict_data, self.columns).open())  # fetches what comes from the hub
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and tokenise what the stage needs, once.
+        """Open the prepared tokens that the stage needs, once; they are prepared first if `prepare_data` has not been.
 
         Args:
             stage: `fit`, `validate`, `test` or `predict`; None for all but `predict`.
@@ -132,27 +167,28 @@ class TextDataModule(pl.LightningDataModule, ABC, Generic[RowT, EncodedT]):
         Raises:
             UserError: data that cannot be used, or limits that do not go together.
         """
-        if self._chat is None:
-            tokenizer = load_tokenizer(self._tokenizer_source, self.trust_remote_code)
-            self._chat = ChatEncoder(tokenizer, self.dialogue_format, self.chat_template)
-            self._check()
+        self._load_chat()
         if stage != "predict" or self.predict_data is None:
             self._load_parts()
         if stage == "predict" and self._predict is None:
             self._load_predict()
         if stage in ("fit", None):
-            rank, world = self._rank_and_world()
-            self._sampler = ResumableSampler(self._part("train"), world, rank, self.seed, self.drop_last)
+            self._load_train()
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Training batches in a new order each epoch."""
+        options: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "drop_last": self.drop_last,
+        }
+        if isinstance(self._sampler, StreamedExamples):
+            return StreamLoader(self._sampler, self._current_epoch, collate_fn=self._collate(), **options)
         return LateLoader(
-            self._part("train"),
-            batch_size=self.batch_size,
+            self._train,  # type: ignore[arg-type]
             sampler=self._sampler,
-            collate_fn=self._collate(),
-            num_workers=self.num_workers,
-            drop_last=self.drop_last,
+            collate_fn=self._collate_train(),
+            **options,
         )
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -160,128 +196,157 @@ class TextDataModule(pl.LightningDataModule, ABC, Generic[RowT, EncodedT]):
         return self._eval_loader(self._part("validation"), self._collate()) if self._part("validation") else []
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The validation batches."""
-        return self.val_dataloader()
+        """Batches of the test part, or of the validation part where there is none."""
+        return self._eval_loader(self._part("test"), self._collate()) if self._part("test") else self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches of `predict_data`, or of what is held out for validation."""
         assert self._predict is not None, "call setup('predict') first"
         return self._eval_loader(self._predict, self._collate_predict())
 
-    def state_dict(self) -> dict[str, Any]:
-        """The place in the training data: the epoch, and how many batches of it are used up."""
-        if self._sampler is None or self.trainer is None:
-            return {}
-        # Lightning's own count, so that a resumed run can never disagree with it about the batch to go on with. A batch
-        # in whose middle an exception strikes is not processed, and is run again.
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        batches = progress.processed
-        epoch = self._sampler.epoch
-        if batches >= self.trainer.num_training_batches:
-            epoch, batches = epoch + 1, 0
-        return {"epoch": epoch, "batches": batches, "order": self._order()}
+    # Finding the tokens
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a place that `state_dict` gave.
-
-        Args:
-            state_dict: from a checkpoint.
-
-        Raises:
-            UserError: the checkpoint stands in the middle of an epoch over other data, or in other batches.
-        """
-        if self._sampler is None:
-            return
-        if state_dict["batches"] > 0:
-            self._check_order(state_dict["order"])
-        self._sampler.resume(state_dict["epoch"], state_dict["batches"] * self.batch_size)
-
-    def _order(self) -> dict[str, int]:
-        """Everything that, with the epoch, fixes which example is in which batch."""
-        assert self._sampler is not None
-        processes = self._sampler.num_replicas
-        examples = len(self._part("train"))
-        return {"seed": self.seed, "batch_size": self.batch_size, "processes": processes, "training examples": examples}
-
-    def _check_order(self, saved: dict[str, int]) -> None:
-        for name, now in self._order().items():
-            if saved[name] != now:
-                raise UserError(
-                    f"the checkpoint was saved in the middle of an epoch with {name} {saved[name]}, now it is {now}; "
-                    "resume with the same, or from a checkpoint of an epoch's end"
-                )
-
-    # Reading
+    def _load_chat(self) -> None:
+        if self._chat is None:
+            tokenizer = load_tokenizer(self._tokenizer_source, self.trust_remote_code)
+            self._chat = ChatEncoder(tokenizer, self.dialogue_format, self.chat_template, self.plain_format)
+            self._check_limits()
 
     def _load_parts(self) -> None:
-        """Read, tokenise and split the data, unless that is done."""
+        """Open the prepared parts, unless that is done."""
         if self._parts is not None:
             return
+        if self._streamed:
+            self._parts = self._evaluation_tables()
+            return
+        folder = self._folder()
+        self._parts = {part: folder.part(self.need, part) for part in PARTS}
+        for role, said in folder.manifest["sources"].items():
+            word = "" if role == "data" else f"{role.removesuffix('_data')} "
+            written = tuple(f"{kind} " for kind in KINDS)  # counted below, and the other kinds are not read here
+            rows = {name: count for name, count in said["counts"].items() if not name.startswith(written)}
+            self.counts.update({f"{word}{name}": count for name, count in rows.items()})
+        self.counts.update({part: len(table) for part, table in self._parts.items() if part != "test" or len(table)})
+        self._weights = folder.manifest["sources"]["data"]["source_weights"]
+        rank_zero_info(f"{type(self).__name__}: {say_counts(self.counts)}")
+
+    def _folder(self) -> PreparedFolder:
+        """The prepared folder: the user's, or the cache's, where it is made if it is not there."""
         if self.data is None:
             raise UserError("there is no data to train on; pass `data`, a file, a folder or a hub id")
-        held_out = self.validation_split if self.validation_data is None else 0.0
-        counts: Counter[str] = Counter()
-        parts: dict[str, list[EncodedT]] = {"train": [], "validation": []}
-        for key, example in self._load(self.data, counts, self._read, self._encode, self.num_samples):
-            parts[split_of(key, {"train": 1 - held_out, "validation": held_out})].append(example)
-        if not parts["train"]:
-            raise UserError(f"{source_name(self.data)} leaves nothing to train on ({_report(counts)})")
-        if self.validation_data is not None:
-            own: Counter[str] = Counter()
-            loaded = self._load(self.validation_data, own, self._read, self._encode)
-            parts["validation"] = [example for _, example in loaded]
-            counts.update({f"validation {name}": count for name, count in own.items()})
-        counts.update({name: len(part) for name, part in parts.items()})
-        self._parts = parts
-        self.counts.update(counts)
-        rank_zero_info(f"{type(self).__name__}: {_report(counts)}")
+        if is_prepared(self.data):
+            folder = PreparedFolder.open(self._given_folder())
+            folder.check_tokenizer(self.chat)
+        elif is_legacy(self.data):
+            folder = find_or_build(LegacyPreparation(self._given_folder(), self.need, self.chat), self.cache_dir)
+        else:
+            return find_or_build(self._preparation(), self.cache_dir)
+        self._check_folder(folder)
+        longest = max(int(folder.part(self.need, part).total_lengths.max(initial=0)) for part in PARTS)
+        check_context(self.tokenizer, f"the longest row of {folder.path}", longest)
+        if longest > self._row_limit:
+            rank_zero_warn(
+                f"{folder.path} holds rows of up to {longest} tokens, more than the limit of {self._row_limit} given "
+                "here; a prepared folder is read as it is, prepare it again with that limit to have it obeyed"
+            )
+        return folder
+
+    def _given_folder(self) -> Path:
+        """`data` as the path of a prepared folder, which has parts of its own."""
+        for name in ("validation_data", "test_data"):
+            if getattr(self, name) is not None:
+                raise UserError(f"{self.data} is a prepared folder with parts of its own; leave out {name}")
+        return Path(str(self.data)).expanduser()
+
+    def _preparation(self) -> Preparation:
+        sources = {
+            role: None if data is None else as_source(data, self.columns)
+            for role, data in (("validation_data", self.validation_data), ("test_data", self.test_data))
+        }
+        assert self.data is not None
+        return Preparation(
+            data=as_source(self.data, self.columns),
+            **sources,
+            chat=self.chat,
+            limits=self.limits,
+            kinds=(self.need,),
+            filters=self.filters,
+            splits=self.splits,
+            num_samples=self.num_samples,
+            on_bad_row=self.on_bad_row,
+            find_turns=self.find_turns,
+            num_proc=self.num_proc,
+        )
+
+    def _load_train(self) -> None:
+        """The training part, packed if that is asked for, and its sampler."""
+        rank, world = self._rank_and_world()
+        if self._streamed:
+            self._sampler = StreamedExamples(
+                self._preparation(), self.need, self.batch_size, world, rank, self.seed, self.drop_last
+            )
+            return
+        assert self._parts is not None
+        table = self._parts["train"]
+        weights = self._weights if any(weight != 1 for weight in self._weights) else None
+        groups: np.ndarray | None = table.sources if weights else None
+        self._train = table
+        if self.packing:
+            packed = PackedTable(table, table.total_lengths, self.limits.max_length, groups)
+            self._train, groups = packed, packed.groups
+            rank_zero_info(f"{type(self).__name__}: {len(packed)} packed rows, {packed.filled:.1%} filled")
+        self._sampler = ResumableSampler(
+            self._train,
+            world,
+            rank,
+            self.seed,
+            self.drop_last,
+            lengths=table.total_lengths if self.length_grouped else None,
+            length_grouped=self.length_grouped,
+            batch_size=self.batch_size,
+            groups=groups,
+            weights=weights,
+        )
 
     def _load_predict(self) -> None:
-        counts: Counter[str] = Counter()
-        examples = self._encode_predict(counts)
+        if self.predict_data is None:
+            examples = self._predict_validation()
+        else:
+            source = as_source(self.predict_data, self.columns)
+            rows, counts = read_all(source, self._predict_need(), Encoder(self.chat, self.limits), self.on_bad_row)
+            self.counts.update({f"predict {name}": count for name, count in counts.items()})
+            examples = [example for row, encoded in rows for example in self._predict_examples(row, encoded)]
         if not examples:
             raise UserError("there is nothing to predict on; pass `predict_data` or hold some prompts out")
         self._predict = examples
-        self.counts.update({f"predict {name}": count for name, count in counts.items()})
-
-    def _load(
-        self, data: DataSource, counts: Counter[str], read: Read, encode: Encode, limit: int | None = None
-    ) -> list[tuple[str, Any]]:
-        """Prompt key and encoded example, for all rows of a source that are kept."""
-        reader = RowReader(data, self.columns, self.on_bad_row, counts, limit)
-        rows = read(reader)
-        keys = {row.row_id: prompt_key(row.prompt) for row in rows}
-        loaded = [(keys[example.row_id], example) for example in encode(self._render(reader, rows, counts), counts)]
-        counts["kept"] += len({example.row_id for _, example in loaded})
-        return loaded
-
-    def _render(self, reader: RowReader, rows: Sequence[Any], counts: Counter[str]) -> Iterator[tuple[Any, Rendered]]:
-        """Rows with their prompts as text; an error names the row."""
-        for row in rows:
-            try:
-                rendered = self.chat.render(row.prompt)
-            except RefusedTurnsError as error:
-                if self.on_bad_row == "error":
-                    raise UserError(f"{reader.name} row {row.row_id}: {error}; or pass `on_bad_row: skip`") from error
-                count_drop(counts, "the dialogue format refuses the turns")
-            except UserError as error:
-                raise UserError(f"{reader.name} row {row.row_id}: {error}") from error
-            else:
-                yield row, rendered
 
     # Small things
 
-    def _part(self, name: str) -> Any:
+    def _part(self, name: str) -> Sequence[Any]:
         assert self._parts is not None, "call setup() first"
-        return self._parts[name]
+        return self._parts.get(name, ())
+
+    @property
+    def _streamed(self) -> bool:
+        return isinstance(self.data, Source) and self.data.streaming
+
+    def _evaluation_tables(self) -> dict[str, TokenTable]:
+        """What is evaluated on beside data that are streamed."""
+        others = {"packing": self.packing, "length_grouped": self.length_grouped}
+        preparation = self._preparation()
+        check_streaming(preparation, **others, **{"num_workers above 1": self.num_workers > 1})
+        return evaluation_tables(preparation, self.need, self.cache_dir)
+
+    def _current_epoch(self) -> int:
+        return 0 if self.trainer is None else self.trainer.current_epoch
 
     @property
     def _filler(self) -> int:
         return filler_id(self.tokenizer)
 
-    def _eval_loader(self, examples: Any, collate: Callable[[list[Any]], Any]) -> DataLoader[Any]:
+    def _eval_loader(self, examples: Sequence[Any], collate: Callable[[list[Any]], Any]) -> DataLoader[Any]:
         return DataLoader(
-            examples,
+            examples,  # type: ignore[arg-type]
             batch_size=self.eval_batch_size,
             collate_fn=collate,
             num_workers=self.num_workers,
@@ -293,7 +358,3 @@ class TextDataModule(pl.LightningDataModule, ABC, Generic[RowT, EncodedT]):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
-
-
-def _report(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.items() if count)

@@ -6,26 +6,34 @@ token spans the border: what training sees is what generation continues.
 
 from __future__ import annotations
 
-import re
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jinja2
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_lightning.data.dialogue import (
+    HUMAN_ASSISTANT,
+    Message,
+    PlainFormat,
+    Prompt,
+    RefusedTurnsError,
+    Spans,
+    merge_turns,
+    parse_dialogue,
+    render_plain,
+)
 from rlhf_lightning.errors import UserError
 
-Message = dict[str, str]
-Prompt = str | list[Message]
 DialogueFormat = Literal["auto", "chat_template", "plain"]
-
-_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
-_SPEAKERS = {role: speaker for speaker, role in _ROLES.items()}
-
-
-class RefusedTurnsError(UserError):
-    """One dialogue that its format cannot express, such as two user turns in a row under a strict chat template."""
+Kind = Literal["verbatim", "plain", "template"]
+_ADDED = '"added_tokens":'  # stands in a tokenizer's file before everything that is long
 
 
 class Rendered(NamedTuple):
@@ -37,52 +45,7 @@ class Rendered(NamedTuple):
     """
 
     text: str
-    kind: Literal["verbatim", "plain", "template"]
-
-
-def parse_dialogue(text: str) -> list[Message] | None:
-    r"""The messages of a prompt written as Human and Assistant turns, or None if it is not written so.
-
-    Args:
-        text: begins with a `Human:` turn and ends with `Assistant:` waiting for its answer.
-
-    Example:
-        >>> parse_dialogue("\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:")[-1]
-        {'role': 'user', 'content': 'bye'}
-        >>> parse_dialogue("Once upon a time") is None
-        True
-    """
-    parts = _TURN.split(text.strip())
-    speakers, contents = parts[1::2], [content.strip() for content in parts[2::2]]
-    if parts[0] or not speakers or speakers[0] != "Human" or speakers[-1] != "Assistant" or contents[-1]:
-        return None
-    turns = zip(speakers[:-1], contents[:-1], strict=True)
-    return [{"role": _ROLES[speaker], "content": content} for speaker, content in turns]
-
-
-def render_plain(messages: list[Message]) -> str:
-    r"""Messages as Human and Assistant turns, system messages first as lines of their own.
-
-    Args:
-        messages: roles `system`, `user` and `assistant`.
-
-    Raises:
-        RefusedTurnsError: another role.
-
-    Example:
-        >>> render_plain([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}])
-        'Be brief.\n\nHuman: hi\n\nAssistant:'
-    """
-    lines, turns = [], []
-    for message in messages:
-        role, content = message["role"], message["content"].strip()
-        if role == "system":
-            lines.append(content)
-        elif role in _SPEAKERS:
-            turns.append(f"\n\n{_SPEAKERS[role]}: {content}")
-        else:
-            raise RefusedTurnsError(f"role {role!r} has no place in a plain dialogue; use system, user and assistant")
-    return "\n".join(lines) + "".join(turns) + "\n\nAssistant:"
+    kind: Kind
 
 
 def default_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -121,10 +84,13 @@ class ChatEncoder:
 
     Args:
         tokenizer: used as it is; no token is added to it.
-        dialogue_format: `auto` as said above, except that messages need a template; `plain` writes every dialogue as
-            Human and Assistant turns; `chat_template` sends every prompt through the template, a plain text as one
-            user turn.
+        dialogue_format: `auto` as said above, except that messages need a template; `plain` writes every dialogue in
+            the plain format; `chat_template` sends every prompt through the template, a plain text as one user turn.
         chat_template: path or text of a Jinja template to set on the tokenizer.
+        plain_format: how dialogues are written that go through no template.
+
+    Attributes:
+        prefix: ids every sequence begins with, the tokenizer's BOS or nothing.
 
     Raises:
         UserError: a bad template, or `chat_template` asked of a tokenizer that has none.
@@ -135,9 +101,11 @@ class ChatEncoder:
         tokenizer: PreTrainedTokenizerBase,
         dialogue_format: DialogueFormat = "auto",
         chat_template: str | None = None,
+        plain_format: PlainFormat = HUMAN_ASSISTANT,
     ) -> None:
         self.tokenizer = tokenizer
         self.dialogue_format = dialogue_format
+        self.plain_format = plain_format
         if chat_template is not None:
             set_chat_template(tokenizer, chat_template)
         if dialogue_format == "chat_template" and not tokenizer.chat_template:
@@ -151,37 +119,77 @@ class ChatEncoder:
             UserError: messages without a template.
             RefusedTurnsError: a role or an order of turns that the format refuses.
         """
-        if isinstance(prompt, str):
-            messages = parse_dialogue(prompt)
-            if messages is None and self.dialogue_format != "chat_template":
-                return Rendered(prompt, "verbatim")
-            if self._uses_template:
-                turns = [{"role": "user", "content": prompt}] if messages is None else _merge_turns(messages)
-                return Rendered(self._apply_template(turns), "template")
-            return Rendered(render_plain(messages or []), "plain")
-        if self._uses_template:
-            return Rendered(self._apply_template(prompt), "template")
-        if self.dialogue_format == "auto":
-            raise self._no_template()
-        return Rendered(render_plain(prompt), "plain")
+        kind, messages = self._form(prompt)
+        if kind == "verbatim":
+            return Rendered(str(prompt), kind)
+        text = self._apply_template(messages) if kind == "template" else render_plain(messages, self.plain_format)[0]
+        return Rendered(text, kind)
+
+    def turns(self, prompt: Prompt, text: str | None = None) -> Spans | None:
+        """Where the assistant speaks in a rendered prompt: each turn after its header, to its end.
+
+        A turn is what generation would continue the text before it with, the EOS included where the format writes one.
+
+        Args:
+            prompt: what was rendered.
+            text: as which it was rendered, where that is at hand.
+
+        Returns:
+            The turns in order, none where the prompt is no dialogue; None where they cannot be found, because the
+            template writes earlier turns otherwise than it would have had the dialogue ended with them.
+        """
+        kind, messages = self._form(prompt)
+        if kind == "verbatim":
+            return []
+        if kind == "template":
+            return self._template_turns(messages, self._apply_template(messages) if text is None else text)
+        plain, spans = render_plain(messages, self.plain_format)
+        return [self._to_end(plain[:end], start) for start, end in spans]
 
     def response_text(self, response: str, kind: str) -> str:
-        """A response spaced as its prompt asks: one leading space after `Assistant:`, stripped after a template."""
+        """A response spaced as its prompt asks: as the plain format says, stripped after a template, else as it is."""
         if kind == "plain":
-            return " " + response.lstrip()
+            return self.plain_format.response + response.lstrip()
         return response.strip() if kind == "template" else response
 
-    def encode_prompts(self, texts: list[str]) -> list[list[int]]:
-        """Ids of rendered prompts, each with the tokenizer's own beginning exactly once.
+    def encode_prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of rendered prompts, int32, each with the tokenizer's own beginning exactly once.
 
         Args:
             texts: from `render`.
         """
-        n = len(self.prefix)
-        return [ids if ids[:n] == self.prefix else self.prefix + ids for ids in self._ids(texts)]
+        return [_packed(self._begun(ids)) for ids in self._ids(texts)]
 
-    def encode_responses(self, texts: list[str]) -> list[list[int]]:
-        """Ids of response texts, each with the EOS at its end exactly once.
+    def encode_turns(self, texts: Sequence[str], spans: Sequence[Spans]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The same ids, and which of them lie wholly in some parts of the text.
+
+        Args:
+            texts: from `render`.
+            spans: parts of each text, from `turns`.
+
+        Returns:
+            Ids of each text, and for each text the parts in tokens, int32: first token, token after the last, and so
+            on. A token across a border is left out, a part without a token too.
+
+        Raises:
+            UserError: the tokenizer does not say which characters a token stands for.
+        """
+        backend = self._backend
+        if backend is None:
+            raise UserError(
+                f"tokenizer {self._name} cannot say where its tokens stand in the text, so earlier turns cannot be "
+                "found; use one with a tokenizer.json, or teach the last response only"
+            )
+        prompts, turns = [], []
+        for encoding, parts in zip(backend.encode_batch(texts, add_special_tokens=False), spans, strict=True):
+            ids = encoding.ids
+            begun = self._begun(ids)
+            prompts.append(_packed(begun))
+            turns.append(_packed(_token_spans(encoding.offsets, parts, len(begun) - len(ids)) if parts else []))
+        return prompts, turns
+
+    def encode_responses(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of response texts, int32, each with the EOS at its end exactly once.
 
         Args:
             texts: from `response_text`.
@@ -197,23 +205,87 @@ class ChatEncoder:
             while ids and ids[-1] == eos:
                 ids.pop()
             ids.append(eos)
-        return sequences
+        return [_packed(ids) for ids in sequences]
 
-    def encode_prompt(self, prompt: Prompt) -> tuple[str, list[int]]:
+    def encode_prompt(self, prompt: Prompt) -> tuple[str, np.ndarray]:
         """Text and ids of one prompt."""
         text = self.render(prompt).text
         return text, self.encode_prompts([text])[0]
 
-    def encode_response(self, prompt: Prompt, response: str) -> list[int]:
+    def encode_response(self, prompt: Prompt, response: str) -> np.ndarray:
         """Ids of one response, to be joined to those of its prompt."""
-        return self.encode_responses([self.response_text(response, self.render(prompt).kind)])[0]
+        return self.encode_responses([self.response_text(response, self._form(prompt)[0])])[0]
 
-    def decode(self, sequences: list[list[int]]) -> list[str]:
+    def decode(self, sequences: Sequence[Sequence[int] | np.ndarray]) -> list[str]:
         """Texts of id sequences, without special tokens."""
-        return [
-            str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-            for ids in sequences
-        ]
+        return [self._text(ids, skip_special_tokens=True) for ids in sequences]
+
+    def text_of_first(self, text: str, num_tokens: int) -> str:
+        """What the first tokens of a text say, where they are not cut inside a character."""
+        return self._text(self._ids([text])[0][:num_tokens], skip_special_tokens=False)
+
+    def fingerprint(self) -> str:
+        """A hash of everything that decides which ids a text becomes; the tokenizer's name does not count."""
+        said = self.describe()
+        del said["tokenizer"]
+        return _hash(json.dumps(said, sort_keys=True))
+
+    def describe(self) -> dict[str, Any]:
+        """What made the ids: name and hash of the tokenizer, hash of its template if it is used, and the format."""
+        template = str(self.tokenizer.chat_template) if self._uses_template else None
+        return {
+            "tokenizer": self._name,
+            "tokenizer_hash": self._tokenizer_hash,
+            "template_hash": template and _hash(template),
+            "dialogue_format": self.dialogue_format,
+            "plain_format": None if template else asdict(self.plain_format),
+        }
+
+    @cached_property
+    def _tokenizer_hash(self) -> str:
+        """Hash of vocabulary and rules. Padding and truncation do not count, nor a pad token beyond the vocabulary."""
+        backend = self._backend
+        if backend is None:
+            vocabulary, rules = sorted(self.tokenizer.get_vocab().items()), ""
+        else:
+            whole = backend.to_str()
+            # The long rest is hashed as it stands: to parse it would take ten times as long.
+            added, end = json.JSONDecoder().raw_decode(whole, whole.index(_ADDED) + len(_ADDED))
+            size, pad_token = backend.get_vocab_size(with_added_tokens=False), self.tokenizer.pad_token
+            vocabulary = [token for token in added if token["id"] < size or token["content"] != pad_token]
+            rules = whole[end:]
+        return _hash(json.dumps([self.tokenizer.eos_token_id, self.prefix, vocabulary]) + rules)
+
+    def _form(self, prompt: Prompt) -> tuple[Kind, list[Message]]:
+        """As what a prompt is written, and its messages; none for text that is taken as it stands."""
+        if not isinstance(prompt, str):
+            if self.dialogue_format == "auto" and not self._uses_template:
+                raise self._no_template()
+            return ("template" if self._uses_template else "plain"), prompt
+        messages = parse_dialogue(prompt)
+        if messages is None:
+            if self.dialogue_format != "chat_template":
+                return "verbatim", []
+            return "template", [{"role": "user", "content": prompt}]
+        return ("template", merge_turns(messages)) if self._uses_template else ("plain", messages)
+
+    def _template_turns(self, messages: list[Message], text: str) -> Spans | None:
+        spans = []
+        for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
+            try:
+                before = self._apply_template(messages[:i]) if i else ""
+                whole = self._apply_template(messages[: i + 1], answer=False)
+            except RefusedTurnsError:
+                return None
+            if not (i and whole.startswith(before) and text.startswith(whole)):
+                return None
+            spans.append(self._to_end(whole, len(before)))
+        return spans
+
+    def _to_end(self, text: str, start: int) -> tuple[int, int]:
+        """A turn that reaches to the end of the text, without what is written after its EOS, or the space after it."""
+        turn, eos = text[start:].rstrip(), self.tokenizer.eos_token
+        return start, start + (turn.rindex(eos) + len(eos) if eos and eos in turn else len(turn))
 
     @property
     def _uses_template(self) -> bool:
@@ -229,28 +301,55 @@ class ChatEncoder:
             "or `dialogue_format: plain`"
         )
 
-    def _apply_template(self, messages: list[Message]) -> str:
+    def _apply_template(self, messages: list[Message], answer: bool = True) -> str:
+        """Messages as text, ready for an answer or as they would end the dialogue."""
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
         except jinja2.TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise RefusedTurnsError(f"the chat template refuses the turns {roles}: {error}") from error
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
+    def _begun(self, ids: list[int]) -> list[int]:
+        n = len(self.prefix)
+        return ids if ids[:n] == self.prefix else self.prefix + ids
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
+        backend = self._backend
+        if backend is not None:
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         # verbose=False: lengths beyond the model's are ours to cut, no cause for a warning here.
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [list(ids) for ids in encoded["input_ids"]]
 
+    @property
+    def _backend(self) -> Any:
+        """What works inside a fast tokenizer, a third faster by itself; None for a slow one."""
+        if not self.tokenizer.is_fast:
+            return None
+        backend = self.tokenizer.backend_tokenizer
+        # What another call, or the tokenizer's file, has set must not cut or fill ours.
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
 
-def _merge_turns(messages: list[Message]) -> list[Message]:
-    """Join neighbouring turns of one speaker, which many templates refuse."""
-    merged: list[Message] = []
-    for message in messages:
-        if merged and merged[-1]["role"] == message["role"]:
-            joined = f"{merged[-1]['content']}\n\n{message['content']}"
-            merged[-1] = {"role": message["role"], "content": joined}
-        else:
-            merged.append(message)
-    return merged
+    def _text(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool) -> str:
+        whole = np.asarray(ids, dtype=np.int64)
+        return str(self.tokenizer.decode(whole, skip_special_tokens, clean_up_tokenization_spaces=False))
+
+
+def _token_spans(offsets: list[tuple[int, int]], spans: Spans, shift: int) -> list[int]:
+    """Parts of a text in tokens, first and one after the last of each, `shift` tokens further on."""
+    places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    starts = np.searchsorted(places[:, 0], [start for start, _ in spans], side="left")
+    ends = np.searchsorted(places[:, 1], [end for _, end in spans], side="right")
+    return [int(place) + shift for pair in zip(starts, ends, strict=True) if pair[0] < pair[1] for place in pair]
+
+
+def _packed(ids: list[int]) -> np.ndarray:
+    return np.array(ids, dtype=np.int32)
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

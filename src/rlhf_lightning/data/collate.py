@@ -15,25 +15,44 @@ from torch import Tensor
 
 from rlhf_lightning.batches import InstructionBatch, PreferenceBatch, PromptBatch, ScoringBatch
 
-LossOn = Literal["response", "all"]
+LossOn = Literal["response", "turns", "all"]
 Ids = Sequence[int] | np.ndarray
 
 
 class EncodedExample(NamedTuple):
-    """Prompt and response as one sequence of ids; the first `prompt_length` are the prompt."""
+    """Prompt and response as one sequence of ids.
+
+    Attributes:
+        ids: of both, joined.
+        prompt_length: how many of them are the prompt.
+        row_id: number of the row in its source.
+        turns: where the assistant spoke earlier in the prompt: first token, token after the last, and so on.
+    """
 
     ids: Ids
     prompt_length: int
     row_id: int
+    turns: Ids = ()
 
 
 class EncodedPair(NamedTuple):
-    """Two such sequences with the same prompt."""
+    """Two such sequences with the same prompt.
+
+    Attributes:
+        chosen_ids: of prompt and preferred response.
+        rejected_ids: of prompt and other response.
+        prompt_length: how many of either are the prompt.
+        row_id: number of the row in its source.
+        margin: by how much the chosen one was preferred, 0 where nobody said.
+        weight: how much the pair counts.
+    """
 
     chosen_ids: Ids
     rejected_ids: Ids
     prompt_length: int
     row_id: int
+    margin: float = 0.0
+    weight: float = 1.0
 
 
 class EncodedPrompt(NamedTuple):
@@ -54,7 +73,7 @@ class EncodedSequence(NamedTuple):
     row_id: int
 
 
-def pack_ids(ids: list[int]) -> np.ndarray:
+def pack_ids(ids: Ids) -> np.ndarray:
     """Ids as they are kept in memory: 4 bytes a token instead of a Python object."""
     return np.asarray(ids, dtype=np.int32)
 
@@ -79,13 +98,35 @@ def pad(
         ([[5, 6], [0, 7]], [[True, True], [False, True]])
     """
     total = max(length, max(len(ids) for ids in sequences))
-    out = torch.full((len(sequences), total), filler, dtype=torch.int64)
-    mask = torch.zeros(len(sequences), total, dtype=torch.bool)
+    # Filled in numpy, because memory-mapped ids are read-only, which torch.as_tensor warns about.
+    out = np.full((len(sequences), total), filler, dtype=np.int64)
+    mask = np.zeros((len(sequences), total), dtype=np.bool_)
     for row, ids in enumerate(sequences):
         place = slice(total - len(ids), total) if side == "left" else slice(0, len(ids))
-        out[row, place] = torch.as_tensor(ids, dtype=torch.int64)
+        out[row, place] = ids
         mask[row, place] = True
-    return out, mask
+    return torch.from_numpy(out), torch.from_numpy(mask)
+
+
+def taught_tokens(example: EncodedExample, loss_on: LossOn) -> np.ndarray:
+    """Which tokens of an example are targets, `[T]`, bool; the first never is, since nothing predicts it.
+
+    Args:
+        example: prompt and response.
+        loss_on: `response`, the response alone; `turns`, also what the assistant said earlier in the prompt; `all`,
+            every token.
+
+    Example:
+        >>> taught_tokens(EncodedExample([1, 5, 6, 7, 8, 2], 4, 0, turns=[1, 3]), "turns").tolist()
+        [False, True, True, False, True, True]
+    """
+    taught = np.zeros(len(example.ids), dtype=np.bool_)
+    taught[0 if loss_on == "all" else example.prompt_length :] = True
+    if loss_on == "turns":
+        for start, end in zip(example.turns[::2], example.turns[1::2], strict=True):
+            taught[start:end] = True
+    taught[:1] = False
+    return taught
 
 
 def collate_instructions(
@@ -96,12 +137,32 @@ def collate_instructions(
     Args:
         examples: B of them.
         filler: id for the padding.
-        loss_on: teach the tokens of the response, or every token but the first.
+        loss_on: see `taught_tokens`.
     """
     ids, mask = pad([example.ids for example in examples], filler, "right")
-    starts = [example.prompt_length if loss_on == "response" else 1 for example in examples]
-    taught = mask & (torch.arange(ids.shape[1]) >= torch.tensor(starts).unsqueeze(1))
-    return InstructionBatch(ids, mask, taught, _row_ids(examples))
+    taught, _ = pad([taught_tokens(example, loss_on) for example in examples], 0, "right")
+    return InstructionBatch(ids, mask, taught.bool(), _row_ids(examples))
+
+
+def collate_packed(
+    packed: Sequence[Sequence[EncodedExample]], filler: int, loss_on: LossOn = "response"
+) -> InstructionBatch:
+    """Examples to teach, several in each row, with positions that restart at each.
+
+    The first token of an example is never a target, so nothing is predicted across a border.
+
+    Args:
+        packed: B rows of one example or more.
+        filler: id for the padding.
+        loss_on: see `taught_tokens`.
+    """
+    ids, mask = pad([np.concatenate([example.ids for example in row]) for row in packed], filler, "right")
+    taught, _ = pad(
+        [np.concatenate([taught_tokens(example, loss_on) for example in row]) for row in packed], 0, "right"
+    )
+    positions, _ = pad([np.concatenate([np.arange(len(example.ids)) for example in row]) for row in packed], 0, "right")
+    row_ids, _ = pad([[example.row_id for example in row] for row in packed], -1, "right")
+    return InstructionBatch(ids, mask, taught.bool(), row_ids, positions)
 
 
 def collate_pairs(examples: Sequence[EncodedPair], filler: int) -> PreferenceBatch:
@@ -114,7 +175,9 @@ def collate_pairs(examples: Sequence[EncodedPair], filler: int) -> PreferenceBat
     length = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in examples)
     chosen = pad([pair.chosen_ids for pair in examples], filler, "right", length)
     rejected = pad([pair.rejected_ids for pair in examples], filler, "right", length)
-    return PreferenceBatch(*chosen, *rejected, _row_ids(examples))
+    margins = torch.tensor([pair.margin for pair in examples], dtype=torch.float32)
+    weights = torch.tensor([pair.weight for pair in examples], dtype=torch.float32)
+    return PreferenceBatch(*chosen, *rejected, _row_ids(examples), margins, weights)
 
 
 def collate_prompts(examples: Sequence[EncodedPrompt], filler: int) -> PromptBatch:

@@ -1,95 +1,162 @@
-"""Parsed rows to encoded examples: tokenised in chunks, cut to the limits, everything left out counted."""
+"""Rows of text to ids: tokenised in chunks, cut to the limits, each cut noted and each drop with its reason."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import islice
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from rlhf_lightning.data.chat import ChatEncoder, Rendered
-from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt, EncodedSequence, pack_ids
-from rlhf_lightning.data.limits import LongPrompts, TokenLimits, fit_prompt, fit_sequences
-from rlhf_lightning.data.rows import Example, Pair, PromptRow, count_drop
+from rlhf_lightning.data.collate import EncodedSequence, Ids
+from rlhf_lightning.data.dialogue import Prompt, RefusedTurnsError
+from rlhf_lightning.data.limits import TokenLimits, cut_prompt
+from rlhf_lightning.data.rows import Row
 
-RowT = TypeVar("RowT", bound=Example | Pair | PromptRow)
-Rows = Iterable[tuple[RowT, Rendered]]
-_CHUNK = 1000  # rows tokenised in one call; the tokenizer works on them in parallel
+REFUSED = "the dialogue format refuses the turns"
+LONG_PROMPT = "prompt is too long"
+SHORT_RESPONSE = "response is too short"
+CUT_PROMPT = "cut: prompt"
+CUT_RESPONSE = "cut: response"
+NO_TURNS = "turns not found"
+_NO_SPANS = np.zeros(0, dtype=np.int32)
+_BODY = "POST:"
+"""What opens the text of a forum post, after its subreddit and title, where those are told apart."""
 
 
-def encode_instructions(
-    rows: Rows[Example], chat: ChatEncoder, limits: TokenLimits, counts: Counter[str]
-) -> Iterator[EncodedExample]:
-    """Prompt and response joined.
+class EncodedRow(NamedTuple):
+    """A row as ids, cut to the limits.
+
+    Attributes:
+        prompt: ids of the prompt, int32.
+        turns: where the assistant spoke earlier in the prompt, int32: first token, token after the last, and so on.
+        responses: ids of each response, int32, its EOS included unless it was cut.
+        notes: `cut: prompt`, `cut: response` once for each response that was cut, `turns not found`.
+    """
+
+    prompt: np.ndarray
+    turns: np.ndarray
+    responses: list[np.ndarray]
+    notes: tuple[str, ...] = ()
+
+
+def encode_rows(
+    rows: Sequence[Row], chat: ChatEncoder, limits: TokenLimits, need_turns: bool = False
+) -> list[EncodedRow | str]:
+    """Ids of rows, or the reason one is dropped for. Pure, so any process may do any rows; about 1000 a call.
+
+    Prompt and response are tokenised apart, so the ids of a prompt are those that generation sees, whatever follows.
 
     Args:
-        rows: examples with their rendered prompts.
+        rows: with any number of responses, none included.
         chat: turns text into ids.
-        limits: what to cut to.
-        counts: changed in place.
+        limits: what to cut to and what to drop.
+        need_turns: find the earlier turns of the assistant too; it costs a little, and takes a fast tokenizer.
+
+    Returns:
+        One for each row, in order.
+
+    Raises:
+        UserError: something that is wrong with all rows alike, such as messages without a chat template.
     """
-    for row, prompt, (response,) in _fitted(rows, ("response",), chat, limits, counts):
-        yield EncodedExample(pack_ids(prompt + response), len(prompt), row.row_id)
+    rendered = [_render(row, chat) for row in rows]
+    kept = [(row, text) for row, text in zip(rows, rendered, strict=True) if text is not None]
+    prompts = _encode_prompts(kept, chat, need_turns)
+    texts = [chat.response_text(response, text.kind) for row, text in kept for response in row.responses]
+    responses = iter(chat.encode_responses(texts)) if texts else iter(())
+    whole = (
+        (row, text, prompt._replace(responses=[next(responses) for _ in row.responses]))
+        for (row, text), prompt in zip(kept, prompts, strict=True)
+    )
+    return [REFUSED if text is None else _fit(*next(whole), chat, limits) for text in rendered]
 
 
-def encode_pairs(
-    rows: Rows[Pair], chat: ChatEncoder, limits: TokenLimits, counts: Counter[str]
-) -> Iterator[EncodedPair]:
-    """Both responses, each behind the same prompt; pairs that the limits have made equal are dropped.
+def _render(row: Row, chat: ChatEncoder) -> Rendered | None:
+    """The prompt as text; None where the format refuses its turns."""
+    try:
+        return chat.render(_whole_prompt(row))
+    except RefusedTurnsError:
+        return None
 
-    Args:
-        rows: pairs with their rendered prompts.
-        chat: turns text into ids.
-        limits: what to cut to.
-        counts: changed in place.
+
+def _whole_prompt(row: Row) -> Prompt:
+    return row.prompt + row.suffix if isinstance(row.prompt, str) else row.prompt
+
+
+def _encode_prompts(kept: list[tuple[Row, Rendered]], chat: ChatEncoder, need_turns: bool) -> list[EncodedRow]:
+    """The rows with their prompts and turns, but without responses."""
+    texts = [text.text for _, text in kept]
+    if not need_turns:
+        return [EncodedRow(ids, _NO_SPANS, []) for ids in chat.encode_prompts(texts)]
+    spans = [chat.turns(_whole_prompt(row), text.text) for row, text in kept]
+    prompts, turns = chat.encode_turns(texts, [found or [] for found in spans])
+    notes = [(NO_TURNS,) if found is None else () for found in spans]
+    return [EncodedRow(ids, places, [], note) for ids, places, note in zip(prompts, turns, notes, strict=True)]
+
+
+def _fit(row: Row, text: Rendered, whole: EncodedRow, chat: ChatEncoder, limits: TokenLimits) -> EncodedRow | str:
+    """A row cut to the limits, or the reason it is dropped for.
+
+    A response that does not fit loses its end, and with it its EOS, so it is never taught as complete. All responses of
+    a row stand behind the same prompt.
     """
-    for row, prompt, (chosen, rejected) in _fitted(rows, ("chosen", "rejected"), chat, limits, counts):
-        if chosen == rejected:
-            count_drop(counts, "chosen and rejected are the same after cutting")
+    prompt, turns, responses, notes = whole
+    room = limits.prompt_room([len(ids) for ids in responses])
+    if len(prompt) > room:
+        if limits.long_prompts == "drop":
+            return LONG_PROMPT
+        if row.suffix:
+            prompt, turns = cut_post(text.text, row.suffix, room, chat), _NO_SPANS
+            if len(prompt) == 0:
+                return LONG_PROMPT
         else:
-            yield EncodedPair(pack_ids(prompt + chosen), pack_ids(prompt + rejected), len(prompt), row.row_id)
+            prompt, turns = cut_prompt(prompt, turns, room, chat.prefix)
+        notes += (CUT_PROMPT,)
+    if any(len(ids) - 1 < limits.minimum_response_length for ids in responses):
+        return SHORT_RESPONSE
+    left = limits.max_length - len(prompt)
+    notes += (CUT_RESPONSE,) * sum(len(ids) > left for ids in responses)
+    return EncodedRow(prompt, turns, [ids[:left] for ids in responses], notes)
 
 
-def encode_prompts(
-    rows: Rows[RowT], chat: ChatEncoder, room: int, long_prompts: LongPrompts, counts: Counter[str]
-) -> Iterator[EncodedPrompt]:
-    """Prompts alone.
+def cut_post(text: str, suffix: str, room: int, chat: ChatEncoder) -> np.ndarray:
+    """Ids of a prompt that is cut before its suffix, at the last end of a paragraph that fits (Stiennon et al. 2020).
 
-    Args:
-        rows: anything with a prompt, rendered.
-        chat: turns text into ids.
-        room: tokens a prompt may have.
-        long_prompts: what to do with longer ones.
-        counts: changed in place.
-    """
-    for chunk in _chunks(rows):
-        encoded = chat.encode_prompts([rendered.text for _, rendered in chunk])
-        for (row, _), ids in zip(chunk, encoded, strict=True):
-            kept = fit_prompt(ids, room, chat.prefix, long_prompts, counts)
-            if kept is not None:
-                yield EncodedPrompt(pack_ids(kept), chat.decode([kept])[0], row.row_id)
-
-
-def encode_scored(
-    rows: Rows[RowT], columns: tuple[str, ...], chat: ChatEncoder, limits: TokenLimits, counts: Counter[str]
-) -> Iterator[EncodedSequence]:
-    """One sequence for each response of every row.
+    A post of one long paragraph is cut at white space instead, never in mid-word.
 
     Args:
-        rows: examples or pairs with their rendered prompts.
-        columns: where their responses stand: `response`, or `chosen` and `rejected`.
+        text: the rendered prompt; what follows the last `suffix` is kept too.
+        suffix: end of the prompt.
+        room: tokens the prompt may have.
         chat: turns text into ids.
-        limits: what to cut to.
-        counts: changed in place.
+
+    Returns:
+        Ids, int32; none where nothing of the post fits.
     """
-    for row, prompt, responses in _fitted(rows, columns, chat, limits, counts):
-        for column, response in zip(columns, responses, strict=True):
-            yield scored_sequence(prompt, response, column, row.row_id, chat)
+    head, mark, end = text.rpartition(suffix)
+    tail = mark + end
+    body = head.find(_BODY) + len(_BODY) if _BODY in head else 0
+    length = len(chat.text_of_first(head, max(0, room - len(chat.encode_prompts([tail])[0]))))
+    while (length := _break_before(head, body, length)) > body:
+        ids = chat.encode_prompts([head[:length] + tail])[0]
+        if len(ids) <= room:
+            return ids
+        # The first guess may be too long by a few tokens, and a token has a character at the least.
+        length = max(0, length - (len(ids) - room))
+    return _NO_SPANS
 
 
-def scored_sequence(
-    prompt: list[int], response: list[int], role: str, row_id: int, chat: ChatEncoder
-) -> EncodedSequence:
+def _break_before(text: str, start: int, end: int) -> int:
+    """Where the text up to `end` ends its last paragraph after `start`, or else its last word; -1 if nowhere."""
+    end += len(text[end:]) - len(text[end:].lstrip())  # white space is not kept, so it need not fit
+    for marks in ("\n", " \t\n"):
+        place = max(text.rfind(mark, start, end) for mark in marks)
+        if text[start : max(start, place)].strip():
+            return len(text[:place].rstrip())
+    return -1
+
+
+def scored_sequence(prompt: Ids, response: Ids, role: str, row_id: int, chat: ChatEncoder) -> EncodedSequence:
     """A sequence to score, with the texts it stands for.
 
     Args:
@@ -100,44 +167,4 @@ def scored_sequence(
         chat: turns ids back into text.
     """
     texts = chat.decode([prompt, response])
-    return EncodedSequence(pack_ids(prompt + response), texts[0], texts[1], role, row_id)
-
-
-def drop_duplicates(prompts: Iterable[EncodedPrompt], counts: Counter[str]) -> Iterator[EncodedPrompt]:
-    """Prompts that have not come before, by their ids; the others are counted.
-
-    Args:
-        prompts: encoded.
-        counts: changed in place.
-    """
-    seen: set[bytes] = set()
-    for prompt in prompts:
-        key = pack_ids(list(prompt.ids)).tobytes()
-        if key in seen:
-            count_drop(counts, "prompt is a duplicate")
-        else:
-            seen.add(key)
-            yield prompt
-
-
-def _fitted(
-    rows: Rows[RowT], columns: tuple[str, ...], chat: ChatEncoder, limits: TokenLimits, counts: Counter[str]
-) -> Iterator[tuple[RowT, list[int], list[list[int]]]]:
-    """Row, ids of its prompt and ids of its responses, cut to the limits, for the rows whose prompt is kept."""
-    for chunk in _chunks(rows):
-        prompts = chat.encode_prompts([rendered.text for _, rendered in chunk])
-        by_column = [_responses(chunk, chat, column) for column in columns]
-        for (row, _), prompt, *responses in zip(chunk, prompts, *by_column, strict=True):
-            fitted = fit_sequences(prompt, responses, limits, chat.prefix, counts)
-            if fitted is not None:
-                yield row, fitted[0], fitted[1]
-
-
-def _chunks(rows: Rows[RowT]) -> Iterator[list[tuple[RowT, Rendered]]]:
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, _CHUNK)):
-        yield chunk
-
-
-def _responses(chunk: list[tuple[RowT, Rendered]], chat: ChatEncoder, column: str) -> list[list[int]]:
-    return chat.encode_responses([chat.response_text(getattr(row, column), rendered.kind) for row, rendered in chunk])
+    return EncodedSequence(np.concatenate([prompt, response]), texts[0], texts[1], role, row_id)

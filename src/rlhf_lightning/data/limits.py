@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.data.rows import count_drop
 from rlhf_lightning.errors import UserError
 
 LongPrompts = Literal["cut", "drop"]
@@ -21,50 +21,56 @@ class TokenLimits(NamedTuple):
     Attributes:
         max_length: of prompt and response together.
         max_prompt_length: of the prompt; None leaves it what the response does not need.
-        min_response_length: how much of a response must have room at the least, whatever the prompt.
-        long_prompts: cut a prompt that is too long from the left, or drop the example.
+        response_room: how much of a response must have room at the least, whatever the prompt.
+        long_prompts: cut a prompt that is too long, or drop the row.
+        minimum_response_length: rows with a response of fewer tokens are dropped; the EOS does not count.
     """
 
     max_length: int
     max_prompt_length: int | None
-    min_response_length: int
+    response_room: int
     long_prompts: LongPrompts
+    minimum_response_length: int = 0
 
     @classmethod
     def checked(
         cls,
         max_length: int,
         max_prompt_length: int | None,
-        min_response_length: int | None,
+        response_room: int | None,
         long_prompts: LongPrompts,
+        minimum_response_length: int = 0,
     ) -> TokenLimits:
         """Limits that make sense together.
 
         Args:
             max_length: see the class.
             max_prompt_length: see the class.
-            min_response_length: see the class; None means a quarter of `max_length`.
+            response_room: see the class; None means a quarter of `max_length`.
             long_prompts: see the class.
+            minimum_response_length: see the class.
 
         Raises:
             UserError: a limit below 1, or one that leaves no room for the other part.
         """
-        check_positive(max_length=max_length, max_prompt_length=max_prompt_length)
-        check_positive(min_response_length=min_response_length)
+        check_positive(max_length=max_length, max_prompt_length=max_prompt_length, response_room=response_room)
         if max_prompt_length is not None and max_prompt_length >= max_length:
             raise UserError(
                 f"max_prompt_length ({max_prompt_length}) must be below max_length ({max_length}), "
                 "which counts prompt and response together"
             )
-        if min_response_length is None:
-            min_response_length = max(1, max_length // 4)
-        if min_response_length >= max_length:
-            raise UserError(f"min_response_length ({min_response_length}) must be below max_length ({max_length})")
-        return cls(max_length, max_prompt_length, min_response_length, long_prompts)
+        if response_room is None:
+            response_room = max(1, max_length // 4)
+        for name, value in (("response_room", response_room), ("minimum_response_length", minimum_response_length)):
+            if value >= max_length:
+                raise UserError(f"{name} ({value}) must be below max_length ({max_length})")
+        if minimum_response_length < 0:
+            raise UserError(f"minimum_response_length is {minimum_response_length}; it must be at least 0")
+        return cls(max_length, max_prompt_length, response_room, long_prompts, minimum_response_length)
 
-    def prompt_room(self, response_length: int) -> int:
-        """How many tokens a prompt may have before a response of this length."""
-        room = self.max_length - min(response_length, self.min_response_length)
+    def prompt_room(self, response_lengths: Sequence[int]) -> int:
+        """How many tokens a prompt may have before responses of these lengths; before none, `response_room` is kept."""
+        room = self.max_length - min(max(response_lengths, default=self.response_room), self.response_room)
         return room if self.max_prompt_length is None else min(room, self.max_prompt_length)
 
 
@@ -101,63 +107,27 @@ def check_context(tokenizer: PreTrainedTokenizerBase, name: str, length: int) ->
         raise UserError(f"{name} ({length}) is beyond the {context} positions of {tokenizer.name_or_path}; lower it")
 
 
-def cut_prompt(ids: list[int], room: int, prefix: list[int]) -> list[int]:
+def cut_prompt(ids: np.ndarray, turns: np.ndarray, room: int, prefix: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """The end of a prompt, behind its leading special tokens.
 
     Args:
-        ids: of the prompt.
+        ids: of the prompt, which begins with `prefix`.
+        turns: parts of it, first token and one after the last of each; those cut away are left out.
         room: tokens it may have.
         prefix: the ids every sequence begins with, kept.
 
+    Returns:
+        Ids and turns of what is left.
+
     Example:
-        >>> cut_prompt([1, 10, 11, 12, 13], 3, prefix=[1])
-        [1, 12, 13]
+        >>> ids, turns = np.array([1, 10, 11, 12, 13]), np.array([1, 2, 3, 4])
+        >>> [part.tolist() for part in cut_prompt(ids, turns, 3, prefix=[1])]
+        [[1, 12, 13], [1, 2]]
     """
-    if len(ids) <= room:
-        return ids
-    kept = prefix[:room]
-    return kept + ids[len(ids) - (room - len(kept)) :]
-
-
-def fit_prompt(
-    ids: list[int], room: int, prefix: list[int], long_prompts: LongPrompts, counts: Counter[str]
-) -> list[int] | None:
-    """A prompt that fits, or None where it is dropped; either is counted.
-
-    Args:
-        ids: of the prompt.
-        room: tokens it may have.
-        prefix: the ids every sequence begins with.
-        long_prompts: what to do with a prompt that is too long.
-        counts: changed in place.
-    """
-    if len(ids) <= room:
-        return ids
-    if long_prompts == "drop":
-        count_drop(counts, "prompt is too long")
-        return None
-    counts["cut: prompt"] += 1
-    return cut_prompt(ids, room, prefix)
-
-
-def fit_sequences(
-    prompt: list[int], responses: list[list[int]], limits: TokenLimits, prefix: list[int], counts: Counter[str]
-) -> tuple[list[int], list[list[int]]] | None:
-    """A prompt and its responses, cut to the limits; None where the prompt is too long and dropped.
-
-    A response that does not fit loses its end, and with it its EOS, so it is never taught as complete.
-
-    Args:
-        prompt: ids, the leading special tokens included.
-        responses: ids, the EOS included; all to the same prompt, which is cut alike for all.
-        limits: what to obey.
-        prefix: the ids every sequence begins with.
-        counts: what is cut or dropped is counted here.
-    """
-    room = limits.prompt_room(max(len(ids) for ids in responses))
-    kept = fit_prompt(prompt, room, prefix, limits.long_prompts, counts)
-    if kept is None:
-        return None
-    left = limits.max_length - len(kept)
-    counts["cut: response"] += sum(len(ids) > left for ids in responses)
-    return kept, [ids[:left] for ids in responses]
+    removed = len(ids) - room
+    if removed <= 0:
+        return ids, turns
+    kept = min(len(prefix), room)
+    left = np.maximum(turns.reshape(-1, 2) - removed, kept)
+    left = left[left[:, 0] < left[:, 1]]
+    return np.concatenate([ids[:kept], ids[kept + removed :]]), left.reshape(-1)

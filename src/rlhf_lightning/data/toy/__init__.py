@@ -1,6 +1,6 @@
 r"""The embedded data set: preferences whose true quality is known, and a tiny model that learns them on a laptop.
 
-Everything is generated from a seed: dialogues in the helpful-and-harmless manner (`toy_grammar`), files of them
+Everything is generated from a seed: dialogues in the helpful-and-harmless manner (`grammar`), files of them
 (`write_toy_data`), a tokenizer (`build_toy_tokenizer`) and a Llama of about 570,000 parameters (`write_toy_model`).
 Because `gold_score` knows how good any answer truly is, one can tell whether a reward model learnt the preferences
 and whether PPO made the answers better, or merely fooled the reward model.
@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_lightning.data.toy_grammar import (
+from rlhf_lightning.data.toy.grammar import (
     Request,
     Sentence,
     Traits,

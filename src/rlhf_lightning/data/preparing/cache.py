@@ -1,0 +1,80 @@
+"""The cache of prepared folders: made once, found by a hash of all that went into them, never seen half-written.
+
+An entry is the folder `<root>/<key>`. It is built beside its place, as `<root>/.<key>.<something>`, and renamed when
+it is whole; a lock lets one process build while others wait for what it builds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+from filelock import FileLock
+
+from rlhf_lightning.data.preparing.prepared import PreparedFolder
+from rlhf_lightning.data.sources.files import cache_root
+from rlhf_lightning.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Buildable(Protocol):
+    """What a cache entry can be made of."""
+
+    def key(self) -> str:
+        """A hash of everything that decides what `build` writes."""
+
+    def build(self, folder: Path) -> None:
+        """Write a whole prepared folder into an empty one."""
+
+
+def find_or_build(preparation: Buildable, cache_dir: str | Path | None = None) -> PreparedFolder:
+    """The cache entry of a preparation, built now if it is not there.
+
+    Args:
+        preparation: what is asked for.
+        cache_dir: root of the cache; by default `cache_root()`.
+
+    Raises:
+        UserError: data that cannot be used, or a cache that cannot be written.
+    """
+    root = cache_root() if cache_dir is None else Path(cache_dir).expanduser()
+    key = preparation.key()
+    if entry := _whole(root / key):
+        return entry
+    lock = FileLock(root / f"{key}.lock")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"the cache {root} cannot be written ({error}); set another `cache_dir`") from error
+    try:
+        return _whole(root / key) or _build(preparation, root, key)
+    finally:
+        lock.release()
+
+
+def _whole(folder: Path) -> PreparedFolder | None:
+    try:
+        return PreparedFolder.open(folder)
+    except UserError:
+        return None
+
+
+def _build(preparation: Buildable, root: Path, key: str) -> PreparedFolder:
+    # Under the lock nobody else works on this key, so whatever is here was left by a build that was killed.
+    for left in [*root.glob(f".{key}.*"), root / key]:
+        if left.exists():
+            logger.info("removing the unfinished %s", left)
+            shutil.rmtree(left)
+    folder = root / f".{key}.{os.getpid()}"
+    folder.mkdir()
+    try:
+        preparation.build(folder)
+        folder.rename(root / key)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return PreparedFolder.open(root / key)

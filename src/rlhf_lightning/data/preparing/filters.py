@@ -1,0 +1,207 @@
+"""Which rows are wanted, and where they go: filters over whole rows, and splits by the hash of the prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from rlhf_lightning.data.dialogue import Prompt
+from rlhf_lightning.data.preparing.prepared import Part
+from rlhf_lightning.data.rows import KINDS, Need, Row, prompt_key, split_of
+from rlhf_lightning.errors import UserError
+
+STAGE_OF: dict[Need, str] = {"finetune": "sft", "preference": "reward", "prompts": "ppo"}
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What is left out of the data, each reason counted; in this order, and before anything is tokenised.
+
+    Args:
+        shuffle: draw the rows in random order, which matters to `num_samples` and to which of several equal rows stays.
+        seed: of that order.
+        remove_same_inputs: keep the first of the rows with the same prompt and the same best response.
+        remove_same_responses: drop pairs that the limits have made equal; those that are equal as text always go.
+        duplicates: keep rows that came before, or drop them: `exact` if every character agrees, `normalised` if case
+            and white space do not count.
+        remove_evaluation_prompts: drop rows of `data` whose prompt occurs in `validation_data` or `test_data`.
+    """
+
+    shuffle: bool = False
+    seed: int = 42
+    remove_same_inputs: bool = False
+    remove_same_responses: bool = True
+    duplicates: Literal["keep", "exact", "normalised"] = "keep"
+    remove_evaluation_prompts: bool = False
+
+    def order(self, num_rows: int, num_samples: int | None) -> Sequence[int]:
+        """Numbers of the rows to read, in order.
+
+        Args:
+            num_rows: how many there are.
+            num_samples: how many to read at the most.
+        """
+        wanted = num_rows if num_samples is None else min(num_samples, num_rows)
+        if not self.shuffle:
+            return range(wanted)
+        order: list[int] = np.random.default_rng(self.seed).permutation(num_rows)[:wanted].tolist()
+        return order
+
+
+NO_FILTERS = Filters()
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Shares of the prompts. A prompt falls where its own text sends it, so it never stands on two sides.
+
+    Args:
+        validation: held out for validation.
+        test: held out for testing.
+        stages: share of each stage, `sft`, `reward` and `ppo`, summing to 1; a stage that is not named gets every row.
+
+    Raises:
+        UserError: shares that cannot be.
+    """
+
+    validation: float = 0.0
+    test: float = 0.0
+    stages: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name, share in (("validation_split", self.validation), ("test_split", self.test)):
+            if not 0 <= share < 1:
+                raise UserError(f"{name} ({share}) must be at least 0 and below 1")
+        if self.validation + self.test >= 1:
+            raise UserError(
+                f"validation_split ({self.validation}) and test_split ({self.test}) leave nothing to train on"
+            )
+        if self.stages is not None:
+            self._check_stages(self.stages)
+
+    def _check_stages(self, stages: dict[str, float]) -> None:
+        for name in stages:
+            if name not in STAGE_OF.values():
+                raise UserError(f"stage_split: {name!r} is not one of {', '.join(STAGE_OF.values())}")
+        if any(share < 0 for share in stages.values()) or abs(sum(stages.values()) - 1) > 1e-6:
+            said = ", ".join(f"{name} {share}" for name, share in stages.items())
+            raise UserError(f"stage_split ({said}) must be shares of at least 0 that sum to 1")
+
+    def part(self, key: str) -> Part:
+        """Where a prompt goes.
+
+        Args:
+            key: its `prompt_key`.
+        """
+        shares: dict[Part, float] = {"train": 1 - self.validation - self.test, "test": self.test}
+        shares["validation"] = self.validation
+        part: Part = split_of(key, {name: share for name, share in shares.items() if share})  # type: ignore[assignment]
+        return part
+
+    def kinds(self, key: str, kinds: tuple[Need, ...]) -> tuple[Need, ...]:
+        """Which of some kinds of example a prompt serves.
+
+        Args:
+            key: its `prompt_key`.
+            kinds: to choose from.
+        """
+        if self.stages is None:
+            return kinds
+        # In the order of the stages, not of the YAML, and with a salt, so that stages and parts are independent.
+        shares = {stage: self.stages[stage] for stage in STAGE_OF.values() if self.stages.get(stage)}
+        stage = split_of(key, shares, salt="stage:")
+        return tuple(kind for kind in kinds if STAGE_OF[kind] == stage or STAGE_OF[kind] not in self.stages)
+
+
+class RowFilter:
+    """Says of each row in turn whether it is wanted; remembers those before by hashes of 8 bytes.
+
+    Args:
+        filters: what is not wanted.
+        evaluation_prompts: hashes of prompts, see `hash_of`, that are not wanted.
+    """
+
+    def __init__(self, filters: Filters, evaluation_prompts: set[int]) -> None:
+        self._filters = filters
+        self._evaluation_prompts = evaluation_prompts if filters.remove_evaluation_prompts else set()
+        self._inputs: set[int] = set()
+        self._rows: set[int] = set()
+
+    def reason(self, row: Row, key: str) -> str | None:
+        """Why a row is not wanted, or None.
+
+        Args:
+            row: the next.
+            key: of its prompt.
+        """
+        filters = self._filters
+        if filters.remove_same_inputs and _seen(self._inputs, _exact(row.prompt), row.suffix, *row.responses[:1]):
+            return "prompt and best response came before"
+        if filters.duplicates == "exact" and _seen(self._rows, _exact(row.prompt), row.suffix, *row.responses):
+            return "row is a duplicate"
+        if filters.duplicates == "normalised" and _seen(self._rows, key, *map(_normalised, row.responses)):
+            return "row is a duplicate"
+        if self._evaluation_prompts and hash_of(key) in self._evaluation_prompts:
+            return "prompt is in the evaluation data"
+        return None
+
+
+def key_of(row: Row) -> str:
+    """The `prompt_key` of a row, its suffix included."""
+    return prompt_key(row.prompt + row.suffix if isinstance(row.prompt, str) else row.prompt)
+
+
+def hash_of(*texts: str) -> int:
+    """A hash of 8 bytes of some texts in order."""
+    # Text is sound Unicode here and holds no NUL, see `check_text`, so NUL can stand between.
+    return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest(), "big")
+
+
+def hash_of_ids(ids: np.ndarray) -> int:
+    """A hash of 8 bytes of token ids."""
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "big")
+
+
+def narrowed(row: Row, kinds: tuple[Need, ...]) -> Row:
+    """A row with only the responses that some kinds of example need, so that no other text is tokenised.
+
+    Args:
+        row: as parsed for the most demanding kind.
+        kinds: what it is for.
+    """
+    if "preference" in kinds:
+        return row
+    wanted = 1 if "finetune" in kinds else 0
+    return row._replace(responses=row.responses[:wanted], ranks=())
+
+
+def strongest(kinds: tuple[Need, ...]) -> Need:
+    """The kind of example whose rows serve all of the kinds."""
+    order: tuple[Need, ...] = ("preference", "finetune", "prompts")
+    return next(kind for kind in order if kind in kinds)
+
+
+def in_order(kinds: Sequence[Need]) -> tuple[Need, ...]:
+    """Kinds of example, each once, in the order of `KINDS`."""
+    return tuple(kind for kind in KINDS if kind in kinds)
+
+
+def _seen(before: set[int], *texts: str) -> bool:
+    number = hash_of(*texts)
+    if number in before:
+        return True
+    before.add(number)
+    return False
+
+
+def _exact(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else json.dumps(prompt)
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.split()).casefold()

@@ -1,0 +1,179 @@
+"""Prepared folders in the layout of SheepRL's RLHF examples, converted into one of our own.
+
+Such a folder holds `finetune_{train,validation,test}.pt` (a list of dicts `prompt_len`, `input_ids`, `targets`),
+`preference_*.pt` (`prompt_len`, `chosen_input_ids`, `rejected_input_ids`), `example_prompt.pt` and `args.json`. The
+files are pickles; they are read by `torch.load(weights_only=True)`, which runs no code from them. `targets` says only
+which tokens were masked, which `loss_on` says here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_lightning.data.chat import ChatEncoder
+from rlhf_lightning.data.preparing.prepared import FORMAT, PARTS, FolderWriter
+from rlhf_lightning.data.rows import Need
+from rlhf_lightning.data.sources.files import file_fingerprint
+from rlhf_lightning.errors import UserError
+
+_KEYS = {"finetune": ("input_ids",), "preference": ("chosen_input_ids", "rejected_input_ids")}
+_NO_TURNS = np.zeros(0, np.int32)
+
+
+def is_legacy(data: Any) -> bool:
+    """Whether some data is the path of a folder in that layout.
+
+    Args:
+        data: as given to a data module.
+    """
+    if not isinstance(data, str | Path):
+        return False
+    folder = Path(data).expanduser()
+    return any((folder / f"{kind}_train.pt").is_file() for kind in _KEYS)
+
+
+@dataclass
+class LegacyPreparation:
+    """Such a folder, to be converted for one kind of example.
+
+    Args:
+        folder: in that layout.
+        need: kind of example; prompts are those of the demonstrations, or else of the preferences.
+        chat: the tokenizer that is to be used, which must be the one the folder was made with.
+    """
+
+    folder: Path
+    need: Need
+    chat: ChatEncoder
+
+    def key(self) -> str:
+        """A hash of everything that decides what `build` writes."""
+        parts = [FORMAT, self.need, self.chat.fingerprint(), *map(file_fingerprint, self._files().values())]
+        example = self.folder / "example_prompt.pt"
+        parts += [file_fingerprint(example)] if example.is_file() else []
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+    def build(self, folder: Path) -> None:
+        """Write everything into an empty folder, its manifest last.
+
+        Args:
+            folder: to be filled.
+
+        Raises:
+            UserError: another tokenizer made the files, or they do not hold what they should.
+        """
+        self._check_example()
+        writer = FolderWriter(folder, [self.need])
+        counts: Counter[str] = Counter()
+        for part, path in self._files().items():
+            self._convert(path, part, writer, counts)
+        writer.close()
+        source = {
+            "name": str(self.folder),
+            "source_names": [self.folder.name],
+            "source_weights": [1.0],
+            "counts": {name: count for name, count in counts.items() if count},
+            "bad_rows": {"count": 0, "first": []},
+        }
+        arguments = {"kinds": [self.need], "find_turns": False, "legacy": self._args()}
+        writer.finish({"key": self.key(), "arguments": arguments, "sources": {"data": source}}, arguments, self.chat)
+
+    @property
+    def _kind(self) -> str:
+        """The kind of file to read."""
+        wanted = ("finetune", "preference") if self.need == "prompts" else (self.need,)
+        for kind in wanted:
+            if (self.folder / f"{kind}_train.pt").is_file():
+                return kind
+        raise UserError(f"{self.folder} holds no {wanted[0]}_train.pt; give a folder that does")
+
+    def _files(self) -> dict[str, Path]:
+        paths = {part: self.folder / f"{self._kind}_{part}.pt" for part in PARTS}
+        return {part: path for part, path in paths.items() if path.is_file()}
+
+    def _convert(self, path: Path, part: str, writer: FolderWriter, counts: Counter[str]) -> None:
+        table, seen = writer[self.need, part], set()
+        for number, (prompt, responses) in enumerate(self._rows(path)):
+            counts["rows"] += 1
+            if self.need == "prompts":
+                key = prompt.tobytes()
+                if key in seen:
+                    counts["dropped: prompt is a duplicate"] += 1
+                    continue
+                seen.add(key)
+                table.add(prompt, number, 0)
+            elif not all(map(len, responses)):
+                counts["dropped: nothing is left of a response"] += 1
+                continue
+            elif self.need == "finetune":
+                table.add(prompt, _NO_TURNS, *responses, number, 0)
+            else:
+                table.add(prompt, *responses, 0.0, 1.0, number, 0)
+            counts["kept"] += 1
+
+    def _rows(self, path: Path) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+        """Prompt and responses of each row of a file."""
+        size = len(self.chat.tokenizer)
+        rows = _load(path)
+        if not isinstance(rows, list):
+            raise UserError(f"{path} holds no list of rows but {type(rows).__name__}")
+        for number, row in enumerate(rows):
+            try:
+                length = int(row["prompt_len"])
+                sequences = [np.asarray(row[key], dtype=np.int64).reshape(-1) for key in _KEYS[self._kind]]
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{path} row {number} is not as it should be ({type(error).__name__}: {error}); "
+                    f"expected prompt_len and {', '.join(_KEYS[self._kind])}"
+                ) from error
+            largest = max(int(ids.max(initial=0)) for ids in sequences)
+            if largest >= size:
+                raise UserError(f"{path} row {number} holds id {largest}, {self._differs()}")
+            yield sequences[0][:length].astype(np.int32), [ids[length:].astype(np.int32) for ids in sequences]
+
+    def _check_example(self) -> None:
+        """Refuse another tokenizer or form of dialogue: the example prompt must give the same ids."""
+        path = self.folder / "example_prompt.pt"
+        if not path.is_file():
+            return
+        example = _load(path)
+        try:
+            theirs = np.asarray(example["input_ids"]).reshape(-1).tolist()
+            ours = self.chat.encode_prompt(str(example["prompt"]))[1].tolist()
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} has no prompt and input_ids; take it away to go without this check") from error
+        bos = self.chat.tokenizer.bos_token_id  # which they write before every text, and some tokenizers do not
+        if theirs[theirs[:1] == [bos] :] != ours[ours[:1] == [bos] :]:
+            raise UserError(f"{path} has other ids for its text, {self._differs()}")
+
+    def _differs(self) -> str:
+        args = self._args()
+        name = next((args[key] for key in ("tokenizer_name", "model_name") if args.get(key)), "another tokenizer")
+        said = self.chat.describe()
+        template = "its chat template" if said["template_hash"] else "no chat template"
+        return (
+            f"so {self.folder} was prepared with {name} and no chat template, now it is {said['tokenizer']} with "
+            f"{template}; use that tokenizer, or prepare the data again"
+        )
+
+    def _args(self) -> dict[str, Any]:
+        path = self.folder / "args.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
+        raise UserError(f"{path} cannot be read as plain tensors, lists and numbers ({reason})") from error

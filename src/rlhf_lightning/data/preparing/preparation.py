@@ -1,0 +1,322 @@
+"""From sources to a prepared folder: read, filter, split, tokenise, write, and account for every row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhf_lightning.data.chat import ChatEncoder
+from rlhf_lightning.data.encode import EncodedRow
+from rlhf_lightning.data.limits import TokenLimits
+from rlhf_lightning.data.preparing.filters import (
+    Filters,
+    RowFilter,
+    Splits,
+    hash_of,
+    hash_of_ids,
+    in_order,
+    key_of,
+    narrowed,
+    strongest,
+)
+from rlhf_lightning.data.preparing.prepared import FORMAT, PARTS, FolderWriter
+from rlhf_lightning.data.preparing.reading import Choice, Choose, Encoder, RowReader
+from rlhf_lightning.data.rows import KINDS, Need, OnBadRow, Row
+from rlhf_lightning.data.sources import Rows, Source
+from rlhf_lightning.errors import UserError
+
+
+@dataclass
+class Preparation:
+    """What is to be prepared, and how.
+
+    Args:
+        data: rows to train on, of which parts may be held out.
+        chat: turns text into ids.
+        limits: in tokens.
+        kinds: kinds of example to make; None for all that the data has the columns for.
+        validation_data: rows of the validation part; with it nothing of `data` goes there.
+        test_data: the same for the test part.
+        filters: which rows are left out.
+        splits: shares held out, and shares of the stages, of `data`.
+        num_samples: read only this many rows of `data`.
+        on_bad_row: what to do at a row that cannot be used.
+        find_turns: look for earlier turns of the assistant in the prompts of demonstrations.
+        num_proc: processes that tokenise; the result does not depend on it.
+    """
+
+    data: Source
+    chat: ChatEncoder
+    limits: TokenLimits
+    kinds: tuple[Need, ...] | None = None
+    validation_data: Source | None = None
+    test_data: Source | None = None
+    filters: Filters = field(default_factory=Filters)
+    splits: Splits = field(default_factory=Splits)
+    num_samples: int | None = None
+    on_bad_row: OnBadRow = "auto"
+    find_turns: bool = False
+    num_proc: int = 1
+
+    def key(self) -> str:
+        """A hash of everything that decides what `build` writes."""
+        return self._key
+
+    @cached_property
+    def _key(self) -> str:
+        said = {
+            "format": FORMAT,
+            "chat": self.chat.fingerprint(),
+            "sources": {role: rows.fingerprint() for role, rows in self._rows.items()},
+            **self.arguments(),
+        }
+        return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def arguments(self) -> dict[str, Any]:
+        """The settings, as `args.json` says them."""
+        return {
+            "kinds": list(self._kinds),
+            "limits": self.limits._asdict(),
+            "filters": asdict(self.filters),
+            "splits": asdict(self.splits),
+            "num_samples": self.num_samples,
+            "on_bad_row": self.on_bad_row,
+            "find_turns": self.find_turns,
+        }
+
+    def build(self, folder: Path) -> None:
+        """Write everything into an empty folder, its manifest last.
+
+        Args:
+            folder: to be filled.
+
+        Raises:
+            UserError: data that cannot be used, or that leaves nothing to train on.
+        """
+        for rows in self._rows.values():
+            for need in self._kinds:
+                rows.check(need)
+        writer = FolderWriter(folder, self._kinds)
+        readers: dict[str, RowReader] = {}
+        evaluation_prompts: set[int] = set()
+        # What `data` may have to keep clear of comes first.
+        for role in reversed(self._rows):
+            kept = _Kept(writer, self.filters.remove_same_responses)
+            readers[role] = self._read(role, evaluation_prompts, kept)
+            readers[role].counts.update(kept.account())
+        writer.close()
+        for need in self._kinds:
+            if writer[need, "train"].rows == 0:
+                counts = say_counts(readers["data"].ordered_counts())
+                raise UserError(f"{self.data.name} leaves nothing to train on ({counts})")
+        if replace(self).key() != self.key():
+            raise UserError("the data changed while they were read; run again")
+        writer.finish(self._manifest(readers), self.arguments(), self.chat)
+
+    @cached_property
+    def _rows(self) -> dict[str, Rows]:
+        """The opened sources by their role, `data` first."""
+        sources = {"data": self.data, "validation_data": self.validation_data, "test_data": self.test_data}
+        return {role: source.open() for role, source in sources.items() if source is not None}
+
+    @cached_property
+    def _kinds(self) -> tuple[Need, ...]:
+        if self.kinds is not None:
+            return in_order(self.kinds)
+        kinds = tuple(need for need in KINDS if all(rows.has(need) for rows in self._rows.values()))
+        if not kinds:
+            self._rows["data"].check("prompts")
+            raise UserError(f"{self.data.name} and the data for evaluation have no kind of example in common")
+        return kinds
+
+    @cached_property
+    def _splits(self) -> Splits:
+        """The splits of `data`, which holds nothing out for a part that has data of its own."""
+        validation = 0.0 if self.validation_data is not None else self.splits.validation
+        return Splits(validation, 0.0 if self.test_data is not None else self.splits.test, self.splits.stages)
+
+    def stream(self, epoch: int) -> tuple[RowReader, Iterator[tuple[Choice, EncodedRow]]]:
+        """The rows of `data` as they arrive, for training; tokenised in this process, whatever `num_proc` says.
+
+        Args:
+            epoch: of a blend, whose weights pick other rows in each.
+
+        Returns:
+            What counts them, and the rows that are kept.
+        """
+        reader = replace(self, num_proc=1)._reader("data")
+        return reader, reader.stream(epoch, self.num_samples, self._chooser("data", set()))
+
+    def _reader(self, role: str) -> RowReader:
+        encoder = Encoder(self.chat, self.limits, self.find_turns)
+        return RowReader(self._rows[role], strongest(self._kinds), encoder, self.on_bad_row, self.num_proc)
+
+    def _read(self, role: str, evaluation_prompts: set[int], kept: _Kept) -> RowReader:
+        reader = self._reader(role)
+        order = self.filters.order(len(self._rows[role]), self.num_samples if role == "data" else None)
+        for choice, encoded in reader.read(order, self._chooser(role, evaluation_prompts)):
+            if reason := kept.write(choice, encoded):
+                reader.drop_kept(reason, encoded)
+        reader.check()
+        return reader
+
+    def _chooser(self, role: str, evaluation_prompts: set[int]) -> Choose:
+        unwanted = RowFilter(self.filters, evaluation_prompts if role == "data" else set())
+
+        def choose(row: Row) -> Choice | str:
+            key = key_of(row)
+            kinds = self._splits.kinds(key, self._kinds) if role == "data" else self._kinds
+            if not kinds:
+                return "other stages"
+            if reason := unwanted.reason(row, key):
+                return f"dropped: {reason}"
+            if role != "data":
+                evaluation_prompts.add(hash_of(key))
+            part = self._splits.part(key) if role == "data" else role.removesuffix("_data")
+            return Choice(narrowed(row, kinds), kinds, part)
+
+        return choose
+
+    def _manifest(self, readers: dict[str, RowReader]) -> dict[str, Any]:
+        sources = {"data": self.data, "validation_data": self.validation_data, "test_data": self.test_data}
+        roles = {}
+        for role, rows in self._rows.items():
+            source, reader = sources[role], readers[role]
+            assert source is not None
+            roles[role] = {
+                "name": source.name,
+                "fingerprint": rows.fingerprint(),
+                "source_names": list(rows.source_names),
+                "source_weights": list(rows.source_weights),
+                "counts": reader.ordered_counts(),
+                "bad_rows": {"count": reader.num_bad, "first": reader.bad_rows},
+            }
+        return {"key": self.key(), "arguments": self.arguments(), "sources": roles}
+
+
+class _Kept:
+    """Writes the rows of one source that are kept, each for all it is wanted for."""
+
+    def __init__(self, writer: FolderWriter, remove_same_responses: bool) -> None:
+        self._writer, self._remove_same_responses = writer, remove_same_responses
+        self._before = self._written()
+        self._prompts: set[int] = set()
+        self._wanted: Counter[str] = Counter()
+        self._more: Counter[str] = Counter()
+
+    def write(self, choice: Choice, encoded: EncodedRow) -> str | None:
+        """Write one row; the reason if nothing can come of it.
+
+        Args:
+            choice: the row, what it is wanted for, and its part.
+            encoded: its ids.
+        """
+        row, kinds, part = choice
+        pairs = ranked_pairs(row, encoded.responses, self._remove_same_responses) if "preference" in kinds else []
+        if "preference" in kinds and not pairs:
+            return _no_pairs(row)
+        known = "prompts" in kinds and self._came_before(encoded.prompt)
+        if known and kinds == ("prompts",):
+            return "prompt is a duplicate"
+        self._wanted.update(kinds)
+        self._more.update({"prompt is a duplicate": known, "further pairs of rankings": max(0, len(pairs) - 1)})
+        numbers = (row.row_id, row.source)
+        for chosen, rejected, weight in pairs:
+            self._writer["preference", part].add(encoded.prompt, chosen, rejected, row.margin, weight, *numbers)
+        if "finetune" in kinds:
+            self._writer["finetune", part].add(encoded.prompt, encoded.turns, encoded.responses[0], *numbers)
+        if "prompts" in kinds and not known:
+            self._writer["prompts", part].add(encoded.prompt, *numbers)
+        return None
+
+    def account(self) -> Counter[str]:
+        """What was written, after asserting that it is all that is wanted of the rows kept."""
+        written = self._written() - self._before
+        totals = {need: sum(written[f"{need} {part}"] for part in PARTS) for need in self._writer.kinds}
+        expected = dict(self._wanted)
+        if "prompts" in expected:
+            expected["prompts"] -= self._more["prompt is a duplicate"]
+        if "preference" in expected:
+            expected["preference"] += self._more["further pairs of rankings"]
+        assert totals == {need: expected.get(need, 0) for need in totals}, (totals, expected)
+        return written + self._more
+
+    def _came_before(self, prompt: np.ndarray) -> bool:
+        number = hash_of_ids(prompt)
+        before = number in self._prompts
+        self._prompts.add(number)
+        return before
+
+    def _written(self) -> Counter[str]:
+        places = ((need, part) for need in self._writer.kinds for part in PARTS)
+        return Counter({f"{need} {part}": self._writer[need, part].rows for need, part in places})
+
+
+class RankedPair(NamedTuple):
+    """Two responses of unequal rank, and how much their comparison counts."""
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+    weight: float
+
+
+def ranked_pairs(row: Row, responses: list[np.ndarray], remove_same: bool) -> list[RankedPair]:
+    """All pairs of a ranking, which together count as much as one row (Ouyang et al. 2022, section 3.5).
+
+    Args:
+        row: its ranks and weight; ties make no pair.
+        responses: ids of each response, at the rank of the same number.
+        remove_same: leave out pairs of equal ids.
+    """
+    ranks = row.ranks or range(len(responses))
+    pairs = []
+    for a, b in combinations(range(len(responses)), 2):
+        better, worse = (a, b) if ranks[a] < ranks[b] else (b, a)
+        same = remove_same and np.array_equal(responses[a], responses[b])
+        if ranks[a] != ranks[b] and not same:
+            pairs.append((responses[better], responses[worse]))
+    return [RankedPair(chosen, rejected, row.weight / len(pairs)) for chosen, rejected in pairs]
+
+
+def _no_pairs(row: Row) -> str:
+    tied = len(row.ranks) > 1 and len(set(row.ranks)) == 1
+    return "no response ranks above another" if tied else "chosen and rejected are the same after cutting"
+
+
+def read_all(
+    source: Source, need: Need, encoder: Encoder, on_bad_row: OnBadRow
+) -> tuple[list[tuple[Row, EncodedRow]], Counter[str]]:
+    """All rows of a source in memory, neither filtered nor split.
+
+    Args:
+        source: where they come from.
+        need: what they are read for.
+        encoder: turns them into ids.
+        on_bad_row: what to do at a row that cannot be used.
+
+    Returns:
+        The rows that are kept, and the counts.
+
+    Raises:
+        UserError: data that cannot be used.
+    """
+    rows = source.open()
+    rows.check(need)
+    reader = RowReader(rows, need, encoder, on_bad_row)
+    kept = [(choice.row, ids) for choice, ids in reader.read(range(len(rows)), Choice)]
+    reader.check()
+    return kept, Counter(reader.ordered_counts())
+
+
+def say_counts(counts: Mapping[str, int]) -> str:
+    """Counts as one line: `rows 9, kept 8, dropped: prompt is null 1`."""
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if count)

@@ -1,0 +1,369 @@
+"""A prepared folder: rows as token ids in Arrow files, which every process maps into memory instead of reading.
+
+One folder holds, for each kind of example it was made for, three files, which may hold no rows:
+
+* `finetune_train.arrow`, `finetune_validation.arrow`, `finetune_test.arrow`: prompt, turns, response
+* `preference_*.arrow`: prompt, chosen, rejected, margin, weight
+* `prompts_*.arrow`: prompt
+* `args.json`, `example_prompt.json`, and `manifest.json`, which is written last and says what belongs to the folder
+
+Ids are int32; every row carries the number of its row in the data and of its source.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from rlhf_lightning.data.chat import ChatEncoder
+from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt
+from rlhf_lightning.data.rows import Need
+from rlhf_lightning.errors import UserError
+
+Part = Literal["train", "validation", "test"]
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
+FORMAT = 1
+"""Version of the layout; a folder of another version is not read."""
+MANIFEST = "manifest.json"
+
+_LISTS: dict[Need, tuple[str, ...]] = {
+    "finetune": ("prompt", "turns", "response"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "prompts": ("prompt",),
+}
+_NUMBERS: dict[Need, dict[str, Any]] = {
+    "finetune": {"row_id": np.int64, "source": np.int16},
+    "preference": {"margin": np.float32, "weight": np.float32, "row_id": np.int64, "source": np.int16},
+    "prompts": {"row_id": np.int64, "source": np.int16},
+}
+_FLUSH = 1000  # rows of one record batch
+
+
+def file_name(need: str, part: str) -> str:
+    """The file of one part, such as `finetune_train.arrow`."""
+    return f"{need}_{part}.arrow"
+
+
+class TableWriter:
+    """Writes one part, some rows at a time.
+
+    Args:
+        path: of the file.
+        need: the kind of example.
+
+    Attributes:
+        rows: rows written.
+        tokens: ids written.
+    """
+
+    def __init__(self, path: Path, need: Need) -> None:
+        self.path, self._need = path, need
+        fields = [pa.field(name, pa.list_(pa.int32())) for name in _LISTS[need]]
+        fields += [pa.field(name, pa.from_numpy_dtype(kind)) for name, kind in _NUMBERS[need].items()]
+        self._schema = pa.schema(fields)
+        self._writer = pa.ipc.new_file(str(path), self._schema)
+        self._waiting: list[tuple[Any, ...]] = []
+        self.rows = self.tokens = 0
+
+    def add(self, *values: Any) -> None:
+        """Write one row.
+
+        Args:
+            values: the lists of ids and the numbers, in the order of the columns.
+        """
+        self._waiting.append(values)
+        self.rows += 1
+        if len(self._waiting) == _FLUSH:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what waits, and end the file."""
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        columns = list(zip(*self._waiting, strict=True))
+        lists = _LISTS[self._need]
+        arrays = [_list_array(column) for column in columns[: len(lists)]]
+        self.tokens += sum(len(array.values) for name, array in zip(lists, arrays, strict=False) if name != "turns")
+        kinds = _NUMBERS[self._need].values()
+        arrays += [pa.array(np.array(column, kind)) for column, kind in zip(columns[len(lists) :], kinds, strict=True)]
+        self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
+        self._waiting = []
+
+
+def _list_array(rows: Sequence[np.ndarray]) -> pa.ListArray:
+    offsets = np.zeros(len(rows) + 1, dtype=np.int32)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    values = np.concatenate(rows).astype(np.int32, copy=False)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+class TokenTable(Sequence[Any]):
+    """One part of a prepared folder, mapped into memory; pickled by its path.
+
+    Items are `EncodedExample`, `EncodedPair` or `EncodedPrompt` (without its text), copied out of the file.
+
+    Args:
+        path: of the file.
+        need: the kind of example.
+
+    Attributes:
+        row_ids: number of each row in the data, `[N]`, int64.
+        sources: number of each row's source, `[N]`, int16.
+        margins: of preferences, `[N]`, float32.
+        weights: of preferences, `[N]`, float32.
+    """
+
+    def __init__(self, path: str | Path, need: Need) -> None:
+        self.path, self.need = Path(path), need
+        # Batches lie in the mapped file; what is made here are views of them and the few numbers of each row.
+        reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._starts = np.cumsum([0, *(len(batch) for batch in batches)])
+        self._lists = {name: [_views(batch.column(name)) for batch in batches] for name in _LISTS[need]}
+        numbers = {
+            name: np.concatenate([np.zeros(0, kind), *(batch.column(name).to_numpy() for batch in batches)])
+            for name, kind in _NUMBERS[need].items()
+        }
+        self.row_ids, self.sources = numbers["row_id"], numbers["source"]
+        self.margins, self.weights = numbers.get("margin"), numbers.get("weight")
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        """One example, or a list of them.
+
+        Args:
+            index: number of the row, or a slice.
+        """
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        row = range(len(self))[index]
+        prompt, *others = self.ids(row)
+        row_id = int(self.row_ids[row])
+        if self.need == "finetune":
+            turns, response = others
+            return EncodedExample(np.concatenate([prompt, response]), len(prompt), row_id, turns.copy())
+        if self.need == "prompts":
+            return EncodedPrompt(prompt.copy(), "", row_id)
+        chosen, rejected = (np.concatenate([prompt, response]) for response in others)
+        assert self.margins is not None
+        assert self.weights is not None
+        return EncodedPair(chosen, rejected, len(prompt), row_id, float(self.margins[row]), float(self.weights[row]))
+
+    def ids(self, row: int) -> list[np.ndarray]:
+        """The lists of one row in the order of the columns, as read-only views of the file.
+
+        Args:
+            row: its number, from 0.
+        """
+        batch = int(np.searchsorted(self._starts, row, side="right")) - 1
+        i = row - int(self._starts[batch])
+        views = [batches[batch] for batches in self._lists.values()]
+        return [values[offsets[i] : offsets[i + 1]] for offsets, values in views]
+
+    def lengths(self, column: str) -> np.ndarray:
+        """Tokens of every row in one column, `[N]`, int64.
+
+        Args:
+            column: `prompt`, `response`, `chosen` or `rejected`.
+        """
+        return np.concatenate([np.zeros(0, np.int64), *(np.diff(offsets) for offsets, _ in self._lists[column])])
+
+    @property
+    def total_lengths(self) -> np.ndarray:
+        """Tokens of prompt and longest response together, `[N]`, int64."""
+        responses = [self.lengths(name) for name in _LISTS[self.need] if name not in ("prompt", "turns")]
+        prompts = self.lengths("prompt")
+        return prompts + np.maximum.reduce(responses) if responses else prompts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A path says it all; the copy maps the file anew."""
+        return TokenTable, (self.path, self.need)
+
+
+def _views(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    return column.offsets.to_numpy(), column.values.to_numpy()
+
+
+class Derived(Sequence[Any]):
+    """A sequence made on demand from another, some items of each of its items.
+
+    Args:
+        items: the other.
+        make: gives the items of one of its items.
+        each: how many these are.
+    """
+
+    def __init__(self, items: Sequence[Any], make: Callable[[Any], Sequence[Any]], each: int = 1) -> None:
+        self._items, self._make, self._each = items, make, each
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self._items) * self._each
+
+    def __getitem__(self, index: Any) -> Any:
+        """One item.
+
+        Args:
+            index: its number.
+        """
+        number, part = divmod(range(len(self))[index], self._each)
+        return self._make(self._items[number])[part]
+
+
+class PreparedFolder:
+    """A prepared folder, open for reading.
+
+    Args:
+        path: of the folder.
+        manifest: what its `manifest.json` says.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path, self.manifest = path, manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> PreparedFolder:
+        """Open a folder after checking that it is whole.
+
+        Args:
+            path: of the folder.
+
+        Raises:
+            UserError: it is none, of another version, or not whole.
+        """
+        path = Path(path).expanduser()
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is no prepared folder ({error}); make one with `rlhf prepare`") from error
+        if manifest.get("format") != FORMAT:
+            raise UserError(
+                f"{path} has layout {manifest.get('format')}, this version reads {FORMAT}; run `rlhf prepare` again"
+            )
+        for name, part in manifest["parts"].items():
+            size = (path / name).stat().st_size if (path / name).is_file() else 0
+            if size != part["bytes"]:
+                raise UserError(
+                    f"{path} is not whole: {name} has {size} bytes, not {part['bytes']}; run `rlhf prepare` again"
+                )
+        return cls(path, manifest)
+
+    def has(self, need: Need, part: Part = "train") -> bool:
+        """Whether the folder holds such a part."""
+        return file_name(need, part) in self.manifest["parts"]
+
+    def part(self, need: Need, part: Part) -> TokenTable:
+        """One part, mapped into memory.
+
+        Args:
+            need: the kind of example.
+            part: `train`, `validation` or `test`.
+
+        Raises:
+            UserError: the folder does not hold it.
+        """
+        if not self.has(need, part):
+            kinds = ", ".join(self.manifest["kinds"])
+            raise UserError(f"{self.path} holds no {file_name(need, part)}, only {kinds}; prepare it with {need}")
+        return TokenTable(self.path / file_name(need, part), need)
+
+    def check_tokenizer(self, chat: ChatEncoder) -> None:
+        """Refuse ids that mean something else to this tokenizer, or dialogues written another way.
+
+        Args:
+            chat: the tokenizer and dialogue format about to be used.
+
+        Raises:
+            UserError: the folder was made with others; both are named.
+        """
+        if self.manifest["chat"]["fingerprint"] == chat.fingerprint():
+            return
+        theirs, ours = self.manifest["chat"], chat.describe()
+        differ = [name for name in ours if name != "tokenizer" and theirs.get(name) != ours[name]]
+        raise UserError(
+            f"{self.path} was prepared with {_chat_name(theirs, differ)}, now it is {_chat_name(ours, differ)}; "
+            "use that tokenizer and template, or run `rlhf prepare` again"
+        )
+
+
+def _chat_name(said: Mapping[str, Any], differ: Sequence[str]) -> str:
+    """A tokenizer with the things in which it differs from another."""
+    details = ", ".join(f"{name.replace('_', ' ')} {said.get(name)}" for name in differ)
+    return f"tokenizer {said['tokenizer']} ({details})" if details else f"tokenizer {said['tokenizer']}"
+
+
+def is_prepared(data: Any) -> bool:
+    """Whether some data is the path of a prepared folder, whole or not.
+
+    Args:
+        data: as given to a data module.
+    """
+    return isinstance(data, str | Path) and (Path(data).expanduser() / MANIFEST).is_file()
+
+
+class FolderWriter:
+    """Fills a new prepared folder.
+
+    Args:
+        path: an empty folder.
+        kinds: the kinds of example it will hold.
+    """
+
+    def __init__(self, path: Path, kinds: Sequence[Need]) -> None:
+        self.path, self.kinds = path, list(kinds)
+        self._writers: dict[tuple[str, str], TableWriter] = {
+            (need, part): TableWriter(path / file_name(need, part), need) for need in kinds for part in PARTS
+        }
+
+    def __getitem__(self, place: tuple[str, str]) -> TableWriter:
+        """The writer of one part, by kind and part."""
+        return self._writers[place]
+
+    def close(self) -> None:
+        """End all files and see them onto the disk."""
+        for writer in self._writers.values():
+            writer.close()
+            with writer.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def finish(self, manifest: Mapping[str, Any], args: Mapping[str, Any], chat: ChatEncoder) -> None:
+        """Write what goes with the tables; the manifest comes last.
+
+        Args:
+            manifest: all but `format`, `kinds`, `chat` and `parts`.
+            args: what the folder was made with.
+            chat: what made the ids.
+        """
+        write_json(self.path / "args.json", args)
+        write_json(self.path / "example_prompt.json", example_prompt(chat))
+        parts = {}
+        for writer in self._writers.values():
+            size = writer.path.stat().st_size
+            parts[writer.path.name] = {"rows": writer.rows, "tokens": writer.tokens, "bytes": size}
+        said = {"fingerprint": chat.fingerprint(), **chat.describe()}
+        whole = {"format": FORMAT, "kinds": self.kinds, "chat": said, **manifest, "parts": parts}
+        write_json(self.path / MANIFEST, whole)
+
+
+def example_prompt(chat: ChatEncoder) -> dict[str, Any]:
+    """A prompt that is not from the data, to try a trained model with: its text, ids and attention mask."""
+    text, ids = chat.encode_prompt("\n\nHuman: How does a computer work?\n\nAssistant:")
+    return {"prompt": text, "input_ids": [int(i) for i in ids], "attention_mask": [1] * len(ids)}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write one JSON object, readable by people too."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,295 @@
+"""Rows of a source to ids: read in order, tokenised in chunks by one or more processes, every row counted."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+from rlhf_lightning.data.chat import ChatEncoder
+from rlhf_lightning.data.dialogue import RefusedTurnsError
+from rlhf_lightning.data.encode import REFUSED, EncodedRow, encode_rows
+from rlhf_lightning.data.limits import TokenLimits
+from rlhf_lightning.data.rows import BadRowError, DroppedRow, Need, OnBadRow, Row
+from rlhf_lightning.data.sources import Rows
+from rlhf_lightning.errors import UserError
+
+BAD_SHARE = 0.01
+"""Bad rows that `on_bad_row: auto` lets pass, as a share of the rows read."""
+_CHUNK = 1000  # rows tokenised in one call
+_LISTED = 1000  # bad rows whose places are kept
+_STREAMED = 1000  # rows of a stream, whose end is not known, that the share is taken of at the least
+
+
+class Encoder(NamedTuple):
+    """What turns rows into ids; every process has its own copy.
+
+    Attributes:
+        chat: the tokenizer and the form of dialogues.
+        limits: what to cut to.
+        find_turns: look for earlier turns of the assistant in the prompt.
+    """
+
+    chat: ChatEncoder
+    limits: TokenLimits
+    find_turns: bool = False
+
+    def encode(self, rows: list[Row]) -> list[EncodedRow | str]:
+        """Ids of each row, or the reason it is dropped for."""
+        return encode_rows(rows, self.chat, self.limits, self.find_turns) if rows else []
+
+
+class Choice(NamedTuple):
+    """A row that goes on to be tokenised.
+
+    Attributes:
+        row: with the responses that are wanted.
+        kinds: what it is for.
+        part: where it goes.
+    """
+
+    row: Row
+    kinds: tuple[Need, ...] = ()
+    part: str = ""
+
+
+class _Left(NamedTuple):
+    """A row that is left out before it is tokenised."""
+
+    counted_as: str
+    bad: str = ""
+
+
+class _Item(NamedTuple):
+    """A row's number, or its place where it has none, and what becomes of it."""
+
+    where: int | str
+    outcome: Choice | _Left
+
+
+Choose = Callable[[Row], "Choice | str"]
+Parsed = tuple[int | str, Row | BadRowError | DroppedRow]
+Chunk = list[_Item]
+
+
+class RowReader:
+    """Reads rows of one source into ids, and counts.
+
+    Args:
+        rows: the opened source.
+        need: what the rows are read for.
+        encoder: turns them into ids.
+        on_bad_row: what to do at a row that cannot be used.
+        num_proc: processes that tokenise; what comes out does not depend on it.
+
+    Attributes:
+        counts: `rows`, `kept`, `other stages`, `dropped: reason`, `cut: prompt` and the like.
+        bad_rows: place and reason of the first bad rows.
+        num_bad: all of them.
+    """
+
+    def __init__(self, rows: Rows, need: Need, encoder: Encoder, on_bad_row: OnBadRow, num_proc: int = 1) -> None:
+        self.rows, self.need, self.encoder = rows, need, encoder
+        self.on_bad_row, self.num_proc = on_bad_row, num_proc
+        self.counts: Counter[str] = Counter()
+        self.bad_rows: list[tuple[str, str]] = []
+        self.num_bad = 0
+        self._total: int | None = None
+
+    def read(self, order: Sequence[int], choose: Choose) -> Iterator[tuple[Choice, EncodedRow]]:
+        """Rows in the given order, tokenised.
+
+        Args:
+            order: numbers of the rows.
+            choose: says of a sound row where it goes, or what it is counted as if it is left out.
+
+        Raises:
+            UserError: too many bad rows, or something that is wrong with all rows, such as a missing template.
+        """
+        self._total = len(order)
+        return self._encoded(((number, self._parse(number)) for number in order), choose)
+
+    def stream(self, epoch: int, limit: int | None, choose: Choose) -> Iterator[tuple[Choice, EncodedRow]]:
+        """Rows as they arrive, tokenised.
+
+        Args:
+            epoch: of a blend, whose weights pick other rows in each.
+            limit: most rows to read.
+            choose: as in `read`.
+
+        Raises:
+            UserError: as in `read`.
+        """
+        return self._encoded(islice(self.rows.stream(self.need, epoch), limit), choose)
+
+    def _encoded(self, parsed: Iterable[Parsed], choose: Choose) -> Iterator[tuple[Choice, EncodedRow]]:
+        items = (_Item(where, _outcome(row, choose)) for where, row in parsed)
+        for chunk, results in self._encoded_chunks(_chunks(items)):
+            for where, outcome in chunk:
+                self.counts["rows"] += 1
+                if isinstance(outcome, _Left):
+                    self._leave(where, outcome)
+                    continue
+                result = next(results)
+                if isinstance(result, str):
+                    self._leave(where, self._dropped(result, outcome.row))
+                    continue
+                self.counts["kept"] += 1
+                self.counts.update(result.notes)
+                yield outcome, result
+
+    def _encoded_chunks(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, Iterator[EncodedRow | str]]]:
+        try:
+            for chunk, encoded in _encode(chunks, self.encoder, self.num_proc):
+                try:
+                    results = encoded()
+                except UserError as error:
+                    raise self._named(error, chunk) from error
+                yield chunk, iter(results)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that tokenises died: memory ran out (lower `num_proc`), or a script that starts processes "
+                "lacks its `if __name__ == '__main__':`"
+            ) from error
+
+    def drop_kept(self, reason: str, encoded: EncodedRow) -> None:
+        """Count the row given last as dropped after all.
+
+        Args:
+            reason: why.
+            encoded: what was given.
+        """
+        self.counts["kept"] -= 1
+        self.counts.subtract(encoded.notes)
+        self.counts[f"dropped: {reason}"] += 1
+
+    def ordered_counts(self) -> dict[str, int]:
+        """The counts that are not 0, rows read and rows kept first."""
+        names = ["rows", "kept", *sorted(self.counts.keys() - {"rows", "kept"})]
+        return {name: self.counts[name] for name in names if self.counts[name]}
+
+    def check(self) -> None:
+        """Assert that every row is accounted for."""
+        dropped = sum(count for name, count in self.counts.items() if name.startswith("dropped: "))
+        counts = self.counts
+        assert counts["rows"] == counts["kept"] + dropped + counts["other stages"], counts
+        assert self._total in (None, counts["rows"]), counts
+
+    def _parse(self, number: int) -> Row | BadRowError | DroppedRow:
+        try:
+            return self.rows.parse(number, self.need)
+        except (BadRowError, DroppedRow) as reason:
+            return reason
+
+    def _place(self, where: int | str) -> str:
+        return where if isinstance(where, str) else self.rows.place(where)
+
+    def _dropped(self, reason: str, row: Row) -> _Left:
+        """What a row is counted as that could not be tokenised; turns that a template refuses make it a bad row."""
+        if reason != REFUSED:
+            return _Left(f"dropped: {reason}")
+        try:
+            self.encoder.chat.render(row.prompt)
+        except RefusedTurnsError as error:
+            return _Left(f"dropped: {reason}", str(error))
+        return _Left(f"dropped: {reason}", reason)
+
+    def _leave(self, where: int | str, left: _Left) -> None:
+        self.counts[left.counted_as] += 1
+        if not left.bad:
+            return
+        self.num_bad += 1
+        if len(self.bad_rows) < _LISTED:
+            self.bad_rows.append((self._place(where), left.bad))
+        place, reason = self.bad_rows[0]
+        if self.on_bad_row == "error":
+            raise UserError(f"{place}: {reason}; mend the row or pass `on_bad_row: skip`")
+        rows = self._total or max(self.counts["rows"], _STREAMED)
+        if self.on_bad_row == "auto" and self.num_bad > BAD_SHARE * rows:
+            raise UserError(
+                f"{place}: {reason}; {self.num_bad} of the {self.counts['rows']} rows read so far are bad, more than "
+                f"{BAD_SHARE:.0%} of {rows}; mend them or pass `on_bad_row: skip`"
+            )
+
+    def _named(self, error: UserError, chunk: Chunk) -> UserError:
+        """An error that concerns all rows, with the place of the first row that shows it."""
+        for where, outcome in chunk:
+            if isinstance(outcome, Choice):
+                try:
+                    self.encoder.chat.render(outcome.row.prompt)
+                except RefusedTurnsError:
+                    continue
+                except UserError as first:
+                    return UserError(f"{self._place(where)}: {first}")
+        return error
+
+
+def _outcome(row: Row | BadRowError | DroppedRow, choose: Choose) -> Choice | _Left:
+    if isinstance(row, Row):
+        chosen = choose(row)
+        return _Left(chosen) if isinstance(chosen, str) else chosen
+    return _Left(f"dropped: {row}", str(row) if isinstance(row, BadRowError) else "")
+
+
+def _chunks(items: Iterator[_Item]) -> Iterator[Chunk]:
+    while chunk := list(islice(items, _CHUNK)):
+        yield chunk
+
+
+def _encode(
+    chunks: Iterator[Chunk], encoder: Encoder, num_proc: int
+) -> Iterator[tuple[Chunk, Callable[[], list[EncodedRow | str]]]]:
+    """Chunks in order, each with what gives its ids."""
+    if num_proc == 1:
+        for chunk in chunks:
+            yield chunk, partial(encoder.encode, _rows(chunk))
+        return
+    # Fresh processes: a forked one would inherit the locks of the tokenizer's threads.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_proc, context, _start_worker, (encoder,))
+    waiting: deque[tuple[Chunk, Future[list[EncodedRow | str]]]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(_encode_here, _rows(chunk))))
+            if len(waiting) > 2 * num_proc:
+                chunk, future = waiting.popleft()
+                yield chunk, future.result
+        while waiting:
+            chunk, future = waiting.popleft()
+            yield chunk, future.result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _rows(chunk: Chunk) -> list[Row]:
+    return [item.outcome.row for item in chunk if isinstance(item.outcome, Choice)]
+
+
+_worker: Encoder | None = None
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = encoder
+    # A worker whose parent is killed would wait for work for ever.
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_here(rows: list[Row]) -> list[EncodedRow | str]:
+    assert _worker is not None
+    return _worker.encode(rows)

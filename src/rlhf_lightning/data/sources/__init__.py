@@ -1,0 +1,231 @@
+"""Where preference data comes from: sources, chosen by class, that all give one type of row."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.data.rows import BadRowError, DroppedRow, Need, Row
+from rlhf_lightning.data.sources.blend import BlendRows
+from rlhf_lightning.data.sources.files import is_local, open_files, open_rows
+from rlhf_lightning.data.sources.forms import SAME, RowForm
+from rlhf_lightning.data.sources.raw_rows import RawRow, RawRows
+from rlhf_lightning.data.sources.table_rows import Rows, TableRows
+from rlhf_lightning.errors import UserError
+
+__all__ = [
+    "TLDR",
+    "Blend",
+    "DataSource",
+    "HelpfulHarmless",
+    "Rows",
+    "Source",
+    "Table",
+    "as_source",
+    "is_local",
+    "source_name",
+]
+
+_SUMMARY_MARK = "TL;DR:"
+_RED_TEAM = "red-team-attempts"
+
+
+class Source(ABC):
+    """A description of where rows come from, cheap to make and to pickle; `open` reads.
+
+    Attributes:
+        name: as reports and error messages say it.
+        streaming: the rows are to be read in order only.
+    """
+
+    name: str
+    streaming: bool = False
+
+    @abstractmethod
+    def open(self) -> Rows:
+        """Open the rows.
+
+        Raises:
+            UserError: nothing there, or a file that cannot be read at all.
+        """
+
+
+class Table(Source):
+    """Anything with rows and columns; `rlhf_lightning.data.sources.forms` says which forms of row are known.
+
+    Args:
+        path: a file (.json, .jsonl, .csv, .parquet, each possibly .gz), a folder or glob of such files, a folder
+            written by `save_to_disk`, a hub id `owner/name` or `owner/name:split`, or a list of dicts.
+        columns: our column names (prompt, response, chosen, rejected, messages and more) to those of the data.
+        split: which split of a hub or saved data set, when the id does not say.
+        name: how reports name the source; by default its path.
+        streaming: read the rows in order as they arrive, never by number: for data that does not fit the disk.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | list[dict[str, Any]],
+        columns: dict[str, str] | None = None,
+        split: str = "train",
+        name: str | None = None,
+        streaming: bool = False,
+    ) -> None:
+        self.path, self.columns, self.split, self.streaming = path, columns, split, streaming
+        self.name = name or source_name(path)
+
+    def open(self) -> Rows:
+        """Open the rows, see `Source`."""
+        raw = open_rows(self.path, self.split, self.streaming)
+        form = partial(RowForm, names=self.columns, source=self.name)
+        return TableRows(raw, self.name, form, ["table", self.columns], self.streaming)
+
+
+class HelpfulHarmless(Source):
+    r"""Anthropic's helpful and harmless preferences (Bai et al. 2022), as pairs of whole dialogues or as prompts apart.
+
+    Dialogues are split at the last `\n\nAssistant:`; pairs whose prompts differ are dropped and counted.
+
+    Args:
+        path: a hub id (`Anthropic/hh-rlhf`, or `Dahoas/full-hh-rlhf` with prompt, chosen and rejected apart), or a
+            file, glob or folder of either form; a folder may be a copy of the repository.
+        subset: folder within it, such as `helpful-base`; by default all but the red team's.
+        split: `train` or `test`.
+        streaming: read the rows in order as they arrive, never by number.
+    """
+
+    def __init__(
+        self,
+        path: str | Path = "Anthropic/hh-rlhf",
+        subset: str | None = None,
+        split: str = "train",
+        streaming: bool = False,
+    ) -> None:
+        self.path, self.subset, self.split, self.streaming = path, subset, split, streaming
+        self.name = f"{path} {subset}" if subset else str(path)
+
+    def open(self) -> Rows:
+        """Open the rows, see `Source`."""
+        return TableRows(self._open_raw(), self.name, self._form, ["helpful-harmless"], self.streaming)
+
+    def _form(self, columns: Sequence[str]) -> RowForm:
+        return RowForm([name for name in columns if name in ("prompt", "chosen", "rejected")], source=self.name)
+
+    def _open_raw(self) -> RawRows:
+        if not is_local(self.path):
+            return open_rows(str(self.path), self.split, self.streaming, self.subset)
+        folder = Path(self.path).expanduser() / (self.subset or "")
+        files = sorted(folder.glob(f"{self.split}.jsonl*")) or sorted(folder.glob(f"*/{self.split}.jsonl*"))
+        files = [file for file in files if self.subset == _RED_TEAM or file.parent.name != _RED_TEAM]
+        return open_files(files) if files else open_rows(folder, self.split)
+
+
+class TLDR(Source):
+    r"""Posts to be summarised (Stiennon et al. 2020), with compared summaries or with the one their author wrote.
+
+    Every prompt ends with exactly one `\n\nTL;DR:`, which is never cut away, and no response begins with another. A
+    post that is too long is cut at the end of a paragraph.
+
+    Args:
+        path: a hub id (`CarperAI/openai_summarize_comparisons` with prompt, chosen and rejected, or
+            `CarperAI/openai_summarize_tldr` with prompt and label), or a file, glob or folder of either form.
+        split: which split of a hub or saved data set.
+        streaming: read the rows in order as they arrive, never by number.
+    """
+
+    def __init__(
+        self,
+        path: str | Path = "CarperAI/openai_summarize_comparisons",
+        split: str = "train",
+        streaming: bool = False,
+    ) -> None:
+        self.path, self.split, self.streaming = path, split, streaming
+        self.name = str(path)
+
+    def open(self) -> Rows:
+        """Open the rows, see `Source`."""
+        raw = open_rows(self.path, self.split, self.streaming)
+        return TableRows(raw, self.name, partial(_SummaryForm, source=self.name), ["tl;dr"], self.streaming)
+
+
+class _SummaryForm(RowForm):
+    """Posts with summaries; `label` holds the author's."""
+
+    def __init__(self, columns: Sequence[str], source: str) -> None:
+        known = [name for name in columns if name in ("prompt", "chosen", "rejected", "label")]
+        super().__init__(known, {"response": "label"} if "label" in known else None, source)
+
+    def read(self, raw: RawRow, need: Need) -> Row:
+        """One row, its prompt without the mark that its suffix has, its responses without it too."""
+        row = super().read(raw, need)
+        if not isinstance(row.prompt, str):
+            raise BadRowError("prompt is not text but a list of messages")
+        post = row.prompt.rstrip().removesuffix(_SUMMARY_MARK).rstrip()
+        responses = [text.strip().removeprefix(_SUMMARY_MARK).strip() for text in row.responses]
+        if not post:
+            raise BadRowError(f"prompt is empty but for {_SUMMARY_MARK}")
+        if "" in responses:
+            raise BadRowError(f"a response is empty but for {_SUMMARY_MARK}")
+        if len(responses) > 1 and len(set(responses)) == 1:
+            raise DroppedRow(SAME)
+        spaced = tuple(f" {text}" for text in responses)
+        return row._replace(prompt=post, responses=spaced, suffix=f"\n\n{_SUMMARY_MARK}")
+
+
+class Blend(Source):
+    """Several sources as one, with weights.
+
+    Args:
+        sources: one after the other.
+        weights: how often each row of that source is seen in an epoch: 1 is once, 0.5 a new random half of the rows in
+            each epoch, 2 twice. By default 1 each.
+
+    Raises:
+        UserError: no sources, or weights that do not go with them.
+    """
+
+    def __init__(self, sources: list[Source], weights: list[float] | None = None) -> None:
+        if not sources:
+            raise UserError("a blend needs at least one source; list them in `sources`")
+        weights = [1.0] * len(sources) if weights is None else weights
+        if len(weights) != len(sources):
+            raise UserError(f"a blend of {len(sources)} sources has {len(weights)} weights; give one for each")
+        if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+            raise UserError(f"the weights of a blend must be above 0, not {', '.join(map(str, weights))}")
+        if len({source.streaming for source in sources}) > 1:
+            raise UserError("a blend is streamed whole or not at all; give all its sources the same `streaming`")
+        self.sources, self.weights = sources, weights
+        self.streaming = sources[0].streaming
+        self.name = " + ".join(source.name for source in sources)
+
+    def open(self) -> Rows:
+        """Open all sources, see `Source`."""
+        return BlendRows([source.open() for source in self.sources], self.weights)
+
+
+DataSource = str | Path | list[dict[str, Any]] | Source
+
+
+def as_source(data: DataSource, columns: Mapping[str, str] | None = None) -> Source:
+    """Data as a source: anything but a source is a table.
+
+    Args:
+        data: what the user gave.
+        columns: our column names to those of the data; a source has its own.
+
+    Raises:
+        UserError: a source and columns beside it.
+    """
+    if not isinstance(data, Source):
+        return Table(data, dict(columns) if columns else None)
+    if columns:
+        raise UserError(f"`columns` beside {type(data).__name__} has no effect; give them to the source, as in Table's")
+    return data
+
+
+def source_name(data: DataSource) -> str:
+    """The name of data as error messages say it."""
+    if isinstance(data, Source):
+        return data.name
+    return "the list of rows" if isinstance(data, list) else str(data)

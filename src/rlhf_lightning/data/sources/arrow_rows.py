@@ -1,0 +1,164 @@
+"""Raw rows of Parquet files, saved data sets and the hub, memory-mapped by Arrow."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import tempfile
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from rlhf_lightning.data.rows import BadRowError
+from rlhf_lightning.data.sources.raw_rows import RawRow, RawRows, find_part
+from rlhf_lightning.data.sources.text_rows import open_seekable
+from rlhf_lightning.errors import UserError
+
+_ROWS_A_BATCH = 1024
+
+
+class _MappedRows(RawRows):
+    """Rows of Arrow batches in mapped memory."""
+
+    @property
+    @abstractmethod
+    def _batches(self) -> list[pyarrow.RecordBatch]: ...
+
+    def __getitem__(self, index: int) -> RawRow:
+        part, within = find_part(self._ends, index)
+        batch = self._batches[part]
+        return {name: batch.column(number)[within].as_py() for number, name in enumerate(batch.schema.names)}
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(batch.num_rows for batch in self._batches))
+
+
+class ParquetRows(_MappedRows):
+    """Rows of a Parquet file, unpacked once into a temporary Arrow file that is mapped into memory.
+
+    Args:
+        path: the file.
+        packed: whether it is gzipped as a whole.
+        scratch: folder for temporary files, which have no name and go with the process.
+        fingerprint: gives that of the file.
+
+    Raises:
+        UserError: it is no Parquet file.
+    """
+
+    def __init__(self, path: Path, packed: bool, scratch: Path, fingerprint: Callable[[], str]) -> None:
+        self.path, self._scratch, self._fingerprint = path, scratch, fingerprint
+        try:
+            self._file = pyarrow.parquet.ParquetFile(open_seekable(path, packed, scratch))
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(f"{path} is not a Parquet file: {error}") from error
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """Those of the schema."""
+        return list(self._file.schema_arrow.names)
+
+    def __len__(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    def place(self, index: int) -> str:
+        """File and row, counted from 0."""
+        return f"{self.path} row {index}"
+
+    def fingerprint(self) -> str:
+        """A hash of the file."""
+        return self._fingerprint()
+
+    def stream(self) -> Iterator[tuple[str, RawRow | BadRowError]]:
+        """Place and row, a batch in memory at a time."""
+        index = 0
+        for batch in self._file.iter_batches(batch_size=_ROWS_A_BATCH):
+            for row in batch.to_pylist():
+                yield self.place(index), row
+                index += 1
+
+    @cached_property
+    def _batches(self) -> list[pyarrow.RecordBatch]:
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self._scratch) as unpacked:
+            with pyarrow.ipc.new_file(unpacked, self._file.schema_arrow) as writer:
+                for batch in self._file.iter_batches(batch_size=_ROWS_A_BATCH):
+                    writer.write_batch(batch)
+            unpacked.flush()
+            mapped = mmap.mmap(unpacked.fileno(), 0, access=mmap.ACCESS_READ)
+        reader = pyarrow.ipc.open_file(pyarrow.py_buffer(mapped))
+        return [reader.get_batch(number) for number in range(reader.num_record_batches)]
+
+
+class DatasetRows(_MappedRows):
+    """Rows of a `datasets.Dataset`, which is mapped into memory already.
+
+    Args:
+        dataset: the data set.
+        name: begins the place of a row.
+    """
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self._dataset, self._name = dataset, name
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """Those of the data set."""
+        return list(self._dataset.column_names)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def place(self, index: int) -> str:
+        """Data set and row, counted from 0."""
+        return f"{self._name} row {index}"
+
+    def fingerprint(self) -> str:
+        """The one that `datasets` keeps."""
+        return str(self._dataset._fingerprint)
+
+    @cached_property
+    def _batches(self) -> list[pyarrow.RecordBatch]:
+        plain = self._dataset if self._dataset._indices is None else self._dataset.flatten_indices()
+        return [batch for batch in plain.data.table.to_batches() if batch.num_rows]
+
+
+class StreamedDataset(RawRows):
+    """Rows of a data set on the hub that is read as it arrives, without a copy on the disk.
+
+    Args:
+        dataset: a `datasets.IterableDataset`.
+        name: of the data set, its split included.
+    """
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self._dataset, self._name = dataset, name
+
+    def __len__(self) -> int:
+        raise self._no_random_access()
+
+    def __getitem__(self, index: int) -> RawRow:
+        raise self._no_random_access()
+
+    def place(self, index: int) -> str:
+        """Data set and row, counted from 0."""
+        return f"{self._name} row {index}"
+
+    def fingerprint(self) -> str:
+        """A hash of the name: what is on the hub is not read for it."""
+        return hashlib.blake2b(self._name.encode(), digest_size=16).hexdigest()
+
+    def stream(self) -> Iterator[tuple[str, RawRow | BadRowError]]:
+        """Place and row, in the order of the hub."""
+        for index, row in enumerate(self._dataset):
+            yield self.place(index), row
+
+    def _no_random_access(self) -> UserError:
+        return UserError(f"{self._name} is streamed, so its rows can only be read in order; pass `streaming: false`")

@@ -1,0 +1,269 @@
+"""Raw rows of JSON and CSV files, plain or gzipped."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import shutil
+import tempfile
+import zlib
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from rlhf_lightning.data.rows import BadRowError
+from rlhf_lightning.data.sources.raw_rows import RawRow, RawRows, check_object
+from rlhf_lightning.errors import UserError
+
+_LONGEST_CSV_FIELD = 2**31 - 1
+_BOM = b"\xef\xbb\xbf"
+_HTML = re.compile(rb"\s*<(!doctype|html|head|body|\?xml)", re.IGNORECASE)
+_UNDECODABLE = re.compile("[\udc80-\udcff]")
+_GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
+
+
+class JsonLines(RawRows):
+    """One JSON object a line, found by an index of where the lines begin; blank lines are no rows.
+
+    Lines are read, not mapped: mapped pages would count as memory of the process.
+
+    Args:
+        path: the file; gzipped if `packed`.
+        packed: whether it is to be unpacked.
+        scratch: folder for the unpacked form, which has no name and goes with the process.
+        fingerprint: gives that of the file.
+        is_html: whether the file is a web page, in which no line is a row.
+    """
+
+    def __init__(
+        self, path: Path, packed: bool, scratch: Path, fingerprint: Callable[[], str], is_html: bool = False
+    ) -> None:
+        self.path, self._packed, self._scratch = path, packed, scratch
+        self._fingerprint, self._is_html = fingerprint, is_html
+
+    def __len__(self) -> int:
+        return len(self._index[0]) - 1
+
+    def __getitem__(self, index: int) -> RawRow:
+        starts, _ = self._index
+        start = starts[index]
+        self._file.seek(start)
+        return self._parse(self._file.read(starts[index + 1] - start))
+
+    def place(self, index: int) -> str:
+        """File and line, counted from 1."""
+        return f"{self.path} line {index + 1 + bisect_right(self._index[1], index)}"
+
+    def fingerprint(self) -> str:
+        """A hash of the file."""
+        return self._fingerprint()
+
+    def stream(self) -> Iterator[tuple[str, RawRow | BadRowError]]:
+        """Place and row, or what is wrong with it; a gzipped file is unpacked on the way, not to disk."""
+        with open_binary(self.path, self._packed) as file:
+            for number, line in enumerate(checked_lines(file, self.path), start=1):
+                if line.isspace():
+                    continue
+                try:
+                    yield f"{self.path} line {number}", self._parse(line)
+                except BadRowError as error:
+                    yield f"{self.path} line {number}", error
+
+    @cached_property
+    def _file(self) -> BinaryIO:
+        return open_seekable(self.path, self._packed, self._scratch)
+
+    @cached_property
+    def _index(self) -> tuple[array[int], array[int]]:
+        """Where rows begin, the end of the file last; and for each blank line the number of rows before it."""
+        starts, blanks, position = array("q"), array("q"), 0
+        self._file.seek(0)
+        for line in self._file:
+            if line.isspace():
+                blanks.append(len(starts))
+            else:
+                starts.append(position)
+            position += len(line)
+        starts.append(position)
+        return starts, blanks
+
+    def _parse(self, line: bytes) -> RawRow:
+        if self._is_html:
+            raise BadRowError("broken JSON (this looks like an HTML page)")
+        try:
+            value = json.loads(line.removeprefix(_BOM).decode().strip())
+        except UnicodeDecodeError:
+            raise BadRowError("not UTF-8 text") from None
+        except json.JSONDecodeError as error:
+            raise BadRowError(f"broken JSON ({error.msg})") from None
+        except (ValueError, RecursionError):  # a number of thousands of digits, thousands of nested brackets
+            raise BadRowError("broken JSON (beyond what can be parsed)") from None
+        return check_object(value)
+
+
+class CsvRows(RawRows):
+    """Rows of a CSV file with a header, in memory; blank lines are no rows.
+
+    Args:
+        path: the file.
+        packed: whether it is gzipped.
+        fingerprint: gives that of the file.
+    """
+
+    def __init__(self, path: Path, packed: bool, fingerprint: Callable[[], str]) -> None:
+        self.path, self._packed, self._fingerprint = path, packed, fingerprint
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """The header."""
+        with open_binary(self.path, self._packed) as file:
+            header = self._next(self._reader(file))
+        if isinstance(header, BadRowError):
+            raise UserError(f"{self.path} line 1: {header}; mend the header")
+        return header or []
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> RawRow:
+        return self._parse(self._table[index][1])
+
+    def place(self, index: int) -> str:
+        """File and the first line of the row, counted from 1."""
+        return f"{self.path} line {self._table[index][0]}"
+
+    def fingerprint(self) -> str:
+        """A hash of the file."""
+        return self._fingerprint()
+
+    def stream(self) -> Iterator[tuple[str, RawRow | BadRowError]]:
+        """Place and row, or what is wrong with it."""
+        for line, fields in self._records():
+            try:
+                yield f"{self.path} line {line}", self._parse(fields)
+            except BadRowError as error:
+                yield f"{self.path} line {line}", error
+
+    @cached_property
+    def _table(self) -> list[tuple[int, list[str] | BadRowError]]:
+        return list(self._records())
+
+    def _records(self) -> Iterator[tuple[int, list[str] | BadRowError]]:
+        """First line and fields of each row after the header."""
+        with open_binary(self.path, self._packed) as file:
+            reader = self._reader(file)
+            self._next(reader)  # the header
+            while True:
+                line, fields = reader.line_num + 1, self._next(reader)
+                if fields is None:
+                    return
+                if fields:
+                    yield line, fields
+
+    def _reader(self, file: BinaryIO) -> Any:
+        csv.field_size_limit(_LONGEST_CSV_FIELD)
+        lines = checked_lines(file, self.path)
+        # strict: a quote that is never closed would otherwise take the rest of the file into one field.
+        return csv.reader((line.decode("utf-8", "surrogateescape") for line in without_bom(lines)), strict=True)
+
+    def _next(self, reader: Any) -> list[str] | BadRowError | None:
+        try:
+            return cast("list[str] | None", next(reader, None))
+        except csv.Error as error:
+            return BadRowError(f"broken CSV ({error})")
+
+    def _parse(self, fields: list[str] | BadRowError) -> RawRow:
+        if isinstance(fields, BadRowError):
+            raise fields
+        if len(fields) != len(self.columns):
+            raise BadRowError(f"{len(fields)} fields where the header has {len(self.columns)}")
+        if any(not field.isascii() and _UNDECODABLE.search(field) for field in fields):
+            raise BadRowError("not UTF-8 text")
+        return dict(zip(self.columns, fields, strict=True))
+
+
+def looks_like_html(head: bytes) -> bool:
+    """Whether a file that begins so is a web page, such as the page of an error or a login, saved by mistake."""
+    return _HTML.match(head) is not None
+
+
+def without_bom(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines, the first without the mark that some programs write at the beginning of UTF-8."""
+    for line in lines:
+        yield line.removeprefix(_BOM)
+        break
+    yield from lines
+
+
+def open_binary(path: Path, packed: bool) -> BinaryIO:
+    """A file to be read once from its beginning, unpacked on the way if it is gzipped."""
+    return cast("BinaryIO", gzip.open(path)) if packed else path.open("rb")
+
+
+def checked_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """The lines of a file, with one clear line for a gzip file that breaks off."""
+    try:
+        yield from file
+    except _GZIP_ERRORS as error:
+        raise gzip_error(path, error) from error
+
+
+def open_seekable(path: Path, packed: bool, scratch: Path) -> BinaryIO:
+    """A file to be read anywhere.
+
+    Args:
+        path: the file.
+        packed: whether it is gzipped and to be unpacked.
+        scratch: folder for the unpacked form, made if missing; the file has no name there and goes with the process.
+
+    Raises:
+        UserError: broken gzip.
+    """
+    if not packed:
+        return path.open("rb")
+    scratch.mkdir(parents=True, exist_ok=True)
+    unpacked = tempfile.TemporaryFile(dir=scratch, buffering=0)  # noqa: SIM115, the rows are read from it
+    try:
+        with gzip.open(path) as file:
+            shutil.copyfileobj(file, unpacked, 1 << 20)
+    except _GZIP_ERRORS as error:
+        raise gzip_error(path, error) from error
+    unpacked.seek(0)
+    return io.BufferedReader(unpacked)
+
+
+def gzip_error(path: Path, error: Exception) -> UserError:
+    """What to say of a gzip file that breaks off, or is none."""
+    return UserError(f"{path} is not a whole gzip file: {error}; fetch it again")
+
+
+def read_json_list(path: Path, packed: bool) -> list[Any]:
+    """The items of a file that is one JSON list.
+
+    Raises:
+        UserError: broken JSON, with its line, or not UTF-8.
+    """
+    with open_binary(path, packed) as file:
+        try:
+            return cast("list[Any]", json.load(io.TextIOWrapper(file, encoding="utf-8-sig")))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {error.lineno}: broken JSON ({error.msg}); mend the list") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from error
+        except _GZIP_ERRORS as error:
+            raise gzip_error(path, error) from error
+
+
+def head_of(path: Path, packed: bool) -> bytes:
+    """The beginning of a file, unpacked, without white space and marks before it; empty if there is nothing else."""
+    with open_binary(path, packed) as file:
+        try:
+            return file.read(1 << 16).removeprefix(_BOM).lstrip()[:1024]
+        except _GZIP_ERRORS as error:
+            raise gzip_error(path, error) from error

@@ -1,0 +1,218 @@
+"""Training on rows as they arrive, for data that do not fit the disk: tokenised on the way, nothing is kept.
+
+Every process reads the whole stream and takes its share of each round of `batch_size` examples per process, so all of
+them see as many batches, whatever is left out on the way. The order is that of the stream, shuffled within a window.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset
+
+from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt
+from rlhf_lightning.data.encode import EncodedRow
+from rlhf_lightning.data.preparing.cache import find_or_build
+from rlhf_lightning.data.preparing.filters import Splits, hash_of_ids
+from rlhf_lightning.data.preparing.preparation import Preparation, ranked_pairs, say_counts
+from rlhf_lightning.data.preparing.prepared import TokenTable
+from rlhf_lightning.data.preparing.reading import Choice
+from rlhf_lightning.data.rows import Need
+from rlhf_lightning.data.sampler import LateLoader
+from rlhf_lightning.errors import UserError
+
+logger = logging.getLogger(__name__)
+WINDOW = 1000
+"""Examples that wait to be drawn at random."""
+
+
+class StreamedExamples(IterableDataset[Any]):
+    """Examples of one kind in an order that is fixed by seed and epoch, this process's share of them.
+
+    Args:
+        preparation: what to read, and how.
+        need: the kind of example.
+        batch_size: examples in a batch of one process.
+        num_replicas: number of processes.
+        rank: this process.
+        seed: of the shuffle.
+        drop_last: leave out what does not fill a batch of every process.
+
+    Attributes:
+        epoch: the one being read.
+    """
+
+    def __init__(
+        self,
+        preparation: Preparation,
+        need: Need,
+        batch_size: int,
+        num_replicas: int,
+        rank: int,
+        seed: int,
+        drop_last: bool,
+    ) -> None:
+        self._preparation, self._need, self._batch_size = preparation, need, batch_size
+        self.num_replicas, self._rank, self._seed, self._drop_last = num_replicas, rank, seed, drop_last
+        self.epoch = 0
+        self._resumed_epoch, self._consumed = 0, 0
+        self._begun = False
+
+    def resume(self, epoch: int, consumed: int) -> None:
+        """Take up an epoch where it was left.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            consumed: examples of it that this process has seen.
+
+        Raises:
+            UserError: the first batch is read already, which some strategies do before they read the checkpoint.
+        """
+        if self._begun and (epoch, consumed) != (0, 0):
+            raise UserError(
+                "streamed data cannot be resumed under a strategy that reads its checkpoint late, as DeepSpeed"
+            )
+        self._resumed_epoch, self._consumed = epoch, consumed
+
+    def begin(self, epoch: int) -> None:
+        """Read this epoch from now on, or the one that was resumed if that is later.
+
+        Args:
+            epoch: as the trainer says, which does not know of the checkpoint yet when it asks for the first batch.
+        """
+        self.epoch = max(epoch, self._resumed_epoch)
+        self._begun = True
+
+    def order(self) -> dict[str, Any]:
+        """Settings that, with the epoch, fix the order; plain values, for a checkpoint."""
+        return {"seed": self._seed, "processes": self.num_replicas, "streamed data": self._preparation.key()}
+
+    def __iter__(self) -> Iterator[Any]:
+        """The examples left in this epoch, for this process."""
+        size = self._batch_size * self.num_replicas
+        skip = self._consumed * self.num_replicas if self.epoch == self._resumed_epoch else 0
+        drawn = _shuffled(self._examples(), random.Random(f"{self._seed} {self.epoch}"))
+        examples = islice(drawn, skip, None)
+        while round_ := list(islice(examples, size)):
+            if len(round_) < size:
+                # All processes must make as many steps, with as many examples.
+                round_ = [] if self._drop_last else round_[: len(round_) // self.num_replicas * self.num_replicas]
+            yield from round_[self._rank :: self.num_replicas]
+
+    def _examples(self) -> Iterator[Any]:
+        seen: set[int] = set()
+        reader, rows = self._preparation.stream(self.epoch)
+        for choice, encoded in rows:
+            examples, reason = self._make(choice, encoded, seen)
+            if reason:
+                reader.drop_kept(reason, encoded)
+            yield from examples
+        reader.check()
+        if self._rank == 0:
+            logger.info("epoch %d of the stream: %s", self.epoch, say_counts(reader.ordered_counts()))
+
+    def _make(self, choice: Choice, encoded: EncodedRow, seen: set[int]) -> tuple[list[Any], str]:
+        """The examples of a row, or why there are none."""
+        row, prompt = choice.row, encoded.prompt
+        if self._need == "finetune":
+            ids = np.concatenate([prompt, encoded.responses[0]])
+            return [EncodedExample(ids, len(prompt), row.row_id, encoded.turns)], ""
+        if self._need == "prompts":
+            key = hash_of_ids(prompt)
+            known = key in seen
+            seen.add(key)
+            return ([], "prompt is a duplicate") if known else ([EncodedPrompt(prompt, "", row.row_id)], "")
+        pairs = [
+            EncodedPair(
+                np.concatenate([prompt, chosen]),
+                np.concatenate([prompt, rejected]),
+                len(prompt),
+                row.row_id,
+                row.margin,
+                weight,
+            )
+            for chosen, rejected, weight in ranked_pairs(
+                row, encoded.responses, self._preparation.filters.remove_same_responses
+            )
+        ]
+        return pairs, "" if pairs else "chosen and rejected are the same after cutting"
+
+
+class StreamLoader(LateLoader):
+    """A loader of streamed examples that knows which epoch is wanted when its first batch is asked for.
+
+    Args:
+        dataset: the examples.
+        current_epoch: asks the trainer.
+        options: those of `DataLoader`.
+    """
+
+    def __init__(self, dataset: StreamedExamples, current_epoch: Callable[[], int], **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self._examples, self._current_epoch = dataset, current_epoch
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """The batches."""
+        self._examples.begin(self._current_epoch())
+        yield from super().__iter__()
+
+
+def check_streaming(preparation: Preparation, **others: bool | int) -> None:
+    """Refuse what needs the whole data at hand.
+
+    Args:
+        preparation: what to read, and how.
+        others: further settings by name; all must be off.
+
+    Raises:
+        UserError: the first such setting.
+    """
+    evaluated = preparation.validation_data is not None
+    asked = {
+        "validation_split (give validation_data, or set it to 0)": not evaluated and preparation.splits.validation,
+        "test_split (give test_data)": preparation.test_data is None and preparation.splits.test,
+        "filters.shuffle": preparation.filters.shuffle,
+        "filters.remove_evaluation_prompts": preparation.filters.remove_evaluation_prompts,
+        **others,
+    }
+    for name, value in asked.items():
+        if value:
+            raise UserError(f"{preparation.data.name} is streamed, which does not go with {name}")
+
+
+def evaluation_tables(preparation: Preparation, need: Need, cache_dir: str | Path | None) -> dict[str, TokenTable]:
+    """Tables of `validation_data` and `test_data`, prepared by themselves.
+
+    Args:
+        preparation: with the data that are streamed.
+        need: the kind of example.
+        cache_dir: root of the cache.
+    """
+    tables = {}
+    for part, source in (("validation", preparation.validation_data), ("test", preparation.test_data)):
+        if source is not None:
+            alone = replace(preparation, data=source, validation_data=None, test_data=None, num_samples=None)
+            alone.splits = Splits()
+            tables[part] = find_or_build(alone, cache_dir).part(need, "train")
+    return tables
+
+
+def _shuffled(examples: Iterable[Any], rng: random.Random) -> Iterator[Any]:
+    """Examples in random order, as far as a window allows."""
+    window: list[Any] = []
+    for example in examples:
+        if len(window) < WINDOW:
+            window.append(example)
+            continue
+        place = rng.randrange(WINDOW)
+        yield window[place]
+        window[place] = example
+    rng.shuffle(window)
+    yield from window

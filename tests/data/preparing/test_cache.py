@@ -1,0 +1,175 @@
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.preparing import preparation
+from helpers.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
+from rlhf_lightning.data.chat import ChatEncoder
+from rlhf_lightning.data.limits import TokenLimits
+from rlhf_lightning.data.preparing.cache import find_or_build
+from rlhf_lightning.data.preparing.filters import Filters, Splits
+from rlhf_lightning.errors import UserError
+
+ROWS = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(20)]
+
+BUILDER = """
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from helpers.preparing import preparation
+from rlhf_lightning.data.preparing.cache import find_or_build
+from rlhf_lightning.data.preparing.preparation import Preparation
+
+class Slow(Preparation):
+    def build(self, folder):
+        (folder / "finetune_train.arrow").write_bytes(b"half of it")
+        print("building", flush=True)
+        sys.stdin.readline()
+        super().build(folder)
+
+rows, cache = sys.argv[1:]
+prepared = preparation(rows, kinds=("finetune",))
+prepared.__class__ = Slow
+print(find_or_build(prepared, cache).path.name, flush=True)
+"""
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+def start(rows, cache):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    tests = Path(__file__).parents[2]
+    return subprocess.Popen([sys.executable, "-c", BUILDER, str(rows), str(cache)], cwd=tests, **pipes)
+
+
+def finetune(rows, **settings):
+    return preparation(rows, kinds=("finetune",), **settings)
+
+
+def entries(cache):
+    return sorted(path.name for path in cache.iterdir() if not path.name.endswith(".lock"))
+
+
+def test_two_that_start_at_once_build_once(rows, cache):
+    first = start(rows, cache)
+    assert first.stdout.readline() == "building\n"
+    second = start(rows, cache)
+    first.stdin.write("\n")
+    first.stdin.flush()
+
+    key = finetune(rows).key()
+    assert first.communicate()[0] == f"{key}\n"
+    assert second.communicate()[0] == f"{key}\n"  # and no "building"
+    assert entries(cache) == [key]
+
+
+def test_a_build_that_is_killed_leaves_nothing_that_is_read(rows, cache):
+    killed = start(rows, cache)
+    assert killed.stdout.readline() == "building\n"
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    killed.stdout.close()
+    killed.stdin.close()
+    key = finetune(rows).key()
+    assert [name.startswith(f".{key}.") for name in entries(cache)] == [True]
+
+    folder = find_or_build(finetune(rows), cache)
+
+    assert folder.part("finetune", "train").row_ids.tolist() == list(range(20))
+    assert entries(cache) == [key]
+
+
+def test_an_entry_is_built_once_and_again_if_it_is_damaged(rows, cache, monkeypatch):
+    built = []
+    whole = type(finetune(rows)).build
+    monkeypatch.setattr(
+        "rlhf_lightning.data.preparing.preparation.Preparation.build",
+        lambda self, to: (built.append(to), whole(self, to)),
+    )
+    folder = find_or_build(finetune(rows), cache)
+    assert find_or_build(finetune(rows), cache).path == folder.path
+    assert len(built) == 1
+
+    table = folder.path / "finetune_train.arrow"
+    table.write_bytes(table.read_bytes()[:100])
+    assert len(find_or_build(finetune(rows), cache).part("finetune", "train")) == 20
+    (folder.path / "manifest.json").unlink()
+    assert len(find_or_build(finetune(rows), cache).part("finetune", "train")) == 20
+    assert len(built) == 3
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path, cache):
+    with pytest.raises(UserError, match="leaves nothing to train on"):
+        find_or_build(finetune([{"chosen": "\n\nHuman: hi\n\nAssistant:", "rejected": "no"}]), cache)
+    assert entries(cache) == []
+
+
+def test_the_same_is_found_under_another_name(rows, cache, tmp_path):
+    other = tmp_path / "elsewhere" / "rows.jsonl"
+    other.parent.mkdir()
+    other.write_bytes(rows.read_bytes())
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    loaded = type(tokenizer).from_pretrained(tmp_path / "tokenizer")
+    assert finetune(rows).key() == finetune(other, tokenizer=loaded, num_proc=2).key()
+
+
+def test_a_change_of_anything_makes_another_entry(rows, tmp_path):
+    chat = {"fresh": ChatEncoder(tiny_tokenizer(bos=True))}
+    chat["template"] = ChatEncoder(tiny_tokenizer(), chat_template=CHAT_TEMPLATE)
+    chat["other template"] = ChatEncoder(tiny_tokenizer(), chat_template=CHAT_TEMPLATE + " ")
+    chat["format"] = ChatEncoder(tiny_tokenizer(), "plain")
+    limits = [TokenLimits.checked(*values) for values in [(32, None, None, "cut"), (64, 20, None, "cut")]]
+    limits += [TokenLimits.checked(64, None, 7, "cut"), TokenLimits.checked(64, None, None, "drop")]
+    limits += [TokenLimits.checked(64, None, None, "cut", 2)]
+    kept = Filters(), Filters(shuffle=True), Filters(shuffle=True, seed=1), Filters(duplicates="exact")
+    kept += (Filters(duplicates="normalised"), Filters(remove_same_inputs=True))
+    kept += (Filters(remove_same_responses=False), Filters(remove_evaluation_prompts=True))
+    splits = Splits(), Splits(0.1), Splits(0.0, 0.1), Splits(0.1, 0.1), Splits(stages={"sft": 0.5, "ppo": 0.5})
+
+    keys = [finetune(rows).key(), preparation(rows, kinds=("finetune", "prompts")).key()]
+    for tokens in chat.values():
+        changed = finetune(rows)
+        changed.chat = tokens
+        keys.append(changed.key())
+    for allowed in limits:
+        changed = finetune(rows)
+        changed.limits = allowed
+        keys.append(changed.key())
+    keys += [finetune(rows, filters=filters).key() for filters in kept[1:]]
+    keys += [finetune(rows, splits=split).key() for split in splits[1:]]
+    keys += [finetune(rows, num_samples=5).key(), finetune(rows, find_turns=True).key()]
+    keys += [finetune(rows, on_bad_row=how).key() for how in ("skip", "error")]
+    keys += [finetune(rows, validation_data=ROWS[:3]).key(), finetune(rows, test_data=ROWS[:3]).key()]
+    rows.write_text(rows.read_text().replace("answer 7", "answer 8"))
+    keys.append(finetune(rows).key())
+    assert len(set(keys)) == len(keys)
+
+
+def test_data_that_change_while_they_are_read_are_not_kept(rows, cache, monkeypatch):
+    prepared = finetune(rows)
+    prepared.key()
+    rows.write_text(rows.read_text().replace("answer 7", "answer 8"))
+    with pytest.raises(UserError, match="the data changed while they were read; run again"):
+        find_or_build(prepared, cache)
+    assert entries(cache) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(rows, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"the cache .*file/cache cannot be written .*set another `cache_dir`"):
+        find_or_build(finetune(rows), tmp_path / "file" / "cache")

@@ -1,0 +1,101 @@
+"""Parts and stages of the data: no prompt on two sides, and none that moves."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.preparing import build, row_ids
+from helpers.tokenizers import tiny_tokenizer
+from rlhf_lightning.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
+from rlhf_lightning.data.preparing.filters import Filters, Splits
+from rlhf_lightning.data.preparing.prepared import PARTS
+from rlhf_lightning.errors import UserError
+
+KINDS = ("finetune", "preference", "prompts")
+PAIRS = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(300)]
+
+
+def sides(folder, need, rows):
+    return {part: {rows[i]["prompt"] for i in numbers} for part, numbers in row_ids(folder, need).items()}
+
+
+@settings(max_examples=25)
+@given(
+    order=st.permutations(range(60)),
+    size=st.integers(30, 60),
+    shuffle=st.booleans(),
+    copies=st.sampled_from(["question {}", "QUESTION  {}", "\n\nHuman: question {}\n\nAssistant:"]),
+)
+def test_a_prompt_stays_on_its_side_in_any_company(tmp_path_factory, order, size, shuffle, copies):
+    def prepared(rows):
+        splits = Splits(0.2, 0.2, {"sft": 0.5, "reward": 0.5})
+        folder = tmp_path_factory.mktemp("data")
+        return build(folder, rows, splits=splits, filters=Filters(shuffle=shuffle), kinds=("finetune", "preference"))
+
+    rows = PAIRS[:60]
+    some = [rows[i] for i in order[:size]] + [rows[order[0]] | {"chosen": "again"}]
+    whole, part = prepared(rows), prepared(some)
+
+    for need in ("finetune", "preference"):
+        by_part = sides(whole, need, rows)
+        assert sum(map(len, by_part.values())) == len(set().union(*by_part.values()))
+        assert all(found <= by_part[name] for name, found in sides(part, need, some).items())
+    stages = [set().union(*sides(whole, need, rows).values()) for need in ("finetune", "preference")]
+    assert not stages[0] & stages[1]
+    assert len(stages[0] | stages[1]) == 60
+
+
+def test_shares_are_about_what_was_asked_and_stages_do_not_lean_on_parts(tmp_path):
+    rows = [{"prompt": f"question {i}", "chosen": "yes", "rejected": "no"} for i in range(3000)]
+    stages = {"sft": 0.2, "reward": 0.4, "ppo": 0.4}
+    folder = build(tmp_path / "data", rows, splits=Splits(0.1, 0.2, stages))
+
+    for need, stage in zip(KINDS, stages, strict=True):
+        numbers = row_ids(folder, need)
+        assert sum(map(len, numbers.values())) == pytest.approx(3000 * stages[stage], rel=0.1)
+        shares = [len(numbers[part]) / sum(map(len, numbers.values())) for part in PARTS]
+        assert shares == pytest.approx([0.7, 0.1, 0.2], abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["text", "dialogue", "messages"])
+def test_stages_are_disjoint_across_the_three_data_modules(kind):
+    question = {"text": "{}", "dialogue": "\n\nHuman: {}\n\nAssistant:", "messages": "{}"}[kind]
+    prompts = [question.format(f"question {i}") for i in range(120)]
+    if kind == "messages":
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    rows = [{"prompt": prompt, "chosen": "yes", "rejected": "no"} for prompt in prompts]
+    split = {"sft": 0.3, "reward": 0.3, "ppo": 0.4}
+    served = {}
+    for module in (InstructionDataModule, PreferenceDataModule, PromptDataModule):
+        size = {"rollout_batch_size": 1} if module is PromptDataModule else {}
+        data = module(tiny_tokenizer(), rows, stage_split=split, dialogue_format="plain", **size)
+        data.setup("fit")
+        served[module] = {i for part in PARTS for i in data._part(part).row_ids.tolist()}
+        assert data.counts["other stages"] == 120 - len(served[module])
+        assert {
+            i for loader in (data.train_dataloader(), data.val_dataloader()) for b in loader for i in b.row_ids.tolist()
+        }
+    assert sum(map(len, served.values())) == len(set().union(*served.values())) == 120
+
+
+def test_a_stage_that_is_not_named_gets_every_row(tmp_path):
+    folder = build(tmp_path / "data", PAIRS, splits=Splits(stages={"sft": 0.5, "reward": 0.5}))
+    numbers = {need: set(row_ids(folder, need)["train"]) for need in KINDS}
+    assert numbers["prompts"] == set(range(300)) == numbers["finetune"] | numbers["preference"]
+    assert not numbers["finetune"] & numbers["preference"]
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({"validation": 1.0}, r"validation_split \(1.0\) must be at least 0 and below 1"),
+        ({"test": -0.1}, r"test_split \(-0.1\) must be at least 0"),
+        ({"validation": 0.5, "test": 0.5}, r"validation_split \(0.5\) and test_split \(0.5\) leave nothing"),
+        ({"stages": {"sft": 0.5, "rm": 0.5}}, "stage_split: 'rm' is not one of sft, reward, ppo"),
+        ({"stages": {"sft": 0.5, "ppo": 0.4}}, r"stage_split \(sft 0.5, ppo 0.4\) must be shares .* sum to 1"),
+        ({"stages": {"sft": 1.5, "ppo": -0.5}}, "must be shares of at least 0"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(shares, message):
+    with pytest.raises(UserError, match=message):
+        Splits(**shares)

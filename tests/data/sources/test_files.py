@@ -1,0 +1,363 @@
+import csv
+import gzip
+import json
+import os
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_lightning.data.sources import files
+from rlhf_lightning.data.rows import BadRowError
+from rlhf_lightning.data.sources.files import file_fingerprint, is_local, open_rows
+from rlhf_lightning.errors import UserError
+
+ROWS = [{"prompt": f"p{i}", "response": f"r{i} \u00e9,\"'\n"} for i in range(3)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+HTML = b"\n<!DOCTYPE html>\n<html><body>\n\nNot found\n</body></html>\n"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_LIGHTNING_CACHE", str(tmp_path / "cache"))
+
+
+def write_json(folder):
+    path = folder / "rows.json"
+    path.write_text("  \n" + json.dumps(ROWS, indent=1))
+    return path
+
+
+def write_jsonl(folder):
+    path = folder / "rows.jsonl"
+    path.write_text("\n" + LINES.replace("\n", "\n \r\n"))  # blank lines are no rows
+    return path
+
+
+def write_lines_without_last_end(folder):
+    path = folder / "rows.json"
+    path.write_bytes(b"\xef\xbb\xbf" + LINES.rstrip().encode())
+    return path
+
+
+def write_csv(folder):
+    path = folder / "rows.csv"
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["prompt", "response"])
+        writer.writeheader()
+        writer.writerow(ROWS[0])
+        file.write("\r\n")
+        writer.writerows(ROWS[1:])
+    return path
+
+
+def write_parquet(folder):
+    path = folder / "rows.parquet"
+    datasets.Dataset.from_list(ROWS).to_parquet(path, batch_size=2)
+    return path
+
+
+def packed(write):
+    def write_packed(folder):
+        plain = write(folder)
+        path = plain.with_name(plain.name + ".gz")
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+        return path
+
+    return write_packed
+
+
+def write_saved(folder):
+    datasets.Dataset.from_list(ROWS).save_to_disk(folder / "saved", num_shards=2)
+    return folder / "saved"
+
+
+def write_saved_splits(folder):
+    rows = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(folder / "splits")
+    return folder / "splits"
+
+
+def write_parts(folder):
+    """Files of several kinds, which are read in order of name."""
+    (folder / "parts").mkdir()
+    (folder / "parts" / "c.jsonl").write_text(json.dumps(ROWS[2]))
+    (folder / "parts" / "a.json").write_text(json.dumps(ROWS[:1]))
+    datasets.Dataset.from_list(ROWS[1:2]).to_parquet(folder / "parts" / "b.parquet")
+    (folder / "parts" / "README.md").write_text("no data")
+    return folder / "parts"
+
+
+PLAIN = [write_json, write_jsonl, write_lines_without_last_end, write_csv, write_parquet]
+WRITERS = [*PLAIN, *map(packed, PLAIN), write_saved, write_saved_splits, write_parts, lambda folder: ROWS]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_format_gives_the_same_rows_in_either_way(tmp_path, write):
+    data = write(tmp_path)
+    rows = open_rows(data if isinstance(data, list) else str(data))
+
+    assert rows.columns == ["prompt", "response"]
+    assert [dict(row) for _, row in rows.stream()] == ROWS
+    assert [dict(rows[i]) for i in (2, 0, 1)] == [ROWS[2], ROWS[0], ROWS[1]]
+    assert len(rows) == 3
+    assert [place for place, _ in rows.stream()] == [rows.place(i) for i in range(3)]
+
+
+@pytest.mark.parametrize("write", [packed(write_jsonl), packed(write_parquet), write_parquet])
+def test_what_is_unpacked_on_the_way_leaves_no_file(tmp_path, write):
+    rows = open_rows(write(tmp_path))
+    assert len(list(rows.stream())) == len([rows[i] for i in range(len(rows))]) == 3
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_streaming_unpacks_nothing_to_disk(tmp_path):
+    rows = open_rows(packed(write_jsonl)(tmp_path), streaming=True)
+    assert len(list(rows.stream())) == 3
+    assert not (tmp_path / "cache").exists()
+
+
+def test_places_are_lines_of_the_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('\n{"a": 1}\n\n\n{"a": 2}\n')
+    (tmp_path / "b.csv").write_text('a\n"x\ny"\n\nz\n')
+    (tmp_path / "c.json").write_text('[{"a": 1},\n{"a": 2}]')
+    rows = open_rows(tmp_path)
+
+    places = [rows.place(i).removeprefix(f"{tmp_path}/") for i in range(len(rows))]
+    assert places == [
+        "a.jsonl line 2",
+        "a.jsonl line 5",
+        "b.csv line 2",
+        "b.csv line 5",
+        "c.json item 0",
+        "c.json item 1",
+    ]
+    assert [row["a"] for _, row in rows.stream()] == [1, 2, "x\ny", "z", 1, 2]
+
+
+@given(st.lists(st.sampled_from(['{"a": 1}', "", "  ", "\t", "{", '{"b": "\u00e9"}']), max_size=12), st.booleans())
+def test_every_line_that_is_not_blank_is_one_row(tmp_path_factory, lines, ends):
+    path = tmp_path_factory.getbasetemp() / "lines.jsonl"
+    path.write_text("\n".join(lines) + "\n" * ends, encoding="utf-8")
+    rows = open_rows(path)
+
+    expected = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    assert [place for place, _ in rows.stream()] == [f"{path} line {number}" for number, _ in expected]
+    assert [rows.place(i) for i in range(len(rows))] == [f"{path} line {number}" for number, _ in expected]
+    for i, (_, line) in enumerate(expected):
+        if line == "{":
+            with pytest.raises(BadRowError, match="broken JSON"):
+                rows[i]
+        else:
+            assert rows[i] == json.loads(line)
+
+
+# Bad rows and bad files
+
+
+def outcomes(path, content):
+    path.write_bytes(content)
+    rows = open_rows(path)
+    return [str(row) if isinstance(row, BadRowError) else dict(row) for _, row in rows.stream()]
+
+
+GOOD = {"prompt": "a"}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"prompt": ', "broken JSON (Expecting value)"),
+        (b"{'prompt': 1}", "broken JSON (Expecting property name enclosed in double quotes)"),
+        (b"[1]", 'expected an object such as {"prompt": ...}, found list'),
+        (b'"text"', 'expected an object such as {"prompt": ...}, found str'),
+        (b'{"prompt": "\xff"}', "not UTF-8 text"),
+        (b"[" * 100_000, "broken JSON (beyond what can be parsed)"),
+        (b'{"a": ' + b"9" * 10_000 + b"}", "broken JSON (beyond what can be parsed)"),
+    ],
+)
+def test_a_broken_line_costs_itself_only(tmp_path, line, reason):
+    content = b'{"prompt": "a"}\n' + line + b'\n{"prompt": "a"}\n'
+    assert outcomes(tmp_path / "x.jsonl", content) == [GOOD, reason, GOOD]
+    with pytest.raises(BadRowError) as error:
+        open_rows(tmp_path / "x.jsonl")[1]
+    assert str(error.value) == reason
+
+
+def test_an_item_of_a_list_that_is_no_object_costs_itself_only(tmp_path):
+    reason = 'expected an object such as {"prompt": ...}, found int'
+    assert outcomes(tmp_path / "x.json", b'[{"prompt": "a"}, 3, {"prompt": "a"}]') == [GOOD, reason, GOOD]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"a,b", "2 fields where the header has 1"),
+        (b"\xff", "not UTF-8 text"),
+        (b'"a"b', "broken CSV (',' expected after '\"')"),
+    ],
+)
+def test_a_broken_record_of_a_csv_costs_itself_only(tmp_path, line, reason):
+    assert outcomes(tmp_path / "x.csv", b"prompt\na\n" + line + b"\na\n") == [GOOD, reason, GOOD]
+
+
+def test_a_quote_that_is_never_closed_is_a_bad_row_and_not_a_long_text(tmp_path):
+    assert outcomes(tmp_path / "x.csv", b'prompt\na\n"b\na\na\n') == [GOOD, "broken CSV (unexpected end of data)"]
+
+
+def test_a_long_field_of_a_csv_is_read(tmp_path):
+    assert outcomes(tmp_path / "x.csv", b"prompt\n" + b"x" * 5_000_000 + b"\n") == [{"prompt": "x" * 5_000_000}]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.jsonl.gz", "x.csv", "x.csv.gz", "x.parquet"])
+def test_every_line_of_a_web_page_is_a_bad_row(tmp_path, name):
+    reason = "broken JSON (this looks like an HTML page)"
+    assert outcomes(tmp_path / name, HTML) == [reason] * 4
+    if name.endswith("jsonl.gz"):
+        assert outcomes(tmp_path / name, gzip.compress(HTML)) == [reason] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.json", b'[{"prompt": "a"},\n{"prompt" "b"}]', r"x.json line 2: broken JSON"),
+        ("x.json", b'[{"prompt": "\xff"}]', r"x.json is not UTF-8"),
+        ("x.jsonl.gz", b"plain", r"x.jsonl.gz is not a whole gzip file"),
+        ("x.jsonl.gz", gzip.compress(os.urandom(5000).hex().encode())[:200], r"x.jsonl.gz is not a whole gzip file"),
+        ("x.csv.gz", gzip.compress(os.urandom(5000).hex().encode())[:200], r"x.csv.gz is not a whole gzip file"),
+        ("x.json.gz", gzip.compress(b"[" + os.urandom(5000).hex().encode())[:200], r"x.json.gz is not a whole gzip"),
+        ("x.parquet", b"plain", r"x.parquet is not a Parquet file"),
+        ("x.txt", b"hello", r"x.txt is of an unknown kind; expected .json"),
+    ],
+)
+def test_files_that_cannot_be_read_at_all_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        len(open_rows(tmp_path / name))
+
+
+# What is named
+
+
+def test_a_glob_names_files(tmp_path):
+    folder = write_parts(tmp_path)
+    assert [dict(row) for _, row in open_rows(f"{folder}/*.json*").stream()] == [ROWS[0], ROWS[2]]
+    assert [dict(row) for _, row in open_rows(f"{tmp_path}/**/c*").stream()] == ROWS[2:]
+
+
+def test_names_a_split_that_is_missing(tmp_path):
+    with pytest.raises(UserError, match=r"no split 'dev'; it has train, test"):
+        open_rows(write_saved_splits(tmp_path), split="dev")
+    assert len(open_rows(tmp_path / "splits", split="test")) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["missing.jsonl", "./missing", "/missing/folder", "a/b/c", "missing/*.json", "~/missing.csv", "data/x.txt"]
+)
+def test_what_looks_local_is_never_sought_on_the_hub(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("went to the hub"))
+
+    with pytest.raises(UserError, match=r"(missing.*|a/b/c|data/x.txt) (does not exist|holds no data files)"):
+        open_rows(name)
+
+
+def test_a_folder_that_exists_is_local(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert not is_local("owner/name")
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert is_local("owner/name")
+    with pytest.raises(UserError, match=r"owner/name holds no data files; expected .json"):
+        open_rows("owner/name")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that has one data set, and remembers what it was asked."""
+    asked = []
+
+    def load_dataset(repo, **options):
+        asked.append((repo, options))
+        rows = datasets.Dataset.from_list(ROWS)
+        return rows.to_iterable_dataset() if options.get("streaming") else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+@pytest.mark.parametrize(("name", "repo", "split"), [("o/n", "o/n", "train"), ("o/n-v1.5:test", "o/n-v1.5", "test")])
+def test_hub_ids_may_name_their_split(hub, name, repo, split):
+    rows = open_rows(name)
+    assert [rows[i] for i in range(3)] == ROWS
+    assert rows.place(2) == f"{repo} {split} row 2"
+    assert hub == [(repo, {"split": split})]
+
+
+def test_hub_data_may_be_streamed(hub):
+    rows = open_rows("o/n", streaming=True, subset="part")
+    assert hub == [("o/n", {"split": "train", "streaming": True, "data_dir": "part"})]
+    assert rows.columns == ["prompt", "response"]
+    assert [row for _, row in rows.stream()] == [row for _, row in rows.stream()] == ROWS
+    with pytest.raises(UserError, match="o/n part train is streamed"):
+        len(rows)
+
+
+def test_a_hub_that_gives_nothing_is_one_clear_line(monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("no way\nthere")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"^owner/name is no file or folder here.*\(no way\)[^\n]*$"):
+        open_rows("owner/name")
+
+
+# Fingerprints
+
+
+@pytest.mark.parametrize("write", WRITERS[:-1])
+def test_the_same_data_has_the_same_fingerprint(tmp_path, write):
+    path = write(tmp_path)
+    assert open_rows(path).fingerprint() == open_rows(path).fingerprint()
+
+
+def test_another_content_has_another_fingerprint(tmp_path):
+    path = write_jsonl(tmp_path)
+    before = open_rows(path).fingerprint()
+    state = path.stat()
+    path.write_text(path.read_text().replace("p1", "q1"))  # same size, and made to have the same time
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert open_rows(path).fingerprint() != before
+
+    copy = [dict(row) for row in ROWS]
+    assert open_rows(copy).fingerprint() == open_rows(ROWS).fingerprint()
+    copy[2]["prompt"] = "q"
+    assert open_rows(copy).fingerprint() != open_rows(ROWS).fingerprint()
+
+
+def test_the_order_of_files_is_part_of_the_fingerprint(tmp_path):
+    folder = write_parts(tmp_path)
+    before = open_rows(folder).fingerprint()
+    (folder / "a.json").rename(folder / "z.json")
+    assert open_rows(folder).fingerprint() != before
+
+
+def test_the_hash_of_a_large_file_at_rest_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_BYTES_REMEMBERED", 10)
+    path = tmp_path / "big.jsonl"
+    path.write_text("x" * 20)
+    fresh = file_fingerprint(path)
+    assert not (tmp_path / "cache").exists()  # written too lately to trust its time
+
+    os.utime(path, (1e9, 1e9))
+    assert file_fingerprint(path) == fresh
+    path.write_text("y" * 20)
+    os.utime(path, (1e9, 1e9))
+    assert file_fingerprint(path) == fresh  # not read again
+    os.utime(path, (1e9 + 1, 1e9 + 1))
+    assert file_fingerprint(path) != fresh
+
+    (tmp_path / "cache" / "fingerprints.json").write_text("{")
+    assert file_fingerprint(path) != fresh
+    assert [file.name for file in (tmp_path / "cache").iterdir()] == ["fingerprints.json"]
