@@ -1,4 +1,7 @@
-"""The command line: what answers at once. What needs torch is imported when it runs (`stage_cli`, `quickstart`)."""
+"""The command line: what answers at once. What needs torch is imported when it runs.
+
+That is `stage_cli`, `prepare_cli` and `quickstart`.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ Align a language model with human preferences: supervised fine-tuning, reward mo
 
 commands:
   quickstart   train a tiny model through all three stages in a few minutes; needs no data and no network
+  prepare      turn data into token ids once, for all stages, and report what was kept, cut and dropped
   fit          train one stage
   validate     measure one stage on held-out data
   test         the same on test data
@@ -30,6 +34,9 @@ the three stages, each starting from what the one before exported:
   rlhf fit --config ppo.yaml --model.model_name_or_path runs/sft/export --model.reward runs/reward/export \\
       --data.data FILE
   rlhf predict --config reward.yaml --model.model_name_or_path runs/reward/export --data.predict_data FILE
+
+data first, if you want to see what is in it (the stages then take --data.data runs/data):
+  rlhf prepare --config data.yaml --tokenizer MODEL --data FILE --out runs/data
 
 recipes for --config, found in the working folder first, then in the package; several may be stacked:
   {recipes}
@@ -43,7 +50,7 @@ more:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point: print the overview, run the quickstart, or hand over to LightningCLI.
+    """Entry point: print the overview, run the quickstart, prepare data, or hand over to LightningCLI.
 
     Leaves with code 2 and one line on stderr where the user can mend something, and with 130 after Ctrl-C.
 
@@ -72,6 +79,12 @@ def _dispatch(command: str, options: list[str]) -> None:
         from rlhf_lightning.quickstart import main as quickstart
 
         quickstart(options)
+    elif command == "prepare":
+        resolved = resolve_recipes(options)
+
+        from rlhf_lightning.prepare_cli import main as prepare
+
+        prepare(resolved)
     elif command in STAGE_COMMANDS:
         resolved = resolve_recipes(options)
 
@@ -79,6 +92,6 @@ def _dispatch(command: str, options: list[str]) -> None:
 
         run_stage(command, resolved)
     else:
-        close = difflib.get_close_matches(command, [*STAGE_COMMANDS, "quickstart"], n=1)
+        close = difflib.get_close_matches(command, [*STAGE_COMMANDS, "quickstart", "prepare"], n=1)
         hint = f"did you mean `rlhf {close[0]}`?" if close else "see `rlhf --help`"
         raise UserError(f"unknown command '{command}'; {hint}")

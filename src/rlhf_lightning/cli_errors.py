@@ -12,7 +12,16 @@ from jsonargparse import ArgumentParser
 import rlhf_lightning
 from rlhf_lightning.recipes import recipe_names
 
-_BOILERPLATE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Parser key", "Problem with", "Expected a")
+_BOILERPLATE = (
+    "Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+    "Parser key",
+    "Problem with",
+    "Expected a",
+    "Not of type",
+)
 
 
 def _suggest(word: str, known: Iterable[str], shown: str = "{}") -> str:
@@ -99,6 +108,9 @@ def one_line(message: str, known_keys: Iterable[str] = ()) -> str:
         "unknown key 'modle'; did you mean 'model'?"
     """
     path = ".".join(dict.fromkeys(re.findall(r'[Pp]arser key "([\w.]+)"', message)))
+    if required := re.search(r"arguments are required: (\w+(?:, \w+)*)$", message):
+        names = required[1].split(", ")
+        return f"{' and '.join(names)} missing; pass {' and '.join(f'--{name}' for name in names)}"
     if "arguments are required: " in message:
         return f"nothing says which model and data to use; pass --config with a recipe ({', '.join(recipe_names())})"
     if missing := re.search(r"""(?:Key|Option) ["']([\w.]+)["'] is required""", message):

@@ -271,6 +271,8 @@ def user_error(error: BaseException) -> UserError | None:
         return UserError(str(error))
     if "`val_check_interval`" in str(error):
         return UserError(f"--trainer: {str(error).strip()}")
+    if str(error).startswith("Does not validate against"):
+        return UserError(one_line(str(error)))
     if str(error).startswith("Error(s) in loading state_dict"):
         return UserError(f"--ckpt_path: made with another model or stage ({str(error).splitlines()[-1].strip()})")
     return None

@@ -1,0 +1,200 @@
+"""`rlhf prepare`: data to a folder of token ids that every stage reads, and a report of what was kept, cut and dropped.
+
+The signature of `prepare` is the config; its docstring is the help.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+from jsonargparse import auto_cli
+from rich.console import Console
+
+from rlhf_lightning.data.chat import ChatEncoder
+from rlhf_lightning.data.dialogue import PlainFormat
+from rlhf_lightning.data.limits import TokenLimits, check_context, check_positive
+from rlhf_lightning.data.preparing.filters import Filters, Splits
+from rlhf_lightning.data.preparing.preparation import Preparation
+from rlhf_lightning.data.preparing.prepared import MANIFEST, PreparedFolder
+from rlhf_lightning.data.preparing.report import print_report, report_on, save_report
+from rlhf_lightning.data.sources import DataSource, as_source
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.tokenizer import load_tokenizer
+from rlhf_lightning.quiet import hush
+from rlhf_lightning.stage_cli import OneLineParser, user_error
+
+
+def prepare(
+    out: str | Path,
+    tokenizer: str,
+    data: DataSource,
+    validation_data: DataSource | None = None,
+    test_data: DataSource | None = None,
+    columns: dict[str, str] | None = None,
+    kinds: list[Literal["finetune", "preference", "prompts"]] | None = None,
+    validation_split: float = 0.1,
+    test_split: float = 0.0,
+    stage_split: dict[str, float] | None = None,
+    num_samples: int | None = None,
+    filters: Filters = Filters(),  # noqa: B008, frozen
+    max_length: int = 512,
+    max_prompt_length: int | None = None,
+    response_room: int | None = None,
+    minimum_response_length: int = 0,
+    long_prompts: Literal["cut", "drop"] = "cut",
+    dialogue_format: Literal["auto", "chat_template", "plain"] = "auto",
+    plain_format: PlainFormat = PlainFormat(),  # noqa: B008, frozen
+    chat_template: str | None = None,
+    find_turns: bool = False,
+    on_bad_row: Literal["auto", "skip", "error"] = "auto",
+    num_proc: int = 1,
+    num_examples: int = 10,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> PreparedFolder:
+    """Turn data into token ids, once, for all stages, and report what was kept, cut and dropped.
+
+    Args:
+        out: folder to write; it appears only when it is whole.
+        tokenizer: folder or hub id of the tokenizer, or of the model it belongs to.
+        data: a file (.json, .jsonl, .csv, .parquet, also gzipped), a folder or glob of such files, a `save_to_disk`
+            folder, a hub id `owner/name` or `owner/name:split`, or a source class of YAML, such as
+            rlhf_lightning.Blend.
+        validation_data: the same for validation; without it a part of `data` is held out.
+        test_data: the same for testing.
+        columns: our column names (prompt, response, chosen, rejected, messages and so on) to those of the data.
+        kinds: what to make; by default all that the columns allow.
+        validation_split: share of the prompts held out for validation.
+        test_split: share of the prompts held out for testing.
+        stage_split: share of the prompts for each stage, such as `{sft: 0.2, reward: 0.4, ppo: 0.4}`; by default every
+            stage gets all.
+        num_samples: read only this many rows of `data`.
+        filters: which rows are left out.
+        max_length: most tokens of prompt and response together, special tokens included.
+        max_prompt_length: most tokens of the prompt; by default what the response leaves.
+        response_room: room kept for the response whatever the prompt, in tokens; by default a quarter of `max_length`.
+        minimum_response_length: drop rows with a response of fewer tokens, the EOS not counted.
+        long_prompts: cut a prompt that is too long, or drop the row.
+        dialogue_format: `auto` writes dialogues by the tokenizer's chat template if it has one, else in the plain
+            format, and leaves other text as it is; `plain` never uses the template; `chat_template` always.
+        plain_format: how dialogues are written that go through no template.
+        chat_template: file or text of a Jinja chat template for the tokenizer.
+        find_turns: note where the assistant spoke earlier, which `loss_on: turns` needs.
+        on_bad_row: stop at the first bad row, skip and count them all, or skip them up to 1% of the rows.
+        num_proc: processes that tokenise; the result does not depend on it.
+        num_examples: how many examples the report writes out.
+        trust_remote_code: run tokenizer code that comes with the folder or hub model.
+        overwrite: replace a prepared folder.
+
+    Returns:
+        The folder, which holds the report too: `report.json`, `report.txt`, `lengths.png`.
+
+    Raises:
+        UserError: data that cannot be used, or a folder that must not be replaced.
+    """
+    folder = Path(out).expanduser().absolute()
+    _check_out(folder, overwrite)
+    check_positive(num_samples=num_samples, num_proc=num_proc)
+    limits = TokenLimits.checked(max_length, max_prompt_length, response_room, long_prompts, minimum_response_length)
+    splits = Splits(validation_split, test_split, stage_split)
+    loaded = load_tokenizer(tokenizer, trust_remote_code)
+    check_context(loaded, "max_length", max_length)
+    preparation = Preparation(
+        data=as_source(data, columns),
+        validation_data=None if validation_data is None else as_source(validation_data, columns),
+        test_data=None if test_data is None else as_source(test_data, columns),
+        chat=ChatEncoder(loaded, dialogue_format, chat_template, plain_format),
+        limits=limits,
+        kinds=None if kinds is None else tuple(kinds),
+        filters=filters,
+        splits=splits,
+        num_samples=num_samples,
+        on_bad_row=on_bad_row,
+        find_turns=find_turns,
+        num_proc=num_proc,
+    )
+    _build_beside(preparation, folder, num_examples, overwrite)
+    return PreparedFolder.open(folder)
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is a file; name a folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / MANIFEST).is_file():
+        raise UserError(f"--out: {out} is not empty and no prepared folder; name another")
+    if not overwrite:
+        raise UserError(f"--out: {out} holds prepared data already; name another, or replace it with --overwrite true")
+
+
+def _build_beside(preparation: Preparation, out: Path, num_examples: int, overwrite: bool) -> None:
+    """Write folder and report into a hidden folder beside `out`, then move them into place."""
+    workplace = out.parent / f".{out.name}.unfinished"
+    try:
+        workplace.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be made ({error.strerror}); name another") from error
+    try:
+        with FileLock(workplace / "lock", blocking=False):
+            _check_out(out, overwrite)  # another run may have been faster
+            new = workplace / "new"
+            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+            new.mkdir(parents=True)
+            try:
+                with Console(stderr=True).status("preparing"):
+                    preparation.build(new)
+                folder = PreparedFolder.open(new)
+                save_report(folder, report_on(folder, preparation.chat.tokenizer, num_examples))
+                _move(new, out, workplace / "old")
+            finally:
+                shutil.rmtree(workplace)
+    except Timeout as error:
+        raise UserError(f"--out: another `rlhf prepare` is writing {out}; wait for it or name another") from error
+
+
+def _move(new: Path, out: Path, old: Path) -> None:
+    """Put `new` in the place of `out`, or leave `out` as it was."""
+    try:
+        if out.exists():
+            out.rename(old)
+        new.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
+
+
+def main(options: Sequence[str]) -> None:
+    """Entry point of `rlhf prepare`: prepare, print the report, and say where everything is.
+
+    Args:
+        options: the words after `prepare`, recipes resolved.
+
+    Raises:
+        UserError: something the user can mend.
+    """
+    hush()
+    try:
+        folder: PreparedFolder = auto_cli(
+            prepare,
+            args=list(options),
+            as_positional=False,
+            parser_class=OneLineParser,
+            config_help="A recipe or YAML file; later ones win.",
+            prog="rlhf prepare",
+            usage="rlhf prepare --config RECIPE --out DIR [options]",
+            description="",
+        )
+    except ValueError as error:
+        if mendable := user_error(error):
+            raise mendable from error
+        raise
+    console = Console()
+    print_report(console, json.loads((folder.path / "report.json").read_text(encoding="utf-8")))
+    console.print()
+    for name, path in (("folder", ""), ("report", "report.txt"), ("lengths", "lengths.png")):
+        console.print(f"{name:8}{folder.path / path}", soft_wrap=True, highlight=False)

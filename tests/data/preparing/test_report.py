@@ -1,0 +1,209 @@
+"""The report on a prepared folder: numbers worked out by hand, and how it looks in text, in colour and as a picture."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from helpers.tokenizers import tiny_tokenizer
+from rlhf_lightning.data.chat import ChatEncoder
+from rlhf_lightning.data.limits import TokenLimits
+from rlhf_lightning.data.preparing.filters import Splits
+from rlhf_lightning.data.preparing.preparation import Preparation
+from rlhf_lightning.data.preparing.prepared import FolderWriter, PreparedFolder
+from rlhf_lightning.data.preparing.report import print_report, render, report_on, save_report
+from rlhf_lightning.data.rows import Need
+from rlhf_lightning.data.sources import Table
+
+LIMITS = TokenLimits.checked(64, None, None, "cut")
+Make = Callable[..., PreparedFolder]
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Make:
+    """Prepares rows with the tiny tokenizer."""
+
+    def make(rows: list[dict[str, Any]], **settings: Any) -> PreparedFolder:
+        folder = tmp_path / "prepared"
+        folder.mkdir()
+        chat = ChatEncoder(tiny_tokenizer(), "plain")
+        Preparation(Table(rows, name="rows"), chat, LIMITS, on_bad_row="skip", **settings).build(folder)
+        return PreparedFolder.open(folder)
+
+    return make
+
+
+def measured(tmp_path: Path, lengths: dict[Need, list[tuple[int, ...]]]) -> PreparedFolder:
+    """A folder of training rows of given lengths, in tokens."""
+    chat = ChatEncoder(tiny_tokenizer())
+    folder = tmp_path / "measured"
+    folder.mkdir()
+    writer = FolderWriter(folder, list(lengths))
+    for need, rows in lengths.items():
+        for i, row in enumerate(rows):
+            ids = [np.full(length, 20, np.int32) for length in row]
+            if need == "finetune":
+                ids.insert(1, np.zeros(0, np.int32))
+            writer[need, "train"].add(*ids, *((0.0, 1.0) if need == "preference" else ()), i, 0)
+    writer.close()
+    count = max(map(len, lengths.values()))
+    source = {
+        "name": "rows",
+        "source_names": ["rows"],
+        "source_weights": [1.0],
+        "counts": {"rows": count + 3, "kept": count, "dropped: chosen is null": 1, "other stages": 2},
+        "bad_rows": {"count": 0, "first": []},
+    }
+    writer.finish({"sources": {"data": source}}, {}, chat)
+    return PreparedFolder.open(folder)
+
+
+def report_of(folder: PreparedFolder, **settings: Any) -> dict[str, Any]:
+    return report_on(folder, tiny_tokenizer(), **settings)
+
+
+def text_of(report: dict[str, Any], **console: Any) -> str:
+    out = io.StringIO()
+    print_report(Console(file=out, **console), report)
+    return out.getvalue()
+
+
+def test_every_row_is_accounted_for_by_reason(prepared):
+    rows = [
+        {"prompt": "a", "chosen": " b", "rejected": " c"},
+        {"prompt": "a", "chosen": " d", "rejected": " e"},
+        {"prompt": "f", "chosen": " g", "rejected": " g"},
+        {"prompt": "h", "chosen": None, "rejected": " i"},
+        {"prompt": "j", "chosen": " k" * 80, "rejected": " l"},
+    ]
+    report = report_of(prepared(rows))
+    account = report["rows"]["data"]
+    assert (account["rows in"], account["kept"]) == (5, 3)
+    assert account["dropped"] == {"chosen and rejected are the same": 1, "chosen is null": 1}
+    assert account["cut"] == {"response": 1}
+    assert account["notes"] == {"prompt is a duplicate": 1}
+    assert report["bad_rows"]["data"]["count"] == 1
+    assert report["written"]["preference"] == {"train": 3, "validation": 0, "test": 0}
+    assert report["written"]["prompts"]["train"] == 2
+    text = text_of(report, width=100)
+    for words in ("rows in", "- chosen is null", "= kept", "responses cut, their EOS", "row 3: chosen is null"):
+        assert words in text
+    assert "prompts that came before and are not written again: 1" in text
+
+
+def test_an_account_that_does_not_add_up_is_an_error(tmp_path):
+    folder = measured(tmp_path, {"prompts": [(3,)]})
+    folder.manifest["sources"]["data"]["counts"]["rows"] += 1
+    with pytest.raises(AssertionError):
+        report_of(folder)
+
+
+def test_lengths_are_those_of_the_rows(tmp_path):
+    folder = measured(tmp_path, {"preference": [(1, 2, 1), (2, 2, 2), (3, 5, 6), (4, 1, 3)]})
+    report = report_of(folder)
+    lengths = report["lengths"]["preference train"]
+    assert lengths["prompt"]["mean"] == 2.5
+    assert (lengths["prompt"]["p50"], lengths["prompt"]["max"]) == (2.5, 4)
+    assert lengths["chosen"]["p25"] == 1.75
+    assert lengths["rejected"]["mean"] == 3.0
+    assert lengths["together"]["max"] == 9
+    shares = {"longer": 0.25, "as long": 0.25, "shorter": 0.5}
+    assert report["chosen_against_rejected"] == {"train": shares}
+    assert "train 25.0% 25.0% 50.0%" in " ".join(text_of(report).split())
+
+
+def test_what_is_taught_is_marked_earlier_turns_too(prepared):
+    turns = [("user", "hi"), ("assistant", "hello"), ("user", "bye"), ("assistant", "see you")]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}]
+    (example,) = report_of(prepared(rows, find_turns=True))["examples"]
+    pieces = [(piece["text"], piece["taught"]) for piece in example["texts"]["response"]]
+    assert pieces == [
+        ("\n\nHuman: hi\n\nAssistant:", False),
+        (" hello", True),
+        ("\n\nHuman: bye\n\nAssistant:", False),
+        (" see you<|end|>", True),
+    ]
+
+
+def test_both_responses_of_a_pair_stand_after_one_prompt(prepared):
+    folder = prepared([{"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"}], kinds=("preference",))
+    (example,) = report_of(folder)["examples"]
+    assert (example["kind"], example["row"]) == ("preference", 0)
+    chosen, rejected = example["texts"]["chosen"], example["texts"]["rejected"]
+    assert [piece["text"] for piece in chosen] == ["1 + 1 =", " 2<|end|>"]
+    assert rejected == [{"text": " 3<|end|>", "taught": True}]
+
+
+def test_ten_examples_are_spread_over_the_kinds_and_the_rows(tmp_path):
+    rows = [(3, 2)] * 101
+    folder = measured(tmp_path, {"finetune": rows, "preference": [(3, 2, 1)] * 3})
+    examples = report_of(folder)["examples"]
+    assert [example["row"] for example in examples if example["kind"] == "finetune"] == [0, 25, 50, 75, 100]
+    assert [example["row"] for example in examples if example["kind"] == "preference"] == [0, 1, 2]
+
+
+def test_prompts_alone_are_shown_with_nothing_marked(tmp_path):
+    report = report_of(measured(tmp_path, {"prompts": [(3,), (5,)]}))
+    assert [list(example["texts"]) for example in report["examples"]] == [["prompt"], ["prompt"]]
+    assert "⟦" not in text_of(report).partition("Examples")[2].partition("\n")[2]
+
+
+def test_colour_marks_on_a_terminal_and_brackets_elsewhere():
+    pieces = [{"text": "hi\x1b[31m", "taught": False}, {"text": " hello\n", "taught": True}]
+    assert render(pieces, coloured=False).plain == "hi\\x1b[31m⟦ hello\n⟧"
+    text = render(pieces, coloured=True)
+    assert text.plain == "hi\\x1b[31m hello\n"
+    assert [(span.start, span.end) for span in text.spans] == [(10, 17)]
+
+
+def test_long_prompts_are_shortened_on_a_terminal_only(tmp_path):
+    report = report_of(measured(tmp_path, {"finetune": [(4000, 3)]}))
+    piece = report["examples"][0]["texts"]["response"][0]["text"]
+    assert piece in text_of(report).replace("\n", "")
+    assert "characters …" in text_of(report, force_terminal=True)
+
+
+def test_the_sources_of_a_blend_are_counted_apart(tmp_path):
+    folder = measured(tmp_path, {"prompts": [(3,), (5,)]})
+    folder.manifest["sources"]["data"] |= {"source_names": ["ours", "theirs"], "source_weights": [1.0, 0.5]}
+    report = report_of(folder)
+    assert report["sources"] == [
+        {"name": "ours", "weight": 1.0, "train": {"prompts": 2}},
+        {"name": "theirs", "weight": 0.5, "train": {"prompts": 0}},
+    ]
+    assert "theirs" in text_of(report)
+
+
+@pytest.mark.parametrize("kinds", [("finetune", "preference", "prompts"), ("finetune",), ("prompts",), ("preference",)])
+def test_the_report_is_saved_beside_the_tables(tmp_path, kinds):
+    rng = np.random.default_rng(0)
+    widths = {"finetune": 2, "preference": 3, "prompts": 1}
+    rows = {kind: [tuple(row) for row in rng.integers(1, 60, (50, widths[kind]))] for kind in kinds}
+    folder = measured(tmp_path, rows)
+    report = report_of(folder)
+    save_report(folder, report)
+    assert json.loads((folder.path / "report.json").read_text(encoding="utf-8")) == report
+    text = (folder.path / "report.txt").read_text(encoding="utf-8")
+    assert "\x1b" not in text
+    assert max(map(len, text.partition("Examples")[0].splitlines())) <= 100
+    picture = (folder.path / "lengths.png").read_bytes()
+    assert picture[:4] == b"\x89PNG"
+    width, height = np.frombuffer(picture[16:24], ">u4").tolist()
+    assert width >= height > 600
+
+
+def test_held_out_parts_are_reported_too(prepared):
+    rows = [{"prompt": f"{i} + 1 =", "response": f" {i + 1}"} for i in range(40)]
+    folder = prepared(rows, splits=Splits(validation=0.3, test=0.3))
+    report = report_of(folder)
+    assert {"finetune train", "finetune validation", "finetune test"} <= set(report["lengths"])
+    assert sum(report["written"]["finetune"].values()) == 40
+    save_report(folder, report)
+    assert (folder.path / "lengths.png").is_file()
