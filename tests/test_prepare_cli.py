@@ -133,6 +133,20 @@ def test_a_folder_of_something_else_is_never_touched(words, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_prepared_folder_that_holds_something_else_too_is_not_replaced(words, tmp_path, capsys):
+    out = tmp_path / "data"
+    main([*words, f"--out={out}"])
+    (out / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    assert "holds more than prepared data (notes.txt)" in refused([*words, f"--out={out}", "--overwrite=true"], capsys)
+
+    other = tmp_path / "app"
+    other.mkdir()
+    (other / "manifest.json").write_text('{"name": "some app"}')
+    assert "no prepared folder" in refused([*words, f"--out={other}", "--overwrite=true"], capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["app", "data"]
+
+
 def test_an_empty_folder_is_filled_and_a_prepared_one_replaced_only_on_demand(words, tmp_path, capsys):
     out = tmp_path / "data"
     out.mkdir()

@@ -18,8 +18,9 @@ from rlhf_lightning.data.dialogue import PlainFormat
 from rlhf_lightning.data.limits import TokenLimits, check_context, check_positive
 from rlhf_lightning.data.preparing.filters import Filters, Splits
 from rlhf_lightning.data.preparing.preparation import Preparation
-from rlhf_lightning.data.preparing.prepared import MANIFEST, PreparedFolder
-from rlhf_lightning.data.preparing.report import print_report, report_on, save_report
+from rlhf_lightning.data.preparing.prepared import MANIFEST, PARTS, PreparedFolder, file_name, is_prepared
+from rlhf_lightning.data.preparing.report import REPORT_FILES, print_report, report_on, save_report
+from rlhf_lightning.data.rows import KINDS
 from rlhf_lightning.data.sources import DataSource, as_source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.tokenizer import load_tokenizer
@@ -120,15 +121,24 @@ def prepare(
     return PreparedFolder.open(folder)
 
 
+_OURS = {MANIFEST, "args.json", "example_prompt.json", *REPORT_FILES} | {
+    file_name(kind, part) for kind in KINDS for part in PARTS
+}
+
+
 def _check_out(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; name a folder")
     if not out.is_dir() or not any(out.iterdir()):
         return
-    if not (out / MANIFEST).is_file():
+    if not is_prepared(out):
         raise UserError(f"--out: {out} is not empty and no prepared folder; name another")
     if not overwrite:
         raise UserError(f"--out: {out} holds prepared data already; name another, or replace it with --overwrite true")
+    if others := sorted({path.name for path in out.iterdir()} - _OURS):
+        raise UserError(
+            f"--out: {out} holds more than prepared data ({others[0]}), so it is not replaced; name another"
+        )
 
 
 def _build_beside(preparation: Preparation, out: Path, num_examples: int, overwrite: bool) -> None:

@@ -277,6 +277,19 @@ def test_a_fingerprint_stands_for_what_makes_the_ids(tmp_path):
     for pad in ("own", "eos"):
         assert ChatEncoder(tiny_tokenizer(pad=pad, chat_template=True)).fingerprint() == mine
 
+    for reserved in ("<pad>", "<|end_of_turn|>"):  # the second serves as EOS and as padding
+        ours = tiny_tokenizer(pad="none")
+        ours.add_special_tokens({"extra_special_tokens": [reserved]})
+        ours.eos_token = reserved if reserved != "<pad>" else "<|end|>"
+        ours.pad_token = None if reserved == "<pad>" else reserved
+        before = ChatEncoder(ours).fingerprint()
+        if reserved != "<pad>":
+            ours.add_special_tokens({"pad_token": "<|new|>"})
+        ours.pad_token = "<pad>" if reserved == "<pad>" else "<|new|>"
+        assert ChatEncoder(ours).fingerprint() == before
+
+    other_bos = tiny_tokenizer()
+    other_bos.bos_token = "<|start|>"
     other_eos = tiny_tokenizer(chat_template=True)
     other_eos.eos_token = "<|pad|>"
     more_words = tiny_tokenizer(chat_template=True)
@@ -286,6 +299,7 @@ def test_a_fingerprint_stands_for_what_makes_the_ids(tmp_path):
         ChatEncoder(other_eos),
         ChatEncoder(more_words),
         ChatEncoder(tiny_tokenizer(), chat_template=STRICT_TEMPLATE),
+        ChatEncoder(other_bos, chat_template=CHAT_TEMPLATE),  # which a template may write, if no post-processor does
         ChatEncoder(tiny_tokenizer()),
         ChatEncoder(tiny_tokenizer(), plain_format=OWN_FORMAT),
         ChatEncoder(tiny_tokenizer(), "plain"),

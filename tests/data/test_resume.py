@@ -221,6 +221,7 @@ def test_a_fresh_fit_with_the_same_objects_begins_at_the_beginning(tmp_path):
         ({"rollout_batch_size": 5}, "batch_size 4, now it is 5"),
         ({"seed": 8}, "seed 7, now it is 8"),
         ({"data": ROWS[:20]}, "training examples 23, now it is 20"),
+        ({"data": [*ROWS[:22], {**ROWS[22], "prompt": "and now to something longer"}]}, "rows of hash"),
         ({"data": BLEND}, r"epoch with weights None, now it is \[0.5, 1.5\]"),
     ],
 )

@@ -322,6 +322,12 @@ class TextDataModule(ResumableDataModule, ABC):
 
     # Small things
 
+    def _order(self) -> dict[str, Any]:
+        if self._streamed:
+            return super()._order()
+        assert self._parts is not None
+        return {**super()._order(), "rows of hash": self._parts["train"].identity}
+
     def _part(self, name: str) -> Sequence[Any]:
         assert self._parts is not None, "call setup() first"
         return self._parts.get(name, ())

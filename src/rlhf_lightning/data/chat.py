@@ -236,14 +236,22 @@ class ChatEncoder:
         return {
             "tokenizer": self._name,
             "tokenizer_hash": self._tokenizer_hash,
-            "template_hash": template and _hash(template),
+            "template_hash": template and _hash(template + json.dumps(self._template_tokens)),
             "dialogue_format": self.dialogue_format,
             "plain_format": None if template else asdict(self.plain_format),
         }
 
+    @property
+    def _template_tokens(self) -> dict[str, str]:
+        """The special tokens that a template may write by name; the pad token is none that it would."""
+        named = self.tokenizer.special_tokens_map.items()
+        return {name: str(token) for name, token in sorted(named) if isinstance(token, str) and name != "pad_token"}
+
     @cached_property
     def _tokenizer_hash(self) -> str:
-        """Hash of vocabulary and rules. Padding and truncation do not count, nor a pad token beyond the vocabulary."""
+        """Hash of vocabulary and rules; padding, truncation, and a pad token added behind all others do not count."""
+        from rlhf_lightning.models.tokenizer import RESERVED  # slow to import, and processes that tokenise need it not
+
         backend = self._backend
         if backend is None:
             vocabulary, rules = sorted(self.tokenizer.get_vocab().items()), ""
@@ -252,7 +260,10 @@ class ChatEncoder:
             # The long rest is hashed as it stands: to parse it would take ten times as long.
             added, end = json.JSONDecoder().raw_decode(whole, whole.index(_ADDED) + len(_ADDED))
             size, pad_token = backend.get_vocab_size(with_added_tokens=False), self.tokenizer.pad_token
-            vocabulary = [token for token in added if token["id"] < size or token["content"] != pad_token]
+            # What was added to serve as padding comes last; the EOS, or a token kept for such use, may serve too.
+            last = max((token["id"] for token in added if token["id"] >= size), default=None)
+            names = {*RESERVED, pad_token} - {self.tokenizer.eos_token}
+            vocabulary = [token for token in added if token["id"] != last or token["content"] not in names]
             rules = whole[end:]
         return _hash(json.dumps([self.tokenizer.eos_token_id, self.prefix, vocabulary]) + rules)
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folders import looks_local
 
-_RESERVED = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>")
+RESERVED = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>")
 """Tokens that vocabularies carry for this purpose or that ordinary text never contains, most fitting first."""
 
 
@@ -88,7 +88,7 @@ def own_pad_token(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> in
     if tokenizer.pad_token_id not in taken:
         return int(tokenizer.pad_token_id)
     vocab = tokenizer.get_vocab()
-    reserved = [*_RESERVED, tokenizer.unk_token]
+    reserved = [*RESERVED, tokenizer.unk_token]
     for token in reserved:
         if token in vocab and vocab[token] not in taken:
             tokenizer.pad_token = token

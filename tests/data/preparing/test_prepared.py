@@ -80,6 +80,9 @@ def test_a_folder_holds_what_is_said_of_it(tmp_path):
     assert is_prepared(str(folder.path))
     assert not is_prepared(str(tmp_path))
     assert not is_prepared(ROWS)
+    for said in ("[]", '{"name": "some app"}'):  # of another program
+        (tmp_path / "manifest.json").write_text(said)
+        assert not is_prepared(tmp_path)
     assert folder.manifest["kinds"] == ["finetune", "preference", "prompts"]
     assert folder.manifest["parts"]["preference_train.arrow"]["rows"] == 6
     args = json.loads((folder.path / "args.json").read_text())

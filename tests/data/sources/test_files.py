@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.data.sources import files
 from rlhf_lightning.data.rows import BadRowError
+from rlhf_lightning.data.sources import files
 from rlhf_lightning.data.sources.files import file_fingerprint, is_local, open_rows
 from rlhf_lightning.errors import UserError
 
@@ -204,7 +204,10 @@ def test_a_broken_record_of_a_csv_costs_itself_only(tmp_path, line, reason):
 
 
 def test_a_quote_that_is_never_closed_is_a_bad_row_and_not_a_long_text(tmp_path):
-    assert outcomes(tmp_path / "x.csv", b'prompt\na\n"b\na\na\n') == [GOOD, "broken CSV (unexpected end of data)"]
+    assert outcomes(tmp_path / "x.csv", b'prompt\na\n"b\na\na\n') == [
+        GOOD,
+        "broken CSV (unexpected end of data), which cost 3 lines",
+    ]
 
 
 def test_a_long_field_of_a_csv_is_read(tmp_path):
@@ -352,12 +355,37 @@ def test_the_hash_of_a_large_file_at_rest_is_remembered(tmp_path, monkeypatch):
 
     os.utime(path, (1e9, 1e9))
     assert file_fingerprint(path) == fresh
+    memory = tmp_path / "cache" / "fingerprints.json"
+    memory.write_text(memory.read_text().replace(fresh, "what it says"))
+    assert file_fingerprint(path) == "what it says"  # not read again
     path.write_text("y" * 20)
-    os.utime(path, (1e9, 1e9))
-    assert file_fingerprint(path) == fresh  # not read again
-    os.utime(path, (1e9 + 1, 1e9 + 1))
-    assert file_fingerprint(path) != fresh
+    os.utime(path, (1e9, 1e9))  # as a copy that keeps the time of its original
+    other = file_fingerprint(path)
+    assert other not in (fresh, "what it says")
 
-    (tmp_path / "cache" / "fingerprints.json").write_text("{")
-    assert file_fingerprint(path) != fresh
+    memory.write_text("{")
+    assert file_fingerprint(path) == other
     assert [file.name for file in (tmp_path / "cache").iterdir()] == ["fingerprints.json"]
+
+
+def test_a_cache_that_cannot_be_written_stops_only_what_must_be_unpacked(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RLHF_LIGHTNING_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(files, "_BYTES_REMEMBERED", 10)
+    path = write_jsonl(tmp_path)
+    os.utime(path, (1e9, 1e9))
+    assert open_rows(path).fingerprint() == open_rows(path).fingerprint()
+
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(UserError, match=r"the cache .*file/cache cannot be written .*in \$RLHF_LIGHTNING_CACHE"):
+        len(open_rows(packed))
+
+
+def test_a_list_is_read_when_its_rows_are_asked_for(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("[{},\n oops]")
+    rows = open_rows(path)
+    assert len(rows.fingerprint()) == 32
+    with pytest.raises(UserError, match=r"rows.json line 2: broken JSON"):
+        len(rows)

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_lightning.data.rows import BadRowError, DroppedRow, Row
+from rlhf_lightning.data.sources import Table
 from rlhf_lightning.data.sources.forms import RowForm
 from rlhf_lightning.errors import UserError
 
@@ -214,6 +215,18 @@ def test_a_labelled_row_is_a_demonstration_where_the_label_is_good():
     assert dropped(row, "finetune") == "response is labelled as bad"
     assert RowForm(list(row)).label(row) == (Row("p", ("r",)), False)
     assert RowForm(list(row)).has("preference")
+
+
+def test_a_labelled_dialogue_is_a_demonstration_where_the_label_is_good():
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "go away"}]
+    row = {"conversations": turns, "label": False}
+    asked = [{"role": "user", "content": "hi"}]
+    assert dropped(row, "finetune") == "response is labelled as bad"
+    assert RowForm(list(row)).label(row) == (Row(asked, ("go away",)), False)
+    assert RowForm(list(row)).read({**row, "label": True}, "finetune") == Row(asked, ("go away",))
+    assert RowForm(list(row)).read(row, "prompts") == Row(asked)
+    opened = Table([row, {"conversations": [turns[0], {"from": "gpt", "value": "hello"}], "label": True}]).open()
+    assert opened.parse(1, "preference") == Row(asked, ("hello", "go away"), row_id=1)
 
 
 @pytest.mark.parametrize(("label", "good"), [(True, True), (1, True), ("TRUE", True), (0, False), ("false ", False)])

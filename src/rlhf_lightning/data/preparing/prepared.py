@@ -12,9 +12,11 @@ Ids are int32; every row carries the number of its row in the data and of its so
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,6 +190,11 @@ class TokenTable(Sequence[Any]):
         prompts = self.lengths("prompt")
         return prompts + np.maximum.reduce(responses) if responses else prompts
 
+    @cached_property
+    def identity(self) -> str:
+        """A hash of which rows these are, in which order, and how long each is; of their tokens none is read."""
+        return hashlib.blake2b(self.row_ids.tobytes() + self.total_lengths.tobytes(), digest_size=8).hexdigest()
+
     def __reduce__(self) -> tuple[Any, ...]:
         """A path says it all; the copy maps the file anew."""
         return TokenTable, (self.path, self.need)
@@ -311,7 +318,13 @@ def is_prepared(data: Any) -> bool:
     Args:
         data: as given to a data module.
     """
-    return isinstance(data, str | Path) and (Path(data).expanduser() / MANIFEST).is_file()
+    if not isinstance(data, str | Path) or not (path := Path(data).expanduser() / MANIFEST).is_file():
+        return False
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True  # perhaps ours before it was damaged; `PreparedFolder.open` says so
+    return isinstance(said, dict) and {"format", "parts"} <= said.keys()  # others write files of that name too
 
 
 class FolderWriter:

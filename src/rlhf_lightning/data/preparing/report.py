@@ -34,6 +34,7 @@ _NOTES = {
     "turns not found": "dialogues whose earlier turns the template does not show",
 }
 _CUTS = {"prompt": "prompts cut", "response": "responses cut, their EOS with them"}
+REPORT_FILES = ("report.json", "report.txt", "lengths.png")
 _BAD_ROWS_SHOWN = 5
 _WIDTH = 110  # of the saved text, in characters
 _TAUGHT = "bold green"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -17,7 +16,7 @@ import pyarrow.parquet
 
 from rlhf_lightning.data.rows import BadRowError
 from rlhf_lightning.data.sources.raw_rows import RawRow, RawRows, find_part
-from rlhf_lightning.data.sources.text_rows import open_seekable
+from rlhf_lightning.data.sources.text_rows import open_seekable, scratch_file
 from rlhf_lightning.errors import UserError
 
 _ROWS_A_BATCH = 1024
@@ -86,8 +85,7 @@ class ParquetRows(_MappedRows):
 
     @cached_property
     def _batches(self) -> list[pyarrow.RecordBatch]:
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self._scratch) as unpacked:
+        with scratch_file(self._scratch) as unpacked:
             with pyarrow.ipc.new_file(unpacked, self._file.schema_arrow) as writer:
                 for batch in self._file.iter_batches(batch_size=_ROWS_A_BATCH):
                     writer.write_batch(batch)

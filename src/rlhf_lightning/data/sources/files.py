@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -122,7 +123,7 @@ def _open_file(path: Path) -> RawRows:
         return ParquetRows(path, packed, cache_root(), fingerprint)
     head = head_of(path, packed)
     if head.startswith(b"["):
-        return ListRows(read_json_list(path, packed), f"{path} item", fingerprint)
+        return ListRows(partial(read_json_list, path, packed), f"{path} item", fingerprint)
     return JsonLines(path, packed, cache_root(), fingerprint, is_html=looks_like_html(head))
 
 
@@ -162,7 +163,7 @@ def _open_hub(name: str, split: str, streaming: bool, subset: str | None) -> Raw
 
 
 def file_fingerprint(path: Path) -> str:
-    """A hash of a file's content and kind; that of a large file at rest is remembered in the cache.
+    """A hash of a file's content; that of a large file at rest is remembered in the cache.
 
     Args:
         path: the file.
@@ -170,9 +171,10 @@ def file_fingerprint(path: Path) -> str:
     state = path.stat()
     # A file written a moment ago may be written again within the resolution of its time.
     remembered = state.st_size > _BYTES_REMEMBERED and time.time() - state.st_mtime > _SECONDS_AT_REST
-    key, stamp = str(path.resolve()), [state.st_size, state.st_mtime_ns]
-    if remembered and (known := _read_memory().get(key)) and known[:2] == stamp:
-        return str(known[2])
+    # A copy may bring the time of its original along, but not the time of its own change.
+    key, stamp = str(path.resolve()), [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+    if remembered and (known := _read_memory().get(key)) and known[:-1] == stamp:
+        return str(known[-1])
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -190,11 +192,12 @@ def _read_memory() -> dict[str, list[Any]]:
 
 
 def _remember(key: str, entry: list[Any]) -> None:
-    """Write the memory anew; of two that do so at once one is forgotten, which costs one more reading."""
+    """Write the memory anew, where that can be; what is forgotten, as one of two at once, is read once more."""
     memory = _read_memory()
     memory.pop(key, None)
     kept = dict([*memory.items(), (key, entry)][-_FILES_REMEMBERED:])
-    cache_root().mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=cache_root(), delete=False) as file:
-        json.dump(kept, file)
-    os.replace(file.name, cache_root() / "fingerprints.json")
+    with contextlib.suppress(OSError):
+        cache_root().mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=cache_root(), delete=False) as file:
+            json.dump(kept, file)
+        os.replace(file.name, cache_root() / "fingerprints.json")

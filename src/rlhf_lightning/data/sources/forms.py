@@ -9,7 +9,7 @@ What is answered stands in one of these:
 
 The answer, or the answers, in one of these:
 
-* `response`, `output` or `completion`; with a `label` (KTO) only where that is true;
+* `response`, `output` or `completion`, or the last turn; with a `label` (KTO) only where that is true;
 * `chosen` and `rejected`: text, a turn, or a list of turns. Where nothing says what is answered they are whole
   dialogues, as text or as turns, and everything before the last turn is the prompt;
 * `responses`, a list, with `ranks` (smaller is better) or `scores` (larger is better).
@@ -68,7 +68,8 @@ class RowForm:
         self._theirs = {ours: ours for ours in NAMES if ours in self._found and ours not in taken} | dict(names or {})
         self._margin, self._weight = (self._theirs.get(name, name) for name in ("margin", "weight"))
         self._prompt = self._prompt_reader()
-        self.labelled = self._answer is not None and self._has("label") and not self._has("chosen", "rejected")
+        one_response = self._answer is not None or (self._turns is not None and not self._has("chosen"))
+        self.labelled = one_response and self._has("label") and not self._has("chosen", "rejected")
         readers = {"finetune": self._finetune_reader(), "preference": self._preference_reader()}
         readers["prompts"] = self._prompts_reader()
         self._readers = {need: reader for need, reader in readers.items() if reader is not None}
@@ -110,7 +111,7 @@ class RowForm:
         good = value if isinstance(value, bool) else _LABELS.get(str(value).strip().lower())
         if good is None:
             raise BadRowError(f"{column} is null" if value is None else f"{column} is neither true nor false")
-        return self._weighed(self._demonstration(raw), raw), good
+        return self._weighed(self._demonstration(raw) if self._answer else self._last_turn(raw), raw), good
 
     # What the columns say
 
@@ -150,7 +151,7 @@ class RowForm:
         if self._has("chosen"):
             return self._chosen
         if self._turns:
-            return self._last_turn
+            return self._liked if self.labelled else self._last_turn
         return self._best if self._ranked else None
 
     def _preference_reader(self) -> Reader | None:

@@ -59,13 +59,19 @@ class ListRows(RawRows):
     """Rows in memory: a Python list, or the one JSON list of a file.
 
     Args:
-        rows: the list; items that are no objects are bad rows.
+        rows: the list, or what reads it when it is first needed; items that are no objects are bad rows.
         where: begins the place of a row.
         fingerprint: gives that of the file they come from; without it the rows are hashed.
     """
 
-    def __init__(self, rows: list[Any], where: str, fingerprint: Callable[[], str] | None = None) -> None:
-        self._rows, self._where, self._fingerprint = rows, where, fingerprint
+    def __init__(
+        self, rows: list[Any] | Callable[[], list[Any]], where: str, fingerprint: Callable[[], str] | None = None
+    ) -> None:
+        self._given, self._where, self._fingerprint = rows, where, fingerprint
+
+    @cached_property
+    def _rows(self) -> list[Any]:
+        return self._given() if callable(self._given) else self._given
 
     def __len__(self) -> int:
         return len(self._rows)

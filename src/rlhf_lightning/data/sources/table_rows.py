@@ -15,7 +15,7 @@ from rlhf_lightning.data.sources.forms import SAME, RowForm
 from rlhf_lightning.data.sources.raw_rows import RawRow, RawRows
 from rlhf_lightning.errors import UserError
 
-_PARSER = 1
+_PARSER = 2
 """Raised with every change of what a row is parsed to, so that nothing prepared before is taken for current."""
 
 

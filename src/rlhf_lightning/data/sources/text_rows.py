@@ -163,6 +163,9 @@ class CsvRows(RawRows):
                 line, fields = reader.line_num + 1, self._next(reader)
                 if fields is None:
                     return
+                if isinstance(fields, BadRowError) and reader.line_num > line:
+                    # A quote that is never closed takes all lines up to the next quote, which is not to be overlooked.
+                    fields = BadRowError(f"{fields}, which cost {reader.line_num - line + 1} lines")
                 if fields:
                     yield line, fields
 
@@ -223,12 +226,11 @@ def open_seekable(path: Path, packed: bool, scratch: Path) -> BinaryIO:
         scratch: folder for the unpacked form, made if missing; the file has no name there and goes with the process.
 
     Raises:
-        UserError: broken gzip.
+        UserError: broken gzip, or a folder that cannot be written.
     """
     if not packed:
         return path.open("rb")
-    scratch.mkdir(parents=True, exist_ok=True)
-    unpacked = tempfile.TemporaryFile(dir=scratch, buffering=0)  # noqa: SIM115, the rows are read from it
+    unpacked = scratch_file(scratch, buffering=0)
     try:
         with gzip.open(path) as file:
             shutil.copyfileobj(file, unpacked, 1 << 20)
@@ -236,6 +238,18 @@ def open_seekable(path: Path, packed: bool, scratch: Path) -> BinaryIO:
         raise gzip_error(path, error) from error
     unpacked.seek(0)
     return io.BufferedReader(unpacked)
+
+
+def scratch_file(folder: Path, buffering: int = -1) -> Any:
+    """A temporary file to unpack into; UserError if the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=folder, buffering=buffering)
+    except OSError as error:
+        raise UserError(
+            f"the cache {folder} cannot be written ({error.strerror}), and data are unpacked there; set another in "
+            "$RLHF_LIGHTNING_CACHE"
+        ) from error
 
 
 def gzip_error(path: Path, error: Exception) -> UserError:
