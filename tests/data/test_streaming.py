@@ -222,3 +222,13 @@ def test_other_data_or_a_late_checkpoint_are_refused(tmp_path, path):
     next(iter(data.train_dataloader()))
     with pytest.raises(UserError, match="cannot be resumed under a strategy that reads its checkpoint late"):
         data._sampler.resume(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "filters"), [(PromptDataModule, {}), (InstructionDataModule, {"duplicates": "exact"})]
+)
+def test_weights_that_would_have_no_effect_are_refused(path, kind, filters):
+    data = data_module(kind, path, filters=Filters(**filters))
+    data.data = Blend([Table(path, streaming=True)], weights=[2])
+    with pytest.raises(UserError, match="does not go with weights above 1, as what comes again is left out"):
+        data.setup("fit")

@@ -90,7 +90,10 @@ def prompt_key(prompt: Prompt) -> str:
         prompt: text or messages; a dialogue has the same key in either form.
     """
     messages = parse_dialogue(prompt) if isinstance(prompt, str) else prompt
-    text = str(prompt) if messages is None else "\n".join(f"{m['role']}: {m['content']}" for m in messages)
+    if messages is not None and len(messages) == 1 and messages[0]["role"] == "user":
+        text = messages[0]["content"]  # a template writes a bare text as one turn of the user, too
+    else:
+        text = str(prompt) if messages is None else "\n".join(f"{m['role']}: {m['content']}" for m in messages)
     if not text.isascii():
         return " ".join(text.split()).casefold()
     folded = text.encode().translate(_FOLD)  # the same for ASCII, and four times as fast

@@ -112,7 +112,7 @@ class StreamedExamples(IterableDataset[Any]):
         for choice, encoded in rows:
             examples, reason = self._make(choice, encoded, seen)
             if reason:
-                reader.drop_kept(reason, encoded)
+                reader.drop_kept(reason, choice, encoded)
             yield from examples
         reader.check()
         if self._rank == 0:
@@ -175,11 +175,14 @@ def check_streaming(preparation: Preparation, **others: bool | int) -> None:
         UserError: the first such setting.
     """
     evaluated = preparation.validation_data is not None
+    filters, weights = preparation.filters, preparation.source_weights
+    once = filters.duplicates != "keep" or filters.remove_same_inputs or preparation.kinds == ("prompts",)
     asked = {
         "validation_split (give validation_data, or set it to 0)": not evaluated and preparation.splits.validation,
         "test_split (give test_data)": preparation.test_data is None and preparation.splits.test,
         "filters.shuffle": preparation.filters.shuffle,
         "filters.remove_evaluation_prompts": preparation.filters.remove_evaluation_prompts,
+        "weights above 1, as what comes again is left out": once and max(weights) > 1,
         **others,
     }
     for name, value in asked.items():

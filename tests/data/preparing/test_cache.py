@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from helpers.preparing import preparation
+from helpers.preparing import build, preparation
 from helpers.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
 from rlhf_lightning.data.chat import ChatEncoder
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.cache import find_or_build
 from rlhf_lightning.data.preparing.filters import Filters, Splits
+from rlhf_lightning.data.preparing.prepared import PreparedFolder
 from rlhf_lightning.errors import UserError
 
 ROWS = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(20)]
@@ -173,3 +174,31 @@ def test_a_cache_that_cannot_be_written_is_named(rows, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"the cache .*file/cache cannot be written .*set another `cache_dir`"):
         find_or_build(finetune(rows), tmp_path / "file" / "cache")
+
+
+def test_of_two_hosts_that_do_not_see_each_others_lock_the_first_to_end_stands(rows, cache):
+    ours, theirs = finetune(rows), finetune(rows)
+    key = ours.key()
+    (cache / f".{key}.otherhost.1").mkdir(parents=True)
+    built: list[PreparedFolder] = []
+
+    class Slow:
+        def key(self):
+            return key
+
+        def build(self, folder):
+            ours.build(folder)
+            other = cache / f".{key}.otherhost.2"
+            other.mkdir()
+            theirs.build(other)
+            other.rename(cache / key)
+            built.append(PreparedFolder.open(cache / key))
+
+    assert find_or_build(Slow(), cache).manifest == built[0].manifest
+    assert entries(cache) == [f".{key}.otherhost.1", key]
+
+
+def test_evaluation_data_of_which_nothing_is_left_are_refused(rows, tmp_path):
+    bad = [{"prompt": "w" * 300, "response": "yes"}]
+    with pytest.raises(UserError, match=r"the list of rows leaves nothing to validate on \(rows 1, dropped: prompt"):
+        build(tmp_path / "data", str(rows), kinds=("finetune",), validation_data=bad, long_prompts="drop")

@@ -87,8 +87,11 @@ def test_every_row_is_accounted_for(tmp_path_factory, rows, filters, kinds, stag
             assert len(kept) <= said["kept"]
         if stages is None or role != "data":
             again = said.get("prompt is a duplicate", 0)
-            expected = {need: said["kept"] - (again if need == "prompts" else 0) for need in kinds}
-            assert {need: len(numbers) for need, numbers in written.items()} == expected
+            lacking = sum(count for name, count in said.items() if name.startswith("lacking: "))
+            fewer = {"prompts": again, "preference": lacking}  # a row that lacks a pair may lack a response too
+            for need, numbers in written.items():
+                most = said["kept"] - fewer.get(need, 0)
+                assert most - (lacking if need == "finetune" else 0) <= len(numbers) <= most
         bad = folder.manifest["sources"][role]["bad_rows"]
         assert bad["count"] == len(bad["first"]) <= sum(dropped(folder, role).values())
 
@@ -199,6 +202,40 @@ def test_kinds_made_together_are_those_made_apart(tmp_path):
             assert (apart.path / name).read_bytes() == (together.path / name).read_bytes()
 
 
+ODD_PAIRS = [
+    *PAIRS[:3],
+    {"prompt": "same?", "chosen": "yes", "rejected": "yes"},
+    {"prompt": PAIRS[0]["prompt"], "chosen": "again", "rejected": "again"},
+]
+ODD_DIALOGUES = [
+    {"chosen": f"\n\nHuman: {one}?\n\nAssistant:{good}", "rejected": f"\n\nHuman: {other}?\n\nAssistant: no"}
+    for one, other, good in [("a", "a", " yes"), ("b", "c", " yes"), ("d", "d", ""), ("e", "e", " no")]
+]
+LABELLED = [
+    {"prompt": prompt, "completion": f"{prompt} {i}", "label": label}
+    for i, (prompt, label) in enumerate([("a", True), ("a", False), ("b", True), ("c", False), ("a", True)])
+]
+
+
+@pytest.mark.parametrize("rows", [ODD_PAIRS, ODD_DIALOGUES, LABELLED])
+def test_a_row_that_makes_no_pair_serves_the_other_kinds(tmp_path, rows):
+    together = build(tmp_path / "together", rows)
+    assert len(together.part("preference", "train")) < len(together.part("finetune", "train"))
+    assert together.manifest["sources"]["data"]["counts"]["rows"] == len(rows)
+    for need in KINDS:
+        apart = build(tmp_path / need, rows, kinds=(need,))
+        name = f"{need}_train.arrow"
+        assert (apart.path / name).read_bytes() == (together.path / name).read_bytes()
+
+
+def test_why_a_kept_row_serves_less_is_counted(tmp_path):
+    counts = build(tmp_path / "together", ODD_PAIRS).manifest["sources"]["data"]["counts"]
+    assert counts["kept"] == 5
+    assert counts["lacking: chosen and rejected are the same"] == 2
+    alone = build(tmp_path / "alone", ODD_PAIRS, kinds=("preference",)).manifest["sources"]["data"]["counts"]
+    assert (alone["kept"], alone["dropped: chosen and rejected are the same"]) == (3, 2)
+
+
 def test_kinds_are_those_that_the_columns_allow(tmp_path):
     folder = build(tmp_path / "data", [{"prompt": "hi", "response": "yes"}])
     assert folder.manifest["kinds"] == ["finetune", "prompts"]
@@ -233,9 +270,10 @@ def test_a_ranking_becomes_pairs_that_weigh_as_one_row(tmp_path):
         (3, "b", "a", 1.0, 0.0),
     ]
     assert counts(folder)["further pairs of rankings"] == 3
-    assert dropped(folder) == {"dropped: no response ranks above another": 1}
+    assert not dropped(folder)
+    assert counts(folder)["lacking: no response ranks above another"] == 1
     responses = [tokenizer.decode(e.ids[e.prompt_length :]) for e in folder.part("finetune", "train")]
-    assert responses == ["good<|end|>", "a<|end|>", "b<|end|>"]
+    assert responses == ["good<|end|>", "a<|end|>", "a<|end|>", "b<|end|>"]
 
 
 def test_prompts_that_come_twice_are_written_once(tmp_path):

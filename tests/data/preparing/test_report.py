@@ -85,15 +85,24 @@ def test_every_row_is_accounted_for_by_reason(prepared):
     ]
     report = report_of(prepared(rows))
     account = report["rows"]["data"]
-    assert (account["rows in"], account["kept"]) == (5, 3)
-    assert account["dropped"] == {"chosen and rejected are the same": 1, "chosen is null": 1}
+    assert (account["rows in"], account["kept"]) == (5, 4)
+    assert account["dropped"] == {"chosen is null": 1}
+    assert account["lacking"] == {"chosen and rejected are the same": 1}
     assert account["cut"] == {"response": 1}
     assert account["notes"] == {"prompt is a duplicate": 1}
     assert report["bad_rows"]["data"]["count"] == 1
     assert report["written"]["preference"] == {"train": 3, "validation": 0, "test": 0}
-    assert report["written"]["prompts"]["train"] == 2
+    assert report["written"]["finetune"]["train"] == 4
+    assert report["written"]["prompts"]["train"] == 3
     text = text_of(report, width=100)
-    for words in ("rows in", "- chosen is null", "= kept", "responses cut, their EOS", "row 3: chosen is null"):
+    for words in (
+        "rows in",
+        "- chosen is null",
+        "= kept",
+        "but not for all kinds",
+        "responses cut, their EOS",
+        "row 3: chosen is null",
+    ):
         assert words in text
     assert "prompts that came before and are not written again: 1" in text
 

@@ -389,3 +389,12 @@ def test_a_list_is_read_when_its_rows_are_asked_for(tmp_path):
     assert len(rows.fingerprint()) == 32
     with pytest.raises(UserError, match=r"rows.json line 2: broken JSON"):
         len(rows)
+
+
+def test_a_saved_file_that_is_replaced_is_noticed(tmp_path):
+    for name, answer in (("data", "yes"), ("other", "no")):
+        datasets.Dataset.from_list([{"prompt": "a", "response": answer}]).save_to_disk(tmp_path / name)
+    before = open_rows(tmp_path / "data").fingerprint()
+    file = next((tmp_path / "data").glob("*.arrow"))
+    file.write_bytes(next((tmp_path / "other").glob("*.arrow")).read_bytes())
+    assert open_rows(tmp_path / "data").fingerprint() != before

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import shutil
 from pathlib import Path
 from typing import Protocol
@@ -65,16 +66,22 @@ def _whole(folder: Path) -> PreparedFolder | None:
 
 
 def _build(preparation: Buildable, root: Path, key: str) -> PreparedFolder:
-    # Under the lock nobody else works on this key, so whatever is here was left by a build that was killed.
-    for left in [*root.glob(f".{key}.*"), root / key]:
+    # Under the lock nobody else on this host works on this key, so what is here was left by a build that was killed.
+    # Some network disks do not show the lock to other hosts; their builds are left alone, and the first to end stands.
+    host = platform.node()
+    for left in [*root.glob(f".{key}.{host}.*"), root / key]:
         if left.exists():
             logger.info("removing the unfinished %s", left)
             shutil.rmtree(left)
-    folder = root / f".{key}.{os.getpid()}"
+    folder = root / f".{key}.{host}.{os.getpid()}"
     folder.mkdir()
     try:
         preparation.build(folder)
         folder.rename(root / key)
+    except OSError:
+        if (faster := _whole(root / key)) is None:
+            raise
+        return faster
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return PreparedFolder.open(root / key)

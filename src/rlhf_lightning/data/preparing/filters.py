@@ -180,10 +180,18 @@ def narrowed(row: Row, kinds: tuple[Need, ...]) -> Row:
     return row._replace(responses=row.responses[:wanted], ranks=())
 
 
-def strongest(kinds: tuple[Need, ...]) -> Need:
-    """The kind of example whose rows serve all of the kinds."""
-    order: tuple[Need, ...] = ("preference", "finetune", "prompts")
-    return next(kind for kind in order if kind in kinds)
+_RESPONSES: dict[Need, int] = {"preference": 2, "finetune": 1, "prompts": 0}
+"""Responses that a row must have at least."""
+
+
+def most_demanding_first(kinds: tuple[Need, ...]) -> tuple[Need, ...]:
+    """Kinds of example in such an order that a row parsed for one has all that those after it need."""
+    return tuple(kind for kind in _RESPONSES if kind in kinds)
+
+
+def served(row: Row, kinds: tuple[Need, ...]) -> tuple[Need, ...]:
+    """Those of some kinds of example for which a row has responses enough."""
+    return tuple(kind for kind in kinds if len(row.responses) >= _RESPONSES[kind])
 
 
 def in_order(kinds: Sequence[Need]) -> tuple[Need, ...]:

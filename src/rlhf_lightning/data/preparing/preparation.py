@@ -25,14 +25,20 @@ from rlhf_lightning.data.preparing.filters import (
     hash_of_ids,
     in_order,
     key_of,
+    most_demanding_first,
     narrowed,
-    strongest,
+    served,
 )
-from rlhf_lightning.data.preparing.prepared import FORMAT, PARTS, FolderWriter
+from rlhf_lightning.data.preparing.prepared import FORMAT, PARTS, FolderWriter, Part
 from rlhf_lightning.data.preparing.reading import Choice, Choose, Encoder, RowReader
 from rlhf_lightning.data.rows import KINDS, Need, OnBadRow, Row
 from rlhf_lightning.data.sources import Rows, Source
 from rlhf_lightning.errors import UserError
+
+_EVALUATED: dict[str, tuple[Part, str]] = {
+    "validation_data": ("validation", "validate on"),
+    "test_data": ("test", "test on"),
+}
 
 
 @dataclass
@@ -114,13 +120,24 @@ class Preparation:
             readers[role] = self._read(role, evaluation_prompts, kept)
             readers[role].counts.update(kept.account())
         writer.close()
-        for need in self._kinds:
-            if writer[need, "train"].rows == 0:
-                counts = say_counts(readers["data"].ordered_counts())
-                raise UserError(f"{self.data.name} leaves nothing to train on ({counts})")
+        uses: dict[str, tuple[Part, str]] = {"data": ("train", "train on"), **_EVALUATED}
+        for role, reader in readers.items():
+            part, use = uses[role]
+            if any(writer[need, part].rows == 0 for need in self._kinds):
+                name, counts = self._name(role), say_counts(reader.ordered_counts())
+                raise UserError(f"{name} leaves nothing to {use} ({counts})")
         if replace(self).key() != self.key():
             raise UserError("the data changed while they were read; run again")
         writer.finish(self._manifest(readers), self.arguments(), self.chat)
+
+    @property
+    def source_weights(self) -> list[float]:
+        """How often an epoch sees the rows of each source of `data`."""
+        return self._rows["data"].source_weights
+
+    def _name(self, role: str) -> str:
+        source: Source = getattr(self, role)
+        return source.name
 
     @cached_property
     def _rows(self) -> dict[str, Rows]:
@@ -158,25 +175,27 @@ class Preparation:
 
     def _reader(self, role: str) -> RowReader:
         encoder = Encoder(self.chat, self.limits, self.find_turns)
-        return RowReader(self._rows[role], strongest(self._kinds), encoder, self.on_bad_row, self.num_proc)
+        return RowReader(self._rows[role], most_demanding_first(self._kinds), encoder, self.on_bad_row, self.num_proc)
 
     def _read(self, role: str, evaluation_prompts: set[int], kept: _Kept) -> RowReader:
         reader = self._reader(role)
         order = self.filters.order(len(self._rows[role]), self.num_samples if role == "data" else None)
         for choice, encoded in reader.read(order, self._chooser(role, evaluation_prompts)):
             if reason := kept.write(choice, encoded):
-                reader.drop_kept(reason, encoded)
+                reader.drop_kept(reason, choice, encoded)
         reader.check()
         return reader
 
     def _chooser(self, role: str, evaluation_prompts: set[int]) -> Choose:
         unwanted = RowFilter(self.filters, evaluation_prompts if role == "data" else set())
 
-        def choose(row: Row) -> Choice | str:
+        def choose(row: Row) -> Choice | str | None:
             key = key_of(row)
             kinds = self._splits.kinds(key, self._kinds) if role == "data" else self._kinds
             if not kinds:
                 return "other stages"
+            if not (kinds := served(row, kinds)):
+                return None
             if reason := unwanted.reason(row, key):
                 return f"dropped: {reason}"
             if role != "data":
@@ -220,13 +239,17 @@ class _Kept:
             choice: the row, what it is wanted for, and its part.
             encoded: its ids.
         """
-        row, kinds, part = choice
+        row, kinds, part, _ = choice
         pairs = ranked_pairs(row, encoded.responses, self._remove_same_responses) if "preference" in kinds else []
         if "preference" in kinds and not pairs:
-            return _no_pairs(row)
+            if kinds == ("preference",):
+                return _no_pairs(row)
+            kinds = tuple(kind for kind in kinds if kind != "preference")
         known = "prompts" in kinds and self._came_before(encoded.prompt)
         if known and kinds == ("prompts",):
             return "prompt is a duplicate"
+        if "preference" in choice.kinds and not pairs:
+            self._more[f"lacking: {_no_pairs(row)}"] += 1
         self._wanted.update(kinds)
         self._more.update({"prompt is a duplicate": known, "further pairs of rankings": max(0, len(pairs) - 1)})
         numbers = (row.row_id, row.source)
@@ -311,7 +334,7 @@ def read_all(
     """
     rows = source.open()
     rows.check(need)
-    reader = RowReader(rows, need, encoder, on_bad_row)
+    reader = RowReader(rows, (need,), encoder, on_bad_row)
     kept = [(choice.row, ids) for choice, ids in reader.read(range(len(rows)), Choice)]
     reader.check()
     return kept, Counter(reader.ordered_counts())

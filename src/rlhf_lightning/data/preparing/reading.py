@@ -53,11 +53,13 @@ class Choice(NamedTuple):
         row: with the responses that are wanted.
         kinds: what it is for.
         part: where it goes.
+        lacking: why the row serves less than was asked for, if it does.
     """
 
     row: Row
     kinds: tuple[Need, ...] = ()
     part: str = ""
+    lacking: str = ""
 
 
 class _Left(NamedTuple):
@@ -74,8 +76,15 @@ class _Item(NamedTuple):
     outcome: Choice | _Left
 
 
-Choose = Callable[[Row], "Choice | str"]
-Parsed = tuple[int | str, Row | BadRowError | DroppedRow]
+class _Lesser(NamedTuple):
+    """A row that serves less than was asked for, and why."""
+
+    row: Row
+    reason: str
+
+
+Choose = Callable[[Row], "Choice | str | None"]
+Parsed = tuple[int | str, Row | _Lesser | BadRowError | DroppedRow]
 Chunk = list[_Item]
 
 
@@ -84,19 +93,22 @@ class RowReader:
 
     Args:
         rows: the opened source.
-        need: what the rows are read for.
+        needs: what the rows are read for, the most demanding first; a row of no use for one is read for the next.
         encoder: turns them into ids.
         on_bad_row: what to do at a row that cannot be used.
         num_proc: processes that tokenise; what comes out does not depend on it.
 
     Attributes:
-        counts: `rows`, `kept`, `other stages`, `dropped: reason`, `cut: prompt` and the like.
+        counts: `rows`, `kept`, `other stages`, `dropped: reason`, `cut: prompt` and the like; `lacking: reason` of
+            rows that are kept but serve less than was asked for.
         bad_rows: place and reason of the first bad rows.
         num_bad: all of them.
     """
 
-    def __init__(self, rows: Rows, need: Need, encoder: Encoder, on_bad_row: OnBadRow, num_proc: int = 1) -> None:
-        self.rows, self.need, self.encoder = rows, need, encoder
+    def __init__(
+        self, rows: Rows, needs: tuple[Need, ...], encoder: Encoder, on_bad_row: OnBadRow, num_proc: int = 1
+    ) -> None:
+        self.rows, self.needs, self.encoder = rows, needs, encoder
         self.on_bad_row, self.num_proc = on_bad_row, num_proc
         self.counts: Counter[str] = Counter()
         self.bad_rows: list[tuple[str, str]] = []
@@ -108,7 +120,8 @@ class RowReader:
 
         Args:
             order: numbers of the rows.
-            choose: says of a sound row where it goes, or what it is counted as if it is left out.
+            choose: says of a sound row where it goes, or what it is counted as if it is left out; None if it has not
+                enough responses for what it is wanted for.
 
         Raises:
             UserError: too many bad rows, or something that is wrong with all rows, such as a missing template.
@@ -127,7 +140,7 @@ class RowReader:
         Raises:
             UserError: as in `read`.
         """
-        return self._encoded(islice(self.rows.stream(self.need, epoch), limit), choose)
+        return self._encoded(islice(self.rows.stream(self.needs[0], epoch), limit), choose)
 
     def _encoded(self, parsed: Iterable[Parsed], choose: Choose) -> Iterator[tuple[Choice, EncodedRow]]:
         items = (_Item(where, _outcome(row, choose)) for where, row in parsed)
@@ -143,6 +156,8 @@ class RowReader:
                     continue
                 self.counts["kept"] += 1
                 self.counts.update(result.notes)
+                if outcome.lacking:
+                    self.counts[f"lacking: {outcome.lacking}"] += 1
                 yield outcome, result
 
     def _encoded_chunks(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, Iterator[EncodedRow | str]]]:
@@ -159,15 +174,18 @@ class RowReader:
                 "lacks its `if __name__ == '__main__':`"
             ) from error
 
-    def drop_kept(self, reason: str, encoded: EncodedRow) -> None:
+    def drop_kept(self, reason: str, choice: Choice, encoded: EncodedRow) -> None:
         """Count the row given last as dropped after all.
 
         Args:
             reason: why.
-            encoded: what was given.
+            choice: what was given.
+            encoded: its ids.
         """
         self.counts["kept"] -= 1
         self.counts.subtract(encoded.notes)
+        if choice.lacking:
+            self.counts[f"lacking: {choice.lacking}"] -= 1
         self.counts[f"dropped: {reason}"] += 1
 
     def ordered_counts(self) -> dict[str, int]:
@@ -182,11 +200,19 @@ class RowReader:
         assert counts["rows"] == counts["kept"] + dropped + counts["other stages"], counts
         assert self._total in (None, counts["rows"]), counts
 
-    def _parse(self, number: int) -> Row | BadRowError | DroppedRow:
-        try:
-            return self.rows.parse(number, self.need)
-        except (BadRowError, DroppedRow) as reason:
-            return reason
+    def _parse(self, number: int) -> Row | _Lesser | BadRowError | DroppedRow:
+        first: DroppedRow | None = None
+        for need in self.needs:
+            try:
+                row = self.rows.parse(number, need)
+            except BadRowError as reason:
+                return first or reason
+            except DroppedRow as reason:
+                first = first or reason
+            else:
+                return row if first is None else _Lesser(row, str(first))
+        assert first is not None
+        return first
 
     def _place(self, where: int | str) -> str:
         return where if isinstance(where, str) else self.rows.place(where)
@@ -231,10 +257,16 @@ class RowReader:
         return error
 
 
-def _outcome(row: Row | BadRowError | DroppedRow, choose: Choose) -> Choice | _Left:
+def _outcome(row: Row | _Lesser | BadRowError | DroppedRow, choose: Choose) -> Choice | _Left:
     if isinstance(row, Row):
         chosen = choose(row)
+        assert chosen is not None, "a row read for all that it may serve has what that takes"
         return _Left(chosen) if isinstance(chosen, str) else chosen
+    if isinstance(row, _Lesser):
+        chosen = choose(row.row)
+        if chosen is None:
+            return _Left(f"dropped: {row.reason}")
+        return _Left(chosen) if isinstance(chosen, str) else chosen._replace(lacking=row.reason)
     return _Left(f"dropped: {row}", str(row) if isinstance(row, BadRowError) else "")
 
 

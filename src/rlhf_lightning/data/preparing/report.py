@@ -104,6 +104,7 @@ def _account(counts: dict[str, int]) -> dict[str, Any]:
         "other stages": counts.get("other stages", 0),
         "kept": counts.get("kept", 0),
         "cut": _group(counts, "cut: "),
+        "lacking": _group(counts, "lacking: "),
         "notes": {name: counts[name] for name in _NOTES if counts.get(name)},
     }
     left = sum(account["dropped"].values()) + account["other stages"] + account["kept"]
@@ -248,6 +249,12 @@ def _rows_table(rows: dict[str, dict[str, Any]]) -> Table:
         add(f"- {reason}", [account["dropped"].get(reason, 0) for account in rows.values()])
     add("- of other stages", [account["other stages"] for account in rows.values()])
     add("= kept", [account["kept"] for account in rows.values()], "bold")
+    for reason in dict.fromkeys(reason for account in rows.values() for reason in account["lacking"]):
+        add(
+            f"  but not for all kinds: {reason}",
+            [account["lacking"].get(reason, 0) for account in rows.values()],
+            "dim",
+        )
     for what in dict.fromkeys(what for account in rows.values() for what in account["cut"]):
         add(_CUTS.get(what, f"{what} cut"), [account["cut"].get(what, 0) for account in rows.values()], "dim")
     return table

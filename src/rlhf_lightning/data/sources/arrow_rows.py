@@ -101,10 +101,11 @@ class DatasetRows(_MappedRows):
     Args:
         dataset: the data set.
         name: begins the place of a row.
+        hash_of_file: for data whose files may be replaced; hashes one of them.
     """
 
-    def __init__(self, dataset: Any, name: str) -> None:
-        self._dataset, self._name = dataset, name
+    def __init__(self, dataset: Any, name: str, hash_of_file: Callable[[Path], str] | None = None) -> None:
+        self._dataset, self._name, self._hash_of_file = dataset, name, hash_of_file
 
     @cached_property
     def columns(self) -> list[str]:
@@ -119,8 +120,10 @@ class DatasetRows(_MappedRows):
         return f"{self._name} row {index}"
 
     def fingerprint(self) -> str:
-        """The one that `datasets` keeps."""
-        return str(self._dataset._fingerprint)
+        """The one that `datasets` keeps, and the hash of each file: it does not notice that one has been replaced."""
+        hash_of_file = self._hash_of_file
+        hashes = [hash_of_file(Path(file["filename"])) for file in self._dataset.cache_files] if hash_of_file else []
+        return " ".join([str(self._dataset._fingerprint), *hashes])
 
     @cached_property
     def _batches(self) -> list[pyarrow.RecordBatch]:

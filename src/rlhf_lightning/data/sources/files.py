@@ -134,10 +134,10 @@ def _open_saved(path: Path, split: str) -> RawRows:
 
     saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.Dataset):
-        return DatasetRows(saved, str(path))
+        return DatasetRows(saved, str(path), file_fingerprint)
     if split not in saved:
         raise UserError(f"{path} has no split {split!r}; it has {', '.join(saved)}; name one of these in `split`")
-    return DatasetRows(saved[split], f"{path} {split}")
+    return DatasetRows(saved[split], f"{path} {split}", file_fingerprint)
 
 
 def _open_hub(name: str, split: str, streaming: bool, subset: str | None) -> RawRows:
