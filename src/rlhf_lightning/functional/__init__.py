@@ -1,6 +1,12 @@
 """Pure tensor maths: no state, no logging, nothing in place."""
 
 from rlhf_lightning.functional.advantages import KLEstimator, gae, kl_estimate, kl_shaped_rewards
+from rlhf_lightning.functional.linear_loss import (
+    LogitScaling,
+    linear_cross_entropy_sum,
+    linear_token_logprobs,
+    rows_per_chunk,
+)
 from rlhf_lightning.functional.logprobs import entropy, token_logprobs
 from rlhf_lightning.functional.losses import (
     RewardLoss,
@@ -15,6 +21,7 @@ from rlhf_lightning.functional.masked import last_index, masked_mean, masked_mom
 
 __all__ = [
     "KLEstimator",
+    "LogitScaling",
     "RewardLoss",
     "cross_entropy_sum",
     "divergence_index",
@@ -23,6 +30,8 @@ __all__ = [
     "kl_estimate",
     "kl_shaped_rewards",
     "last_index",
+    "linear_cross_entropy_sum",
+    "linear_token_logprobs",
     "masked_mean",
     "masked_moments",
     "masked_sum",
@@ -30,6 +39,7 @@ __all__ = [
     "pairwise_loss",
     "ppo_policy_loss",
     "ppo_value_loss",
+    "rows_per_chunk",
     "scores_at_end",
     "token_logprobs",
 ]

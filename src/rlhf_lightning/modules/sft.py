@@ -19,8 +19,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import InstructionBatch, PromptBatch, micro_batches
-from rlhf_lightning.functional import cross_entropy_sum
-from rlhf_lightning.models.causal_lm import hidden_states, load_causal_lm, output_logits
+from rlhf_lightning.models.causal_lm import cross_entropy_at, hidden_states, load_causal_lm
 from rlhf_lightning.models.generation import Sampling
 from rlhf_lightning.models.packed import check_packing
 from rlhf_lightning.models.tokenizer import load_tokenizer
@@ -132,15 +131,9 @@ class SFTModule(pl.LightningModule):
             check_packing(self.export_model, batch.input_ids[batch.attention_mask][:_PROBE_TOKENS])
             self._packing_is_safe = True
         hidden = hidden_states(self.export_model, batch.input_ids, batch.attention_mask, batch.position_ids)
-        # Token t is predicted from t - 1. Only positions with a target meet the output matrix.
-        targets = batch.loss_mask[:, 1:]
-        logits = output_logits(self.export_model, hidden[:, :-1][targets])
-        target_ids = batch.input_ids[:, 1:][targets]
-        loss = cross_entropy_sum(logits, target_ids, self.label_smoothing)
-        if not self.label_smoothing:
-            return loss, loss.detach()
-        with torch.no_grad():
-            return loss, cross_entropy_sum(logits, target_ids)
+        # Token t is predicted from t - 1.
+        targets, mask = batch.input_ids[:, 1:], batch.loss_mask[:, 1:]
+        return cross_entropy_at(self.export_model, hidden[:, :-1], targets, mask, self.label_smoothing)
 
     def training_step(self, batch: InstructionBatch, batch_idx: int) -> None:
         """One optimizer step on one batch."""

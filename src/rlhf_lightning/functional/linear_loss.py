@@ -1,0 +1,307 @@
+"""Cross-entropy and log-probabilities from hidden states and output matrix, the logits a few rows at a time.
+
+The logits of all tokens are the largest tensor of a language model's training by far, and autograd keeps several of
+their size. Here a chunk of rows meets the output matrix, is reduced to a number per row, and is gone. The summed
+cross-entropy has one gradient, so its forward pass computes that on the way; log-probabilities meet a gradient of their
+own for each token, so their backward pass computes the logits again.
+
+`torch.nn.functional.linear_cross_entropy` is not used: it is absent before torch 2.13, knows no soft cap, chunks
+neither smoothed losses nor log-probabilities with entropy, and took over twice as long on a CPU.
+
+Notation: N tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_CHUNK_ELEMENTS = 2**24
+_MIN_ROWS = 256
+
+
+class LogitScaling(NamedTuple):
+    """What a model does to the product of hidden state and output matrix before it calls it logits.
+
+    Attributes:
+        scale: a factor (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
+        soft_cap: bound that a tanh draws the scaled logits into (Gemma 2); None for none.
+    """
+
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+
+_PLAIN = LogitScaling()
+
+
+def rows_per_chunk(vocab_size: int) -> int:
+    """Rows of logits that are computed at once.
+
+    About 64 MiB of float32, but enough rows for a matrix product to outweigh reading the output matrix.
+
+    Args:
+        vocab_size: V.
+
+    Example:
+        >>> rows_per_chunk(49152)
+        341
+    """
+    return max(_CHUNK_ELEMENTS // vocab_size, _MIN_ROWS)
+
+
+def linear_cross_entropy_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    scaling: LogitScaling = _PLAIN,
+    label_smoothing: float = 0.0,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Summed next-token cross-entropy in nats, `cross_entropy_sum` of the logits without the logits.
+
+    Args:
+        hidden: hidden states the targets are predicted from, `[N, D]`.
+        weight: the output matrix, `[V, D]`.
+        bias: `[V]`, or None.
+        targets: `[N]`, int64.
+        scaling: what becomes of the products.
+        label_smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2016, section 7).
+        chunk_rows: rows of logits computed at once; None for `rows_per_chunk`.
+
+    Returns:
+        Two scalars, float32 (float64 for float64 inputs): the loss, and the negative log-likelihood, which is the loss
+        without smoothing and has no gradient.
+
+    Example:
+        >>> loss, nll = linear_cross_entropy_sum(torch.zeros(3, 2), torch.zeros(4, 2), None, torch.tensor([0, 1, 2]))
+        >>> loss, nll
+        (tensor(4.1589), tensor(4.1589))
+    """
+    rows = chunk_rows or rows_per_chunk(len(weight))
+    dtype = _product_dtype(hidden)
+    # Inside `forward` gradients are always off; only out here can be told whether there will be a backward pass.
+    arguments = (targets, scaling, label_smoothing, rows, dtype, torch.is_grad_enabled())
+    return _CrossEntropySum.apply(hidden, weight, bias, *arguments)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    scaling: LogitScaling = _PLAIN,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each token, `token_logprobs` and `entropy` of the logits without the logits.
+
+    Args:
+        hidden: hidden states the tokens are predicted from, `[N, D]`.
+        weight: the output matrix, `[V, D]`.
+        bias: `[V]`, or None.
+        token_ids: `[N]`, int64.
+        scaling: what becomes of the products.
+        temperature: the sampling temperature, which divides the logits.
+        with_entropy: also compute the entropy of each prediction.
+        chunk_rows: rows of logits computed at once; None for `rows_per_chunk`.
+
+    Returns:
+        Log-probabilities and, when asked for, entropies in nats, each `[N]`, float32 (float64 for float64 inputs).
+
+    Example:
+        >>> logprobs, _ = linear_token_logprobs(torch.zeros(1, 3), torch.zeros(2, 3), None, torch.tensor([1]))
+        >>> logprobs.exp()
+        tensor([0.5000])
+    """
+    rows = chunk_rows or rows_per_chunk(len(weight))
+    arguments = (token_ids, scaling, temperature, with_entropy, rows, _product_dtype(hidden))
+    return _TokenLogprobs.apply(hidden, weight, bias, *arguments)
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scaling: LogitScaling,
+        label_smoothing: float,
+        rows: int,
+        dtype: torch.dtype,
+        with_backward: bool,
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            output = _Output(hidden, weight, bias, scaling, 1.0, dtype)
+            grads = _Gradients(hidden, weight, bias, [with_backward and need for need in ctx.needs_input_grad[:3]])
+            loss = torch.zeros((), dtype=_wide(dtype), device=hidden.device)
+            nll = loss.clone()
+            for part in _parts(len(hidden), rows):
+                chosen = targets[part].unsqueeze(1)
+                logits, slope = output.logits(part, with_slope=grads.wanted)
+                at_target, mean = logits.gather(1, chosen).squeeze(1), logits.mean(dim=1)
+                logsumexp = _softmax_(logits)
+                nll += (logsumexp - at_target).sum()
+                share = (1 - label_smoothing) * at_target + label_smoothing * mean
+                loss += (logsumexp - share).sum()
+                if grads.wanted:
+                    grad = logits.sub_(label_smoothing / len(weight))
+                    grad.scatter_add_(1, chosen, grad.new_full(chosen.shape, label_smoothing - 1))
+                    grads.add(part, output, grad.mul_(slope))
+        ctx.save_for_backward(*grads.results())
+        ctx.mark_non_differentiable(nll)
+        return loss, nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors]
+        return *scaled, *[None] * 6
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        token_ids: Tensor,
+        scaling: LogitScaling,
+        temperature: float,
+        with_entropy: bool,
+        rows: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor | None]:
+        logprobs = torch.empty(len(hidden), dtype=_wide(dtype), device=hidden.device)
+        entropies = torch.empty_like(logprobs) if with_entropy else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            output = _Output(hidden, weight, bias, scaling, temperature, dtype)
+            for part in _parts(len(hidden), rows):
+                log_softmax = output.logits(part)[0].log_softmax(dim=1)
+                logprobs[part] = log_softmax.gather(1, token_ids[part].unsqueeze(1)).squeeze(1)
+                if entropies is not None:
+                    entropies[part] = -log_softmax.exp().mul_(log_softmax).sum(dim=1)
+        ctx.save_for_backward(hidden, weight, bias, token_ids, entropies)
+        ctx.options = scaling, temperature, rows, dtype
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, token_ids, entropies = ctx.saved_tensors
+        scaling, temperature, rows, dtype = ctx.options
+        with torch.autocast(hidden.device.type, enabled=False):
+            output = _Output(hidden, weight, bias, scaling, temperature, dtype)
+            grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+            for part in _parts(len(hidden), rows):
+                logits, slope = output.logits(part, with_slope=True)
+                factor = -grad_logprobs[part].unsqueeze(1)
+                if entropies is not None and grad_entropies is not None:
+                    # d entropy / d logit = -p (log p + entropy), d logprob / d logit = [chosen] - p
+                    surprise = logits.log_softmax(dim=1).add_(entropies[part].unsqueeze(1))
+                    factor = factor - surprise.mul_(grad_entropies[part].unsqueeze(1))
+                _softmax_(logits)
+                grad = logits.mul_(factor)
+                grad.scatter_add_(1, token_ids[part].unsqueeze(1), grad_logprobs[part].unsqueeze(1))
+                grads.add(part, output, grad.mul_(slope))
+        return *grads.results(), *[None] * 6
+
+
+class _Output:
+    """The output layer, a slice of rows at a time."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scaling: LogitScaling,
+        temperature: float,
+        dtype: torch.dtype,
+    ) -> None:
+        self.hidden = hidden.to(dtype)
+        self.weight = weight.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
+        self.scaling = scaling
+        self.temperature = temperature
+
+    def logits(self, part: slice, with_slope: bool = False) -> tuple[Tensor, Tensor | float]:
+        """Logits over the temperature, `[n, V]`, free to be overwritten; their derivative by the plain products."""
+        scale, cap = self.scaling
+        logits = torch.nn.functional.linear(self.hidden[part], self.weight, self.bias)
+        logits = logits.to(_wide(logits.dtype))
+        if scale != 1.0:
+            logits.mul_(scale)
+        slope: Tensor | float = scale / self.temperature
+        if cap is not None:
+            logits.div_(cap).tanh_()
+            if with_slope:
+                slope = (1 - logits**2).mul_(slope)
+            logits.mul_(cap)
+        if self.temperature != 1.0:
+            logits.div_(self.temperature)
+        return logits, slope
+
+
+class _Gradients:
+    """Sums over the chunks, in float32 at least, of those gradients that are asked for."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Any) -> None:
+        self.inputs = hidden, weight, bias
+        self.hidden, self.weight, self.bias = (
+            torch.zeros_like(tensor, dtype=_wide(tensor.dtype)) if need and tensor is not None else None
+            for tensor, need in zip(self.inputs, needs, strict=True)
+        )
+
+    @property
+    def wanted(self) -> bool:
+        return any(grad is not None for grad in (self.hidden, self.weight, self.bias))
+
+    def add(self, part: slice, output: _Output, grad_logits: Tensor) -> None:
+        """Take in one chunk: `grad_logits` is by the plain products, `[n, V]`."""
+        if self.bias is not None:
+            self.bias += grad_logits.sum(dim=0)
+        grad_logits = grad_logits.to(output.weight.dtype)
+        if self.hidden is not None:
+            self.hidden[part] = grad_logits @ output.weight
+        if self.weight is None:
+            return
+        if self.weight.dtype == grad_logits.dtype:
+            self.weight.addmm_(grad_logits.t(), output.hidden[part])
+        else:
+            self.weight += grad_logits.t() @ output.hidden[part]
+
+    def results(self) -> list[Tensor | None]:
+        """Gradients by hidden states, weight and bias, each in its tensor's own type."""
+        sums = zip((self.hidden, self.weight, self.bias), self.inputs, strict=True)
+        return [None if total is None or tensor is None else total.to(tensor.dtype) for total, tensor in sums]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _parts(length: int, rows: int) -> Iterator[slice]:
+    return (slice(start, start + rows) for start in range(0, length, rows))
+
+
+def _softmax_(logits: Tensor) -> Tensor:
+    """Overwrite logits `[n, V]` with their softmax, one exponential per element; the logsumexp, `[n]`."""
+    top = logits.amax(dim=1, keepdim=True)
+    total = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
+    logits.div_(total)
+    return (top + total.log()).squeeze(1)
