@@ -17,7 +17,7 @@ from rlhf_lightning.functional.losses import (
     ppo_value_loss,
     scores_at_end,
 )
-from rlhf_lightning.functional.masked import last_index, masked_mean, masked_moments, masked_sum, masked_whiten
+from rlhf_lightning.functional.masked import last_index, masked_moments, masked_sum, masked_whiten
 
 __all__ = [
     "KLEstimator",
@@ -32,7 +32,6 @@ __all__ = [
     "last_index",
     "linear_cross_entropy_sum",
     "linear_token_logprobs",
-    "masked_mean",
     "masked_moments",
     "masked_sum",
     "masked_whiten",

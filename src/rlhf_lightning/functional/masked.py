@@ -37,19 +37,6 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0).sum()
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the entries that count; 0 where none does.
-
-    Args:
-        values: any shape.
-        mask: True where the entry counts, the same shape, bool.
-
-    Returns:
-        A scalar.
-    """
-    return masked_sum(values, mask) / mask.sum().clamp(min=1)
-
-
 def masked_moments(values: Tensor, mask: Tensor, reduce: Reduce = identity) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and population variance of the entries that count, over all processes.
 

@@ -206,13 +206,11 @@ class Preparation:
         return choose
 
     def _manifest(self, readers: dict[str, RowReader]) -> dict[str, Any]:
-        sources = {"data": self.data, "validation_data": self.validation_data, "test_data": self.test_data}
         roles = {}
         for role, rows in self._rows.items():
-            source, reader = sources[role], readers[role]
-            assert source is not None
+            reader = readers[role]
             roles[role] = {
-                "name": source.name,
+                "name": self._name(role),
                 "fingerprint": rows.fingerprint(),
                 "source_names": list(rows.source_names),
                 "source_weights": list(rows.source_weights),
