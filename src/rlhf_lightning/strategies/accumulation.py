@@ -1,0 +1,236 @@
+"""One optimizer step from several micro-batches, the same on every strategy.
+
+The loss of a step is a sum over tokens divided by the number of tokens on all ranks, so no strategy may average
+anything on top: DDP and DeepSpeed average over ranks, hence each loss is multiplied by the number of ranks; DeepSpeed
+would also divide by the number of micro-batches, which is switched off.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.strategies import DeepSpeedStrategy as LightningDeepSpeedStrategy
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
+
+from rlhf_lightning.errors import NonFiniteError, UserError
+from rlhf_lightning.strategies.deepspeed import DeepSpeedStrategy
+from rlhf_lightning.strategies.ranks import clip_value, world_size
+
+
+class GradientAccumulation:
+    """One optimizer step made of several micro-batches, the same on every strategy.
+
+    The weights move as if the sum of all losses, over micro-batches and ranks, had been differentiated at once: divide
+    each loss by the number of tokens of the whole step on all ranks (see `sum_over_ranks`) and pass it in. Make a new
+    object for every optimizer step.
+
+    Example:
+        A `training_step` in manual optimisation::
+
+            num_tokens = sum_over_ranks(self, batch.loss_mask.sum())
+            pieces = micro_batches(batch, self.micro_batch_size)
+            accumulation = GradientAccumulation(self, len(pieces))
+            for micro_batch in pieces:
+                accumulation.backward(self.loss_sum(micro_batch) / num_tokens)
+            grad_norm = accumulation.step(context=f"rows {batch.row_ids.tolist()}")
+
+    Args:
+        module: the LightningModule inside whose `training_step` this runs; it has one optimizer, and its attribute
+            `gradient_clip_val` (a number, or None for no clipping) bounds the norm of the whole gradient.
+        num_micro_batches: how often `backward` will be called before `step`; the same on every rank.
+
+    Raises:
+        UserError: on a strategy or precision that is not supported.
+    """
+
+    def __init__(self, module: pl.LightningModule, num_micro_batches: int) -> None:
+        _refuse_unsupported(module.trainer)
+        self._module = module
+        self._left = num_micro_batches
+        self._loss = torch.zeros((), device=module.device)
+        on_deepspeed = isinstance(module.trainer.strategy, DeepSpeedStrategy)
+        self._backend: _Backend = _DeepSpeedBackend(module) if on_deepspeed else _TorchBackend(module)
+
+    @property
+    def loss(self) -> Tensor:
+        """Sum of the losses passed in so far on this rank, after `step` on all ranks; scalar, detached."""
+        return self._loss
+
+    def backward(self, losses: Tensor | Iterable[Tensor]) -> None:
+        """Add one micro-batch's gradient.
+
+        Args:
+            losses: scalar, already divided by the number of tokens of the whole step on all ranks; or several whose sum
+                is the loss. Given as a generator, each is differentiated before the next is asked for, so that one
+                graph is alive at a time, unless the strategy needs them all at once.
+        """
+        if self._left == 0:
+            raise RuntimeError("backward() was called more often than num_micro_batches.")
+        self._left -= 1
+        is_last = self._left == 0
+        parts = iter([losses]) if isinstance(losses, Tensor) else iter(losses)
+        for loss in parts if self._backend.takes_parts(is_last) else [_total(parts)]:
+            self._loss = self._loss + loss.detach().float()
+            # Strategies average gradients over ranks; the losses are to be summed.
+            self._backend.backward(loss * world_size(self._module), is_last)
+
+    def step(self, context: str = "") -> Tensor:
+        """Clip the gradient, move the weights once, clear the gradient, move the learning-rate schedule once.
+
+        `trainer.global_step` grows by one. Called on every rank.
+
+        Args:
+            context: names this rank's examples, such as `rows 3, 7, 9`; goes into the error message.
+
+        Returns:
+            Euclidean norm of the whole gradient before clipping, scalar float32, the same on every rank.
+
+        Raises:
+            NonFiniteError: on every rank, with the weights untouched, if the loss of any rank or the gradient is NaN
+                or infinite.
+        """
+        if self._left > 0:
+            raise RuntimeError(f"step() was called with {self._left} micro-batches still to come.")
+        module, steps_before = self._module, self._module.trainer.global_step
+        losses = module.all_gather(self.loss).reshape(-1)  # type: ignore[union-attr]  # [world_size]
+        norm = self._backend.norm_before_step()
+        _refuse_non_finite(module, losses, norm, context)
+        self._loss = losses.sum()
+        norm = self._backend.clip_and_step(norm)
+        if norm is None:
+            # DeepSpeed looked at the gradient itself and left the weights alone.
+            raise NonFiniteError(_non_finite_message("the gradient is not finite", steps_before, context))
+        for config in module.trainer.lr_scheduler_configs:
+            config.scheduler.step()  # type: ignore[call-arg]
+        return norm
+
+
+def _total(losses: Iterator[Tensor]) -> Tensor:
+    return torch.stack(list(losses)).sum()
+
+
+class _Backend(Protocol):
+    def takes_parts(self, is_last: bool) -> bool:
+        """Whether several backward passes, each of a part of the weights, may make up a micro-batch's gradient."""
+
+    def backward(self, loss: Tensor, is_last: bool) -> None: ...
+
+    def norm_before_step(self) -> Tensor | None:
+        """Gradient norm where the strategy lets it be known before the step, otherwise None."""
+
+    def clip_and_step(self, norm: Tensor | None) -> Tensor | None:
+        """Step and clear the gradient; the norm before clipping, or None if a bad gradient stopped the step."""
+
+
+class _TorchBackend:
+    """Single device and DDP: gradients lie whole in `.grad`; DDP averages them during the last backward only."""
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self.module = module
+        self.optimizer = _only_optimizer(module)
+
+    def takes_parts(self, is_last: bool) -> bool:
+        # DDP averages nothing until the last backward pass has reached every weight.
+        return not (is_last and isinstance(self.module.trainer.strategy, DDPStrategy))
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        strategy = self.module.trainer.strategy
+        with nullcontext() if is_last or not isinstance(strategy, DDPStrategy) else strategy.block_backward_sync():
+            self.module.manual_backward(loss)
+
+    def norm_before_step(self) -> Tensor:
+        return _norm(self._parameters())
+
+    def clip_and_step(self, norm: Tensor | None) -> Tensor | None:
+        clip = clip_value(self.module)
+        if clip is not None and norm is not None:
+            clip_grads_with_norm_(self._parameters(), clip, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+class _DeepSpeedBackend:
+    """DeepSpeed: the engine owns the gradients, and must be told which micro-batch is the last of the step."""
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self.module = module
+        self.optimizer = _only_optimizer(module)
+        self.engine = module.trainer.strategy.deepspeed_engine  # type: ignore[attr-defined]
+
+    def takes_parts(self, is_last: bool) -> bool:
+        return False  # ZeRO counts on every backward pass reaching every weight
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        # The engine counts micro-batches by its own step() and forward(), which run once per training_step here; left
+        # alone, every backward would replace the gradient before it (the flag: on ZeRO-3, the boundary: everywhere).
+        if self.engine.zero_optimization():
+            self.engine.optimizer.clear_backward_seen_flag()
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.module.manual_backward(loss, scale_wrt_gas=False)
+
+    def norm_before_step(self) -> Tensor | None:
+        whole = not self.engine.zero_optimization() and not self.engine.bfloat16_enabled()
+        return _norm(self.engine.module.parameters()) if whole else None
+
+    def clip_and_step(self, norm: Tensor | None) -> Tensor | None:
+        self.optimizer.step()  # the engine clips, steps and clears
+        if not self.engine.was_step_applied():
+            return None
+        if norm is None:
+            norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.module.device)
+        return norm
+
+
+def _norm(parameters: Any) -> Tensor:
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _only_optimizer(module: pl.LightningModule) -> Any:
+    optimizer = module.optimizers()
+    if isinstance(optimizer, list):
+        raise UserError(f"{type(module).__name__} has {len(optimizer)} optimizers: use one with parameter groups.")
+    return optimizer
+
+
+def _refuse_unsupported(trainer: pl.Trainer) -> None:
+    strategy, ours = trainer.strategy, "rlhf_lightning.DeepSpeedStrategy"
+    if trainer.precision in ("16-mixed", "16-true"):
+        raise UserError(f"precision {trainer.precision} is not supported: set trainer.precision to bf16-mixed.")
+    if isinstance(strategy, LightningDeepSpeedStrategy) and not isinstance(strategy, DeepSpeedStrategy):
+        raise UserError(f"Lightning's DeepSpeed strategy loses gradients here: set trainer.strategy to {ours}.")
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        name = type(strategy).__name__
+        raise UserError(f"strategy {name} is not supported: set trainer.strategy to auto, ddp or {ours}.")
+
+
+def _refuse_non_finite(module: pl.LightningModule, losses: Tensor, norm: Tensor | None, context: str) -> None:
+    """Raise on every rank alike; waits for the device once."""
+    numbers = losses if norm is None else torch.cat([losses, norm.reshape(1)])
+    if bool(torch.isfinite(numbers).all()):
+        return
+    step = module.trainer.global_step
+    bad = {rank: loss for rank, loss in enumerate(losses.tolist()) if not math.isfinite(loss)}
+    if not bad:
+        raise NonFiniteError(_non_finite_message("the gradient is not finite", step, context))
+    what = f"the loss is {next(iter(bad.values()))}"
+    if world_size(module) > 1:
+        what += f" on rank {', '.join(map(str, bad))}"
+    raise NonFiniteError(_non_finite_message(what, step, context if module.global_rank in bad else ""))
+
+
+def _non_finite_message(what: str, step: int, context: str) -> str:
+    where = f"after {step} optimizer steps" + (f", in {context}" if context else "")
+    return (
+        f"{what} {where}; the weights were not changed: look at these examples, or lower the learning rate and "
+        "resume from the last checkpoint."
+    )

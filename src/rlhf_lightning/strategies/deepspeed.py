@@ -1,0 +1,123 @@
+"""Lightning's DeepSpeed strategy, mended where manual optimisation and Hugging Face models need it."""
+
+import argparse
+import logging
+from typing import Any
+
+from lightning_fabric.utilities.seed import reset_seed
+from pytorch_lightning.strategies import DeepSpeedStrategy as LightningDeepSpeedStrategy
+from torch import nn
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.strategies.ranks import clip_value
+
+
+class DeepSpeedStrategy(LightningDeepSpeedStrategy):
+    """Lightning's DeepSpeed strategy, made right for manual optimisation and for Hugging Face models.
+
+    Differences to `pytorch_lightning.strategies.DeepSpeedStrategy`:
+
+    * it also runs on CPU (over gloo), every ZeRO stage, on as many processes as `devices` says;
+    * gradients are clipped to the module's attribute `gradient_clip_val`, because DeepSpeed clips by its own
+      configuration only;
+    * `from_pretrained` inside `configure_model` works under ZeRO-3: each process keeps only its part of the weights;
+    * frozen weights are left out of checkpoints, so the module needs `strict_loading = False` to resume.
+
+    Any `torch.optim` optimizer is accepted, also with offload, where DeepSpeed's own `DeepSpeedCPUAdam` is faster. To
+    train on the CPU of a machine that has a GPU, set the environment variable `DS_ACCELERATOR=cpu`.
+
+    Args:
+        stage: what is split over the processes: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too.
+        offload_optimizer: keep the optimizer's state in CPU memory.
+        offload_parameters: keep the weights in CPU memory; stage 3 only.
+        exclude_frozen_parameters: leave frozen weights out of checkpoints.
+        logging_level: what DeepSpeed itself may log, as in `logging`; its warnings are about choices made here.
+        **kwargs: everything else `pytorch_lightning.strategies.DeepSpeedStrategy` takes.
+
+    Raises:
+        UserError: when the run starts, if `config` clips gradients to another value than the module.
+    """
+
+    def __init__(
+        self,
+        stage: int = 2,
+        offload_optimizer: bool = False,
+        offload_parameters: bool = False,
+        exclude_frozen_parameters: bool = True,
+        logging_level: int = logging.ERROR,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            offload_parameters=offload_parameters,
+            exclude_frozen_parameters=exclude_frozen_parameters,
+            logging_level=logging_level,
+            **kwargs,
+        )
+        self._hf_config: Any = None
+
+    def setup_environment(self) -> None:
+        """Start the process group; unlike the parent, on any accelerator."""
+        super(LightningDeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        """Join the process group; the parent also checks CUDA device numbers, which CPUs lack."""
+        if self.root_device.type == "cuda":
+            super().setup_distributed()
+            return
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def teardown(self) -> None:
+        """Let go of the configuration that makes `from_pretrained` split weights, then tear down."""
+        self._hf_config = None
+        super().teardown()
+
+    def _init_config_if_needed(self) -> None:
+        super()._init_config_if_needed()
+        if self.zero_stage_3 and self._hf_config is None:
+            from transformers.integrations import HfDeepSpeedConfig
+
+            # transformers keeps a weak reference: from_pretrained splits weights only while this object lives.
+            self._hf_config = HfDeepSpeedConfig(self.config)
+
+    def _format_config(self) -> None:
+        assert isinstance(self.config, dict)
+        # Only DeepSpeed's throughput log reads it; the parent would ask the loader's batch sampler, which may lack it.
+        self.config.setdefault("train_micro_batch_size_per_gpu", 1)
+        # With offload DeepSpeed insists on its own CPU optimizers, which need a compiler; let any optimizer through.
+        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+        clip = clip_value(self.lightning_module)
+        if clip is not None:
+            configured = self.config.setdefault("gradient_clipping", clip)
+            if configured != clip:
+                raise UserError(
+                    f"gradient_clipping is {configured} in the DeepSpeed config but gradient_clip_val is {clip} "
+                    "in the module: remove gradient_clipping from the DeepSpeed config."
+                )
+        super()._format_config()
+
+    def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return self._deepspeed_initialize(
+            config=self.config, model=model, model_parameters=trained, optimizer=optimizer, lr_scheduler=lr_scheduler
+        )
+
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        from pytorch_lightning.strategies.deepspeed import remove_module_hooks
+
+        assert isinstance(self.config, dict)
+        kept = ["bf16", "fp16", *(["zero_allow_untested_optimizer", "zero_optimization"] if self.zero_stage_3 else [])]
+        config = {key: self.config[key] for key in kept if key in self.config}
+        remove_module_hooks(model)  # those of an earlier engine
+        self.model, _ = self._deepspeed_initialize(config={"train_micro_batch_size_per_gpu": 1, **config}, model=model)
+
+    def _deepspeed_initialize(self, **kwargs: Any) -> tuple[Any, Any]:
+        import deepspeed
+
+        device_index = self.root_device.index  # CPUs have none
+        arguments = argparse.Namespace(device_rank=self.local_rank if device_index is None else device_index)
+        engine, optimizer, _, _ = deepspeed.initialize(args=arguments, dist_init_required=False, **kwargs)
+        return engine, optimizer
