@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.errors import NonFiniteError as NonFiniteError
     from rlhf_lightning.errors import UserError as UserError
     from rlhf_lightning.models.causal_lm import load_causal_lm as load_causal_lm
+    from rlhf_lightning.models.finetune import FineTune as FineTune
     from rlhf_lightning.models.generation import Sampling as Sampling
     from rlhf_lightning.models.scalar_lm import ScalarLM as ScalarLM
     from rlhf_lightning.models.scalar_lm import load_reward_model as load_reward_model
@@ -49,6 +50,7 @@ _HOMES = {
     ),
     "errors": ("NonFiniteError", "UserError"),
     "models.causal_lm": ("load_causal_lm",),
+    "models.finetune": ("FineTune",),
     "models.generation": ("Sampling",),
     "models.scalar_lm": ("ScalarLM", "load_reward_model"),
     "modules": ("PPOModule", "RewardModule", "SFTModule"),

@@ -69,6 +69,7 @@ def test_an_adapter_is_merged_into_its_base(folders):
     torch.testing.assert_close(loaded(IDS).logits, expected, atol=1e-5, rtol=1e-5)
     assert (loaded(IDS).logits - tiny_causal_lm()(IDS).logits).abs().max() > 0.01
     assert not [name for name, _ in loaded.named_parameters() if "lora" in name]
+    assert all(p.requires_grad for p in loaded.parameters())
 
 
 def test_dropout_is_off_unless_asked_for(tmp_path):
@@ -120,9 +121,19 @@ def test_a_backbone_alone_is_no_policy(tmp_path):
     assert "its weights lack lm_head.weight, which would be random" in refusal(load_causal_lm, tmp_path)
 
 
-@pytest.mark.parametrize("load", [load_reward_model, new_scalar_lm])
-def test_an_adapter_of_a_language_model_gets_no_random_head(load, folders):
-    assert "is a PEFT adapter" in refusal(load, folders / "adapter")
+def test_an_adapter_of_a_language_model_is_no_reward_model(folders):
+    assert "no trained reward head (it is a language model's adapter)" in refusal(
+        load_reward_model, folders / "adapter"
+    )
+
+
+@torch.no_grad()
+def test_a_fresh_head_on_an_adapter_stands_on_the_merged_model(folders):
+    scalar = new_scalar_lm(folders / "adapter")
+    expected = load_causal_lm(folders / "adapter").model(IDS).last_hidden_state
+    torch.testing.assert_close(scalar.model.model(IDS).last_hidden_state, expected, atol=1e-6, rtol=0)
+    assert torch.equal(scalar.model.score.weight, new_scalar_lm(folders / "lm").model.score.weight)
+    assert all(p.requires_grad for p in scalar.parameters())
 
 
 def test_a_family_without_a_classifier(tmp_path):

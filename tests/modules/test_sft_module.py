@@ -165,6 +165,21 @@ def test_dropout_depends_on_the_seed_and_on_nothing_else(tmp_path):
     assert not same_weights(trained[0], trained[2])
 
 
+@pytest.mark.parametrize("budget", [120, 50, 1])
+def test_a_token_budget_changes_nothing(folder, budget):
+    trained = []
+    for max_tokens in (None, budget):
+        module = SFTModule(folder, sgd(0.5), **CONSTANT, max_tokens_per_batch=max_tokens, gradient_clip_val=None)
+        fit(module, data_module(folder, instruction_rows(16), batch_size=8))
+        trained.append(weights(module.model))
+    assert_close_weights(*trained)
+
+
+def test_refuses_two_limits_at_once(folder):
+    with pytest.raises(UserError, match=r"^micro_batch_size and max_tokens_per_batch both limit a forward pass"):
+        SFTModule(folder, micro_batch_size=2, max_tokens_per_batch=100)
+
+
 def test_refuses_a_micro_batch_of_nothing(folder):
     with pytest.raises(UserError, match=r"^micro_batch_size \(0\) must be at least 1$"):
         SFTModule(folder, micro_batch_size=0)

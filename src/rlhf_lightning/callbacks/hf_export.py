@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import json
 import shutil
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -14,11 +16,15 @@ import transformers
 import yaml
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
 from rlhf_lightning import __version__
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.adapters import CALIBRATION_FILE, is_adapter
+from rlhf_lightning.models.finetune import HEAD, adapter_state, merged_state
+from rlhf_lightning.models.scalar_lm import CALIBRATION
 from rlhf_lightning.models.tokenizer import eos_ids
 from rlhf_lightning.strategies import consolidated_state_dict
 
@@ -32,6 +38,9 @@ class HFExport(Callback):
     The folder holds weights, config, tokenizer with its chat template, generation config, and a model card that says
     from what and with which settings it was made. It is written beside its place and then renamed, so a half-written
     one is never found; and a folder that this callback did not write is never replaced.
+
+    After LoRA it is a plain model, too, the adapters added to the weights; or, with the module's `finetune.export:
+    adapter`, a PEFT folder that loads on the model that training started from.
 
     Args:
         dirpath: where to write; by default `export` in the trainer's `default_root_dir`.
@@ -54,7 +63,12 @@ class HFExport(Callback):
         return Path(self.dirpath) if self.dirpath else Path(trainer.default_root_dir) / "export"
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse now, not after hours of training, to replace a folder of somebody else."""
+        """Refuse now, not after hours of training, to replace a folder of somebody else or to stack adapters."""
+        if _exports_adapter(pl_module) and is_adapter(base := _base(pl_module)):
+            raise UserError(
+                f"finetune.export adapter: '{base}' is an adapter itself, and one cannot stand on another; set "
+                "finetune.export to merged"
+            )
         target = self.target(trainer)
         if target.exists() and any(target.iterdir()) and not _is_ours(target):
             raise UserError(f"HFExport: '{target}' exists and is no export of this package; choose another dirpath")
@@ -121,11 +135,38 @@ class HFExport(Callback):
     def _write(self, trainer: pl.Trainer, pl_module: Any, weights: dict[str, Tensor], folder: Path) -> None:
         folder.mkdir(parents=True)
         model = pl_module.export_model
-        model.save_pretrained(folder, state_dict=_cast(weights, self.dtype))
+        if _exports_adapter(pl_module):
+            _write_adapter(model, _cast(adapter_state(model, weights), self.dtype), _base(pl_module), folder)
+        else:
+            model.save_pretrained(folder, state_dict=_cast(merged_state(model, weights), self.dtype))
+            if model.can_generate():
+                _generation_config(model, pl_module.tokenizer).save_pretrained(folder)
         pl_module.tokenizer.save_pretrained(folder)
-        if model.can_generate():
-            _generation_config(model, pl_module.tokenizer).save_pretrained(folder)
         (folder / _CARD).write_text(model_card(trainer, pl_module), encoding="utf-8")
+
+
+def _exports_adapter(pl_module: Any) -> bool:
+    finetune = getattr(pl_module, "finetune", None)
+    return finetune is not None and finetune.export == "adapter"
+
+
+def _base(pl_module: Any) -> str:
+    """What training started from."""
+    return str(Path(pl_module.model_name_or_path).expanduser())
+
+
+def _write_adapter(model: Any, weights: dict[str, Tensor], base: str, folder: Path) -> None:
+    """The two files of a PEFT folder; a reward model's head is one of its weights, its calibration a third file."""
+    (config,) = model.peft_config.values()
+    config = copy.copy(config)
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.modules_to_save = [HEAD] if hasattr(model, HEAD) else None
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)
+    config.save_pretrained(folder)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if calibration := getattr(model.config, CALIBRATION, None):
+        (folder / CALIBRATION_FILE).write_text(json.dumps(calibration, indent=2) + "\n", encoding="utf-8")
 
 
 def _checkpoint_stamps(trainer: pl.Trainer) -> dict[str, int]:
@@ -172,9 +213,8 @@ def model_card(trainer: pl.Trainer, pl_module: Any) -> str:
         settings["data"] = _settings(datamodule)
     settings["trainer"] = {"precision": str(trainer.precision), "world_size": trainer.world_size}
     metrics = {name: float(f"{float(value):.6g}") for name, value in sorted(trainer.callback_metrics.items())}
-    head = yaml.safe_dump(
-        {"base_model": str(pl_module.model_name_or_path), "library_name": "transformers", "tags": [_MARK]}
-    )
+    library = "peft" if _exports_adapter(pl_module) else "transformers"
+    head = yaml.safe_dump({"base_model": str(pl_module.model_name_or_path), "library_name": library, "tags": [_MARK]})
     return f"""---
 {head}---
 

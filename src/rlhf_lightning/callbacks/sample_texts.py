@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from rlhf_lightning.data.chat import ChatEncoder
 from rlhf_lightning.data.collate import EncodedPrompt, collate_prompts, pack_ids
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.generation import Sampling
+from rlhf_lightning.models.generation import Sampling, TransformersEngine
 from rlhf_lightning.models.tokenizer import filler_id
 from rlhf_lightning.reporting import log_text
 from rlhf_lightning.rng import generator
@@ -59,7 +59,7 @@ class SampleTexts(Callback):
         batch = trainer.strategy.batch_to_device(collate_prompts(rows, filler_id(tokenizer)))
         with trainer.precision_plugin.forward_context():
             _, texts = respond(
-                pl_module.export_model,
+                TransformersEngine(pl_module.export_model, tokenizer),
                 tokenizer,
                 batch,
                 self.sampling or pl_module.sampling,

@@ -6,10 +6,8 @@ Notation: B batch, T padded length, R padded response length, D hidden size, V v
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +25,16 @@ from rlhf_lightning.functional import (
     rows_per_chunk,
     token_logprobs,
 )
+from rlhf_lightning.models.adapters import adapter_base, is_adapter, is_reward_adapter, merge_adapter
+from rlhf_lightning.models.backbone import position_ids, run_backbone
+from rlhf_lightning.models.dtypes import keep_tables
 from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
+from rlhf_lightning.models.quantized import nf4_options
+from rlhf_lightning.models.unpadded import unpadded_hidden_states
 
 
 def load_causal_lm(
-    name_or_path: str | os.PathLike[str], dropout: bool = False, trust_remote_code: bool = False
+    name_or_path: str | os.PathLike[str], dropout: bool = False, trust_remote_code: bool = False, nf4: bool = False
 ) -> PreTrainedModel:
     """Load a language model in torch's default dtype.
 
@@ -41,6 +44,7 @@ def load_causal_lm(
         name_or_path: a Hugging Face folder, a PEFT adapter folder, or a hub id.
         dropout: keep the dropout that the model's config asks for; otherwise every dropout module is turned off.
         trust_remote_code: allow the folder to run Python code of its own.
+        nf4: hold the linear layers of the backbone in four bits; they cannot be trained.
 
     Raises:
         UserError: there is no language model at that place.
@@ -49,13 +53,14 @@ def load_causal_lm(
     architectures = read_config(name).get("architectures") or []
     if any("SequenceClassification" in a for a in architectures):
         raise UserError(f"'{name}' is a reward model ({architectures[0]}); a language model is needed here")
+    if is_reward_adapter(name):
+        raise UserError(f"'{name}' is the adapter of a reward model; a language model is needed here")
     kwargs: dict[str, Any] = {"dtype": torch.get_default_dtype(), "trust_remote_code": trust_remote_code}
+    kwargs |= nf4_options(name) if nf4 else {}
     model: Any
     try:
-        if (Path(name) / "adapter_config.json").is_file():
-            from peft import AutoPeftModelForCausalLM
-
-            model = AutoPeftModelForCausalLM.from_pretrained(name, **kwargs).merge_and_unload()
+        if is_adapter(name):
+            model = merge_adapter(load_causal_lm(adapter_base(name), True, trust_remote_code), name, trust_remote_code)
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
             model, info = loaded
@@ -65,6 +70,7 @@ def load_causal_lm(
         raise UserError(f"no language model could be loaded from '{name}': {str(e).strip().splitlines()[0]}") from e
     if not dropout:
         disable_dropout(model)
+    keep_tables(model)
     return model
 
 
@@ -103,45 +109,10 @@ def freeze(model: nn.Module) -> None:
     model.eval().requires_grad_(False)
 
 
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that count real tokens only, so that padding on the left changes nothing.
-
-    Args:
-        attention_mask: True for real tokens, `[B, T]`, bool.
-
-    Returns:
-        `[B, T]`, int64, 0 on padding.
-
-    Example:
-        >>> position_ids(torch.tensor([[False, True, True]]))
-        tensor([[0, 0, 1]])
-    """
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-def run_backbone(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
-    """Run the transformer without its output layer.
-
-    Args:
-        model: any Hugging Face model with a backbone and a head.
-        input_ids: `[B, T]`, int64.
-        attention_mask: True for real tokens, `[B, T]`, bool; longer than T when a cache is passed.
-        **kwargs: handed to the backbone, for instance `past_key_values` and `use_cache`.
-
-    Returns:
-        The backbone's output; its `last_hidden_state` is `[B, T, D]`.
-    """
-    backbone = model.base_model
-    if "position_ids" in inspect.signature(backbone.forward).parameters:
-        kwargs["position_ids"] = position_ids(attention_mask)[:, -input_ids.shape[1] :]
-    kwargs.setdefault("use_cache", False)
-    return backbone(input_ids=input_ids, attention_mask=attention_mask.long(), **kwargs)
-
-
 def hidden_states(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, packed_positions: Tensor | None = None
 ) -> Tensor:
-    """Last hidden states, `[B, T, D]`: everything before the output layer.
+    """Last hidden states: everything before the output layer.
 
     Args:
         model: a language model or a scalar model.
@@ -149,7 +120,25 @@ def hidden_states(
         attention_mask: True for real tokens, `[B, T]`, bool, padded on either side.
         packed_positions: for packed rows, the place of each token in its own example, `[B, T]`, int64, 0 on padding;
             no example sees another (on models that pass `packed.check_packing`).
+
+    Returns:
+        `[B, T, D]`; anything finite on padding.
     """
+    positions, lengths = packed_positions, None
+    if positions is None:
+        positions = position_ids(attention_mask)
+    else:
+        starts = (positions[attention_mask] == 0).nonzero().squeeze(1)
+        ends = torch.cat([starts[1:], attention_mask.sum().reshape(1)])
+        lengths = (ends - starts).tolist()
+    hidden = unpadded_hidden_states(model, input_ids, attention_mask, positions, lengths)
+    return padded_hidden_states(model, input_ids, attention_mask, packed_positions) if hidden is None else hidden
+
+
+def padded_hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, packed_positions: Tensor | None = None
+) -> Tensor:
+    """As `hidden_states`, the padding computed too."""
     if packed_positions is None:
         return run_backbone(model, input_ids, attention_mask).last_hidden_state
     # transformers reads the borders from the positions, but only where it is given no mask. A pad at position 0 is an
@@ -315,11 +304,31 @@ def response_logprobs(
         Log-probabilities and entropies in nats, both `[B, R]`, float32, 0 after the last token; the entropies are all 0
         unless asked for.
     """
-    length = response_mask.shape[1]
+    hidden = response_hidden(model, sequences, sequence_mask, response_mask.shape[1])
+    return logprobs_from_hidden(model, hidden, sequences, response_mask, temperature, with_entropy)
+
+
+def logprobs_from_hidden(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    sequences: Tensor,
+    response_mask: Tensor,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As `response_logprobs`, where the hidden states are there already.
+
+    Args:
+        model: a language model; its output layer is used.
+        hidden: from `response_hidden`, `[B, R, D]`.
+        sequences: prompts and responses, `[B, P + R]`, int64.
+        response_mask: True for response tokens, `[B, R]`, bool.
+        temperature: the sampling temperature.
+        with_entropy: also compute the entropy of each prediction.
+    """
     # Only real response positions meet the output matrix, a chunk at a time.
-    hidden = response_hidden(model, sequences, sequence_mask, length)[response_mask]
-    token_ids = sequences[:, -length:][response_mask]
-    logprobs, entropies = _logprobs_at(model, hidden, token_ids, temperature, with_entropy)
+    token_ids = sequences[:, -response_mask.shape[1] :][response_mask]
+    logprobs, entropies = _logprobs_at(model, hidden[response_mask], token_ids, temperature, with_entropy)
     empty = torch.zeros(response_mask.shape, dtype=torch.float32, device=sequences.device)
     spread = empty if entropies is None else empty.masked_scatter(response_mask, entropies.float())
     return empty.masked_scatter(response_mask, logprobs.float()), spread

@@ -62,3 +62,13 @@ def read_config(name: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"'{path}' holds no JSON object; export the model again")
     return config
+
+
+def same_model(name_or_path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two names mean the same folder or hub id.
+
+    Example:
+        >>> same_model("runs/sft/export", "./runs/sft/../sft/export"), same_model("a/b", "a/c")
+        (True, False)
+    """
+    return os.path.realpath(os.path.expanduser(name_or_path)) == os.path.realpath(os.path.expanduser(other))

@@ -6,21 +6,38 @@ transformers. Notation: B batch, T padded length.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import cast_adapter_dtype
+from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional import scores_at_end
-from rlhf_lightning.models.causal_lm import disable_dropout, hidden_states, response_hidden
+from rlhf_lightning.models.adapters import (
+    CALIBRATION_FILE,
+    adapter_base,
+    fit_tokenizer,
+    is_adapter,
+    is_reward_adapter,
+    merge_adapter,
+)
+from rlhf_lightning.models.causal_lm import disable_dropout, hidden_states, load_causal_lm, response_hidden
+from rlhf_lightning.models.dtypes import keep_tables, linear_in_float32
 from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
+from rlhf_lightning.models.partitioned import is_partitioned, whole
+from rlhf_lightning.models.quantized import nf4_options
 from rlhf_lightning.rng import generator
+
+HEAD_WEIGHT = "base_model.model.score.weight"
+"""What an adapter folder calls the weight of the head."""
 
 CALIBRATION = "reward_calibration"
 """Key of `config.json` under which mean and standard deviation of the raw scores are recorded."""
@@ -78,7 +95,7 @@ class ScalarLM(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Raw scalar from hidden states: `[..., D]` to `[...]`, float32."""
-        return self.model.score(hidden).squeeze(-1).float()
+        return linear_in_float32(self.model.score, hidden).squeeze(-1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Calibrated scalar of every token, `[B, T]`, float32; arguments as for `raw`."""
@@ -104,43 +121,64 @@ class ScalarLM(nn.Module):
         return abs(float(score) - calibration.probe_score) / calibration.std
 
 
-def _load(name: str, dropout: bool, trust_remote_code: bool) -> tuple[ScalarLM, set[str]]:
+def _classifier(name: str, trust_remote_code: bool, **options: Any) -> tuple[Any, set[str]]:
+    """A sequence classifier with one label, and which of its weights the folder lacks."""
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        name,
+        num_labels=1,
+        dtype=torch.get_default_dtype(),
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        **options,
+    )
+    if missing := {key for key in info["missing_keys"] if not key.startswith("score.")}:
+        raise ValueError(f"its weights lack {min(missing)}, which would be random")
+    return model, set(info["missing_keys"])
+
+
+def _adapted_classifier(name: str, trust_remote_code: bool) -> tuple[Any, set[str]]:
+    """As `_classifier`, from an adapter folder; a language model's adapter leaves the head random."""
+    model, missing = _classifier(adapter_base(name), trust_remote_code)
+    if is_reward_adapter(name):
+        model = merge_adapter(model, name, trust_remote_code)
+        setattr(model.config, CALIBRATION, asdict(_saved_calibration(name)))
+        return model, set() if HEAD_WEIGHT in load_peft_weights(name, device="cpu") else missing
+    merged = load_causal_lm(name, True, trust_remote_code)
+    fit_tokenizer(model, name, trust_remote_code)
+    model.base_model.load_state_dict(merged.base_model.state_dict(), assign=True)
+    return model.requires_grad_(True), {"score.weight"}
+
+
+def _saved_calibration(name: str) -> Calibration:
+    path = Path(name) / CALIBRATION_FILE
+    if not path.is_file():
+        return Calibration()
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            num_labels=1,
-            dtype=torch.get_default_dtype(),
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-        if missing := {key for key in info["missing_keys"] if not key.startswith("score.")}:
-            raise ValueError(f"its weights lack {min(missing)}, which would be random")
+        return Calibration(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as e:
+        raise UserError(f"'{path}' does not hold a calibration ({e}); export the reward model again") from e
+
+
+def _load(name: str, dropout: bool, trust_remote_code: bool, nf4: bool = False) -> tuple[ScalarLM, set[str]]:
+    options = nf4_options(name) if nf4 else {}
+    try:
+        if is_adapter(name):
+            model, missing = _adapted_classifier(name, trust_remote_code)
+        else:
+            model, missing = _classifier(name, trust_remote_code, **options)
     except LOADING_ERRORS as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"no model with a scalar head could be loaded from '{name}': {reason}") from e
     if getattr(model, "_hf_peft_config_loaded", False):  # its base would stay frozen, its head random
-        raise UserError(
-            f"'{name}' is a PEFT adapter; a model with a scalar head needs a whole model folder, so merge the adapter "
-            "into its base and save that"
-        )
+        raise UserError(f"'{name}' is a PEFT adapter; download it and pass the folder")
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(
             f"'{name}' ({type(model).__name__}) has no linear head named 'score'; this family is not supported"
         )
+    keep_tables(model)
     if not dropout:
         disable_dropout(model)
-    return ScalarLM(model), set(info["missing_keys"])
-
-
-@contextmanager
-def _whole(weight: nn.Parameter) -> Iterator[nn.Parameter]:
-    if not hasattr(weight, "ds_id"):
-        yield weight
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):  # ZeRO-3: the first rank writes, all receive
-        yield weight
+    return ScalarLM(model), missing
 
 
 def new_scalar_lm(
@@ -152,7 +190,8 @@ def new_scalar_lm(
     """Put a fresh scalar head, without bias, on a language model.
 
     Args:
-        name_or_path: folder or hub id of a language model, usually the export of the SFT stage.
+        name_or_path: folder or hub id of a language model, usually the export of the SFT stage, or folder of a PEFT
+            adapter, which is merged into its base first.
         head: `normal` draws the head with standard deviation 1/sqrt(d + 1) (Stiennon et al. 2020, appendix B.1);
             `zero` makes every scalar 0 at first (a value model that starts without an opinion).
         dropout: keep the dropout that the model's config asks for.
@@ -164,45 +203,107 @@ def new_scalar_lm(
     scalar, _ = _load(check_model_folder(name_or_path), dropout, trust_remote_code)
     std = 0.0 if head == "zero" else (scalar.model.score.in_features + 1) ** -0.5
     # From a stream of its own, so that the head depends on the seed and not on what drew random numbers before.
-    drawn = torch.randn(1, scalar.model.score.in_features, generator=generator("cpu", torch.initial_seed(), "head"))
-    with torch.no_grad(), _whole(scalar.model.score.weight) as weight:
-        weight.copy_(drawn * std)
+    random, size = generator("cpu", torch.initial_seed(), "head"), (1, scalar.model.score.in_features)
+    drawn = torch.randn(size, generator=random, dtype=torch.float32)  # the same numbers in every precision
+    with torch.no_grad(), whole(scalar.model.score.weight):
+        scalar.model.score.weight.copy_(drawn * std)
     scalar.calibration = Calibration()
     return scalar
 
 
 def has_reward_head(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether a local folder holds a classifier rather than a language model."""
-    architectures = read_config(check_model_folder(name_or_path)).get("architectures") or []
-    return any("SequenceClassification" in a for a in architectures)
+    """Whether a local folder holds a classifier, or an adapter with its head, rather than a language model."""
+    name = check_model_folder(name_or_path)
+    architectures = read_config(name).get("architectures") or []
+    return is_reward_adapter(name) or any("SequenceClassification" in a for a in architectures)
 
 
 def load_reward_model(
-    name_or_path: str | os.PathLike[str], dropout: bool = False, trust_remote_code: bool = False
+    name_or_path: str | os.PathLike[str], dropout: bool = False, trust_remote_code: bool = False, nf4: bool = False
 ) -> ScalarLM:
     """Load a trained reward model with its calibration; never one whose head is random.
 
     Args:
-        name_or_path: folder or hub id of a sequence classifier with one label.
+        name_or_path: folder or hub id of a sequence classifier with one label, or folder of a PEFT adapter with a head,
+            which is merged into its base.
         dropout: keep the dropout that the model's config asks for.
         trust_remote_code: allow the folder to run Python code of its own.
+        nf4: hold the linear layers of the backbone in four bits; they cannot be trained.
 
     Raises:
         UserError: there is no such model, it is a language model without a trained head, or it has several labels.
     """
     name = check_model_folder(name_or_path)
     config: dict[str, Any] = read_config(name)
+    kind = "language model's adapter" if is_adapter(name) else "model"
     untrained = (
-        f"'{name}' has no trained reward head (it is a {(config.get('architectures') or ['model'])[0]}); "
+        f"'{name}' has no trained reward head (it is a {(config.get('architectures') or [kind])[0]}); "
         "train one with `rlhf fit --config reward.yaml` and pass its export folder"
     )
-    if any("CausalLM" in a or "LMHead" in a for a in config.get("architectures") or []):
+    is_lm = any("CausalLM" in a or "LMHead" in a for a in config.get("architectures") or [])
+    if is_lm or (is_adapter(name) and not is_reward_adapter(name)):
         raise UserError(untrained)
     if len(config.get("id2label") or {"0": ""}) != 1:
         raise UserError(f"'{name}' is a classifier with {len(config['id2label'])} labels; a reward model has one")
-    scalar, missing = _load(name, dropout, trust_remote_code)
+    scalar, missing = _load(name, dropout, trust_remote_code, nf4)
     if any(key.startswith("score.") for key in missing):
         raise UserError(untrained)
+    return scalar
+
+
+def reward_adapter_base(name_or_path: str | os.PathLike[str]) -> str | None:
+    """The base model's folder or hub id where a local folder holds a reward model's adapter, otherwise None.
+
+    Args:
+        name_or_path: folder or hub id of a reward model.
+    """
+    name = os.path.expanduser(os.fspath(name_or_path))
+    return adapter_base(name) if is_reward_adapter(name) else None
+
+
+def attach_reward_adapter(
+    model: PreTrainedModel, name_or_path: str | os.PathLike[str], trainable: bool = False, adapter: str = "default"
+) -> ScalarLM:
+    """Put a reward model's adapter and head on its base, without merging: the base's weights may be shared.
+
+    Args:
+        model: a sequence classifier with one label that holds the base's weights and no adapter yet; its base is not
+            changed and frozen, its head is replaced.
+        name_or_path: the adapter folder.
+        trainable: whether adapter and head are to be trained.
+        adapter: the adapter's name inside the model.
+
+    Returns:
+        The calibrated reward model, all dropout off.
+
+    Raises:
+        UserError: the adapter does not fit, or the weights are split (ZeRO-3).
+    """
+    name = check_model_folder(name_or_path)
+    if is_partitioned(model):
+        raise UserError(f"'{name}' is a PEFT adapter, which cannot be loaded on ZeRO-3: merge and save it before")
+    try:
+        config: Any = PeftConfig.from_pretrained(name)
+        config.inference_mode, config.modules_to_save, config.lora_dropout = not trainable, None, 0.0
+        weights = {key.removeprefix("base_model.model."): t for key, t in load_peft_weights(name, device="cpu").items()}
+        if (head := weights.pop("score.weight", None)) is None:
+            raise ValueError("it has no score.weight")
+        untyped: Any = model
+        dtype, device = untyped.score.weight.dtype, untyped.score.weight.device
+        untyped.score = nn.Linear(head.shape[1], head.shape[0], bias=False, device=device, dtype=dtype)
+        model.requires_grad_(False)
+        inject_adapter_in_model(config, model, adapter)
+        loaded: Any = set_peft_model_state_dict(model, weights, adapter)
+        if lacking := sorted(key for key in loaded.missing_keys if f".{adapter}." in key):
+            raise ValueError(f"its weights lack {lacking[0]}")
+    except LOADING_ERRORS as e:
+        raise UserError(f"the reward adapter '{name}' does not fit its base: {str(e).splitlines()[0]}") from e
+    cast_adapter_dtype(model, adapter)
+    with torch.no_grad():
+        untyped.score.weight.copy_(head)
+    untyped.score.requires_grad_(trainable)
+    scalar = ScalarLM(model)
+    scalar.calibration = _saved_calibration(name)
     return scalar
 
 

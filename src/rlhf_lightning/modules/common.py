@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -12,9 +13,12 @@ from torch.optim import Optimizer
 
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.master_weights import with_master_weights
 from rlhf_lightning.models.generation import Generation
 from rlhf_lightning.optim import schedule_learning_rate
-from rlhf_lightning.strategies import sum_over_ranks
+from rlhf_lightning.strategies import sum_over_ranks, world_size
+
+PieceT = TypeVar("PieceT")
 
 
 def check_batch_sizes(**sizes: int | None) -> None:
@@ -38,6 +42,40 @@ def check_batch_sizes(**sizes: int | None) -> None:
     for (name, size), (smaller_name, smaller) in pairwise(given):
         if size % smaller:
             raise UserError(f"{name} ({size}) must be a multiple of {smaller_name} ({smaller})")
+
+
+def check_token_budget(micro_batch_size: int | None, max_tokens_per_batch: int | None) -> None:
+    """Refuse two limits at once, and a limit below 1.
+
+    Args:
+        micro_batch_size: rows per forward and backward pass.
+        max_tokens_per_batch: tokens per forward and backward pass.
+
+    Raises:
+        UserError: names the argument.
+    """
+    check_batch_sizes(max_tokens_per_batch=max_tokens_per_batch)
+    if micro_batch_size is not None and max_tokens_per_batch is not None:
+        raise UserError("micro_batch_size and max_tokens_per_batch both limit a forward pass: give one of them")
+
+
+def equally_many(module: pl.LightningModule, cut: Callable[[int], list[PieceT]]) -> list[PieceT]:
+    """Cut a batch into as many pieces on this process as on every other; each must go through the model as often.
+
+    Args:
+        module: attached to a trainer; every process must call this.
+        cut: gives the pieces of this process, at least as many as it is asked for.
+
+    Example:
+        In a `training_step`::
+
+            pieces = equally_many(self, lambda n: micro_batches(batch, max_tokens=4096, min_pieces=n))
+    """
+    pieces = cut(1)
+    if world_size(module) == 1:
+        return pieces
+    most = module.all_gather(torch.tensor(len(pieces), device=module.device)).max()  # type: ignore[union-attr]
+    return pieces if len(pieces) == int(most) else cut(int(most))
 
 
 def name_rows(row_ids: Tensor) -> str:
@@ -66,7 +104,8 @@ def count_tokens(module: pl.LightningModule, masks: list[Tensor]) -> tuple[Tenso
     real = torch.stack([mask.sum() for mask in masks]).sum()
     shown = torch.full_like(real, sum(mask.numel() for mask in masks))
     num_tokens, num_shown = sum_over_ranks(module, torch.stack([real, shown]))
-    return num_tokens, 1 - num_tokens / num_shown
+    # As floats: the quotient of integers has torch's default dtype, which bf16-true sets to bfloat16.
+    return num_tokens.float(), 1 - num_tokens.float() / num_shown
 
 
 def log_metrics(module: pl.LightningModule, metrics: dict[str, Any], shown: str, batch_size: int) -> None:
@@ -85,6 +124,8 @@ def log_metrics(module: pl.LightningModule, metrics: dict[str, Any], shown: str,
 def configure_optimizer(module: Any, optimizer: Optimizer, steps_per_batch: int = 1) -> dict[str, Any]:
     """Optimizer and schedule as Lightning wants them, the schedule counted in optimizer steps.
 
+    Weights of lower precision are trained through float32 copies.
+
     Args:
         module: has `lr_schedule` and `warmup_steps` and is attached to a trainer.
         optimizer: built already.
@@ -98,6 +139,7 @@ def configure_optimizer(module: Any, optimizer: Optimizer, steps_per_batch: int 
     else:
         # Lightning says -1 for a stream without a length, which has no end either.
         total = float(batches) * steps_per_batch if batches >= 0 else float("inf")
+    optimizer = with_master_weights(optimizer, trainer)
     scheduler = schedule_learning_rate(optimizer, module.lr_schedule, module.warmup_steps, total)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -3,7 +3,7 @@
 One batch of the loader is one optimizer step; inside it the batch is cut into micro-batches, and the loss of each token
 weighs the same whatever micro-batch or rank it is on. That is why the optimisation is manual: Lightning's
 `accumulate_grad_batches` averages the means of micro-batches. Rows may hold several packed examples; the first such
-batch proves that the model keeps them apart. Left out: fine-tuning a part of the weights.
+batch proves that the model keeps them apart. Trained are all weights, the last layer, or adapters (LoRA).
 """
 
 from __future__ import annotations
@@ -14,19 +14,25 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import OptimizerCallable
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import InstructionBatch, PromptBatch, micro_batches
 from rlhf_lightning.models.causal_lm import cross_entropy_at, hidden_states, load_causal_lm
-from rlhf_lightning.models.generation import Sampling
+from rlhf_lightning.models.dtypes import keep_dtype
+from rlhf_lightning.models.finetune import FineTune, describe_trained, prepare_for_training
+from rlhf_lightning.models.generation import Sampling, TransformersEngine
 from rlhf_lightning.models.packed import check_packing
 from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.modules.common import (
     check_batch_sizes,
+    check_token_budget,
     configure_optimizer,
     count_tokens,
+    drop_frozen_weights,
+    equally_many,
     load_run_state,
     log_metrics,
     name_rows,
@@ -57,8 +63,13 @@ class SFTModule(pl.LightningModule):
         label_smoothing: share of each target spread evenly over the vocabulary.
         micro_batch_size: examples (packed rows, if the data are packed) per forward and backward pass; None for the
             whole batch. Splitting changes memory and time, not the gradient.
+        max_tokens_per_batch: in place of `micro_batch_size`: tokens per forward and backward pass, padding included;
+            examples of similar length go together, few long ones or many short ones. An example above it goes alone.
         gradient_clip_val: norm the gradient is clipped to; None for no clipping.
         dropout: keep the dropout that the model's config asks for; by default it is off.
+        finetune: which weights are trained.
+        gradient_checkpointing: keep only each block's input for the backward pass and compute the rest again: less
+            memory, a third more time, the same gradient.
         sampling: how `predict` and sample texts are generated.
         trust_remote_code: allow the model folder to run Python code of its own.
     """
@@ -73,35 +84,45 @@ class SFTModule(pl.LightningModule):
         warmup_steps: float = 0.03,
         label_smoothing: float = 0.0,
         micro_batch_size: int | None = None,
+        max_tokens_per_batch: int | None = None,
         gradient_clip_val: float | None = 1.0,
         dropout: bool = False,
+        finetune: FineTune = FineTune(),
+        gradient_checkpointing: bool = False,
         sampling: Sampling = Sampling(),
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["optimizer", "sampling"])
+        self.save_hyperparameters(ignore=["optimizer", "finetune", "sampling"])
         check_batch_sizes(micro_batch_size=micro_batch_size)
+        check_token_budget(micro_batch_size, max_tokens_per_batch)
         self.automatic_optimization = False
+        self.strict_loading = finetune.mode == "all"  # otherwise checkpoints lack what is frozen
         self.model_name_or_path = model_name_or_path
         self.optimizer = optimizer
         self.lr_schedule: Schedule = lr_schedule
         self.warmup_steps = warmup_steps
         self.label_smoothing = label_smoothing
         self.micro_batch_size = micro_batch_size
+        self.max_tokens_per_batch = max_tokens_per_batch
         self.gradient_clip_val = gradient_clip_val
         self.dropout = dropout
+        self.finetune = finetune
+        self.gradient_checkpointing = gradient_checkpointing
         self.sampling = sampling
         self.trust_remote_code = trust_remote_code
         self.model: PreTrainedModel | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        self.val_loss = MeanMetric()
+        self.val_loss = keep_dtype(MeanMetric())
         self._packing_is_safe = False
 
     def configure_model(self) -> None:
         """Load the model and its tokenizer, once."""
         if self.model is not None:
             return
-        self.model = load_causal_lm(self.model_name_or_path, self.dropout, self.trust_remote_code)
+        model = load_causal_lm(self.model_name_or_path, self.dropout, self.trust_remote_code)
+        prepare_for_training(model, self.finetune, self.gradient_checkpointing)
+        self.model = model
         self.tokenizer = load_tokenizer(self.model_name_or_path, self.trust_remote_code)
 
     @property
@@ -117,6 +138,8 @@ class SFTModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Put the model in training mode: `from_pretrained` leaves it in evaluation mode."""
         self.export_model.train()
+        if self.finetune.mode != "all":
+            rank_zero_info(describe_trained(self.export_model, self.finetune))
 
     def loss_sums(self, batch: InstructionBatch) -> tuple[Tensor, Tensor]:
         """Loss and negative log-likelihood, both summed over the target tokens, two scalars in nats.
@@ -139,9 +162,10 @@ class SFTModule(pl.LightningModule):
         """One optimizer step on one batch."""
         start = time.perf_counter()
         num_targets = sum_over_ranks(self, batch.loss_mask.sum()).clamp(min=1)
-        pieces = micro_batches(batch, self.micro_batch_size)
+        size, max_tokens = self.micro_batch_size, self.max_tokens_per_batch
+        pieces = equally_many(self, lambda least: micro_batches(batch, size, max_tokens, least))
         accumulation = GradientAccumulation(self, len(pieces))
-        nll = torch.zeros((), device=self.device)
+        nll = torch.zeros((), dtype=torch.float32, device=self.device)
         with forked_rng(self.device, run_seed(self), "sft", self.trainer.global_step, self.global_rank):
             for micro_batch in pieces:
                 loss_sum, nll_sum = self.loss_sums(micro_batch)
@@ -190,13 +214,13 @@ class SFTModule(pl.LightningModule):
         """
         assert self.tokenizer is not None
         random = generator(self.device, run_seed(self), "predict", batch_idx, self.global_rank)
-        generation, texts = respond(
-            self.export_model, self.tokenizer, batch, self.sampling, random, synced=synced(self)
-        )
+        engine = TransformersEngine(self.export_model, self.tokenizer)
+        generation, texts = respond(engine, self.tokenizer, batch, self.sampling, random, synced(self))
         return response_rows(batch, generation, texts)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the seed that the run's random numbers are derived from."""
+        """Leave out frozen weights; keep the seed that the run's random numbers are derived from."""
+        drop_frozen_weights(self, checkpoint)
         save_run_state(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

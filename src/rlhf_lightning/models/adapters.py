@@ -1,0 +1,113 @@
+"""PEFT adapter folders: what they stand on, and merging them into it."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.folders import looks_local
+from rlhf_lightning.models.partitioned import is_partitioned
+from rlhf_lightning.models.tokenizer import load_tokenizer
+
+ADAPTER_CONFIG = "adapter_config.json"
+CALIBRATION_FILE = "reward_calibration.json"
+"""File of a reward model's adapter folder that holds its calibration."""
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a name means a local folder that holds an adapter rather than a whole model."""
+    return (Path(name) / ADAPTER_CONFIG).is_file()
+
+
+def is_reward_adapter(name: str) -> bool:
+    """Whether a local folder holds the adapter and the head of a classifier."""
+    return is_adapter(name) and _adapter_config(name).get("task_type") == "SEQ_CLS"
+
+
+def _adapter_config(name: str) -> dict[str, Any]:
+    path = Path(name) / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"'{path}' is not valid JSON ({e}); export the adapter again") from e
+    if not isinstance(config, dict):
+        raise UserError(f"'{path}' holds no JSON object; export the adapter again")
+    return config
+
+
+def adapter_base(name: str) -> str:
+    """The model that an adapter folder was trained on; a relative path starts at the working folder, else at it.
+
+    Args:
+        name: an adapter folder.
+
+    Raises:
+        UserError: the base is not named, missing, or an adapter itself.
+    """
+    recorded = _adapter_config(name).get("base_model_name_or_path")
+    if not recorded:
+        raise UserError(f"'{Path(name) / ADAPTER_CONFIG}' has no base_model_name_or_path; add the adapter's base model")
+    places = [os.path.expanduser(recorded), os.path.join(name, recorded)]
+    base = next((place for place in places if os.path.isdir(place)), places[0])
+    if looks_local(base) and not os.path.isdir(base):
+        raise UserError(
+            f"the base model of adapter '{name}' is missing: there is no folder '{recorded}' here or in the adapter's "
+            f"folder; mend base_model_name_or_path in its {ADAPTER_CONFIG}"
+        )
+    if is_adapter(base):
+        raise UserError(f"the base model of adapter '{name}' is an adapter itself ('{base}'); merge that one first")
+    return base
+
+
+def fit_tokenizer(model: PreTrainedModel, name: str, trust_remote_code: bool = False) -> None:
+    """Give a base model room for the tokens that an adapter's tokenizer has beyond it, and its pad token.
+
+    Args:
+        model: changed in place.
+        name: the adapter folder; nothing to do if it has no tokenizer.
+        trust_remote_code: allow the folder to run Python code of its own.
+    """
+    if not (Path(name) / "tokenizer_config.json").is_file():
+        return
+    tokenizer = load_tokenizer(name, trust_remote_code)
+    embeddings: Any = model.get_input_embeddings()
+    if len(tokenizer) > embeddings.num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    if tokenizer.pad_token_id is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def merge_adapter(model: PreTrainedModel, name: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Add an adapter to the weights of its base, and replace the modules it holds whole.
+
+    Args:
+        model: the base, which must not be used any more.
+        name: the adapter folder.
+        trust_remote_code: allow the folder to run Python code of its own.
+
+    Returns:
+        A plain model.
+
+    Raises:
+        UserError: the weights are split (ZeRO-3).
+        ValueError: the adapter does not fit.
+    """
+    if is_partitioned(model):
+        raise UserError(f"'{name}' is a PEFT adapter, which cannot be merged on ZeRO-3: merge and save it before")
+    fit_tokenizer(model, name, trust_remote_code)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, over what peft looks at
+        warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+        try:
+            adapted: Any = PeftModel.from_pretrained(model, name)
+        except UserWarning as e:
+            raise ValueError(f"its adapter does not fit its base ({str(e)[:200]})") from e
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    return merged.requires_grad_(True)  # peft has frozen it

@@ -1,0 +1,61 @@
+"""Running a transformer without its output layer.
+
+Notation: B batch, T padded length, D hidden size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions that count real tokens only, so that padding on the left changes nothing.
+
+    Args:
+        attention_mask: True for real tokens, `[B, T]`, bool.
+
+    Returns:
+        `[B, T]`, int64, 0 on padding.
+
+    Example:
+        >>> import torch
+        >>> position_ids(torch.tensor([[False, True, True]]))
+        tensor([[0, 0, 1]])
+    """
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether the backbone can be told each token's position."""
+    return "position_ids" in inspect.signature(model.base_model.forward).parameters
+
+
+def is_checkpointing(model: PreTrainedModel) -> bool:
+    """Whether activations are computed again in the backward pass."""
+    # transformers 5.23 has the second name and warns of the first.
+    name = (
+        "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else "is_gradient_checkpointing"
+    )
+    return bool(getattr(model, name, False))
+
+
+def run_backbone(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
+    """Run the transformer without its output layer, padding and all.
+
+    Args:
+        model: any Hugging Face model with a backbone and a head.
+        input_ids: `[B, T]`, int64.
+        attention_mask: True for real tokens, `[B, T]`, bool; longer than T when a cache is passed.
+        **kwargs: handed to the backbone, for instance `past_key_values` and `use_cache`.
+
+    Returns:
+        The backbone's output; its `last_hidden_state` is `[B, T, D]`.
+    """
+    if takes_positions(model):
+        kwargs["position_ids"] = position_ids(attention_mask)[:, -input_ids.shape[1] :]
+    kwargs.setdefault("use_cache", False)
+    return model.base_model(input_ids=input_ids, attention_mask=attention_mask.long(), **kwargs)
