@@ -2,12 +2,11 @@
 
 from collections import Counter
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.experience import Experience, pad_responses
+from rlhf_lightning.experience import Experience
 
 
 def numbered(size):
@@ -52,6 +51,17 @@ def test_micro_batches_hold_each_row_once_longest_first_and_no_column_of_padding
     assert narrow.row_ids.tolist() == [0]
 
 
+def test_micro_batches_within_a_budget_count_both_paddings():
+    prompts = torch.tensor([[False, True, True], [True, True, True], [False, False, True]])
+    responses = torch.tensor([[True, False, False], [True, False, False], [True, True, True]])
+    experience = numbered(3)._replace(prompt_mask=prompts, response_mask=responses)
+    pieces = experience.micro_batches(max_tokens=8)
+    assert [piece.row_ids.tolist() for piece in pieces] == [[1], [2], [0]]  # 1 and 2 together are 6 wide
+    assert [piece.row_ids.tolist() for piece in experience.micro_batches(max_tokens=12)] == [[1, 2], [0]]
+    assert [len(piece.scores) for piece in experience.micro_batches(max_tokens=99, min_pieces=2)] == [2, 1]
+    assert [len(piece.scores) for piece in experience.micro_batches()] == [3]
+
+
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))
 def test_every_epoch_is_a_permutation(size, count, epochs, seed):
     rows = size * count
@@ -76,13 +86,3 @@ def test_the_order_is_new_each_epoch_and_comes_from_the_generator():
     torch.rand(5)
     assert orders(1) == first
     assert orders(2) != first
-
-
-@pytest.mark.parametrize("value", [0, 9])
-def test_pad_responses_fills_on_the_right(value):
-    pieces = [torch.tensor([[1, 2]]), torch.tensor([[3], [4]]), torch.tensor([[5, 6, 7]])]
-    v = value
-    assert pad_responses(pieces, value).tolist() == [[1, 2, v], [3, v, v], [4, v, v], [5, 6, 7]]
-    masks = [torch.tensor([[True, True]]), torch.tensor([[True]])]
-    assert pad_responses(masks, False).tolist() == [[True, True], [True, False]]
-    assert pad_responses(masks, False).dtype == torch.bool

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 
@@ -110,15 +111,88 @@ def split_batch(batch: BatchT, size: int) -> Iterator[BatchT]:
         yield type(batch)(*pieces)
 
 
-def micro_batches(batch: TrainBatchT, size: int | None) -> list[TrainBatchT]:
-    """Cut a batch into pieces of at most `size` rows of similar length, each as wide as its longest.
+def length_sorted_pieces(
+    lengths: Tensor, size: int | None, max_tokens: int | None, min_pieces: int = 1
+) -> list[Tensor]:
+    """Cut rows into pieces of similar length, longest first.
+
+    Args:
+        lengths: how wide each row is, `[N]`, integers; or `[N, S]` for rows of S parts that are padded apart, where a
+            piece is as wide as the widest of each part together.
+        size: rows in a piece at most; None for no such limit.
+        max_tokens: rows times width of a piece at most, save that a row wider than that goes alone; None for no such
+            limit.
+        min_pieces: pieces at least, at most N; the largest are halved until there are as many.
+
+    Returns:
+        Indices of the rows of each piece, int64, on the device of `lengths`.
+
+    Example:
+        >>> import torch
+        >>> [piece.tolist() for piece in length_sorted_pieces(torch.tensor([2, 9, 3, 4]), None, 8)]
+        [[1], [3, 2], [0]]
+    """
+    parts = lengths.reshape(len(lengths), -1)
+    order = parts.sum(dim=1).argsort(descending=True, stable=True)
+    widths = parts[order].tolist()
+    counts = _greedy_counts(widths, size, max_tokens)
+    while len(counts) < min_pieces:
+        _halve_largest(counts, widths)
+    return list(order.split(counts))
+
+
+def _greedy_counts(widths: list[list[int]], size: int | None, max_tokens: int | None) -> list[int]:
+    """Rows of each piece when each takes as many of the next rows as it may."""
+    counts: list[int] = []
+    piece: list[int] = []  # width of each part
+    for row in widths:
+        wider = list(map(max, piece, row)) if piece else row
+        full = not counts or counts[-1] == size
+        if full or (max_tokens is not None and (counts[-1] + 1) * sum(wider) > max_tokens):
+            counts.append(1)
+            piece = row
+        else:
+            counts[-1] += 1
+            piece = wider
+    return counts
+
+
+def _halve_largest(counts: list[int], widths: list[list[int]]) -> None:
+    """Replace the piece of most tokens that has several rows by its two halves."""
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    tokens = [
+        count * sum(map(max, zip(*widths[start : start + count], strict=True))) if count > 1 else -1
+        for start, count in zip(starts, counts, strict=True)
+    ]
+    largest = tokens.index(max(tokens))
+    count = counts[largest]
+    if count == 1:
+        raise ValueError("there are fewer rows than pieces to make; every process needs as many rows as the others")
+    counts[largest : largest + 1] = [count - count // 2, count // 2]
+
+
+def micro_batches(
+    batch: TrainBatchT,
+    size: int | None = None,
+    max_tokens: int | None = None,
+    min_pieces: int = 1,
+    lengths: Tensor | None = None,
+) -> list[TrainBatchT]:
+    """Cut a batch into pieces of rows of similar length, each as wide as its longest.
 
     The longest come first, so a run that does not fit in memory fails at its first backward pass. A loss that is a sum
     over tokens or pairs is the same whichever way the batch is cut.
 
     Args:
         batch: padded on the right; a packed row stays whole.
-        size: None leaves the batch whole.
+        size: rows in a piece at most; None for no such limit.
+        max_tokens: tokens of a piece at most, padding included, as in `length_sorted_pieces`; None for no such limit.
+        min_pieces: pieces at least, at most the number of rows.
+        lengths: tokens the model is shown for each row, `[B]`, int64; None for what is usual: a preference row is shown
+            as two sequences as wide as the longer.
+
+    Returns:
+        The batch itself, uncut, without any limit.
 
     Example:
         >>> import torch
@@ -127,12 +201,18 @@ def micro_batches(batch: TrainBatchT, size: int | None) -> list[TrainBatchT]:
         >>> [(p.row_ids.tolist(), p.input_ids.shape[1]) for p in pieces]
         [([1, 2], 3), ([0], 1)]
     """
-    if size is None:
+    if size is None and max_tokens is None and min_pieces == 1:
         return [batch]
-    mask = batch.attention_mask if isinstance(batch, InstructionBatch) else batch.chosen_mask | batch.rejected_mask
-    lengths, order = mask.sum(dim=1).sort(descending=True, stable=True)
+    if isinstance(batch, InstructionBatch):
+        longest = batch.attention_mask.sum(dim=1)
+    else:
+        longest = torch.maximum(batch.chosen_mask.sum(dim=1), batch.rejected_mask.sum(dim=1))
+    if lengths is None:
+        lengths = longest if isinstance(batch, InstructionBatch) else 2 * longest
+    indices = length_sorted_pieces(lengths, size, max_tokens, min_pieces)
+    widths = torch.stack([longest[index].max() for index in indices]).tolist()
     pieces: list[Any] = []
-    for index, width in zip(order.split(size), lengths[::size].tolist(), strict=True):
+    for index, width in zip(indices, widths, strict=True):
         rows = {name: field[index] for name, field in batch._asdict().items() if field is not None}
         per_token = {name: field[:, :width] for name, field in rows.items() if name != "row_ids" and field.dim() == 2}
         pieces.append(type(batch)(**rows | per_token))

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from rlhf_lightning.batches import length_sorted_pieces
 
 
 class Experience(NamedTuple):
@@ -63,15 +64,19 @@ class Experience(NamedTuple):
         """The examples at `index`, in that order."""
         return Experience(*(field[index] for field in self))
 
-    def micro_batches(self, size: int) -> list[Experience]:
-        """Pieces of at most `size` examples of similar length, longest first, each as narrow as its rows allow.
+    def micro_batches(
+        self, size: int | None = None, max_tokens: int | None = None, min_pieces: int = 1
+    ) -> list[Experience]:
+        """Pieces of examples of similar length, longest first, each as narrow as its rows allow.
 
         Args:
-            size: examples per forward and backward pass.
+            size: examples per forward and backward pass at most; None for no such limit.
+            max_tokens: tokens per forward and backward pass at most, padding included, save that a longer example goes
+                alone; None for no such limit.
+            min_pieces: pieces at least, at most one for each example.
         """
-        prompts, responses = self.prompt_mask.sum(dim=1), self.response_mask.sum(dim=1)
-        order = (prompts + responses).argsort(descending=True, stable=True)
-        return [self.select(index)._trimmed() for index in order.split(size)]
+        lengths = torch.stack([self.prompt_mask.sum(dim=1), self.response_mask.sum(dim=1)], dim=1)
+        return [self.select(index)._trimmed() for index in length_sorted_pieces(lengths, size, max_tokens, min_pieces)]
 
     def _trimmed(self) -> Experience:
         """Without the columns that are padding in every row: prompts lose them on the left, responses on the right."""
@@ -97,15 +102,3 @@ class Experience(NamedTuple):
             order = torch.randperm(len(self.scores), generator=generator).to(self.scores.device)
             for index in order.split(size):
                 yield self.select(index)
-
-
-def pad_responses(pieces: list[Tensor], value: int | bool) -> Tensor:
-    """Stack `[b, r]` tensors of different r into one `[B, R]`, filled on the right.
-
-    Example:
-        >>> pad_responses([torch.tensor([[1]]), torch.tensor([[2, 3]])], value=0)
-        tensor([[1, 0],
-                [2, 3]])
-    """
-    longest = max(piece.shape[1] for piece in pieces)
-    return torch.cat([F.pad(piece, (0, longest - piece.shape[1]), value=value) for piece in pieces])

@@ -45,8 +45,11 @@ class WeighedPairs(PreferenceDataModule):
 
 
 def reward(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, Any]:
-    """Two steps from a fresh head on weighed pairs, in micro-batches of 3; calibrated at the end."""
-    module = RewardModule(folder, optimizer=sgd(0.5), micro_batch_size=3, **CONSTANT)
+    """Two steps from a fresh head on weighed pairs; calibrated at the end.
+
+    Of two processes one has fewer micro-batches of 90 tokens than the other.
+    """
+    module = RewardModule(folder, optimizer=sgd(0.5), max_tokens_per_batch=90, **CONSTANT)
     rows = preference_rows(EXAMPLES)
     data = WeighedPairs(folder, rows, validation_data=rows[:8], batch_size=GLOBAL_BATCH // processes, max_length=48)
     return module, data

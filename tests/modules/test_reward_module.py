@@ -24,9 +24,12 @@ from helpers.stages import (
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import HFExport, PreferenceDataModule, RewardModule, UserError, load_reward_model
 from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.models.prefix import sharing_pays
+from rlhf_lightning.modules.reward import both_sides
 
 CONSTANT = {"lr_schedule": "constant", "warmup_steps": 0}
 LOSSES = ["last_token", "average", "per_sample"]
+ROWS = preference_rows(24)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +115,54 @@ def test_micro_batches_change_nothing(reward_folder, loss, micro_batch_size):
         fit(module, DataLoader(batches(reward_folder, preference_rows(24), batch_size=8), batch_size=None))
         trained.append(weights(module.scalar))
     assert_close_weights(*trained)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_prefix_sharing_changes_nothing(reward_folder, loss):
+    rows = [row | {"rejected": row["chosen"] + " salt"} if i % 3 == 0 else row for i, row in enumerate(ROWS)]
+    data = batches(reward_folder, rows, batch_size=8)  # some pairs share more than their prompt
+    found = []
+    for sharing in (True, False):
+        module = RewardModule(reward_folder, loss, sgd(0.1), **CONSTANT, prefix_sharing=sharing, gradient_clip_val=None)
+        log = fit(module, DataLoader(data, batch_size=None), max_steps=1)
+        (validated,) = trainer().validate(module, DataLoader(data, batch_size=None), verbose=False)
+        numbers = {name: log.series(f"train/{name}") for name in ("loss", "margin", "grad_norm")}
+        found.append((weights(module.scalar), numbers, validated))
+    (shared, numbers, validated), (apart, expected, expected_validated) = found
+    assert_close_weights(shared, apart)
+    assert numbers == {name: pytest.approx(values, abs=1e-5) for name, values in expected.items()}
+    assert validated == {name: pytest.approx(value, abs=1e-5) for name, value in expected_validated.items()}
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("budget", [250, 150, 1])
+def test_a_token_budget_changes_nothing_but_the_size_of_micro_batches(reward_folder, loss, budget, sharing):
+    data = batches(reward_folder, ROWS, batch_size=8)
+    trained = []
+    for max_tokens in (None, budget):
+        settings = {"prefix_sharing": sharing, "gradient_clip_val": None, "max_tokens_per_batch": max_tokens}
+        module = RewardModule(reward_folder, loss, sgd(0.1), **CONSTANT, **settings)
+        module.configure_model()
+        sharing_pays(module.export_model, *both_sides(data[0]))  # tries the model out
+        shown = []
+        module.export_model.get_input_embeddings().register_forward_hook(
+            lambda _, args, __, shown=shown: shown.append(args[0].shape)
+        )
+        fit(module, DataLoader(data, batch_size=None), max_steps=1)
+        trained.append(weights(module.scalar))
+    assert_close_weights(*trained)
+    pairs_apart = 1 if sharing else 2
+    assert all(rows * width <= budget or rows == pairs_apart for rows, width in shown)
+    assert any(rows > pairs_apart for rows, _ in shown) is (budget > 1)
+    assert len(shown) > 1
+
+
+def test_two_limits_at_once_are_refused(folder):
+    with pytest.raises(UserError, match=r"both limit a forward pass: give one of them$"):
+        RewardModule(folder, micro_batch_size=2, max_tokens_per_batch=100)
+    with pytest.raises(UserError, match=r"^max_tokens_per_batch \(0\) must be at least 1$"):
+        RewardModule(folder, max_tokens_per_batch=0)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

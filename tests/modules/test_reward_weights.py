@@ -14,6 +14,7 @@ from helpers.stages import (
     save_reward_model,
     sgd,
     trainer,
+    unpadded,
     weights,
 )
 from rlhf_lightning import PreferenceDataModule, RewardModule
@@ -44,8 +45,9 @@ def repeated(batch, times):
     return PreferenceBatch(*(field if field is None else field[index] for field in batch))
 
 
-def train(folder, batch, loss="last_token", size=None):
-    module = RewardModule(folder, loss, sgd(0.1), lr_schedule="constant", warmup_steps=0, micro_batch_size=size)
+def train(folder, batch, loss="last_token", size=None, **settings):
+    settings |= {"lr_schedule": "constant", "warmup_steps": 0, "micro_batch_size": size}
+    module = RewardModule(folder, loss, sgd(0.1), **settings)
     log = fit(module, DataLoader([batch], batch_size=None), max_epochs=2)
     return weights(module.scalar), log
 
@@ -101,9 +103,22 @@ def test_the_loss_asks_for_the_margin_and_the_metrics_do_not(folder, pairs):
 
 def test_padding_share_by_hand(folder, pairs):
     real = int(pairs.chosen_mask.sum() + pairs.rejected_mask.sum())
-    _, log = train(folder, pairs)
+    _, log = train(folder, pairs, prefix_sharing=False)
     assert log.series("train/padding_share")[0] == pytest.approx(1 - real / (2 * pairs.chosen_ids.numel()), abs=1e-6)
     # One pair at a time is as wide as its longer side.
     longer = torch.maximum(pairs.chosen_mask.sum(dim=1), pairs.rejected_mask.sum(dim=1)).sum()
-    _, log = train(folder, pairs, size=1)
+    _, log = train(folder, pairs, size=1, prefix_sharing=False)
     assert log.series("train/padding_share")[0] == pytest.approx(1 - real / (2 * int(longer)), abs=1e-6)
+
+
+def test_padding_share_of_shared_rows_by_hand(folder, pairs):
+    lengths = []
+    for ids in zip(*(unpadded(*side) for side in (pairs[:2], pairs[2:4])), strict=True):
+        chosen, rejected = (side[0].tolist() for side in ids)
+        common = next(i for i, (c, r) in enumerate(zip(chosen, rejected, strict=False)) if c != r)
+        lengths.append(len(chosen) + len(rejected) - common)
+    _, log = train(folder, pairs)
+    share = 1 - sum(lengths) / (len(lengths) * max(lengths))
+    assert log.series("train/padding_share")[0] == pytest.approx(share, abs=1e-6)
+    _, log = train(folder, pairs, size=1)
+    assert log.series("train/padding_share") == [0, 0]

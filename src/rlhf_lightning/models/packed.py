@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.causal_lm import hidden_states
+from rlhf_lightning.models.causal_lm import padded_hidden_states
 from rlhf_lightning.models.generation import evaluation_mode
 
 _FULL_PRECISION_TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 0.1  # rounding stays far below, a leak is of order 1
@@ -34,12 +34,12 @@ def packing_error(model: PreTrainedModel, tokens: Tensor) -> float:
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return float("inf")
     halves = tokens.tensor_split(2)
-    alone = [hidden_states(model, half[None], torch.ones_like(half[None]).bool())[0] for half in halves]
+    alone = [padded_hidden_states(model, half[None], torch.ones_like(half[None]).bool())[0] for half in halves]
     places = [torch.arange(len(half), device=tokens.device) for half in halves]
     ids, positions, expected = (
         torch.stack([torch.cat(parts), torch.cat(parts[::-1])]) for parts in (halves, tuple(places), tuple(alone))
     )
-    packed = hidden_states(model, ids, torch.ones_like(ids).bool(), positions)
+    packed = padded_hidden_states(model, ids, torch.ones_like(ids).bool(), positions)
     distance = (packed.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
     return float(distance.max())
 

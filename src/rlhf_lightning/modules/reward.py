@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import OptimizerCallable
 from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import CatMetric, MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lightning.batches import PreferenceBatch, ScoringBatch, micro_batches
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional import RewardLoss, pairwise_loss, scores_at_end
+from rlhf_lightning.models.dtypes import keep_dtype
+from rlhf_lightning.models.finetune import FineTune, describe_trained, prepare_for_training
 from rlhf_lightning.models.generation import evaluation_mode
+from rlhf_lightning.models.prefix import SharedRows, share_rows, shared_lengths, sharing_pays
 from rlhf_lightning.models.scalar_lm import (
     Calibration,
     ScalarLM,
@@ -34,8 +37,11 @@ from rlhf_lightning.models.scalar_lm import (
 from rlhf_lightning.models.tokenizer import load_tokenizer, own_pad_token
 from rlhf_lightning.modules.common import (
     check_batch_sizes,
+    check_token_budget,
     configure_optimizer,
     count_tokens,
+    drop_frozen_weights,
+    equally_many,
     load_run_state,
     log_metrics,
     name_rows,
@@ -51,7 +57,15 @@ _PROBE_TOKENS = 64
 
 def pair_weights(batch: PreferenceBatch) -> Tensor:
     """How much each pair counts, `[B]`, float32."""
-    return torch.ones(len(batch.row_ids), device=batch.row_ids.device) if batch.weights is None else batch.weights
+    if batch.weights is None:
+        return torch.ones(len(batch.row_ids), dtype=torch.float32, device=batch.row_ids.device)
+    return batch.weights.float()  # the Trainer gives batches the type of the weights
+
+
+def both_sides(batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+    """Ids and mask of chosen and rejected sequences, each `[B, 2, T]`."""
+    ids = torch.stack([batch.chosen_ids, batch.rejected_ids], dim=1)
+    return ids, torch.stack([batch.chosen_mask, batch.rejected_mask], dim=1)
 
 
 class RewardModule(pl.LightningModule):
@@ -70,8 +84,15 @@ class RewardModule(pl.LightningModule):
         warmup_steps: optimizer steps of linear warm-up; a number below 1 is a share of all steps.
         micro_batch_size: pairs per forward and backward pass; None for the whole batch. Splitting changes memory and
             time, not the gradient.
+        max_tokens_per_batch: in place of `micro_batch_size`: tokens per forward and backward pass, padding included;
+            pairs of similar length go together, few long ones or many short ones. A pair above it goes alone.
+        prefix_sharing: run what both responses of a pair begin with, the prompt and often more, only once. The scores
+            are the same to rounding; a model or attention kernel that cannot do it says so and runs both apart.
         gradient_clip_val: norm the gradient is clipped to; None for no clipping.
         dropout: keep the dropout that the model's config asks for; by default it is off.
+        finetune: which weights are trained.
+        gradient_checkpointing: keep only each block's input for the backward pass and compute the rest again: less
+            memory, a third more time, the same gradient.
         trust_remote_code: allow the model folder to run Python code of its own.
     """
 
@@ -85,30 +106,40 @@ class RewardModule(pl.LightningModule):
         lr_schedule: Schedule = "cosine",
         warmup_steps: float = 0.03,
         micro_batch_size: int | None = None,
+        max_tokens_per_batch: int | None = None,
+        prefix_sharing: bool = True,
         gradient_clip_val: float | None = 1.0,
         dropout: bool = False,
+        finetune: FineTune = FineTune(),
+        gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["optimizer"])
+        self.save_hyperparameters(ignore=["optimizer", "finetune"])
         check_batch_sizes(micro_batch_size=micro_batch_size)
+        check_token_budget(micro_batch_size, max_tokens_per_batch)
         self.automatic_optimization = False
+        self.strict_loading = finetune.mode == "all"  # otherwise checkpoints lack what is frozen
         self.model_name_or_path = model_name_or_path
         self.loss: RewardLoss = loss
         self.optimizer = optimizer
         self.lr_schedule: Schedule = lr_schedule
         self.warmup_steps = warmup_steps
         self.micro_batch_size = micro_batch_size
+        self.max_tokens_per_batch = max_tokens_per_batch
+        self.prefix_sharing = prefix_sharing
         self.gradient_clip_val = gradient_clip_val
         self.dropout = dropout
+        self.finetune = finetune
+        self.gradient_checkpointing = gradient_checkpointing
         self.trust_remote_code = trust_remote_code
         self.scalar: ScalarLM | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._head_is_random = False
         self._calibrated_at: int | None = None
         names = ("loss", "accuracy", "chosen_score", "rejected_score", "margin")
-        self.eval_means = nn.ModuleDict({name: MeanMetric() for name in names})
-        self.held_out_scores = CatMetric()
+        self.eval_means = nn.ModuleDict({name: keep_dtype(MeanMetric()) for name in names})
+        self.held_out_scores = keep_dtype(CatMetric())
 
     def configure_model(self) -> None:
         """Load the model and its tokenizer, once; the pad token becomes one that is not the EOS."""
@@ -123,6 +154,7 @@ class RewardModule(pl.LightningModule):
         if pad_id >= num_embeddings:
             scalar.model.resize_token_embeddings(pad_id + 1)
         scalar.model.config.pad_token_id = pad_id
+        prepare_for_training(scalar.model, self.finetune, self.gradient_checkpointing)
         self.scalar = scalar
 
     @property
@@ -138,19 +170,38 @@ class RewardModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Put the model in training mode: `from_pretrained` leaves it in evaluation mode."""
         self.export_model.train()
+        if self.finetune.mode != "all":
+            rank_zero_info(describe_trained(self.export_model, self.finetune))
         self._head_is_random = False
 
-    def pair_scores(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """Raw per-token scores of both sides, two tensors `[B, T]`, float32."""
+    def shares_prefixes(self, batch: PreferenceBatch) -> bool:
+        """Whether what the two sides of each pair begin with is run only once; all processes call it equally often."""
+        return self.prefix_sharing and sharing_pays(self.export_model, *both_sides(batch))
+
+    def pair_scores(self, batch: PreferenceBatch, rows: SharedRows | None = None) -> tuple[Tensor, Tensor]:
+        """Raw per-token scores of both sides, two tensors `[B, T]`, float32, in one forward pass.
+
+        Args:
+            batch: pairs.
+            rows: the same pairs as shared rows; None to run both sides apart.
+        """
         assert self.scalar is not None
-        ids = torch.cat([batch.chosen_ids, batch.rejected_ids])
-        mask = torch.cat([batch.chosen_mask, batch.rejected_mask])
-        chosen, rejected = self.scalar.raw(ids, mask).chunk(2)
+        if rows is None:
+            ids, mask = both_sides(batch)
+            scores = self.scalar.raw(ids.flatten(0, 1), mask.flatten(0, 1)).unflatten(0, ids.shape[:2])
+        else:
+            scores = rows.spread(self.scalar.head(rows.hidden_states(self.export_model)))
+        chosen, rejected = scores.unbind(dim=1)
         return chosen, rejected
 
-    def pair_metrics(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of each pair, `[B]`, and what else is logged of it, each `[B]`, from the scores at the last token."""
-        chosen, rejected = self.pair_scores(batch)
+    def pair_metrics(self, batch: PreferenceBatch, rows: SharedRows | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of each pair, `[B]`, and what else is logged of it, each `[B]`, from the scores at the last token.
+
+        Args:
+            batch: pairs.
+            rows: as for `pair_scores`.
+        """
+        chosen, rejected = self.pair_scores(batch, rows)
         losses = pairwise_loss(
             chosen,
             rejected,
@@ -171,25 +222,36 @@ class RewardModule(pl.LightningModule):
             "margin": margin,
         }
 
+    def _pieces(self, batch: PreferenceBatch) -> list[tuple[PreferenceBatch, SharedRows | None]]:
+        """Micro-batches, laid out before the first forward pass, so that none waits for lengths from the device."""
+        shared = self.shares_prefixes(batch)
+        lengths = shared_lengths(*both_sides(batch)) if shared else None
+        size, max_tokens = self.micro_batch_size, self.max_tokens_per_batch
+        pieces = equally_many(self, lambda least: micro_batches(batch, size, max_tokens, least, lengths))
+        return [(piece, share_rows(*both_sides(piece)) if shared else None) for piece in pieces]
+
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """One optimizer step on one batch."""
         start = time.perf_counter()
         # As with the number of tokens elsewhere: of all micro-batches and ranks. Only pairs of weight 0 sum to 0.
         total_weight = sum_over_ranks(self, pair_weights(batch).sum()).clamp(min=torch.finfo(torch.float32).tiny)
-        pieces = micro_batches(batch, self.micro_batch_size)
+        pieces = self._pieces(batch)
         accumulation = GradientAccumulation(self, len(pieces))
-        sums = torch.zeros(4, device=self.device)
+        sums = torch.zeros(4, dtype=torch.float32, device=self.device)
         with forked_rng(self.device, run_seed(self), "reward", self.trainer.global_step, self.global_rank):
-            for micro_batch in pieces:
-                losses, pairs = self.pair_metrics(micro_batch)
+            for micro_batch, rows in pieces:
+                losses, pairs = self.pair_metrics(micro_batch, rows)
                 weights = pair_weights(micro_batch)
                 accumulation.backward((losses * weights).sum() / total_weight)
                 sums += torch.stack([(values * weights).sum() for values in pairs.values()])
         lr = learning_rates(self.optimizers())[0]
         grad_norm = accumulation.step(context=name_rows(batch.row_ids))
         means = sum_over_ranks(self, sums) / total_weight
-        shown = [mask for piece in pieces for mask in (piece.chosen_mask, piece.rejected_mask)]
-        num_tokens, padding_share = count_tokens(self, shown)
+        # The speed is that of the data, the padding that of what was run.
+        sides = [both_sides(piece)[1] for piece, _ in pieces]
+        num_tokens, _ = count_tokens(self, sides)
+        run = [side if rows is None else rows.mask for side, (_, rows) in zip(sides, pieces, strict=True)]
+        _, padding_share = count_tokens(self, run)
         metrics = {
             "train/loss": accumulation.loss,
             **{f"train/{name}": mean for name, mean in zip(pairs, means, strict=True)},
@@ -201,7 +263,8 @@ class RewardModule(pl.LightningModule):
         log_metrics(self, metrics, shown="train/loss", batch_size=len(batch.row_ids))
 
     def _evaluate(self, batch: PreferenceBatch, stage: str) -> None:
-        losses, pairs = self.pair_metrics(batch)
+        rows = share_rows(*both_sides(batch)) if self.shares_prefixes(batch) else None
+        losses, pairs = self.pair_metrics(batch, rows)
         for name, values in {"loss": losses, **pairs}.items():
             metric: Any = self.eval_means[name]
             metric.update(values, pair_weights(batch))
@@ -238,6 +301,7 @@ class RewardModule(pl.LightningModule):
     @torch.no_grad()
     def on_train_end(self) -> None:
         """Calibrate the final weights, unless the last validation has just done so."""
+        assert self.scalar is not None
         if self._calibrated_at == self.trainer.global_step:
             return
         if self.trainer.val_dataloaders is None and self.trainer.enable_validation:
@@ -250,7 +314,7 @@ class RewardModule(pl.LightningModule):
         with evaluation_mode(self.export_model), self.trainer.precision_plugin.forward_context():
             for batch in loader:
                 on_device = self.trainer.strategy.batch_to_device(batch)
-                chosen, _ = self.pair_scores(on_device)
+                chosen = self.scalar.raw(on_device.chosen_ids, on_device.chosen_mask)
                 self.held_out_scores.update(scores_at_end(chosen, on_device.chosen_mask))
             self._calibrate()
 
@@ -289,7 +353,8 @@ class RewardModule(pl.LightningModule):
         return [dict(zip(names, row, strict=True)) for row in zip(*plain, strict=True)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the seed of the run and the calibration."""
+        """Leave out frozen weights; keep the seed of the run and the calibration."""
+        drop_frozen_weights(self, checkpoint)
         assert self.scalar is not None
         calibration = self.scalar.calibration
         save_run_state(self, checkpoint, calibration={**vars(calibration)}, calibrated_at=self._calibrated_at)

@@ -1,0 +1,249 @@
+"""Sequences that begin alike run as one row: what they share once, then the rest of each.
+
+A causal model computes the same for the same beginning, so nothing is lost: every rest sees the beginning and itself,
+never another rest, and its positions go on from the beginning. What is read off the row afterwards adds up the
+gradients of the beginning by itself. Chosen and rejected responses share their prompt and often more; so do several
+samples of one prompt.
+
+Not every model can: some take no positions, read the distance of two tokens off their places in the row (ALiBi), or
+carry a state from token to token; some attention kernels take no mask. Whether a model can is looked up where it is
+known, then tried out, once.
+
+Notation: B groups, K sequences in each, T padded length of a sequence, L padded length of a shared row, D hidden size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_lightning.models.causal_lm import hidden_states, padded_hidden_states
+from rlhf_lightning.models.generation import evaluation_mode
+from rlhf_lightning.models.unpadded import unpadded_hidden_states
+
+_FULL_PRECISION_TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 0.1  # rounding stays far below, a leak is of order 1
+_KERNELS = {"sdpa", "eager"}
+_LAYERS = {"full_attention", "sliding_attention"}
+_can_share: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+class SharedRows(NamedTuple):
+    """B groups of sequences as B rows.
+
+    Attributes:
+        ids: the beginning, then each rest, padded on the right, `[B, L]`, int64.
+        positions: place of each token in its own sequence, `[B, L]`, int64, 0 on padding.
+        owner: number of the sequence a token belongs to, -1 for the beginning, K for padding, `[B, L]`, int64.
+        places: where in its row each token of each sequence stands, `[B, K, T]`, int64, 0 on padding.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    owner: Tensor
+    places: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """True for real tokens, `[B, L]`, bool: what the model is really shown."""
+        return self.owner < self.places.shape[1]
+
+    def sees(self) -> Tensor:
+        """Which tokens each token attends to, `[B, 1, L, L]`, bool; every token, padding too, attends to itself."""
+        length = self.owner.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.owner.device).tril()
+        related = (self.owner[:, None, :] == -1) | (self.owner[:, None, :] == self.owner[:, :, None])
+        return (related & causal).unsqueeze(1)
+
+    def hidden_states(self, model: PreTrainedModel) -> Tensor:
+        """Last hidden states of the rows, `[B, L, D]`.
+
+        Args:
+            model: one that passes `sharing_obstacle`.
+        """
+        mask, lengths = self.sees(), self.mask.sum(dim=1).tolist()
+        seen = [mask[row : row + 1, :, :length, :length] for row, length in enumerate(lengths)]
+        hidden = unpadded_hidden_states(model, self.ids, self.mask, self.positions, lengths, seen)
+        return self.padded_hidden_states(model) if hidden is None else hidden
+
+    def padded_hidden_states(self, model: PreTrainedModel) -> Tensor:
+        """As `hidden_states`, the padding computed too."""
+        mask = self.sees()
+        if model.config._attn_implementation == "eager":  # adds the mask to the attention weights
+            mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
+                ~mask, torch.finfo(model.dtype).min
+            )
+        backbone = model.base_model
+        output = backbone(input_ids=self.ids, attention_mask=mask, position_ids=self.positions, use_cache=False)
+        return output.last_hidden_state
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Give every sequence its own copy of what was computed for the rows.
+
+        Args:
+            values: one for each token of the rows, `[B, L]` or `[B, L, D]`.
+
+        Returns:
+            `[B, K, T]` or `[B, K, T, D]`; padding holds the value of some real token.
+        """
+        rows, length = values.shape[:2]
+        first = torch.arange(rows, device=values.device).view(-1, 1, 1) * length
+        index = first + self.places
+        return values.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def shared_prefix_length(ids: Tensor, mask: Tensor) -> Tensor:
+    """How many tokens all sequences of each group begin with, `[B]`, int64.
+
+    Args:
+        ids: `[B, K, T]`, int64.
+        mask: True for real tokens, `[B, K, T]`, bool, padded on the right.
+
+    Example:
+        >>> ids = torch.tensor([[[5, 6, 7], [5, 6, 8]]])
+        >>> shared_prefix_length(ids, torch.ones_like(ids).bool())
+        tensor([2])
+    """
+    alike = (mask & (ids == ids[:, :1])).all(dim=1)
+    return alike.long().cumprod(dim=1).sum(dim=1)
+
+
+def shared_lengths(ids: Tensor, mask: Tensor) -> Tensor:
+    """Tokens of each group as a shared row, `[B]`, int64; arguments as for `shared_prefix_length`."""
+    return mask.sum(dim=(1, 2)) - (ids.shape[1] - 1) * shared_prefix_length(ids, mask)
+
+
+def share_rows(ids: Tensor, mask: Tensor) -> SharedRows:
+    """Lay the sequences of each group out as one row.
+
+    Args:
+        ids: `[B, K, T]`, int64.
+        mask: True for real tokens, `[B, K, T]`, bool, padded on the right.
+
+    Example:
+        >>> ids = torch.tensor([[[5, 6, 7], [5, 8, 0]]])
+        >>> rows = share_rows(ids, torch.tensor([[[True, True, True], [True, True, False]]]))
+        >>> rows.ids, rows.positions, rows.owner
+        (tensor([[5, 6, 7, 8]]), tensor([[0, 1, 2, 1]]), tensor([[-1,  0,  0,  1]]))
+    """
+    groups, count, width = ids.shape
+    prefix = shared_prefix_length(ids, mask).view(-1, 1, 1)
+    rests = mask.sum(dim=2) - prefix.squeeze(2)  # [B, K]
+    shifts = (rests.cumsum(dim=1) - rests).unsqueeze(2)  # tokens of earlier rests
+    length = int(shared_lengths(ids, mask).max())
+
+    token = torch.arange(width, device=ids.device).expand_as(ids)
+    in_prefix = token < prefix
+    places = token + torch.where(in_prefix, 0, shifts)
+    owner = torch.where(in_prefix, -1, torch.arange(count, device=ids.device).view(1, -1, 1))
+    # Padding goes to a column of its own, which is thrown away.
+    targets = torch.where(mask, places, length).flatten(1)
+
+    def laid_out(values: Tensor, padding: int) -> Tensor:
+        row = torch.full((groups, length + 1), padding, dtype=torch.int64, device=ids.device)
+        return row.scatter_(1, targets, values.flatten(1))[:, :length]
+
+    return SharedRows(laid_out(ids, 0), laid_out(token, 0), laid_out(owner, count), torch.where(mask, places, 0))
+
+
+def shared_hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Last hidden states of sequences in groups that begin alike, each token of the beginning computed once.
+
+    Where sharing is impossible or does not pay, the sequences are computed one by one; always in one forward pass.
+
+    Args:
+        model: a language model or a scalar model.
+        ids: `[B, K, T]`, int64.
+        mask: True for real tokens, `[B, K, T]`, bool, padded on the right.
+
+    Returns:
+        `[B, K, T, D]`; arbitrary, but finite, on padding.
+    """
+    if not sharing_pays(model, ids, mask):
+        return hidden_states(model, ids.flatten(0, 1), mask.flatten(0, 1)).unflatten(0, ids.shape[:2])
+    rows = share_rows(ids, mask)
+    return rows.spread(rows.hidden_states(model))
+
+
+def sharing_pays(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
+    """Whether the model can run these sequences as shared rows, and does so with less work than apart.
+
+    The first call for a model runs two more forward passes, on every process alike; if the model cannot share, it says
+    so.
+
+    Args:
+        model: a language model or a scalar model.
+        ids: `[B, K, T]`, int64.
+        mask: True for real tokens, `[B, K, T]`, bool, padded on the right.
+    """
+    if not _shares(model) or not _inside_window(model.config.get_text_config(), ids, mask):
+        return False
+    # Per token and layer, the matrices cost about 24 D^2 operations and attention 4 D times the length of the row.
+    matrices = 6 * model.config.get_text_config().hidden_size
+    shared, longest = shared_lengths(ids, mask), mask.sum(dim=2).amax(dim=1)
+    apart = ids.shape[1] * longest * (matrices + longest)
+    return bool((shared * (matrices + shared)).sum() < apart.sum())
+
+
+def _inside_window(config: Any, ids: Tensor, mask: Tensor) -> bool:
+    """Whether no layer's window is felt: the mask of a shared row knows none."""
+    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
+    window = getattr(config, "sliding_window", None) if "sliding_attention" in layers else None
+    if window is not None and ids.shape[2] > window:
+        return False
+    window = getattr(config, "window_size", None)  # GPT-Neo counts places in the row, not positions
+    return window is None or bool(shared_lengths(ids, mask).max() <= window)
+
+
+def _shares(model: PreTrainedModel) -> bool:
+    if model not in _can_share:
+        obstacle = sharing_obstacle(model)
+        if obstacle is not None:
+            rank_zero_info(f"{type(model).__name__} runs sequences that begin alike one by one: {obstacle}")
+        _can_share[model] = obstacle is None
+    return _can_share[model]
+
+
+def sharing_obstacle(model: PreTrainedModel) -> str | None:
+    """Why a model cannot run shared rows; None if it can.
+
+    Args:
+        model: put in evaluation mode for a moment. Two forward passes are run unless the answer is known without.
+    """
+    config, kernel = model.config.get_text_config(), model.config._attn_implementation
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        return "it takes no position_ids"
+    if kernel not in _KERNELS:
+        return f"attention '{kernel}' takes no mask of one's own"
+    if getattr(config, "alibi", False):
+        return "it uses ALiBi"
+    if other := sorted(set(getattr(config, "layer_types", None) or []) - _LAYERS):
+        return f"it has layers of type '{other[0]}'"
+    tolerance = _FULL_PRECISION_TOLERANCE if model.dtype == torch.float32 else _LOW_PRECISION_TOLERANCE
+    with evaluation_mode(model), torch.autocast(model.device.type, enabled=False):
+        try:
+            error = _sharing_error(model)
+        except (IndexError, RuntimeError, TypeError, ValueError):  # code of a model folder's own may do anything
+            return "it takes no 4-D attention mask"
+    return None if error <= tolerance else "its hidden states would not be the same"
+
+
+@torch.no_grad()
+def _sharing_error(model: PreTrainedModel) -> float:
+    """Largest distance of shared from separate hidden states, relative to their norm, on a few made-up tokens.
+
+    Made up, so that every process finds the same.
+    """
+    tokens = (torch.arange(9, device=model.device) * 7919 + 11) % model.config.get_text_config().vocab_size
+    ids = torch.stack([tokens[:6], torch.cat([tokens[:3], tokens[6:]])]).unsqueeze(0)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, 1, -1] = False
+    rows = share_rows(ids, mask)
+    shared = rows.spread(rows.padded_hidden_states(model))[mask].float()
+    apart = padded_hidden_states(model, ids[0], mask[0])[mask[0]].float()
+    return float(((shared - apart).norm(dim=-1) / apart.norm(dim=-1)).max())

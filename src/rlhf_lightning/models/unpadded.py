@@ -1,0 +1,150 @@
+"""Padding that is not computed: the real tokens of a batch as one row, attention sequence by sequence.
+
+Everything in a transformer but attention looks at one token at a time, so the real tokens of all sequences can go
+through it as one long row, without padding and in one large matrix product. Attention then takes the row apart again.
+For CPUs, where arithmetic is dear and a further call is cheap; elsewhere the batch stays as it is.
+
+Not every model can: attention must be one of transformers' exchangeable functions, and nothing else may look at several
+tokens. Whether a model can is looked up where it is known, then tried out, once.
+
+Notation: B sequences, T padded length, N real tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from rlhf_lightning.models.attention import UNUSUAL, attention_function
+from rlhf_lightning.models.backbone import is_checkpointing, position_ids, run_backbone, takes_positions
+
+NAME = "rlhf_lightning_unpadded"
+"""What transformers' configs call the attention while it is in use."""
+
+DEVICES = {"cpu"}
+
+_LAYERS = {"full_attention", "sliding_attention"}
+_LEAST_PADDING = 1 / 16  # less is not worth taking the batch apart
+_FULL_PRECISION_TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 0.1  # rounding stays far below, a leak is of order 1
+_can_run: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def unpadded_hidden_states(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    positions: Tensor,
+    lengths: Sequence[int] | None = None,
+    sees: Sequence[Tensor] | None = None,
+) -> Tensor | None:
+    """Last hidden states without computing the padding.
+
+    Args:
+        model: a language model or a scalar model.
+        input_ids: `[B, T]`, int64.
+        attention_mask: True for real tokens, `[B, T]`, bool, padded on either side.
+        positions: place of each token in its own sequence, `[B, T]`, int64.
+        lengths: tokens of each sequence, N together, in the order of the rows; None if every row is one sequence.
+        sees: which tokens of its sequence each token attends to, for each sequence `[1, 1, length, length]`, bool; None
+            for those before it.
+
+    Returns:
+        `[B, T, D]`, 0 on padding; None where the model cannot do it, or there is too little to gain.
+    """
+    # What depends on the batch comes last: on ZeRO-3 every process must try the model out, or none.
+    if not _applies(model, attention_mask.device) or not _runs(model):
+        return None
+    if lengths is None:
+        lengths = [length for length in attention_mask.sum(dim=1).tolist() if length]
+        if sum(lengths) > (1 - _LEAST_PADDING) * attention_mask.numel():
+            return None
+    if not _inside_window(model, max(lengths)):
+        return None
+    return _run(model, input_ids, attention_mask, positions, lengths, sees)
+
+
+def _run(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    positions: Tensor,
+    lengths: Sequence[int],
+    sees: Sequence[Tensor] | None,
+) -> Tensor:
+    real = attention_mask.flatten().nonzero().squeeze(1)
+    row = {"input_ids": input_ids.flatten()[real][None], "position_ids": positions.flatten()[real][None]}
+    attend = partial(_attend, list(lengths), sees)
+    with attention_function(model, NAME, attend, lambda *args, **kwargs: None):
+        hidden = model.base_model(**row, attention_mask=None, use_cache=False).last_hidden_state[0]
+    empty = hidden.new_zeros(attention_mask.numel(), hidden.shape[1])
+    return empty.index_copy(0, real, hidden).unflatten(0, tuple(attention_mask.shape))
+
+
+def _applies(model: PreTrainedModel, device: torch.device) -> bool:
+    # What is computed again in the backward pass would find the attention changed back.
+    again = torch.is_grad_enabled() and is_checkpointing(model)
+    return device.type in DEVICES and model.config._attn_implementation == "sdpa" and not again
+
+
+def _inside_window(model: PreTrainedModel, longest: int) -> bool:
+    """Whether no layer's window is felt: sequences are attended to whole."""
+    config = model.config.get_text_config()
+    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
+    windows = [getattr(config, "sliding_window", None) if "sliding_attention" in layers else None]
+    windows.append(getattr(config, "window_size", None))  # GPT-Neo
+    return all(window is None or longest <= window for window in windows)
+
+
+def _attend(
+    lengths: list[int],
+    sees: Sequence[Tensor] | None,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: query `[1, heads, N, d]`, key and value `[1, key heads, N, d]`."""
+    if attention_mask is not None or any(kwargs.get(name) is not None for name in UNUSUAL):
+        raise NotImplementedError("attention of another kind")
+    masks = [None] * len(lengths) if sees is None else sees
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), masks, strict=True)
+    return torch.cat([sdpa_attention_forward(module, *part, **kwargs)[0] for part in parts], dim=1), None
+
+
+def _runs(model: PreTrainedModel) -> bool:
+    if model not in _can_run:
+        _can_run[model] = _can(model)
+    return _can_run[model]
+
+
+def _can(model: PreTrainedModel) -> bool:
+    """Whether hidden states stay the same; two forward passes on made-up tokens, on every process alike."""
+    config = model.config.get_text_config()
+    if not takes_positions(model) or not model._supports_attention_backend or getattr(config, "alibi", False):
+        return False
+    if set(getattr(config, "layer_types", None) or []) - _LAYERS:
+        return False
+    tokens = (torch.arange(10, device=model.device) * 7919 + 11) % config.vocab_size
+    ids, lengths = tokens.view(2, 5), [5, 3]
+    mask = torch.arange(5, device=model.device) < torch.tensor(lengths, device=model.device).unsqueeze(1)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            found = _run(model, ids, mask, position_ids(mask), lengths, None)[mask].float()
+            expected = run_backbone(model, ids, mask).last_hidden_state[mask].float()
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        model.train(was_training)
+    tolerance = _FULL_PRECISION_TOLERANCE if model.dtype == torch.float32 else _LOW_PRECISION_TOLERANCE
+    return bool(((found - expected).norm(dim=-1) <= tolerance * expected.norm(dim=-1)).all())

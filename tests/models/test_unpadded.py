@@ -1,0 +1,129 @@
+"""Batches without their padding are computed as with it."""
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from helpers.models import FAMILIES, spread_weights, tiny_causal_lm
+from rlhf_lightning.models import unpadded
+from rlhf_lightning.models.backbone import position_ids
+from rlhf_lightning.models.causal_lm import hidden_states, padded_hidden_states
+from rlhf_lightning.models.finetune import enable_gradient_checkpointing
+from rlhf_lightning.models.prefix import share_rows
+from rlhf_lightning.models.unpadded import unpadded_hidden_states
+
+SHAPE = {
+    "vocab_size": 320,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+ABLE = ["llama", "gpt-neox", "gpt2", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "opt"]
+UNABLE = ["gemma2", "bloom", "falcon", "mamba", "qwen3_next"]
+
+
+@cache
+def model(family, **options):
+    if family in FAMILIES:
+        return tiny_causal_lm(family, **options)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE, **options)).eval()
+        spread_weights(made)
+    return made
+
+
+def batch(lengths, side="right"):
+    width = max(lengths)
+    ids = torch.randint(1, 300, (len(lengths), width), generator=torch.Generator().manual_seed(sum(lengths)))
+    column, lengths = torch.arange(width), torch.tensor(lengths).unsqueeze(1)
+    mask = column < lengths if side == "right" else column >= width - lengths
+    return ids, mask
+
+
+def without(lm, ids, mask):
+    return unpadded_hidden_states(lm, ids, mask, position_ids(mask))
+
+
+@pytest.mark.parametrize("family", ABLE)
+@settings(max_examples=5)
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5), side=st.sampled_from(["left", "right"]))
+def test_hidden_states_and_gradients_are_those_of_the_padded_batch(family, lengths, side):
+    lm = model(family)
+    ids, mask = batch([14, *lengths], side)
+    gradients = []
+    for hidden in (without(lm, ids, mask), padded_hidden_states(lm, ids, mask)):
+        lm.zero_grad()
+        weights = torch.randn(hidden[mask].shape, generator=torch.Generator().manual_seed(1))
+        (hidden[mask] * weights).sum().backward()
+        gradients.append((hidden.detach()[mask], [p.grad.clone() for p in lm.base_model.parameters()]))
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", UNABLE)
+def test_other_models_compute_their_padding(family):
+    lm = model(family)
+    ids, mask = batch([9, 2, 4])
+    assert without(lm, ids, mask) is None
+    torch.testing.assert_close(hidden_states(lm, ids, mask)[mask], padded_hidden_states(lm, ids, mask)[mask])
+
+
+def test_packed_rows_are_computed_as_transformers_does():
+    lm = model("llama")
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [0, 0, 1, 2, 3, 4, 0]])
+    mask = torch.tensor([[True] * 6 + [False], [True] * 6 + [False]])
+    ids = torch.arange(14).view(2, 7) + 20
+    found = hidden_states(lm, ids, mask, positions)
+    assert not found[:, -1].any()  # so the padding was not computed
+    torch.testing.assert_close(found[mask], padded_hidden_states(lm, ids, mask, positions)[mask])
+
+
+def test_shared_rows_are_computed_as_with_their_mask():
+    lm = model("llama")
+    ids = torch.tensor([[[5, 6, 7, 8, 9], [5, 6, 9, 0, 0]], [[4, 3, 0, 0, 0], [4, 2, 0, 0, 0]]])
+    rows = share_rows(ids, ids > 0)
+    found = rows.hidden_states(lm)
+    assert not found[~rows.mask].any()
+    torch.testing.assert_close(found[rows.mask], rows.padded_hidden_states(lm)[rows.mask])
+
+
+def test_a_window_that_would_be_felt_is_left_to_transformers():
+    lm = model("mistral", sliding_window=6)
+    assert without(lm, *batch([7, 1])) is None
+    assert without(lm, *batch([6, 1])) is not None
+
+
+def test_a_batch_with_little_padding_stays_as_it_is():
+    lm = model("llama")
+    assert without(lm, *batch([8, 8, 8])) is None
+    assert without(lm, *batch([8, 8, 1])) is not None
+
+
+def test_blocks_that_are_computed_again_find_the_attention_they_had():
+    lm = tiny_causal_lm("llama", seed=3)
+    enable_gradient_checkpointing(lm)
+    lm.train()
+    ids, mask = batch([9, 2])
+    assert without(lm, ids, mask) is None
+    with torch.no_grad():
+        assert without(lm, ids, mask) is not None
+
+
+def test_the_attention_is_changed_back_also_after_an_error(monkeypatch):
+    lm = model("llama")
+    ids, mask = batch([9, 2])
+    without(lm, ids, mask)
+    assert lm.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(unpadded, "sdpa_attention_forward", None)
+    with pytest.raises(TypeError):
+        without(lm, ids, mask)
+    assert lm.config._attn_implementation == "sdpa"
