@@ -1,0 +1,70 @@
+"""Attention of one new token per row that does not read the padding before short prompts.
+
+With prompts of different lengths most of a left-padded cache is padding, which a mask hides but the kernel reads. Rows
+are sorted by length, so a few rows at a time need the same, shorter range of columns. Exact: only columns that the mask
+hides from all of them are left out. For CPUs; elsewhere more calls cost more than shorter ranges save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rlhf_lightning.models.attention import UNUSUAL, attention_function
+from rlhf_lightning.models.rollout_cache import RolloutCache
+
+NAME = "rlhf_lightning_by_rows"
+"""What transformers' configs call it while it is in use."""
+
+
+@contextmanager
+def attention_by_rows(model: PreTrainedModel, cache: RolloutCache | None) -> Iterator[None]:
+    """Use it for the length of a `with` block, where the model runs on a CPU and takes attention functions.
+
+    Args:
+        model: a language model; elsewhere nothing changes.
+        cache: tells which rows need which columns.
+    """
+    if cache is None or model.device.type != "cpu":
+        yield
+        return
+    with attention_function(model, NAME, partial(_attend, cache), sdpa_mask):
+        yield
+
+
+def _attend(
+    cache: RolloutCache,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: query `[N, heads, Q, D]`, key and value `[N, key heads, T, D]`."""
+    batch, heads, length, size = query.shape
+    whole_range = key.shape[2] == cache.visible and attention_mask is not None and attention_mask.shape[1] == 1
+    if length > 1 or not cache.groups or not whole_range or any(kwargs.get(name) is not None for name in UNUSUAL):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    assert attention_mask is not None
+    # The heads that share a key become positions of one head.
+    query = query.reshape(batch, key.shape[1], -1, size)
+    pieces = [
+        torch.nn.functional.scaled_dot_product_attention(
+            query[rows],
+            key[rows, :, start:],
+            value[rows, :, start:],
+            attn_mask=attention_mask[rows, :, :, start:],
+            scale=kwargs.get("scaling"),
+        )
+        for rows, start in cache.groups
+    ]
+    return torch.cat(pieces).reshape(batch, 1, heads, value.shape[3]), None

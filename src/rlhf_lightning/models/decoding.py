@@ -1,0 +1,218 @@
+"""One batch of prompts, answered token by token.
+
+Notation: B prompts of the caller, N rows of this batch that are still in it, P width of its longest prompt.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.functional import token_logprobs
+from rlhf_lightning.models.backbone import position_ids
+from rlhf_lightning.models.causal_lm import output_logits
+from rlhf_lightning.models.rollout_cache import rollout_cache
+from rlhf_lightning.models.sampling import Sampling, pick_tokens, uniforms
+from rlhf_lightning.models.tokenizer import eos_ids
+
+PREFILL_TOKENS = {"cpu": 512}
+"""By device, tokens of a group of prompts, padding included: enough to keep the device busy, and little padding."""
+PREFILL_TOKENS_ELSEWHERE = 8192
+
+LEAVING_SHARE = 8
+"""Rows leave the batch when they are at least one in so many: moving the others costs a copy of their cache."""
+
+SPARE_TOKENS = 8
+"""Tokens decoded beyond those that a stop string can fill, for some are decoded to nothing."""
+
+STEPS_BETWEEN_LOOKS = {"cpu": 1}
+"""By device, how often to look whether responses have ended: for a CPU that costs nothing."""
+STEPS_BETWEEN_LOOKS_ELSEWHERE = 8
+
+
+class Record:
+    """What is drawn and what comes of it, for all prompts, in the caller's order.
+
+    Attributes:
+        uniforms: the random number of each token, `[B, R]`, float64.
+        ids: `[B, R]`, int64, filler where nothing was produced.
+        lengths: tokens produced, `[B]`, int64.
+        ended: `[B]`, bool.
+        logprobs: `[B, R]`, float32, 0 where nothing was produced; None if not asked for.
+        hidden: `[B, R, D]`, 0 where nothing was produced; None if not asked for.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        sampling: Sampling,
+        filler: int,
+        generator: torch.Generator | None,
+        device: torch.device,
+        with_logprobs: bool,
+        hidden_size: int | None,
+    ) -> None:
+        shape = batch, sampling.max_new_tokens
+        self.filler = filler
+        greedy = sampling.temperature == 0
+        self.uniforms = torch.ones(shape, device=device) if greedy else uniforms(shape, generator, device)
+        self.ids = torch.full(shape, filler, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.logprobs = torch.zeros(shape, dtype=torch.float32, device=device) if with_logprobs else None
+        self.hidden = None if hidden_size is None else torch.zeros(*shape, hidden_size, device=device)
+
+
+class Decoding:
+    """Answers some of the prompts together; iterate over it to run its steps.
+
+    Args:
+        model: a language model in evaluation mode.
+        tokenizer: names the EOS and decodes the text in which stop strings are looked for.
+        prompt_ids: all prompts, padded on the left, `[B, *]`, int64.
+        prompt_mask: True for real tokens, `[B, *]`, bool.
+        rows: those to be answered, the longest prompt first, `[N]`, int64.
+        sampling: how tokens are drawn and how many at most.
+        record: the results are written here.
+        synced: every rank runs the same number of forwards.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        rows: Tensor,
+        sampling: Sampling,
+        record: Record,
+        synced: bool,
+    ) -> None:
+        self.model, self.tokenizer, self.sampling, self.record, self.synced = model, tokenizer, sampling, record, synced
+        self.rows = rows
+        self.lengths = prompt_mask[rows].sum(dim=1)
+        self.widths = self.lengths.clamp(min=1).tolist()
+        self.width = self.widths[0]
+        self.prompt_ids = prompt_ids[rows, -self.width :]
+        response = prompt_mask.new_ones(len(rows), sampling.max_new_tokens)
+        self.mask = torch.cat([prompt_mask[rows, -self.width :], response], dim=1).long()
+        self.finished = torch.zeros_like(rows, dtype=torch.bool)
+        self.ends = torch.tensor(eos_ids(tokenizer, model.generation_config.eos_token_id), device=rows.device)
+        # The last token is never read.
+        self.cache = rollout_cache(model.config, len(rows), self.width, self.mask.shape[1] - 1)
+        self.any_cache = DynamicCache(config=model.config) if self.cache is None else self.cache
+        device = rows.device.type
+        self.prefill_tokens = PREFILL_TOKENS.get(device, PREFILL_TOKENS_ELSEWHERE)
+        self.steps_between_looks = STEPS_BETWEEN_LOOKS.get(device, STEPS_BETWEEN_LOOKS_ELSEWHERE)
+        self.takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+
+    def __iter__(self) -> Iterator[int]:
+        """Run the steps; yields the number of each when its tokens are recorded."""
+        hidden = self._prefill()
+        for step in range(self.sampling.max_new_tokens):
+            if self.record.hidden is not None:
+                kept = hidden.masked_fill(self.finished.unsqueeze(1), 0.0)
+                self.record.hidden[self.rows, step] = kept.to(self.record.hidden.dtype)
+            self._pick(step, output_logits(self.model, hidden))
+            yield step
+            if step + 1 == self.sampling.max_new_tokens:
+                return
+            if (step + 1) % self.steps_between_looks == 0:
+                if self._is_over():
+                    return
+                self._let_go()
+            hidden = self._continue(step)
+
+    def _prefill(self) -> Tensor:
+        """Read the prompts; the hidden states at their ends, `[N, D]`."""
+        positions, pieces = position_ids(self.mask[:, : self.width].bool()), []
+        for group in self._groups():
+            columns = slice(self.width - self.widths[group.start], self.width)
+            if self.cache is not None:
+                self.cache.prefill(group, self.widths[group.start])
+            part = group, columns
+            pieces.append(self._read(self.prompt_ids[part], self.mask[part], positions[part]))
+        if self.cache is not None:
+            self.cache.decode(self.widths)
+        return torch.cat(pieces)
+
+    def _groups(self) -> Iterator[slice]:
+        start, total = 0, len(self.rows)
+        while start < total:
+            size = max(1, self.prefill_tokens // self.widths[start])
+            stop = total if self.cache is None or self.synced else min(start + size, total)
+            yield slice(start, stop)
+            start = stop
+
+    def _continue(self, step: int) -> Tensor:
+        """Read the tokens of a step; hidden states, `[N, D]`."""
+        ids = self.record.ids[self.rows, step].unsqueeze(1)
+        first = 0 if self.cache is None else self.cache.first
+        mask = self.mask[:, first : self.width + step + 1]
+        hidden = self._read(ids, mask, (self.lengths + step).unsqueeze(1))
+        if self.cache is not None:
+            self.cache.advance()
+        return hidden
+
+    def _read(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        kwargs = {"position_ids": positions} if self.takes_positions else {}
+        output = self.model.base_model(
+            input_ids=ids, attention_mask=mask, past_key_values=self.any_cache, use_cache=True, **kwargs
+        )
+        return output.last_hidden_state[:, -1]
+
+    def _pick(self, step: int, logits: Tensor) -> None:
+        """Draw the tokens of a step, write them down, and see which responses end with them."""
+        record, rows, sampling = self.record, self.rows, self.sampling
+        if step == 0 and logits.isnan().any():  # once, for asking stops the device
+            raise UserError(
+                "the policy's logits are not a number: its training has diverged, or its weights are broken; "
+                "go back to an earlier checkpoint and lower the learning rate"
+            )
+        allowed = logits.index_fill(-1, self.ends, float("-inf")) if step < sampling.min_new_tokens else logits
+        tokens = pick_tokens(allowed, sampling, record.uniforms[rows, step])
+        record.ids[rows, step] = torch.where(self.finished, record.filler, tokens)
+        record.lengths[rows] += ~self.finished
+        if record.logprobs is not None:
+            logprobs = token_logprobs(logits, tokens, sampling.temperature or 1.0)
+            record.logprobs[rows, step] = logprobs.masked_fill(self.finished, 0.0)
+        self.finished = self.finished | torch.isin(tokens, self.ends)
+        if sampling.stop_strings:
+            self._look_for_stop_strings(step)
+        record.ended[rows] = self.finished
+
+    def _look_for_stop_strings(self, step: int) -> None:
+        places = (~self.finished).nonzero().squeeze(1)
+        if not len(places):
+            return
+        stop_strings = self.sampling.stop_strings
+        # A token is a byte at least, and what stands before the last few was looked at before.
+        tail = max(len(stop.encode()) for stop in stop_strings) + SPARE_TOKENS
+        ids = self.record.ids[self.rows[places], max(0, step + 1 - tail) : step + 1]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=False)
+        found = [any(stop in text for stop in stop_strings) for text in texts]
+        self.finished[places] = torch.tensor(found, device=ids.device)
+
+    def _is_over(self) -> bool:
+        if not self.synced:
+            return bool(self.finished.all())
+        unfinished = (~self.finished).any().int()
+        dist.all_reduce(unfinished, op=dist.ReduceOp.MAX)
+        return not bool(unfinished)
+
+    def _let_go(self) -> None:
+        """Take the rows that have ended out of the batch, if there are enough of them."""
+        leaving = int(self.finished.sum())
+        if self.cache is None or self.synced or leaving == 0 or leaving * LEAVING_SHARE < len(self.rows):
+            return
+        kept = (~self.finished).nonzero().squeeze(1)
+        self.widths = [self.widths[place] for place in kept.tolist()]
+        self.cache.keep(kept, self.widths)
+        self.rows, self.lengths, self.mask = self.rows[kept], self.lengths[kept], self.mask[kept]
+        self.finished = self.finished[kept]

@@ -1,0 +1,178 @@
+"""Keys and values of a batch that is being answered, in buffers allocated once.
+
+transformers' dynamic cache is copied whole for every token. Here a token writes its own column. Prompts enter in groups
+of similar length, and rows whose response has ended can leave.
+
+Notation: N rows of the batch, P width of the longest prompt; column c of the cache is the token at place c when all
+prompts are padded on the left to P.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+ROWS_PER_GROUP = 8
+"""Rows of similar length that share a range of columns."""
+
+
+@dataclass
+class _Place:
+    """Where in the buffers the model is now; one for all layers.
+
+    Attributes:
+        rows: the rows that the model sees.
+        first: the first column that it sees.
+        past: the column that it writes next.
+        prefilling: it reads its prompts and sees nothing of the buffers.
+    """
+
+    rows: slice
+    first: int
+    past: int
+    prefilling: bool = True
+
+
+class _Layer(DynamicLayer):
+    """One layer's buffers, `[N, heads, capacity, D]`."""
+
+    def __init__(self, place: _Place, capacity: int, window: int | None) -> None:
+        super().__init__()
+        self.place = place
+        self.num_rows = place.rows.stop
+        self.capacity = capacity
+        self.window = window
+        self.is_sliding = window is not None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        # Zeros, since what a mask hides must still be finite.
+        self.keys, self.values = (
+            states.new_zeros(self.num_rows, states.shape[1], self.capacity, states.shape[3])
+            for states in (key_states, value_states)
+        )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        place, width = self.place, key_states.shape[2]
+        end = place.past + width
+        seen = []
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            assert buffer is not None
+            buffer[place.rows, :, place.past : end] = states
+            seen.append(states if place.prefilling else buffer[place.rows, :, self._start(width) : end])
+        return seen[0], seen[1]
+
+    def _start(self, width: int) -> int:
+        oldest = self.place.past + width - self.window if self.window is not None else 0
+        return max(self.place.first, oldest)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.place.prefilling:
+            return query_length, 0
+        start = self._start(query_length)
+        return self.place.past + query_length - start, start - self.place.first
+
+    def get_seq_length(self) -> int:
+        return 0 if self.place.prefilling else self.place.past - self.place.first
+
+    def keep(self, rows: Tensor) -> None:
+        if not self.is_initialized:
+            return
+        for buffer in (self.keys, self.values):
+            assert buffer is not None
+            columns = slice(self.place.first, self.place.past)
+            buffer[: len(rows), :, columns] = buffer[:, :, columns].index_select(0, rows)
+
+
+class RolloutCache(Cache):
+    """A cache for one batch of prompts and their responses.
+
+    First `prefill` names a group of rows before the model reads their prompts; when all are read, `decode` opens the
+    batch. After each further token comes `advance`.
+
+    Attributes:
+        groups: rows of similar length, each with the first visible column that one of them needs; none before `decode`.
+
+    Args:
+        windows: for each layer, how far back it sees, None for all the way.
+        num_rows: N.
+        width: P.
+        capacity: columns in all.
+    """
+
+    def __init__(self, windows: list[int | None], num_rows: int, width: int, capacity: int) -> None:
+        self.place = _Place(slice(0, num_rows), 0, 0)
+        self.width = width
+        self.groups: list[tuple[slice, int]] = []
+        self.buffers = [_Layer(self.place, capacity, window) for window in windows]
+        super().__init__(layers=[*self.buffers])
+
+    def prefill(self, rows: slice, width: int) -> None:
+        """The model is about to read the prompts of some rows, padded to this width."""
+        self.place.rows, self.place.past = rows, self.width - width
+
+    def decode(self, widths: list[int]) -> None:
+        """The model is about to continue all rows.
+
+        Args:
+            widths: of each row's prompt, descending.
+        """
+        self.place.rows, self.place.past, self.place.prefilling = slice(0, len(widths)), self.width, False
+        self._group(widths)
+
+    def advance(self) -> None:
+        """The model has read one token of each row."""
+        self.place.past += 1
+
+    def keep(self, rows: Tensor, widths: list[int]) -> None:
+        """Only some rows go on.
+
+        Args:
+            rows: their indices, ascending, `[n]`, int64.
+            widths: of each one's prompt, descending.
+        """
+        for layer in self.buffers:
+            layer.keep(rows)
+        self.place.rows = slice(0, len(widths))
+        self._group(widths)
+
+    def _group(self, widths: list[int]) -> None:
+        self.place.first = self.width - widths[0]
+        starts = range(0, len(widths), ROWS_PER_GROUP)
+        self.groups = [(slice(row, row + ROWS_PER_GROUP), widths[0] - widths[row]) for row in starts]
+
+    @property
+    def first(self) -> int:
+        """The first column that some row needs; the mask that the model gets begins there."""
+        return self.place.first
+
+    @property
+    def visible(self) -> int:
+        """Columns that the model sees while it reads a token, the token's own included."""
+        return self.place.past + 1 - self.place.first
+
+
+def rollout_cache(config: PretrainedConfig, num_rows: int, width: int, capacity: int) -> RolloutCache | None:
+    """A cache that fits a model; None where some layer keeps more than keys and values.
+
+    Args:
+        config: the model's.
+        num_rows: rows of the batch.
+        width: of the longest prompt.
+        capacity: columns in all.
+    """
+    if "chunked_attention" in (getattr(config.get_text_config(decoder=True), "layer_types", None) or []):
+        return None
+    windows: list[int | None] = []
+    for layer in DynamicCache(config=config).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            return None
+        windows.append(layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None)
+    return RolloutCache(windows, num_rows, width, capacity)
