@@ -9,7 +9,7 @@ from helpers.models import table_lm, table_scalar, table_tokenizer, tiny_causal_
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.controllers import RunningMoments
-from rlhf_lightning.models.generation import Generation, Sampling
+from rlhf_lightning.models.generation import Generation, Sampling, TransformersEngine
 from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
 from rlhf_lightning.ppo_settings import KLPenalty, Objective, ScoreShaping
@@ -59,7 +59,7 @@ def measured(batch_size=2, value=True, temperature=1.0, report=None):
         GENERATION,
         ["b", ""],
         temperature,
-        batch_size,
+        list(torch.arange(2).split(batch_size)),
         **options,
     )
 
@@ -94,20 +94,23 @@ def test_measuring_in_parts_changes_nothing():
     ids, lengths = torch.arange(40, 75).view(7, 5), torch.tensor([1, 2, 3, 4, 5, 5, 3]).unsqueeze(1)
     prompts = PromptBatch(ids, torch.arange(5) >= 5 - lengths, ["x"] * 7, torch.arange(7))
     random = torch.Generator().manual_seed(0)
-    generation, texts = respond(policy, tokenizer, prompts, Sampling(max_new_tokens=6), random)
+    generation, texts = respond(
+        TransformersEngine(policy, tokenizer), tokenizer, prompts, Sampling(max_new_tokens=6), random
+    )
     progress = []
+    order = torch.tensor([6, 0, 3, 5, 1, 2, 4])
     whole, parts = (
         measure(
-            policy, reference, scorer, value, prompts, generation, texts, 0.7, size, lambda *done: progress.append(done)
+            policy, reference, scorer, value, prompts, generation, texts, 0.7, pieces, lambda *d: progress.append(d)
         )
-        for size in (7, 3)
+        for pieces in ([torch.arange(7)], list(order.split(3)))
     )
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert progress == [(7, 7), (3, 7), (6, 7), (7, 7)]
 
 
-def test_scorers_see_the_texts_of_their_part():
+def test_functions_see_all_texts_at_once():
     seen = []
 
     def function(prompts, responses):
@@ -116,24 +119,36 @@ def test_scorers_see_the_texts_of_their_part():
 
     scorer = FunctionScorer(function, "length")
     measurements = measure(
-        table_lm(P), table_lm(Q), scorer, None, PROMPTS, GENERATION, ["b", ""], temperature=1.0, batch_size=1
+        table_lm(P), table_lm(Q), scorer, None, PROMPTS, GENERATION, ["b", ""], 1.0, list(torch.arange(2).split(1))
     )
-    assert seen == [(["a"], ["b"]), (["ab"], [""])]
+    assert seen == [(["a", "ab"], ["b", ""])]
     assert measurements.scores.tolist() == [1.0, 0.0]
+
+
+def test_log_probabilities_of_the_sampler_are_taken_without_another_pass():
+    told = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]])
+    measurements = measure(
+        table_lm(P), table_lm(Q), ModelScorer(table_scalar(SCORES)), table_scalar(VALUES), PROMPTS,
+        GENERATION._replace(logprobs=told), ["b", ""], 1.0, [torch.arange(2)],
+    )  # fmt: skip
+    assert torch.equal(measurements.logprobs, told)
+    assert not measurements.entropy.any()
+    assert torch.equal(measurements.ref_logprobs, measured().ref_logprobs)
+    assert torch.equal(measurements.values, measured().values)
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 2])
 def test_answers_in_parts_are_joined(batch_size):
     progress = []
     generation, texts = respond(
-        table_lm(CHAIN), table_tokenizer(), take([1, 0]), Sampling(temperature=0.0, max_new_tokens=5), None,
-        batch_size, report=lambda *done: progress.append(done),
+        TransformersEngine(table_lm(CHAIN), table_tokenizer(), batch_size), table_tokenizer(), take([1, 0]),
+        Sampling(temperature=0.0, max_new_tokens=5), None, on_token=progress.append,
     )  # fmt: skip
     assert generation.response_ids.tolist() == [[EOS, 0], [2, EOS]]
     assert generation.response_mask.tolist() == [[True, False], [True, True]]
     assert generation.ended.tolist() == [True, True]
     assert texts == ["", "b"]
-    assert progress == ([(1, 10), (6, 10), (7, 10)] if batch_size == 1 else [(1, 5), (2, 5)])
+    assert progress == ([1, 6, 7] if batch_size == 1 else [1, 2])
 
 
 def test_scores_are_scaled_then_clipped_then_penalised():
@@ -171,7 +186,7 @@ def test_experience_by_hand():
     assert experience.row_ids.tolist() == [10, 11]
     assert torch.equal(experience.prompt_ids, PROMPTS.prompt_ids)
     assert torch.equal(experience.prompt_mask, PROMPTS.prompt_mask)
-    assert all(torch.equal(a, b) for a, b in zip(experience[2:5], GENERATION, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(experience[2:5], GENERATION[:3], strict=True))
 
 
 def test_the_estimator_of_the_penalty_is_a_choice():

@@ -9,19 +9,19 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lightning.batches import PromptBatch, split_batch
+from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.controllers import RunningMoments
-from rlhf_lightning.experience import Experience, pad_responses
+from rlhf_lightning.experience import Experience
 from rlhf_lightning.functional import gae, kl_estimate, kl_shaped_rewards, masked_moments, masked_sum, masked_whiten
 from rlhf_lightning.functional.masked import Reduce, identity
+from rlhf_lightning.models.actor_critic import TrunkValue, logprobs_and_values, values_alone
 from rlhf_lightning.models.causal_lm import response_logprobs
-from rlhf_lightning.models.generation import Generation, Sampling, decode_responses, generate
+from rlhf_lightning.models.generation import Generation, RolloutEngine, Sampling, decode_responses
 from rlhf_lightning.models.rewarding import Responses, Scorer
-from rlhf_lightning.models.scalar_lm import ScalarLM, response_values
-from rlhf_lightning.models.tokenizer import filler_id
+from rlhf_lightning.models.scalar_lm import ScalarLM
 from rlhf_lightning.ppo_settings import KLPenalty, Objective, ScoreShaping
 
 Report = Callable[[int, int], None]
@@ -32,44 +32,34 @@ def _silent(done: int, total: int) -> None: ...
 
 
 def respond(
-    policy: PreTrainedModel,
+    engine: RolloutEngine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: PromptBatch,
     sampling: Sampling,
     random: torch.Generator | None,
-    batch_size: int | None = None,
     synced: bool = False,
-    report: Report = _silent,
+    on_token: Callable[[int], None] | None = None,
+    with_logprobs: bool = False,
+    with_hidden: bool = False,
 ) -> tuple[Generation, list[str]]:
     """Answer prompts.
 
     Args:
-        policy: a language model.
+        engine: answers them.
         tokenizer: the policy's.
         prompts: the prompts, B of them.
         sampling: how responses are drawn.
         random: source of the random numbers; torch's global one if None.
-        batch_size: prompts answered at once; None for all.
         synced: every rank runs the same number of forwards (ZeRO-3).
-        report: told how many tokens are done.
+        on_token: told how many tokens of each response are done.
+        with_logprobs: also keep the log-probability of each token.
+        with_hidden: also keep the hidden state that each token was predicted from.
 
     Returns:
         Responses as ids and mask, `[B, R]`, and as B texts.
     """
-    pieces, limit = [], sampling.max_new_tokens
-    chunks = list(split_batch(prompts, batch_size or len(prompts.prompts)))
-    for number, chunk in enumerate(chunks):
-
-        def on_token(done: int, before: int = number * limit) -> None:
-            report(before + done, len(chunks) * limit)
-
-        ids, mask = chunk.prompt_ids, chunk.prompt_mask
-        pieces.append(generate(policy, ids, mask, sampling, tokenizer, random, synced, on_token))
-    generation = Generation(
-        pad_responses([piece.response_ids for piece in pieces], filler_id(tokenizer)),
-        pad_responses([piece.response_mask for piece in pieces], False),
-        torch.cat([piece.ended for piece in pieces]),
-    )
+    ids, mask = prompts.prompt_ids, prompts.prompt_mask
+    generation = engine.generate(ids, mask, sampling, random, synced, on_token, with_logprobs, with_hidden)
     return generation, decode_responses(tokenizer, generation)
 
 
@@ -96,12 +86,12 @@ def measure(
     policy: PreTrainedModel,
     reference: PreTrainedModel,
     scorer: Scorer,
-    value: ScalarLM | None,
+    value: ScalarLM | TrunkValue | None,
     prompts: PromptBatch,
     generation: Generation,
     texts: list[str],
     temperature: float,
-    batch_size: int,
+    pieces: list[Tensor],
     report: Report = _silent,
 ) -> Measurements:
     """Log-probabilities, values and scores of responses.
@@ -109,28 +99,53 @@ def measure(
     Args:
         policy: the model that generated.
         reference: the frozen reference.
-        scorer: gives each response its score.
+        scorer: gives each response its score; a model sees them piece by piece, a function all at once.
         value: the value model; None leaves the values 0.
         prompts: the prompts, B of them.
-        generation: their responses.
+        generation: their responses. If it brings log-probabilities, those are taken, the entropies are left 0, and the
+            policy is not run again; if it brings hidden states, a value head on the policy's trunk reads those.
         texts: the responses as text.
         temperature: the sampling temperature.
-        batch_size: responses measured at once.
+        pieces: which responses are measured at once, indices int64; every response is in one of them.
         report: told how many responses are done.
     """
-    ids = torch.cat([prompts.prompt_ids, generation.response_ids], dim=1)
-    mask = torch.cat([prompts.prompt_mask, generation.response_mask], dim=1)
-    pieces, total = [], len(texts)
-    for start in range(0, total, batch_size):
-        part = slice(start, start + batch_size)
-        rows, kept, responses = ids[part], mask[part], generation.response_mask[part]
-        logprobs, entropy = response_logprobs(policy, rows, kept, responses, temperature, with_entropy=True)
-        ref_logprobs, _ = response_logprobs(reference, rows, kept, responses, temperature)
-        values = torch.zeros_like(logprobs) if value is None else response_values(value, rows, kept, responses)
-        scores = scorer(Responses(rows, kept, generation.ended[part], prompts.prompts[part], texts[part]))
-        pieces.append(Measurements(logprobs, ref_logprobs, entropy, values, scores.float()))
-        report(min(start + batch_size, total), total)
-    return Measurements(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+    mask, done = generation.response_mask, 0
+    empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    logprobs, ref_logprobs, entropy, values = (empty.clone() for _ in range(4))
+    scores = torch.zeros(len(texts), dtype=torch.float32, device=mask.device)
+    for index in pieces:
+        rows, kept, answered = _joined(prompts, generation, index)
+        here = index, slice(answered.shape[1])
+        if isinstance(value, TrunkValue) and generation.hidden is not None:
+            values[here] = torch.where(answered, value(generation.hidden[here]), 0)
+        elif generation.logprobs is None:
+            said_before = logprobs_and_values(policy, value, rows, kept, answered, temperature, with_entropy=True)
+            logprobs[here], entropy[here], values[here] = said_before
+        else:
+            values[here] = values_alone(policy, value, rows, kept, answered)
+        ref_logprobs[here], _ = response_logprobs(reference, rows, kept, answered, temperature)
+        if isinstance(scorer, nn.Module):
+            chosen = index.tolist()
+            asked, said = [prompts.prompts[i] for i in chosen], [texts[i] for i in chosen]
+            scores[index] = scorer(Responses(rows, kept, generation.ended[index], asked, said)).float()
+        done += len(index)
+        report(done, len(texts))
+    if not isinstance(scorer, nn.Module):
+        ids = torch.cat([prompts.prompt_ids, generation.response_ids], dim=1)
+        kept = torch.cat([prompts.prompt_mask, mask], dim=1)
+        scores = scorer(Responses(ids, kept, generation.ended, prompts.prompts, texts)).float()
+    logprobs = logprobs if generation.logprobs is None else generation.logprobs
+    return Measurements(logprobs, ref_logprobs, entropy, values, scores)
+
+
+def _joined(prompts: PromptBatch, generation: Generation, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Some sequences, their mask and their response mask, without columns of padding alone."""
+    asked, answered = prompts.prompt_mask[index], generation.response_mask[index]
+    lengths = torch.stack([asked.sum(dim=1).max(), answered.sum(dim=1).max()])
+    prompt, response = lengths.tolist()
+    ids = torch.cat([prompts.prompt_ids[index, -prompt:], generation.response_ids[index, :response]], dim=1)
+    answered = answered[:, :response]
+    return ids, torch.cat([asked[:, -prompt:], answered], dim=1), answered
 
 
 def shape_scores(scores: Tensor, ended: Tensor, moments: RunningMoments, shaping: ScoreShaping) -> Tensor:

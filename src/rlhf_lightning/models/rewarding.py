@@ -146,7 +146,10 @@ def import_function(path: str) -> RewardFunction | None:
 
 
 def load_scorer(
-    reward: str | RewardFunction, policy_tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+    reward: str | RewardFunction,
+    policy_tokenizer: PreTrainedTokenizerBase,
+    trust_remote_code: bool = False,
+    nf4: bool = False,
 ) -> ModelScorer | TextScorer | FunctionScorer:
     """Make the scorer that `reward` names.
 
@@ -154,6 +157,7 @@ def load_scorer(
         reward: folder or hub id of a reward model, import path of a function, or the function itself.
         policy_tokenizer: decides whether a reward model can read the policy's ids.
         trust_remote_code: allow the folder to run Python code of its own.
+        nf4: hold a reward model's linear layers in four bits.
 
     Raises:
         UserError: it names neither.
@@ -167,6 +171,6 @@ def load_scorer(
             f"reward '{reward}' is neither a reward model folder nor the import path of a function "
             "(a module on PYTHONPATH, like `my_rewards.politeness`)"
         )
-    model = load_reward_model(reward, trust_remote_code=trust_remote_code)
+    model = load_reward_model(reward, trust_remote_code=trust_remote_code, nf4=nf4)
     tokenizer = load_tokenizer(reward, trust_remote_code)
     return ModelScorer(model) if same_tokenizer(policy_tokenizer, tokenizer) else TextScorer(model, tokenizer)

@@ -3,15 +3,15 @@
 One batch of the loader is one iteration: answer the prompts (rollout), turn scores and the KL penalty into advantages,
 then improve policy and value on minibatches of that experience. Equations and their sources: docs/ppo.md.
 
-Left out, on purpose: an entropy bonus (Zheng et al. 2023 advise against it), a pretraining loss on the side, a shared
-trunk of policy and value.
+Left out, on purpose: an entropy bonus (Zheng et al. 2023 advise against it), a pretraining loss on the side.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -20,26 +20,23 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.batches import PromptBatch, length_sorted_pieces
 from rlhf_lightning.controllers import KLController, RunningMoments
 from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.experience import Experience
-from rlhf_lightning.functional import ppo_policy_loss, ppo_value_loss
-from rlhf_lightning.models.causal_lm import freeze, load_causal_lm, response_logprobs
-from rlhf_lightning.models.generation import Generation, Sampling
-from rlhf_lightning.models.rewarding import (
-    FunctionScorer,
-    ModelScorer,
-    RewardFunction,
-    TextScorer,
-    load_scorer,
-)
-from rlhf_lightning.models.scalar_lm import ScalarLM, load_reward_model, new_scalar_lm, response_values
+from rlhf_lightning.models.actor_critic import ActorCriticSource, FrozenDtype, TrunkValue, ValueTrunk
+from rlhf_lightning.models.dtypes import keep_dtype
+from rlhf_lightning.models.finetune import FineTune, enable_gradient_checkpointing
+from rlhf_lightning.models.generation import Generation, Sampling, TransformersEngine
+from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, RewardFunction, TextScorer
+from rlhf_lightning.models.scalar_lm import ScalarLM
 from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.modules.common import (
     check_batch_sizes,
+    check_token_budget,
     configure_optimizer,
     drop_frozen_weights,
+    equally_many,
     load_run_state,
     log_metrics,
     name_rows,
@@ -52,10 +49,12 @@ from rlhf_lightning.modules.ppo_checks import (
     check_first_gradient,
     check_first_ratio,
     check_fresh_models,
+    check_frozen_dtype,
     check_rollout_size,
     fresh_tolerance,
 )
 from rlhf_lightning.optim import Schedule, learning_rates, parameter_groups
+from rlhf_lightning.ppo_losses import ppo_losses, tallied
 from rlhf_lightning.ppo_settings import KLPenalty, Objective, ScoreShaping
 from rlhf_lightning.reporting import log_text, report_progress
 from rlhf_lightning.rng import generator
@@ -90,6 +89,7 @@ class PPOModule(pl.LightningModule):
         generation_batch_size: prompts answered at once; None for the whole rollout.
         minibatch_size: responses per optimizer step.
         micro_batch_size: responses per forward and backward pass; None for the whole minibatch.
+        max_tokens_per_batch: tokens per forward and backward pass, padding included, instead of `micro_batch_size`.
         ppo_epochs: passes over each rollout.
         optimizer: the optimizer of policy and value model; its learning rate is the policy's.
         value_lr: learning rate of the value model; None for the policy's.
@@ -99,7 +99,12 @@ class PPOModule(pl.LightningModule):
         kl: the penalty that holds the policy near the reference.
         score: what happens to scores before they become rewards.
         objective: clipping, discount and weights of the losses.
-        frozen_dtype: what reference and reward model are held in; `auto` for that of the policy.
+        finetune: which weights of policy and value model are trained. With `lora` all models on one base share it.
+        value_trunk: `own` for a value model of its own, `policy` for a second head on the policy's hidden states, which
+            halves what is trained.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        frozen_dtype: what frozen weights are held in; `auto` for that of the policy, `nf4` for four bits (LoRA only;
+            needs bitsandbytes).
         trust_remote_code: allow the model folders to run Python code of their own.
     """
 
@@ -113,6 +118,7 @@ class PPOModule(pl.LightningModule):
         generation_batch_size: int | None = None,
         minibatch_size: int = 32,
         micro_batch_size: int | None = None,
+        max_tokens_per_batch: int | None = None,
         ppo_epochs: int = 2,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-6, eps=1e-5, weight_decay=0.0),
         value_lr: float | None = None,
@@ -122,16 +128,20 @@ class PPOModule(pl.LightningModule):
         kl: KLPenalty = KLPenalty(),
         score: ScoreShaping = ScoreShaping(),
         objective: Objective = Objective(),
-        frozen_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        finetune: FineTune = FineTune(),
+        value_trunk: ValueTrunk = "own",
+        gradient_checkpointing: bool = False,
+        frozen_dtype: FrozenDtype = "auto",
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         functions = ["reward"] if callable(reward) else []
-        self.save_hyperparameters(ignore=["optimizer", "sampling", "kl", "score", "objective", *functions])
+        self.save_hyperparameters(ignore=["optimizer", "sampling", "kl", "score", "objective", "finetune", *functions])
         check_batch_sizes(
             rollout_batch_size=rollout_batch_size, minibatch_size=minibatch_size, micro_batch_size=micro_batch_size
         )
         check_batch_sizes(rollout_batch_size=rollout_batch_size, generation_batch_size=generation_batch_size)
+        check_token_budget(micro_batch_size, max_tokens_per_batch)
         if sampling.temperature == 0:
             raise UserError("PPO learns from sampled responses: sampling.temperature must be above 0")
         self.automatic_optimization = False
@@ -143,7 +153,8 @@ class PPOModule(pl.LightningModule):
         self.rollout_batch_size = rollout_batch_size
         self.generation_batch_size = generation_batch_size or rollout_batch_size
         self.minibatch_size = minibatch_size
-        self.micro_batch_size = micro_batch_size or minibatch_size
+        self.micro_batch_size = micro_batch_size
+        self.max_tokens_per_batch = max_tokens_per_batch
         self.ppo_epochs = ppo_epochs
         self.optimizer = optimizer
         self.value_lr = value_lr
@@ -153,42 +164,38 @@ class PPOModule(pl.LightningModule):
         self.kl = kl
         self.score = score
         self.objective = objective
-        self.frozen_dtype = frozen_dtype
+        self.finetune = finetune
+        self.value_trunk: ValueTrunk = value_trunk
+        self.gradient_checkpointing = gradient_checkpointing
+        self.frozen_dtype: FrozenDtype = frozen_dtype
         self.trust_remote_code = trust_remote_code
+        self._source = ActorCriticSource(
+            model_name_or_path, reward, value_name_or_path, finetune, value_trunk, frozen_dtype, trust_remote_code
+        )
+        # One update on the whole rollout: the policy that is updated is the one that answered.
+        self._on_policy = ppo_epochs == 1 and minibatch_size == rollout_batch_size
         self.kl_controller = KLController(kl.coef, kl.target, kl.horizon)
         self.score_moments = RunningMoments()
         self.iteration = 0
         self.policy: PreTrainedModel | None = None
-        self.value: ScalarLM | None = None
+        self.value: ScalarLM | TrunkValue | None = None
         self.reference: PreTrainedModel | None = None
         self.scorer: ModelScorer | TextScorer | FunctionScorer | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        self.eval_means = nn.ModuleDict({name: MeanMetric() for name in _EVALUATED})
+        self.eval_means = nn.ModuleDict({name: keep_dtype(MeanMetric()) for name in _EVALUATED})
 
     def configure_model(self) -> None:
         """Load the four models, once: policy and value to be trained, reference and reward frozen."""
         if self.policy is not None:
             return
-        trust = self.trust_remote_code
-        tokenizer = load_tokenizer(self.model_name_or_path, trust)
-        self.scorer = load_scorer(self.reward, tokenizer, trust)
-        self.reference = load_causal_lm(self.model_name_or_path, trust_remote_code=trust)
-        for frozen in (self.reference, self.scorer):
-            if isinstance(frozen, nn.Module):
-                freeze(frozen)
-                if self.frozen_dtype != "auto":
-                    frozen.to(getattr(torch, self.frozen_dtype))
-        self.value = self._load_value()
+        tokenizer = load_tokenizer(self.model_name_or_path, self.trust_remote_code)
+        models = self._source.load(tokenizer)
+        self.reference, self.scorer, self.value = models.reference, models.scorer, models.value
+        if self.gradient_checkpointing:
+            for model in (models.policy, *([models.value.model] if isinstance(models.value, ScalarLM) else [])):
+                enable_gradient_checkpointing(model)
         self.tokenizer = tokenizer
-        self.policy = load_causal_lm(self.model_name_or_path, trust_remote_code=trust)
-
-    def _load_value(self) -> ScalarLM:
-        name = self.value_name_or_path
-        if name is None and isinstance(self.scorer, ModelScorer):
-            name = str(self.reward)
-        if name is None:
-            return new_scalar_lm(self.model_name_or_path, head="zero", trust_remote_code=self.trust_remote_code)
-        return load_reward_model(name, trust_remote_code=self.trust_remote_code)
+        self.policy = models.policy
 
     @property
     def export_model(self) -> PreTrainedModel:
@@ -206,7 +213,10 @@ class PPOModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Check that the longest sequence fits the model."""
+        assert self.value is not None
+        check_frozen_dtype(self.trainer.precision, self.frozen_dtype)
         self.export_model.train()
+        self.value.train()
         prompt_limit = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_length", None)
         check_context(self.export_model.config, prompt_limit, self.sampling.max_new_tokens)
 
@@ -243,7 +253,7 @@ class PPOModule(pl.LightningModule):
         """
         started = time.perf_counter()
         random = generator(self.device, run_seed(self), "rollout", self.iteration, self.global_rank)
-        generation, texts = self._respond(prompts, random)
+        generation, texts = self._respond(prompts, random, with_logprobs=self._on_policy)
         generated = time.perf_counter()
         measured = self._measure(prompts, generation, texts)
         self.score_moments.update(measured.scores, self._reduce)
@@ -254,7 +264,7 @@ class PPOModule(pl.LightningModule):
         )
         metrics: dict[str, Any] = dict(experience_metrics(experience, self._reduce))
         if self.iteration == 0:
-            check_fresh_models(self.scorer, metrics, self._fresh_tolerance)
+            check_fresh_models(self.scorer, metrics, self._fresh_tolerance, self.frozen_dtype == "nf4")
         self.kl_controller.update(float(metrics["kl"]), self.rollout_batch_size * world_size(self))
         metrics |= {
             "kl_coef": kl_coef,
@@ -265,17 +275,28 @@ class PPOModule(pl.LightningModule):
         log_text(self, "train/sample", sample, self.trainer.global_step)
         return experience, metrics
 
-    def _respond(self, prompts: PromptBatch, random: torch.Generator) -> tuple[Generation, list[str]]:
+    def _respond(
+        self, prompts: PromptBatch, random: torch.Generator, with_logprobs: bool = False
+    ) -> tuple[Generation, list[str]]:
         assert self.tokenizer is not None
-        report = partial(report_progress, self, "generating")
         size = self.generation_batch_size
-        return respond(self.export_model, self.tokenizer, prompts, self.sampling, random, size, synced(self), report)
+        engine = TransformersEngine(self.export_model, self.tokenizer, size)
+        tokens = math.ceil(len(prompts.prompts) / size) * self.sampling.max_new_tokens
+
+        def on_token(done: int) -> None:
+            report_progress(self, "generating", done, tokens)
+
+        with_hidden = with_logprobs and isinstance(self.value, TrunkValue)
+        fixed = self.sampling, random, synced(self)
+        return respond(engine, self.tokenizer, prompts, *fixed, on_token, with_logprobs, with_hidden)
 
     def _measure(
         self, prompts: PromptBatch, generation: Generation, texts: list[str], with_values: bool = True
     ) -> Measurements:
         assert self.reference is not None
         assert self.scorer is not None
+        lengths = torch.stack([prompts.prompt_mask.sum(dim=1), generation.response_mask.sum(dim=1)], dim=1)
+        limits = self._piece_size, self.max_tokens_per_batch
         measured = measure(
             self.export_model,
             self.reference,
@@ -285,7 +306,7 @@ class PPOModule(pl.LightningModule):
             generation,
             texts,
             self.sampling.temperature,
-            self.micro_batch_size,
+            equally_many(self, lambda count: length_sorted_pieces(lengths, *limits, count)),
             partial(report_progress, self, "scoring"),
         )
         finite = torch.isfinite(measured.scores)
@@ -293,6 +314,11 @@ class PPOModule(pl.LightningModule):
             rows = name_rows(prompts.row_ids[~finite])
             raise NonFiniteError(f"step {self.trainer.global_step}: a score is not finite ({rows}); look at the reward")
         return measured
+
+    @property
+    def _piece_size(self) -> int | None:
+        """Responses that go through a model at once; None where tokens are counted instead."""
+        return self.micro_batch_size or (None if self.max_tokens_per_batch else self.minibatch_size)
 
     def _reduce(self, tensor: Tensor) -> Tensor:
         return sum_over_ranks(self, tensor)
@@ -312,44 +338,23 @@ class PPOModule(pl.LightningModule):
             What is logged of it, scalars over all ranks.
         """
         num_tokens = sum_over_ranks(self, minibatch.response_mask.sum())
-        micro_batches = minibatch.micro_batches(self.micro_batch_size)
+        limits = self._piece_size, self.max_tokens_per_batch
+        micro_batches = equally_many(self, lambda count: minibatch.micro_batches(*limits, count))
         accumulation = GradientAccumulation(self, len(micro_batches))
-        sums = []
+        assert self.value is not None
+        sums: dict[str, Tensor] = {}
+        fixed = self.objective, self.sampling.temperature, self._on_policy
         for micro_batch in micro_batches:
-            loss, metrics = self.ppo_loss(micro_batch)
-            accumulation.backward(loss / num_tokens)
-            sums.append(torch.stack(list(metrics.values())))
-        means = sum_over_ranks(self, torch.stack(sums).sum(dim=0)) / num_tokens
-        result = dict(zip(metrics, means, strict=True))
+            losses = ppo_losses(self.export_model, self.value, micro_batch, *fixed)
+            accumulation.backward(loss / num_tokens for loss in tallied(losses, sums))
+        means = sum_over_ranks(self, torch.stack(list(sums.values()))) / num_tokens
+        result = dict(zip(sums, means, strict=True))
         if is_first:
             check_first_ratio(result["ratio"], self._fresh_tolerance)
         result["grad_norm"] = accumulation.step(context=name_rows(minibatch.row_ids))
         if is_first:
             check_first_gradient(result["grad_norm"])
         return result
-
-    def ppo_loss(self, batch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
-        """Policy loss plus weighted value loss, summed over response tokens, a scalar, and sums to be logged."""
-        logprobs, _ = response_logprobs(
-            self.export_model, batch.sequences, batch.sequence_mask, batch.response_mask, self.sampling.temperature
-        )
-        assert self.value is not None
-        values = response_values(self.value, batch.sequences, batch.sequence_mask, batch.response_mask)
-        objective = self.objective
-        policy_loss, policy = ppo_policy_loss(
-            logprobs, batch.logprobs, batch.advantages, batch.response_mask, objective.clip_range
-        )
-        value_loss, value = ppo_value_loss(
-            values, batch.values, batch.returns, batch.response_mask, objective.value_clip_range
-        )
-        return policy_loss + objective.value_coef * value_loss, {
-            "policy_loss": policy_loss.detach(),
-            "value_loss": value_loss.detach(),
-            "ratio": policy["ratio"],
-            "approx_kl": policy["approx_kl"],
-            "clip_fraction": policy["clip_fraction"],
-            "value_clip_fraction": value["clip_fraction"],
-        }
 
     def _evaluate(self, prompts: PromptBatch, batch_idx: int, stage: str) -> dict[str, Any]:
         random = generator(self.device, run_seed(self), stage, batch_idx, self.global_rank)

@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.rewarding import ModelScorer, TextScorer
 
-_PROBE_TOLERANCE = 0.1
+_PROBE_TOLERANCE, _PROBE_TOLERANCE_NF4 = 0.1, 1.0
 """Standard deviations; a reward model may be held in a lower precision than it was saved in."""
 
 
@@ -48,6 +48,23 @@ def check_rollout_size(given: int, wanted: int) -> None:
         )
 
 
+def check_frozen_dtype(precision: str, frozen_dtype: str) -> None:
+    """The type that frozen models are asked to be held in is the one they will have.
+
+    Args:
+        precision: the trainer's.
+        frozen_dtype: what the module was asked for.
+
+    Raises:
+        UserError: the precision casts every model to another type.
+    """
+    if precision == "bf16-true" and frozen_dtype not in ("auto", "bfloat16"):
+        raise UserError(
+            f"frozen_dtype {frozen_dtype} cannot be had with trainer.precision bf16-true, which casts every model: set "
+            "frozen_dtype to auto, or trainer.precision to bf16-mixed"
+        )
+
+
 def fresh_tolerance(precision: str, frozen_dtype: str) -> float:
     """How far two evaluations of the same weights may lie apart, in nats per token.
 
@@ -58,13 +75,14 @@ def fresh_tolerance(precision: str, frozen_dtype: str) -> float:
     return 1e-3 if precision == "32-true" and frozen_dtype in ("auto", "float32") else 0.05
 
 
-def check_fresh_models(scorer: Any, metrics: dict[str, Any], tolerance: float) -> None:
+def check_fresh_models(scorer: Any, metrics: dict[str, Any], tolerance: float, nf4: bool = False) -> None:
     """Policy and reference are one model, and the reward model scores as it did when it was saved.
 
     Args:
         scorer: where scores come from.
         metrics: of the first rollout.
         tolerance: nats per token.
+        nf4: the reward model is held in four bits.
 
     Raises:
         AssertionError: one of the two does not hold.
@@ -72,7 +90,8 @@ def check_fresh_models(scorer: Any, metrics: dict[str, Any], tolerance: float) -
     kl_per_token = abs(float(metrics["kl"] / metrics["response_length"]))
     if kl_per_token > tolerance:
         raise AssertionError(f"policy and reference start from one model, yet their KL per token is {kl_per_token}")
-    if isinstance(scorer, ModelScorer | TextScorer) and (error := scorer.model.probe_error()) > _PROBE_TOLERANCE:
+    probe_tolerance = _PROBE_TOLERANCE_NF4 if nf4 else _PROBE_TOLERANCE
+    if isinstance(scorer, ModelScorer | TextScorer) and (error := scorer.model.probe_error()) > probe_tolerance:
         raise AssertionError(
             f"the reward model scores its probe {error:.3f} standard deviations off from when it was saved"
         )

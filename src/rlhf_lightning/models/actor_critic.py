@@ -1,0 +1,221 @@
+"""The models of PPO: policy, reference, value and reward, in as little memory as the settings allow.
+
+What is frozen is held once. In full fine-tuning the reference is a copy of the policy, and the value model one of the
+reward model. With LoRA, policy and reference share all weights but the policy's adapter, and so do value model and
+reward model; a reward model that is itself an adapter on the policy's base shares the policy's weights, so one base
+carries all four. A value head on the policy's own hidden states (`value_trunk: policy`) needs no model at all.
+
+Notation: B batch, P padded prompt length, R padded response length, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.causal_lm import freeze, load_causal_lm, logprobs_from_hidden, response_hidden
+from rlhf_lightning.models.dtypes import linear_in_float32
+from rlhf_lightning.models.finetune import FineTune, add_adapter, choose_trained
+from rlhf_lightning.models.folders import same_model
+from rlhf_lightning.models.partitioned import is_partitioned
+from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, RewardFunction, TextScorer, load_scorer
+from rlhf_lightning.models.scalar_lm import (
+    ScalarLM,
+    attach_reward_adapter,
+    load_reward_model,
+    new_scalar_lm,
+    response_values,
+    reward_adapter_base,
+)
+from rlhf_lightning.models.sharing import frozen_twin, scalar_beside, zero_head
+
+ValueTrunk = Literal["own", "policy"]
+FrozenDtype = Literal["auto", "float32", "bfloat16", "float16", "nf4"]
+
+
+class TrunkValue(nn.Module):
+    """A value head on the policy's hidden states; says 0 at first.
+
+    Args:
+        hidden_size: D.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.score = zero_head(hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Values from hidden states: `[..., D]` to `[...]`, float32."""
+        return linear_in_float32(self.score, hidden).squeeze(-1)
+
+
+class ActorCritic(NamedTuple):
+    """Everything PPO computes with.
+
+    Attributes:
+        policy: is trained.
+        reference: the policy as it was at first, frozen.
+        value: is trained.
+        scorer: gives responses their scores; frozen, if it is a model.
+    """
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel
+    value: ScalarLM | TrunkValue
+    scorer: ModelScorer | TextScorer | FunctionScorer
+
+
+@dataclass(frozen=True)
+class ActorCriticSource:
+    """Where the models come from.
+
+    Args:
+        policy: folder or hub id of the language model.
+        reward: folder or hub id of a reward model, import path of a function, or the function itself.
+        value: folder or hub id of the reward model that the value model starts from; None for that of `reward`, or a
+            fresh head that says 0 where there is none.
+        finetune: which weights are trained.
+        value_trunk: `own` for a value model of its own, `policy` for a head on the policy's hidden states.
+        frozen_dtype: type that frozen weights are held in; `auto` for that of the policy, `nf4` for four bits.
+        trust_remote_code: allow the folders to run Python code of their own.
+    """
+
+    policy: str
+    reward: str | RewardFunction
+    value: str | None = None
+    finetune: FineTune = FineTune()
+    value_trunk: ValueTrunk = "own"
+    frozen_dtype: FrozenDtype = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.value_trunk == "policy" and self.value is not None:
+            raise UserError("value_trunk: policy has no weights of its own, so value_name_or_path must be null")
+        if self.finetune.mode == "lora" and self.finetune.dropout:
+            raise UserError("finetune.dropout must be 0 in PPO: old and new log-probabilities would not compare")
+        if self.frozen_dtype == "nf4" and self.finetune.mode != "lora":
+            raise UserError(
+                f"frozen_dtype nf4 needs finetune.mode lora, not {self.finetune.mode}: a reference in four bits would "
+                "not be the model that the policy starts from"
+            )
+        if self.frozen_dtype == "nf4" and self.finetune.export != "adapter":
+            raise UserError("frozen_dtype nf4 needs finetune.export adapter: nothing can be merged into four bits")
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> ActorCritic:
+        """Load all models.
+
+        Args:
+            tokenizer: the policy's.
+
+        Raises:
+            UserError: a model is missing or does not fit.
+        """
+        trust = self.trust_remote_code
+        policy = load_causal_lm(self.policy, trust_remote_code=trust, nf4=self._nf4)
+        choose_trained(policy, self.finetune)
+        reference = _frozen_twin(policy) or load_causal_lm(self.policy, trust_remote_code=trust)
+        value, scorer = self._value_and_scorer(policy, tokenizer)
+        for frozen in (reference, scorer):
+            if isinstance(frozen, nn.Module):
+                freeze(frozen)
+                if self.frozen_dtype not in ("auto", "nf4"):
+                    frozen.to(getattr(torch, self.frozen_dtype))
+        add_adapter(policy, self.finetune)
+        return ActorCritic(policy, reference, value, scorer)
+
+    def _value_and_scorer(
+        self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[ScalarLM | TrunkValue, ModelScorer | TextScorer | FunctionScorer]:
+        trust, beside = self.trust_remote_code, self._is_adapter_of(policy)
+        if beside:
+            frozen = attach_reward_adapter(scalar_beside(policy).model, str(self.reward))
+            scorer: ModelScorer | TextScorer | FunctionScorer = ModelScorer(frozen)
+        else:
+            scorer = load_scorer(self.reward, tokenizer, trust, nf4=self._nf4)
+        if self.value_trunk == "policy":
+            return TrunkValue(policy.config.get_text_config().hidden_size), scorer
+        if self.value is None and beside:
+            value = attach_reward_adapter(scalar_beside(policy).model, str(self.reward), trainable=True)
+            return value, scorer
+        if self.value is not None:
+            value = load_reward_model(self.value, trust_remote_code=trust, nf4=self._nf4)
+        elif isinstance(scorer, ModelScorer):
+            value = scorer.model
+        elif self.finetune.mode == "lora":
+            value = scalar_beside(policy)
+        else:
+            value = new_scalar_lm(self.policy, head="zero", trust_remote_code=trust)
+        choose_trained(value.model, self.finetune)
+        if isinstance(scorer, ModelScorer) and value is scorer.model:
+            scorer = ModelScorer(_frozen_twin(value) or load_reward_model(str(self.reward), trust_remote_code=trust))
+        add_adapter(value.model, self.finetune, "value")
+        return value, scorer
+
+    @property
+    def _nf4(self) -> bool:
+        return self.frozen_dtype == "nf4"
+
+    def _is_adapter_of(self, policy: PreTrainedModel) -> bool:
+        """Whether the reward model is an adapter on the weights that the policy's adapter stands beside."""
+        if self.finetune.mode != "lora" or not isinstance(self.reward, str) or is_partitioned(policy):
+            return False
+        base = reward_adapter_base(self.reward)
+        return base is not None and same_model(base, self.policy)
+
+
+def _frozen_twin(model: Any) -> Any:
+    """The twin, or None where ZeRO-3 has split weights that would have to be copied."""
+    if is_partitioned(model) and any(p.requires_grad for p in model.parameters()):
+        return None
+    return frozen_twin(model)
+
+
+def logprobs_and_values(
+    policy: PreTrainedModel,
+    value: ScalarLM | TrunkValue | None,
+    sequences: Tensor,
+    sequence_mask: Tensor,
+    response_mask: Tensor,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What policy and value model say of responses; one pass for both where they share the trunk.
+
+    Args:
+        policy: the policy.
+        value: the value model, or a head on the policy's hidden states; None for values of 0.
+        sequences: prompts padded on the left, then responses padded on the right, `[B, P + R]`, int64.
+        sequence_mask: True for real tokens, `[B, P + R]`, bool.
+        response_mask: True for response tokens, `[B, R]`, bool.
+        temperature: the sampling temperature.
+        with_entropy: also compute the entropy of each prediction.
+
+    Returns:
+        Log-probabilities, entropies (0 unless asked for) and values, each `[B, R]`, float32, 0 after the last token.
+    """
+    hidden = response_hidden(policy, sequences, sequence_mask, response_mask.shape[1])
+    logprobs, entropies = logprobs_from_hidden(policy, hidden, sequences, response_mask, temperature, with_entropy)
+    if isinstance(value, TrunkValue):
+        return logprobs, entropies, torch.where(response_mask, value(hidden), 0)
+    return logprobs, entropies, values_alone(policy, value, sequences, sequence_mask, response_mask)
+
+
+def values_alone(
+    policy: PreTrainedModel,
+    value: ScalarLM | TrunkValue | None,
+    sequences: Tensor,
+    sequence_mask: Tensor,
+    response_mask: Tensor,
+) -> Tensor:
+    """The values of `logprobs_and_values`, `[B, R]`; arguments as there."""
+    if value is None:
+        return torch.zeros(response_mask.shape, dtype=torch.float32, device=sequences.device)
+    if isinstance(value, TrunkValue):
+        hidden = response_hidden(policy, sequences, sequence_mask, response_mask.shape[1])
+        return torch.where(response_mask, value(hidden), 0)
+    return response_values(value, sequences, sequence_mask, response_mask)

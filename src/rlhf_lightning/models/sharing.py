@@ -1,0 +1,90 @@
+"""Several models in the memory of one: module trees of their own that hold the same frozen weights.
+
+A reference that differs from the policy by the policy's adapters alone needs no weights of its own, and neither does a
+reward model that differs by an adapter and a head. Each gets its own tree of modules, so nothing is switched on and off
+between them, but the trees hold the very same frozen parameters. What moves a parameter (another device, another type)
+moves it for all.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.causal_lm import disable_dropout, freeze
+from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def frozen_twin(model: ModelT) -> ModelT:
+    """The model as it is now, for good.
+
+    Args:
+        model: the weights that are frozen are shared with the twin, those that will be trained are copied.
+
+    Returns:
+        A frozen model in evaluation mode.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = layer.bias.requires_grad_(False)
+        >>> twin = frozen_twin(layer)
+        >>> twin.bias is layer.bias, twin.weight is layer.weight
+        (True, False)
+    """
+    shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    twin = copy.deepcopy(model, shared)
+    freeze(twin)
+    return twin
+
+
+def scalar_beside(model: PreTrainedModel) -> ScalarLM:
+    """A scalar model on the frozen backbone of a language model; its head says 0.
+
+    Args:
+        model: a language model whose backbone is frozen whole.
+
+    Returns:
+        A model that shares the backbone's weights and trains its head.
+
+    Raises:
+        UserError: the family has no classifier with a linear head on the same backbone in transformers.
+    """
+    with torch.device("meta"):
+        config = copy.deepcopy(model.config)
+        config.num_labels = 1
+        try:
+            classifier: Any = AutoModelForSequenceClassification.from_config(config)
+        except ValueError as e:
+            raise UserError(f"{type(model).__name__} has no classifier in transformers: {e}") from e
+    head = getattr(classifier, "score", None)
+    if type(classifier.base_model) is not type(model.base_model) or not isinstance(head, nn.Linear):
+        raise UserError(f"{type(classifier).__name__} has no linear head on the backbone of {type(model).__name__}")
+    setattr(classifier, classifier.base_model_prefix, frozen_twin(model.base_model))
+    backbone_dtype = next(model.base_model.parameters()).dtype
+    classifier.score = zero_head(head.in_features).to(backbone_dtype)
+    classifier.eval()
+    disable_dropout(classifier)
+    scalar = ScalarLM(classifier)
+    scalar.calibration = Calibration()
+    return scalar
+
+
+def zero_head(hidden_size: int) -> nn.Linear:
+    """A scalar head without bias that says 0 of everything.
+
+    Args:
+        hidden_size: D.
+    """
+    head = nn.Linear(hidden_size, 1, bias=False)
+    # In place, also where ZeRO-3 keeps a part of the weight only: a part of zeros is zeros.
+    for part in (head.weight, getattr(head.weight, "ds_tensor", None)):
+        if part is not None:
+            nn.init.zeros_(part)
+    return head
