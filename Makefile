@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types format clean
+.PHONY: demo test lint types format bench bench-arguments clean
 
 demo: $(READY)
 	$(BIN)/rlhf quickstart
@@ -24,6 +24,17 @@ types: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Ours and the peer by turns; benchmarks/README.md says how to make the peer's environments. More arguments: ARGS='--steps 20'
+bench: bench-arguments $(READY)
+	$(BIN)/python benchmarks/compare.py --stage generate --model $(MODEL) --data $(DATA) $(ARGS)
+	$(BIN)/python benchmarks/compare.py --stage sft --model $(MODEL) --data $(DATA) --peer-env $(PEER) $(ARGS)
+	$(BIN)/python benchmarks/compare.py --stage reward --model $(MODEL) --data $(DATA) --peer-env $(PEER) $(ARGS)
+	$(BIN)/python benchmarks/compare.py --stage ppo --model $(MODEL) --data $(DATA) --peer-env $(PEER_PPO) $(ARGS)
+
+bench-arguments:
+	@test -n "$(MODEL)" -a -n "$(DATA)" || { echo "make bench needs MODEL= (a Hugging Face folder) and DATA= (a file of preference pairs)"; exit 2; }
+	@test -n "$(PEER)" -a -n "$(PEER_PPO)" || { echo "make bench needs PEER= and PEER_PPO=, environments with TRL: see benchmarks/README.md"; exit 2; }
 
 # constraints.txt pins one set of versions that is known to work; without it pip may fetch a torch with CUDA.
 $(READY): pyproject.toml constraints.txt

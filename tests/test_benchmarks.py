@@ -1,0 +1,82 @@
+"""The benchmarks' own arithmetic, and that the script for GPUs runs where there is none."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.stages import preference_rows, save_llama
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a script of the folder as a module."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+def test_training_flops_by_hand(bench: Any) -> None:
+    shape = bench("_synthetic").TINY._replace(layers=1, hidden=4, heads=2, kv_heads=1, intermediate=8, vocabulary=10)
+    # Queries and output 4 x 4, keys and values 4 x 2, three matrices of 4 x 8.
+    assert shape.block_weights == 2 * 16 + 2 * 8 + 3 * 32
+    # 6 x weights x 5 tokens, 6 x hidden x vocabulary x 2 targets, 6 x hidden x (2^2 + 3^2).
+    assert shape.training_flops([2, 3], targets=2) == 6 * 144 * 5 + 6 * 40 * 2 + 6 * 4 * 13
+
+
+def test_warm_up_steps_do_not_count_and_medians_do(bench: Any) -> None:
+    compare = bench("compare")
+    report = {"seconds": [9.0, 1.0, 3.0], "cpu_seconds": [9.0, 1.0, 3.0], "peak": 4 * 2**30, "libraries": 2**30}
+    peer = {**report, "seconds": [9.0, 4.0, 6.0], "peak": 9 * 2**30}
+    sides = {"ours": compare.Side("us", [report]), "peer": compare.Side("them", [peer])}
+    job = {"stage": "sft", "rows": 2, "new_tokens": 0, "device": "cpu"}
+    text = compare.comparison(sides, job, [100, 10, 30], 1)
+    assert "| seconds a step, median | 2.000 | 5.000 | 2.50 times as fast |" in text
+    assert "| real tokens/s | 10 | 4 | **2.50** times |" in text
+    assert "| peak memory of the process | 4.00 GiB | 9.00 GiB | **0.44** |" in text
+
+
+def test_a_side_that_saw_other_rows_is_found_out(bench: Any) -> None:
+    compare = bench("compare")
+    sides = {"ours": compare.Side("us", [{"tokens": [5, 7]}]), "peer": compare.Side("them", [{"tokens": [5, 8]}])}
+    with pytest.raises(SystemExit, match="them saw"):
+        compare.check_tokens(sides, [5, 7])
+
+
+def test_our_side_reports_the_tokens_of_the_shared_rows(
+    tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, model = tmp_path / "data.jsonl", save_llama(tmp_path / "model")
+    data.write_text("\n".join(map(json.dumps, preference_rows(12))), encoding="utf-8")
+    compare, rows, ours = map(bench, ("compare", "_rows", "_ours"))
+    arguments = ["--stage", "reward", "--model", model, "--data", str(data), "--steps", "2", "--rows", "4"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments, "--max-length", "32"])
+    job = compare.make_job(compare.parse(), tmp_path)
+    rows.write_rows(job)
+    rows.write_reward_model(job)
+    (tmp_path / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["_ours.py", str(tmp_path / "job.json"), str(tmp_path / "report.json")])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")  # what the script sets is undone afterwards
+    ours.main()
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["tokens"] == compare.tokens_of_steps(job)
+    assert len(report["seconds"]) == len(report["metrics"]["loss"]) == 2
+    assert report["peak"] > report["libraries"] > 0
+
+
+def test_gpu_script_runs_on_a_cpu(tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = bench("gpu")
+    gpu.write_model(gpu.TINY, tmp_path)
+    options = ["--device", "cpu", "--tiny", "--steps", "1", "--warmup", "0", "--precision", "32-true"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
+    settings = gpu.parse()
+    results = {part: gpu.run_part(part, tmp_path, settings) for part in gpu.PARTS}
+    text = gpu.tell(results, settings, measured=(0.5, 10.0))
+    for part in ("sft", "reward", "ppo", "ours", "plain"):
+        assert f"| {part} |" in text
