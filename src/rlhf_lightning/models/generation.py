@@ -6,7 +6,8 @@ distribution is `softmax(logits / temperature)` unless the caller asks for more 
 not consulted), and the random numbers come from the generator that is passed in.
 
 What makes it quick: prompts are read in groups of similar length, so that little of the prefill is padding; keys and
-values live in buffers that are written in place; rows whose response has ended leave the batch; adapters are merged.
+values live in buffers that are written in place; rows whose response has ended leave the batch; adapters are merged;
+on a CPU, products with few rows are taken the other way round.
 
 Left out: beam search, penalties, speculative decoding. Notation: B batch, P padded prompt length, R padded response
 length.
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.models.decode_attention import attention_by_rows
 from rlhf_lightning.models.decoding import Decoding, Record
+from rlhf_lightning.models.few_rows import few_row_products
 from rlhf_lightning.models.merging import merged_adapters
 from rlhf_lightning.models.sampling import Sampling as Sampling
 from rlhf_lightning.models.sampling import sample_tokens as sample_tokens
@@ -133,7 +135,7 @@ class TransformersEngine:
         record = Record(len(prompt_ids), sampling, filler, generator, device, with_logprobs, size)
         order = prompt_mask.sum(dim=1).sort(descending=True, stable=True).indices
         done = 0
-        with evaluation_mode(self.model), merged_adapters(self.model):
+        with evaluation_mode(self.model), merged_adapters(self.model), few_row_products(self.model):
             for rows in order.split(self.batch_size or len(order)):
                 decoding = Decoding(self.model, self.tokenizer, prompt_ids, prompt_mask, rows, sampling, record, synced)
                 with attention_by_rows(self.model, decoding.cache):
