@@ -13,6 +13,8 @@ CASES = {
     "sft merged": ("sft", LORA),
     "reward adapter": ("reward", LORA | {"export": "adapter"}),
     "reward last layer": ("reward", {"mode": "last_layer"}),
+    "ppo merged": ("ppo", LORA),
+    "ppo last layer": ("ppo", {"mode": "last_layer"}),
 }
 STRATEGIES = ["ddp", "zero3"]
 
