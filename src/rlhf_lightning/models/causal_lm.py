@@ -30,7 +30,7 @@ from rlhf_lightning.models.backbone import position_ids, run_backbone
 from rlhf_lightning.models.dtypes import keep_tables
 from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
 from rlhf_lightning.models.quantized import nf4_options
-from rlhf_lightning.models.unpadded import unpadded_hidden_states
+from rlhf_lightning.models.unpadded import applies, unpadded_hidden_states
 
 
 def load_causal_lm(
@@ -124,14 +124,16 @@ def hidden_states(
     Returns:
         `[B, T, D]`; anything finite on padding.
     """
-    positions, lengths = packed_positions, None
-    if positions is None:
-        positions = position_ids(attention_mask)
-    else:
-        starts = (positions[attention_mask] == 0).nonzero().squeeze(1)
-        ends = torch.cat([starts[1:], attention_mask.sum().reshape(1)])
-        lengths = (ends - starts).tolist()
-    hidden = unpadded_hidden_states(model, input_ids, attention_mask, positions, lengths)
+    hidden = None
+    if applies(model, input_ids.device):
+        positions, lengths = packed_positions, None
+        if positions is None:
+            positions = position_ids(attention_mask)
+        else:
+            starts = (positions[attention_mask] == 0).nonzero().squeeze(1)
+            ends = torch.cat([starts[1:], attention_mask.sum().reshape(1)])
+            lengths = (ends - starts).tolist()
+        hidden = unpadded_hidden_states(model, input_ids, attention_mask, positions, lengths)
     return padded_hidden_states(model, input_ids, attention_mask, packed_positions) if hidden is None else hidden
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.models.causal_lm import hidden_states, padded_hidden_states
 from rlhf_lightning.models.generation import evaluation_mode
-from rlhf_lightning.models.unpadded import unpadded_hidden_states
+from rlhf_lightning.models.unpadded import applies, unpadded_hidden_states
 
 _FULL_PRECISION_TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 0.1  # rounding stays far below, a leak is of order 1
 _KERNELS = {"sdpa", "eager"}
@@ -66,9 +66,11 @@ class SharedRows(NamedTuple):
         Args:
             model: one that passes `sharing_obstacle`.
         """
-        mask, lengths = self.sees(), self.mask.sum(dim=1).tolist()
-        seen = [mask[row : row + 1, :, :length, :length] for row, length in enumerate(lengths)]
-        hidden = unpadded_hidden_states(model, self.ids, self.mask, self.positions, lengths, seen)
+        hidden = None
+        if applies(model, self.ids.device):
+            mask, lengths = self.sees(), self.mask.sum(dim=1).tolist()
+            seen = [mask[row : row + 1, :, :length, :length] for row, length in enumerate(lengths)]
+            hidden = unpadded_hidden_states(model, self.ids, self.mask, self.positions, lengths, seen)
         return self.padded_hidden_states(model) if hidden is None else hidden
 
     def padded_hidden_states(self, model: PreTrainedModel) -> Tensor:

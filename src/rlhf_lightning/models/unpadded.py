@@ -59,7 +59,7 @@ def unpadded_hidden_states(
         `[B, T, D]`, 0 on padding; None where the model cannot do it, or there is too little to gain.
     """
     # What depends on the batch comes last: on ZeRO-3 every process must try the model out, or none.
-    if not _applies(model, attention_mask.device) or not _runs(model):
+    if not applies(model, attention_mask.device) or not _runs(model):
         return None
     if lengths is None:
         lengths = [length for length in attention_mask.sum(dim=1).tolist() if length]
@@ -87,7 +87,13 @@ def _run(
     return empty.index_copy(0, real, hidden).unflatten(0, tuple(attention_mask.shape))
 
 
-def _applies(model: PreTrainedModel, device: torch.device) -> bool:
+def applies(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether it is worth asking; elsewhere counting the tokens would only make the device wait.
+
+    Args:
+        model: a language model or a scalar model.
+        device: where the batch lies.
+    """
     # What is computed again in the backward pass would find the attention changed back.
     again = torch.is_grad_enabled() and is_checkpointing(model)
     return device.type in DEVICES and model.config._attn_implementation == "sdpa" and not again
