@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 
 from helpers.models import FAMILIES, WITHOUT_CLASSIFIER, tiny_causal_lm, tiny_classifier
 from rlhf_lightning import FineTune, UserError
-from rlhf_lightning.models.causal_lm import disable_dropout, hidden_states, output_logits
+from rlhf_lightning.models.causal_lm import disable_dropout, hidden_states, output_logits, padded_hidden_states
 from rlhf_lightning.models.finetune import (
     add_adapter,
     choose_trained,
@@ -277,7 +277,7 @@ def test_gradient_checkpointing_runs_each_block_twice():
         model, seen = tiny_causal_lm().train(), []
         prepare_for_training(model, FineTune(), checkpointing)
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
-        hidden_states(model, IDS, torch.ones_like(IDS).bool()).sum().backward()
+        padded_hidden_states(model, IDS, torch.ones_like(IDS).bool()).sum().backward()
         counts.append(len(seen))
     assert counts == [1, 2]
 

@@ -149,6 +149,7 @@ def test_what_the_rollout_knows_already_is_float32_too(precision, folders):
     module, data = ppo(folders, minibatch_size=4, ppo_epochs=1, value_trunk="policy")
     watch = Watch(module)
     fit(module, data, precision=precision, max_epochs=1)
+    assert watch.seen.pop("_respond.0.hidden") == {PRECISIONS[precision]}  # activations, which the head reads
     assert {name: types for name, types in watch.seen.items() if types != {torch.float32}} == {}
     assert {"_respond.0.logprobs", "rollout.0.logprobs", "rollout.0.values", "loss"} <= watch.seen.keys()
 

@@ -137,7 +137,12 @@ def test_prefix_sharing_changes_nothing(reward_folder, loss):
 @pytest.mark.parametrize("sharing", [True, False])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("budget", [250, 150, 1])
-def test_a_token_budget_changes_nothing_but_the_size_of_micro_batches(reward_folder, loss, budget, sharing):
+def test_a_token_budget_changes_nothing_but_the_size_of_micro_batches(
+    reward_folder, loss, budget, sharing, monkeypatch
+):
+    monkeypatch.setattr(
+        "rlhf_lightning.models.unpadded.DEVICES", set()
+    )  # so that the model is shown whole micro-batches
     data = batches(reward_folder, ROWS, batch_size=8)
     trained = []
     for max_tokens in (None, budget):
