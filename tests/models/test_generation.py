@@ -10,11 +10,11 @@ import torch
 from helpers.models import table_lm, table_tokenizer, tiny_causal_lm
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.backbone import evaluation_mode
 from rlhf_lightning.models.generation import (
     Generation,
     Sampling,
     decode_responses,
-    evaluation_mode,
     generate,
     sample_tokens,
 )

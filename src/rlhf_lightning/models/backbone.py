@@ -6,9 +6,11 @@ Notation: B batch, T padded length, D hidden size.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -27,6 +29,17 @@ def position_ids(attention_mask: Tensor) -> Tensor:
         tensor([[0, 0, 1]])
     """
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode for the length of a `with` block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def takes_positions(model: PreTrainedModel) -> bool:

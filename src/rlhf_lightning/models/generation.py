@@ -15,14 +15,14 @@ length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lightning.models.backbone import evaluation_mode
 from rlhf_lightning.models.decode_attention import attention_by_rows
 from rlhf_lightning.models.decoding import Decoding, Record
 from rlhf_lightning.models.few_rows import few_row_products
@@ -50,17 +50,6 @@ class Generation(NamedTuple):
     ended: Tensor
     logprobs: Tensor | None = None
     hidden: Tensor | None = None
-
-
-@contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode for the length of a `with` block."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 class RolloutEngine(Protocol):

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.backbone import evaluation_mode
 from rlhf_lightning.models.causal_lm import padded_hidden_states
-from rlhf_lightning.models.generation import evaluation_mode
 
 _FULL_PRECISION_TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 0.1  # rounding stays far below, a leak is of order 1
 

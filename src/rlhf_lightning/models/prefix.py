@@ -23,8 +23,8 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_lightning.models.backbone import evaluation_mode
 from rlhf_lightning.models.causal_lm import hidden_states, padded_hidden_states
-from rlhf_lightning.models.generation import evaluation_mode
 from rlhf_lightning.models.unpadded import applies, unpadded_hidden_states
 
 _FULL_PRECISION_TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 0.1  # rounding stays far below, a leak is of order 1

@@ -23,7 +23,13 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_lightning.models.attention import UNUSUAL, attention_function
-from rlhf_lightning.models.backbone import is_checkpointing, position_ids, run_backbone, takes_positions
+from rlhf_lightning.models.backbone import (
+    evaluation_mode,
+    is_checkpointing,
+    position_ids,
+    run_backbone,
+    takes_positions,
+)
 
 NAME = "rlhf_lightning_unpadded"
 """What transformers' configs call the attention while it is in use."""
@@ -142,15 +148,11 @@ def _can(model: PreTrainedModel) -> bool:
     tokens = (torch.arange(10, device=model.device) * 7919 + 11) % config.vocab_size
     ids, lengths = tokens.view(2, 5), [5, 3]
     mask = torch.arange(5, device=model.device) < torch.tensor(lengths, device=model.device).unsqueeze(1)
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        with evaluation_mode(model), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             found = _run(model, ids, mask, position_ids(mask), lengths, None)[mask].float()
             expected = run_backbone(model, ids, mask).last_hidden_state[mask].float()
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
-    finally:
-        model.train(was_training)
     tolerance = _FULL_PRECISION_TOLERANCE if model.dtype == torch.float32 else _LOW_PRECISION_TOLERANCE
     return bool(((found - expected).norm(dim=-1) <= tolerance * expected.norm(dim=-1)).all())

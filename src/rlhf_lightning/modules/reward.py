@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lightning.batches import PreferenceBatch, ScoringBatch, micro_batches
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional import RewardLoss, pairwise_loss, scores_at_end
+from rlhf_lightning.models.backbone import evaluation_mode
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.models.finetune import FineTune, describe_trained, prepare_for_training
-from rlhf_lightning.models.generation import evaluation_mode
 from rlhf_lightning.models.prefix import SharedRows, share_rows, shared_lengths, sharing_pays
 from rlhf_lightning.models.scalar_lm import (
     Calibration,
