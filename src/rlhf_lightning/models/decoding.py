@@ -5,7 +5,6 @@ Notation: B prompts of the caller, N rows of this batch that are still in it, P 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 
 import torch
@@ -15,11 +14,12 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional import token_logprobs
-from rlhf_lightning.models.backbone import position_ids
+from rlhf_lightning.models.backbone import position_ids, takes_positions
 from rlhf_lightning.models.causal_lm import output_logits
-from rlhf_lightning.models.rollout_cache import rollout_cache
+from rlhf_lightning.models.rollout_cache import RolloutCache, rollout_cache
 from rlhf_lightning.models.sampling import Sampling, pick_tokens, uniforms
 from rlhf_lightning.models.tokenizer import eos_ids
+from rlhf_lightning.models.unpadded import read_row, reads_rows
 
 PREFILL_TOKENS = {"cpu": 512}
 """By device, tokens of a group of prompts, padding included: enough to keep the device busy, and little padding."""
@@ -70,7 +70,7 @@ class Record:
 
 
 class Decoding:
-    """Answers some of the prompts together; iterate over it to run its steps.
+    """Answers some of the prompts together: first `prefill`, then iterate over it to run its steps.
 
     Args:
         model: a language model in evaluation mode.
@@ -97,7 +97,8 @@ class Decoding:
         self.model, self.tokenizer, self.sampling, self.record, self.synced = model, tokenizer, sampling, record, synced
         self.rows = rows
         self.lengths = prompt_mask[rows].sum(dim=1)
-        self.widths = self.lengths.clamp(min=1).tolist()
+        lengths = self.lengths.tolist()
+        self.widths = [max(1, length) for length in lengths]
         self.width = self.widths[0]
         self.prompt_ids = prompt_ids[rows, -self.width :]
         response = prompt_mask.new_ones(len(rows), sampling.max_new_tokens)
@@ -108,13 +109,25 @@ class Decoding:
         self.cache = rollout_cache(model.config, len(rows), self.width, self.mask.shape[1] - 1)
         self.any_cache = DynamicCache(config=model.config) if self.cache is None else self.cache
         device = rows.device.type
+        self.reads_rows = self.cache is not None and reads_rows(model, lengths)
         self.prefill_tokens = PREFILL_TOKENS.get(device, PREFILL_TOKENS_ELSEWHERE)
         self.steps_between_looks = STEPS_BETWEEN_LOOKS.get(device, STEPS_BETWEEN_LOOKS_ELSEWHERE)
-        self.takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+        self.takes_positions = takes_positions(model)
+        self.hidden: Tensor | None = None
+
+    def prefill(self) -> None:
+        """Read the prompts."""
+        if self.cache is None:
+            self.hidden = self._read_batch(slice(0, len(self.rows)))
+            return
+        read = self._read_row if self.reads_rows else self._read_batch
+        self.hidden = torch.cat([read(group) for group in self._groups()])  # at their ends, [N, D]
+        self.cache.decode(self.widths)
 
     def __iter__(self) -> Iterator[int]:
         """Run the steps; yields the number of each when its tokens are recorded."""
-        hidden = self._prefill()
+        assert self.hidden is not None, "prefill first"
+        hidden = self.hidden
         for step in range(self.sampling.max_new_tokens):
             if self.record.hidden is not None:
                 kept = hidden.masked_fill(self.finished.unsqueeze(1), 0.0)
@@ -129,26 +142,32 @@ class Decoding:
                 self._let_go()
             hidden = self._continue(step)
 
-    def _prefill(self) -> Tensor:
-        """Read the prompts; the hidden states at their ends, `[N, D]`."""
-        positions, pieces = position_ids(self.mask[:, : self.width].bool()), []
-        for group in self._groups():
-            columns = slice(self.width - self.widths[group.start], self.width)
-            if self.cache is not None:
-                self.cache.prefill(group, self.widths[group.start])
-            part = group, columns
-            pieces.append(self._read(self.prompt_ids[part], self.mask[part], positions[part]))
-        if self.cache is not None:
-            self.cache.decode(self.widths)
-        return torch.cat(pieces)
-
     def _groups(self) -> Iterator[slice]:
-        start, total = 0, len(self.rows)
-        while start < total:
-            size = max(1, self.prefill_tokens // self.widths[start])
-            stop = total if self.cache is None or self.synced else min(start + size, total)
-            yield slice(start, stop)
-            start = stop
+        """Rows whose prompts are read together."""
+        if self.synced:
+            yield slice(0, len(self.rows))
+            return
+        start, tokens = 0, 0
+        for row, width in enumerate(self.widths):
+            tokens = tokens + width if self.reads_rows else (row + 1 - start) * self.widths[start]
+            if tokens > self.prefill_tokens and row > start:
+                yield slice(start, row)
+                start, tokens = row, width
+        yield slice(start, len(self.rows))
+
+    def _read_row(self, group: slice) -> Tensor:
+        assert isinstance(self.cache, RolloutCache)
+        lengths = self.widths[group]
+        self.cache.prefill_row(group, lengths)
+        ids = self.prompt_ids[group][self.mask[group, : self.width].bool()]
+        return read_row(self.model, ids, lengths, self.cache)
+
+    def _read_batch(self, group: slice) -> Tensor:
+        width = self.widths[group.start]
+        if self.cache is not None:
+            self.cache.prefill(group, width)
+        part = group, slice(self.width - width, self.width)
+        return self._read(self.prompt_ids[part], self.mask[part], position_ids(self.mask[part].bool()))
 
     def _continue(self, step: int) -> Tensor:
         """Read the tokens of a step; hidden states, `[N, D]`."""

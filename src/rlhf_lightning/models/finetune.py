@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.fused_lora import fuse_adapters
 from rlhf_lightning.models.partitioned import is_partitioned, whole
 from rlhf_lightning.rng import generator
 
@@ -148,6 +149,7 @@ def add_adapter(model: PreTrainedModel, finetune: FineTune, name: str = "default
         raise UserError("finetune.use_dora does not work on ZeRO-3: leave it out, or use stage 2")
     trained = [p for p in model.parameters() if p.requires_grad]
     inject_adapter_in_model(lora_config(model, finetune), model, name)
+    fuse_adapters(model)
     if not is_partitioned(model):  # DeepSpeed keeps its own copy in float32
         cast_adapter_dtype(model, name)
     for parameter in trained:  # peft freezes whatever is not its own

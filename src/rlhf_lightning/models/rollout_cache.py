@@ -29,12 +29,14 @@ class _Place:
         first: the first column that it sees.
         past: the column that it writes next.
         prefilling: it reads its prompts and sees nothing of the buffers.
+        lengths: of the prompts that it reads as one row, without padding; None if they are rows of a batch.
     """
 
     rows: slice
     first: int
     past: int
     prefilling: bool = True
+    lengths: list[int] | None = None
 
 
 class _Layer(DynamicLayer):
@@ -61,6 +63,9 @@ class _Layer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         place, width = self.place, key_states.shape[2]
+        if place.lengths is not None:
+            self._take_apart(key_states, value_states, place.lengths)
+            return key_states, value_states
         end = place.past + width
         seen = []
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
@@ -68,6 +73,12 @@ class _Layer(DynamicLayer):
             buffer[place.rows, :, place.past : end] = states
             seen.append(states if place.prefilling else buffer[place.rows, :, self._start(width) : end])
         return seen[0], seen[1]
+
+    def _take_apart(self, key_states: Tensor, value_states: Tensor, lengths: list[int]) -> None:
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            assert buffer is not None
+            for row, prompt in enumerate(states[0].split(lengths, dim=1), self.place.rows.start):
+                buffer[row, :, self.place.past - prompt.shape[1] : self.place.past] = prompt
 
     def _start(self, width: int) -> int:
         oldest = self.place.past + width - self.window if self.window is not None else 0
@@ -94,8 +105,8 @@ class _Layer(DynamicLayer):
 class RolloutCache(Cache):
     """A cache for one batch of prompts and their responses.
 
-    First `prefill` names a group of rows before the model reads their prompts; when all are read, `decode` opens the
-    batch. After each further token comes `advance`.
+    First `prefill` (or `prefill_row`) names a group of rows before the model reads their prompts; when all are read,
+    `decode` opens the batch. After each further token comes `advance`.
 
     Attributes:
         groups: rows of similar length, each with the first visible column that one of them needs; none before `decode`.
@@ -118,13 +129,18 @@ class RolloutCache(Cache):
         """The model is about to read the prompts of some rows, padded to this width."""
         self.place.rows, self.place.past = rows, self.width - width
 
+    def prefill_row(self, rows: slice, lengths: list[int]) -> None:
+        """The model is about to read the prompts of some rows one after the other, as one row without padding."""
+        self.place.rows, self.place.past, self.place.lengths = rows, self.width, lengths
+
     def decode(self, widths: list[int]) -> None:
         """The model is about to continue all rows.
 
         Args:
             widths: of each row's prompt, descending.
         """
-        self.place.rows, self.place.past, self.place.prefilling = slice(0, len(widths)), self.width, False
+        self.place.rows, self.place.past = slice(0, len(widths)), self.width
+        self.place.prefilling, self.place.lengths = False, None
         self._group(widths)
 
     def advance(self) -> None:

@@ -32,6 +32,7 @@ from rlhf_lightning.models.adapters import (
 from rlhf_lightning.models.causal_lm import disable_dropout, hidden_states, load_causal_lm, response_hidden
 from rlhf_lightning.models.dtypes import keep_tables, linear_in_float32
 from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
+from rlhf_lightning.models.fused_lora import fuse_adapters
 from rlhf_lightning.models.partitioned import is_partitioned, whole
 from rlhf_lightning.models.quantized import nf4_options
 from rlhf_lightning.rng import generator
@@ -293,6 +294,7 @@ def attach_reward_adapter(
         untyped.score = nn.Linear(head.shape[1], head.shape[0], bias=False, device=device, dtype=dtype)
         model.requires_grad_(False)
         inject_adapter_in_model(config, model, adapter)
+        fuse_adapters(model)
         loaded: Any = set_peft_model_state_dict(model, weights, adapter)
         if lacking := sorted(key for key in loaded.missing_keys if f".{adapter}." in key):
             raise ValueError(f"its weights lack {lacking[0]}")

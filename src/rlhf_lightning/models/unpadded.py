@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_lightning.models.attention import UNUSUAL, attention_function
@@ -85,12 +85,52 @@ def _run(
     sees: Sequence[Tensor] | None,
 ) -> Tensor:
     real = attention_mask.flatten().nonzero().squeeze(1)
-    row = {"input_ids": input_ids.flatten()[real][None], "position_ids": positions.flatten()[real][None]}
-    attend = partial(_attend, list(lengths), sees)
-    with attention_function(model, NAME, attend, lambda *args, **kwargs: None):
-        hidden = model.base_model(**row, attention_mask=None, use_cache=False).last_hidden_state[0]
+    hidden = _run_row(model, input_ids.flatten()[real], positions.flatten()[real], lengths, sees, use_cache=False)
     empty = hidden.new_zeros(attention_mask.numel(), hidden.shape[1])
     return empty.index_copy(0, real, hidden).unflatten(0, tuple(attention_mask.shape))
+
+
+def _run_row(
+    model: PreTrainedModel,
+    ids: Tensor,
+    positions: Tensor,
+    lengths: Sequence[int],
+    sees: Sequence[Tensor] | None,
+    **kwargs: Any,
+) -> Tensor:
+    """Hidden states of real tokens, `[N, D]`; ids and positions are `[N]`, the rest as in `unpadded_hidden_states`."""
+    attend = partial(_attend, list(lengths), sees)
+    with attention_function(model, NAME, attend, lambda *args, **kwargs: None):
+        row = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": None}
+        hidden: Tensor = model.base_model(**row, **kwargs).last_hidden_state[0]
+    return hidden
+
+
+def reads_rows(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
+    """Whether `read_row` may be called for prompts of these lengths; it does not depend on them on ZeRO-3.
+
+    Args:
+        model: a language model.
+        lengths: of the prompts.
+    """
+    return applies(model, model.device) and _runs(model) and _inside_window(model, max(lengths)) and min(lengths) > 0
+
+
+def read_row(model: PreTrainedModel, ids: Tensor, lengths: Sequence[int], cache: Cache) -> Tensor:
+    """Read prompts into a cache, one after the other as one row.
+
+    Args:
+        model: a language model for which `reads_rows`.
+        ids: the tokens of all prompts, `[N]`, int64.
+        lengths: of the prompts, N together.
+        cache: takes the row apart.
+
+    Returns:
+        Hidden states at their ends, `[prompts, D]`.
+    """
+    positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
+    hidden = _run_row(model, ids, positions, lengths, None, past_key_values=cache, use_cache=True)
+    return hidden[torch.tensor(lengths, device=ids.device).cumsum(dim=0) - 1]
 
 
 def applies(model: PreTrainedModel, device: torch.device) -> bool:
