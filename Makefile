@@ -26,11 +26,14 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 # Ours and the peer by turns; benchmarks/README.md says how to make the peer's environments. More arguments: ARGS='--steps 20'
+COMPARE = $(BIN)/python benchmarks/compare.py --model $(MODEL) --data $(DATA)
 bench: bench-arguments $(READY)
-	$(BIN)/python benchmarks/compare.py --stage generate --model $(MODEL) --data $(DATA) $(ARGS)
-	$(BIN)/python benchmarks/compare.py --stage sft --model $(MODEL) --data $(DATA) --peer-env $(PEER) $(ARGS)
-	$(BIN)/python benchmarks/compare.py --stage reward --model $(MODEL) --data $(DATA) --peer-env $(PEER) $(ARGS)
-	$(BIN)/python benchmarks/compare.py --stage ppo --model $(MODEL) --data $(DATA) --peer-env $(PEER_PPO) $(ARGS)
+	$(COMPARE) --stage sft --peer-env $(PEER) $(ARGS)
+	$(COMPARE) --stage reward --peer-env $(PEER) $(ARGS)
+	$(COMPARE) --stage ppo --variant shared --peer-env $(PEER_PPO) $(ARGS)
+	$(COMPARE) --stage ppo --variant lora --ours-options value_trunk=policy --peer-env $(PEER_PPO) $(ARGS)
+	$(COMPARE) --stage ppo --variant lora --peer-env $(PEER_PPO) $(ARGS)
+	$(COMPARE) --stage generate $(ARGS)
 
 bench-arguments:
 	@test -n "$(MODEL)" -a -n "$(DATA)" || { echo "make bench needs MODEL= (a Hugging Face folder) and DATA= (a file of preference pairs)"; exit 2; }
