@@ -112,6 +112,41 @@ def _ends(ids, model):
     return [row.index(True) if any(row) else len(row) for row in ends.tolist()]
 
 
+def read_as_rows(monkeypatch):
+    """Lengths of the prompts that each forward pass reads as one row."""
+    read = []
+    original = decoding.read_row
+    monkeypatch.setattr(
+        decoding,
+        "read_row",
+        lambda model, ids, lengths, cache: read.append(lengths) or original(model, ids, lengths, cache),
+    )
+    return read
+
+
+@pytest.mark.parametrize("name", ["llama-grouped", "qwen2", "qwen3"])
+@pytest.mark.usefixtures("small_parts")
+def test_prompts_read_as_one_row_are_continued_as_if_read_with_their_padding(name, monkeypatch):
+    model, sampling = model_of(name), Sampling(max_new_tokens=9)
+    read = read_as_rows(monkeypatch)
+    found = run(model, sampling, with_logprobs=True, with_hidden=True)
+    assert read == [[20], [17], [12, 9], [9, 6, 5, 4], [3, 2, 1, 1]]  # up to 24 tokens
+    monkeypatch.setattr(decoding, "reads_rows", lambda *args: False)
+    expected = run(model, sampling, with_logprobs=True, with_hidden=True)
+    assert torch.equal(found.response_ids, expected.response_ids)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.hidden, expected.hidden, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths"), [("mistral-window", LENGTHS), ("gemma3", LENGTHS), ("qwen3-next", LENGTHS), ("llama", [4, 0])]
+)
+def test_windows_states_and_empty_prompts_are_read_with_their_padding(name, lengths, monkeypatch):
+    read = read_as_rows(monkeypatch)
+    assert run(model_of(name), Sampling(max_new_tokens=2), lengths).response_ids.shape[0] == len(lengths)
+    assert not read
+
+
 @pytest.mark.parametrize("name", ["llama-grouped", "gpt-neox", "gpt2", "opt", "qwen3", "mistral-window", "gemma3"])
 @pytest.mark.usefixtures("small_parts")
 def test_padding_is_not_read(name, monkeypatch):

@@ -11,8 +11,15 @@ needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="pa
 
 
 @needs_mkl
-def test_weights_can_be_packed_where_there_is_mkl():
-    assert packed_linear._can_pack()
+def test_weights_can_be_packed_where_there_is_mkl_and_asking_draws_nothing():
+    before = torch.get_rng_state()
+    packed_linear._can_pack.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert packed_linear._can_pack()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @torch.no_grad()
@@ -82,4 +89,12 @@ def test_without_the_operators_layers_stay_as_they_are(monkeypatch):
     monkeypatch.setattr(packed_linear, "_can_pack", lambda: False)
     layer = nn.Linear(3, 3)
     with packed_products(layer):
+        assert "forward" not in vars(layer)
+
+
+@torch.no_grad()
+def test_split_weights_are_left_alone():
+    layer = nn.Linear(3, 3)
+    layer.weight.ds_id = 0  # as DeepSpeed marks what it has split
+    with packed_products(nn.Sequential(layer)):
         assert "forward" not in vars(layer)

@@ -54,8 +54,10 @@ class FusedLoraLinear(LoraLinear):
             return None
         base: Any = self.get_base_layer()
         types = {x.dtype, base.weight.dtype, self.lora_A[name].weight.dtype, self.lora_B[name].weight.dtype}
-        trained = [p for p in (base.weight, base.bias) if p is not None and p.requires_grad]
-        plain = len(types) == 1 and not trained and not self.lora_bias[name]
+        trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+        # What ZeRO-3 splits later is gathered for modules that are called; here none is.
+        split = hasattr(base.weight, "ds_id")
+        plain = len(types) == 1 and not trained and not split and not self.lora_bias[name]
         return name if plain and not torch.is_autocast_enabled(x.device.type) else None
 
 

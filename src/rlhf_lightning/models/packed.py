@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.backbone import evaluation_mode
 from rlhf_lightning.models.causal_lm import padded_hidden_states
-
-_FULL_PRECISION_TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 0.1  # rounding stays far below, a leak is of order 1
+from rlhf_lightning.models.trials import relative_distance, tolerance
 
 
 @torch.no_grad()
@@ -40,8 +39,7 @@ def packing_error(model: PreTrainedModel, tokens: Tensor) -> float:
         torch.stack([torch.cat(parts), torch.cat(parts[::-1])]) for parts in (halves, tuple(places), tuple(alone))
     )
     packed = padded_hidden_states(model, ids, torch.ones_like(ids).bool(), positions)
-    distance = (packed.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
-    return float(distance.max())
+    return relative_distance(packed, expected)
 
 
 def check_packing(model: PreTrainedModel, tokens: Tensor) -> None:
@@ -54,10 +52,9 @@ def check_packing(model: PreTrainedModel, tokens: Tensor) -> None:
     Raises:
         UserError: names the model.
     """
-    tolerance = _FULL_PRECISION_TOLERANCE if model.dtype == torch.float32 else _LOW_PRECISION_TOLERANCE
     with evaluation_mode(model), torch.autocast(tokens.device.type, enabled=False):
         error = packing_error(model, tokens)
-    if error > tolerance:
+    if error > tolerance(model):
         name, kernel = type(model).__name__, model.config._attn_implementation
         raise UserError(
             f"{name} (attention '{kernel}') does not keep examples in a packed row apart; set packing: false"

@@ -15,7 +15,7 @@ Notation: B groups, K sequences in each, T padded length of a sequence, L padded
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,11 +25,10 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.models.backbone import evaluation_mode
 from rlhf_lightning.models.causal_lm import hidden_states, padded_hidden_states
+from rlhf_lightning.models.trials import feels_window, relative_distance, tolerance, unusual_layers
 from rlhf_lightning.models.unpadded import applies, unpadded_hidden_states
 
-_FULL_PRECISION_TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 0.1  # rounding stays far below, a leak is of order 1
 _KERNELS = {"sdpa", "eager"}
-_LAYERS = {"full_attention", "sliding_attention"}
 _can_share: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
@@ -183,23 +182,15 @@ def sharing_pays(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
         ids: `[B, K, T]`, int64.
         mask: True for real tokens, `[B, K, T]`, bool, padded on the right.
     """
-    if not _shares(model) or not _inside_window(model.config.get_text_config(), ids, mask):
+    if not _shares(model):
         return False
     # Per token and layer, the matrices cost about 24 D^2 operations and attention 4 D times the length of the row.
     matrices = 6 * model.config.get_text_config().hidden_size
     shared, longest = shared_lengths(ids, mask), mask.sum(dim=2).amax(dim=1)
+    if feels_window(model, ids.shape[2], shared.max()):
+        return False
     apart = ids.shape[1] * longest * (matrices + longest)
     return bool((shared * (matrices + shared)).sum() < apart.sum())
-
-
-def _inside_window(config: Any, ids: Tensor, mask: Tensor) -> bool:
-    """Whether no layer's window is felt: the mask of a shared row knows none."""
-    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
-    window = getattr(config, "sliding_window", None) if "sliding_attention" in layers else None
-    if window is not None and ids.shape[2] > window:
-        return False
-    window = getattr(config, "window_size", None)  # GPT-Neo counts places in the row, not positions
-    return window is None or bool(shared_lengths(ids, mask).max() <= window)
 
 
 def _shares(model: PreTrainedModel) -> bool:
@@ -224,15 +215,14 @@ def sharing_obstacle(model: PreTrainedModel) -> str | None:
         return f"attention '{kernel}' takes no mask of one's own"
     if getattr(config, "alibi", False):
         return "it uses ALiBi"
-    if other := sorted(set(getattr(config, "layer_types", None) or []) - _LAYERS):
+    if other := unusual_layers(model):
         return f"it has layers of type '{other[0]}'"
-    tolerance = _FULL_PRECISION_TOLERANCE if model.dtype == torch.float32 else _LOW_PRECISION_TOLERANCE
     with evaluation_mode(model), torch.autocast(model.device.type, enabled=False):
         try:
             error = _sharing_error(model)
         except (IndexError, RuntimeError, TypeError, ValueError):  # code of a model folder's own may do anything
             return "it takes no 4-D attention mask"
-    return None if error <= tolerance else "its hidden states would not be the same"
+    return None if error <= tolerance(model) else "its hidden states would not be the same"
 
 
 @torch.no_grad()
@@ -246,6 +236,5 @@ def _sharing_error(model: PreTrainedModel) -> float:
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, 1, -1] = False
     rows = share_rows(ids, mask)
-    shared = rows.spread(rows.padded_hidden_states(model))[mask].float()
-    apart = padded_hidden_states(model, ids[0], mask[0])[mask[0]].float()
-    return float(((shared - apart).norm(dim=-1) / apart.norm(dim=-1)).max())
+    shared = rows.spread(rows.padded_hidden_states(model))[mask]
+    return relative_distance(shared, padded_hidden_states(model, ids[0], mask[0])[mask[0]])

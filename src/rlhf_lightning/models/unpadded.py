@@ -30,15 +30,14 @@ from rlhf_lightning.models.backbone import (
     run_backbone,
     takes_positions,
 )
+from rlhf_lightning.models.trials import feels_window, relative_distance, tolerance, unusual_layers
 
 NAME = "rlhf_lightning_unpadded"
 """What transformers' configs call the attention while it is in use."""
 
 DEVICES = {"cpu"}
 
-_LAYERS = {"full_attention", "sliding_attention"}
 _LEAST_PADDING = 1 / 16  # less is not worth taking the batch apart
-_FULL_PRECISION_TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 0.1  # rounding stays far below, a leak is of order 1
 _can_run: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
@@ -71,7 +70,7 @@ def unpadded_hidden_states(
         lengths = [length for length in attention_mask.sum(dim=1).tolist() if length]
         if sum(lengths) > (1 - _LEAST_PADDING) * attention_mask.numel():
             return None
-    if not _inside_window(model, max(lengths)):
+    if feels_window(model, max(lengths), max(lengths)):
         return None
     return _run(model, input_ids, attention_mask, positions, lengths, sees)
 
@@ -113,7 +112,10 @@ def reads_rows(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
         model: a language model.
         lengths: of the prompts.
     """
-    return applies(model, model.device) and _runs(model) and _inside_window(model, max(lengths)) and min(lengths) > 0
+    if not applies(model, model.device) or not _runs(model):
+        return False
+    longest = max(lengths)
+    return min(lengths) > 0 and not feels_window(model, longest, longest)
 
 
 def read_row(model: PreTrainedModel, ids: Tensor, lengths: Sequence[int], cache: Cache) -> Tensor:
@@ -145,15 +147,6 @@ def applies(model: PreTrainedModel, device: torch.device) -> bool:
     return device.type in DEVICES and model.config._attn_implementation == "sdpa" and not again
 
 
-def _inside_window(model: PreTrainedModel, longest: int) -> bool:
-    """Whether no layer's window is felt: sequences are attended to whole."""
-    config = model.config.get_text_config()
-    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
-    windows = [getattr(config, "sliding_window", None) if "sliding_attention" in layers else None]
-    windows.append(getattr(config, "window_size", None))  # GPT-Neo
-    return all(window is None or longest <= window for window in windows)
-
-
 def _attend(
     lengths: list[int],
     sees: Sequence[Tensor] | None,
@@ -183,16 +176,15 @@ def _can(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     if not takes_positions(model) or not model._supports_attention_backend or getattr(config, "alibi", False):
         return False
-    if set(getattr(config, "layer_types", None) or []) - _LAYERS:
+    if unusual_layers(model):
         return False
     tokens = (torch.arange(10, device=model.device) * 7919 + 11) % config.vocab_size
     ids, lengths = tokens.view(2, 5), [5, 3]
     mask = torch.arange(5, device=model.device) < torch.tensor(lengths, device=model.device).unsqueeze(1)
     try:
         with evaluation_mode(model), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            found = _run(model, ids, mask, position_ids(mask), lengths, None)[mask].float()
-            expected = run_backbone(model, ids, mask).last_hidden_state[mask].float()
+            found = _run(model, ids, mask, position_ids(mask), lengths, None)[mask]
+            expected = run_backbone(model, ids, mask).last_hidden_state[mask]
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
-    tolerance = _FULL_PRECISION_TOLERANCE if model.dtype == torch.float32 else _LOW_PRECISION_TOLERANCE
-    return bool(((found - expected).norm(dim=-1) <= tolerance * expected.norm(dim=-1)).all())
+    return relative_distance(found, expected) <= tolerance(model)
