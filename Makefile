@@ -31,7 +31,7 @@ bench: bench-arguments $(READY)
 	$(COMPARE) --stage sft --peer-env $(PEER) $(ARGS)
 	$(COMPARE) --stage reward --peer-env $(PEER) $(ARGS)
 	$(COMPARE) --stage ppo --variant shared --peer-env $(PEER_PPO) $(ARGS)
-	$(COMPARE) --stage ppo --variant lora --ours-options value_trunk=policy --peer-env $(PEER_PPO) $(ARGS)
+	$(COMPARE) --stage ppo --variant lora --ours-options value_trunk=policy max_tokens_per_batch=512 --peer-env $(PEER_PPO) $(ARGS)
 	$(COMPARE) --stage ppo --variant lora --peer-env $(PEER_PPO) $(ARGS)
 	$(COMPARE) --stage generate $(ARGS)
 

@@ -7,11 +7,11 @@ from torch import nn
 from rlhf_lightning.models import packed_linear
 from rlhf_lightning.models.packed_linear import FEWEST, MOST, packed_products
 
-needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="packing is MKL's")
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="packing is oneDNN's")
 
 
-@needs_mkl
-def test_weights_can_be_packed_where_there_is_mkl_and_asking_draws_nothing():
+@needs_onednn
+def test_weights_can_be_packed_where_there_is_onednn_and_asking_draws_nothing():
     before = torch.get_rng_state()
     packed_linear._can_pack.cache_clear()
     torch.set_default_dtype(torch.bfloat16)
@@ -43,7 +43,15 @@ def test_a_batch_may_shrink_and_grow():
             torch.testing.assert_close(layer(inputs), inputs @ layer.weight.T + layer.bias)
 
 
-@needs_mkl
+@torch.no_grad()
+def test_inputs_may_be_slices():
+    layer, inputs = nn.Linear(7, 5), torch.randn(8, 3, 7)
+    with packed_products(layer):
+        found = layer(inputs[:, -1])
+    torch.testing.assert_close(found, layer(inputs[:, -1]))
+
+
+@needs_onednn
 @torch.no_grad()
 def test_it_is_used_for_few_rows_only_and_the_layers_are_changed_back(monkeypatch):
     layer = nn.Linear(3, 3)

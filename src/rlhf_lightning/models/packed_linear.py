@@ -1,8 +1,9 @@
 """Linear layers for the few rows of a decoding step on a CPU.
 
 For every product the matrix library first brings the weights into the order that its kernels read. With few rows that
-costs more than the product: on two cores of a Xeon, 8 rows against the weights of a 135M model took 81 ms, and 35 ms
-with weights brought into that order once (MKL calls it packing), near the 29 ms that reading them takes.
+costs more than the product: on two cores of a Xeon, 8 rows against the weights of a 135M model took 83 ms, and 53 ms
+with weights brought into that order once (oneDNN calls it reordering); 32 rows took 166 and 82 ms. MKL's own packing
+was faster yet, 35 and 60 ms, but its copies took twice the memory of the weights.
 """
 
 from __future__ import annotations
@@ -16,10 +17,8 @@ from torch import Tensor, nn
 
 from rlhf_lightning.models.partitioned import is_partitioned
 
-FEWEST, MOST = 4, 128
+FEWEST, MOST = 4, 64
 """Rows between which it is worth packing: fewer are bound by reading the weights, more make the product the cost."""
-
-_MULTIPLE = 8  # weights are packed for a number of rows; a batch that shrinks should seldom need them packed again
 
 
 @contextmanager
@@ -47,39 +46,29 @@ def packed_products(model: nn.Module) -> Iterator[None]:
 
 
 class _Packed:
-    """The weight of a layer, `[out, in]`, packed for some number of rows."""
+    """A layer whose weight `[out, in]` is packed when it first pays."""
 
     def __init__(self, layer: nn.Linear) -> None:
         self.weight = layer.weight.detach()
         self.bias = layer.bias
-        self.rows = -1  # none yet; there may be batches of 0 rows
         self.packed: Tensor | None = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """`inputs W^T + bias` for inputs `[..., in]`."""
-        width = inputs.shape[-1]
-        rows = inputs.numel() // width
-        if rows == self.rows:  # the usual case, kept short: a step of decoding comes here some hundred times
-            return self._product(inputs)
+        rows = inputs.numel() // inputs.shape[-1]
         if not FEWEST <= rows <= MOST or inputs.dtype != torch.float32:
             return nn.functional.linear(inputs, self.weight, self.bias)
-        missing = -rows % _MULTIPLE
-        if rows + missing != self.rows:
-            self.rows = rows + missing
-            self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, self.rows)
-        padded = nn.functional.pad(inputs.reshape(rows, width), (0, 0, 0, missing))
-        return self._product(padded)[:rows].unflatten(0, inputs.shape[:-1])
-
-    def _product(self, inputs: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkl._mkl_linear(inputs, self.packed, self.weight, self.bias, self.rows)
+        if self.packed is None:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
         return product
 
 
 @functools.cache
 @torch.no_grad()
 def _can_pack() -> bool:
-    """Whether this build of torch has MKL and its two operators, which are not public."""
-    if not torch.backends.mkl.is_available():
+    """Whether this build of torch has oneDNN and its two operators, which are not public."""
+    if not torch.backends.mkldnn.is_available():
         return False
     # Not drawn: whether this was asked before must make no difference to a run's random numbers.
     layer = nn.utils.skip_init(nn.Linear, 3, 2, bias=False, dtype=torch.float32)
