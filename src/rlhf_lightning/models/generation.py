@@ -25,8 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lightning.models.backbone import evaluation_mode
 from rlhf_lightning.models.decode_attention import attention_by_rows
 from rlhf_lightning.models.decoding import Decoding, Record
+from rlhf_lightning.models.few_rows import few_row_products
 from rlhf_lightning.models.merging import merged_adapters
-from rlhf_lightning.models.packed_linear import packed_products
 from rlhf_lightning.models.sampling import Sampling as Sampling
 from rlhf_lightning.models.sampling import sample_tokens as sample_tokens
 from rlhf_lightning.models.tokenizer import filler_id
@@ -124,7 +124,7 @@ class TransformersEngine:
         record = Record(len(prompt_ids), sampling, filler, generator, device, with_logprobs, size)
         order = prompt_mask.sum(dim=1).sort(descending=True, stable=True).indices
         done = 0
-        with evaluation_mode(self.model), merged_adapters(self.model), packed_products(self.model):
+        with evaluation_mode(self.model), merged_adapters(self.model), few_row_products(self.model):
             for rows in order.split(self.batch_size or len(order)):
                 decoding = Decoding(self.model, self.tokenizer, prompt_ids, prompt_mask, rows, sampling, record, synced)
                 decoding.prefill()
