@@ -22,7 +22,7 @@ from rlhf_lightning.models.tokenizer import eos_ids
 from rlhf_lightning.models.unpadded import read_row, reads_rows
 
 PREFILL_TOKENS = {"cpu": 512}
-"""By device, tokens of a group of prompts, padding included: enough to keep the device busy, and little padding."""
+"""By device, tokens of a group of prompts, with its padding: enough to keep the device busy, and little padding."""
 PREFILL_TOKENS_ELSEWHERE = 8192
 
 LEAVING_SHARE = 8

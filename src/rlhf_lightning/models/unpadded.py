@@ -106,7 +106,7 @@ def _run_row(
 
 
 def reads_rows(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
-    """Whether `read_row` may be called for prompts of these lengths; it does not depend on them on ZeRO-3.
+    """Whether `read_row` may be called for prompts of these lengths; the model is tried out whatever they are.
 
     Args:
         model: a language model.
