@@ -32,13 +32,10 @@ def left_padded(rows: list[list[int]], filler: int, device: str) -> tuple[torch.
 def our_step(job: dict[str, Any], model: Any, tokenizer: Any, ids: torch.Tensor, mask: torch.Tensor) -> Step:
     """Sampling as our rollouts do it."""
     from rlhf_lightning import Sampling
-    from rlhf_lightning.models import generation
+    from rlhf_lightning.models.generation import TransformersEngine
 
     sampling = Sampling(max_new_tokens=job["new_tokens"], min_new_tokens=job["new_tokens"])
-    engine_class = getattr(generation, "TransformersEngine", None)
-    if engine_class is None:
-        return lambda: generation.generate(model, ids, mask, sampling, tokenizer).response_ids
-    engine = engine_class(model, tokenizer, **job["ours_options"])
+    engine = TransformersEngine(model, tokenizer, **job["ours_options"])
     return lambda: engine.generate(ids, mask, sampling).response_ids
 
 

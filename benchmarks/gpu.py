@@ -114,6 +114,7 @@ def reinforced(part: str, shape: Shape, policy: str, reward: str, options: argpa
     from rlhf_lightning import PPOModule, Sampling
 
     lora = {"finetune": rlhf_lightning.FineTune(mode="lora")} if part == "ppo-lora" else {}
+    compiled = {"compile_decoding": True} if options.compile_decoding else {}
     module = PPOModule(
         policy,
         reward,
@@ -123,6 +124,7 @@ def reinforced(part: str, shape: Shape, policy: str, reward: str, options: argpa
         ppo_epochs=1,
         lr_schedule="constant",
         **lora,
+        **compiled,
         **known(PPOModule, max_tokens_per_batch=shape.micro_tokens),
     )
     seconds, logged = fit(module, prompt_batches(shape, options.steps), options)
@@ -136,7 +138,7 @@ def decoding(shape: Shape, policy: str, options: argparse.Namespace) -> dict[str
     from transformers import AutoModelForCausalLM
 
     from rlhf_lightning import Sampling
-    from rlhf_lightning.models.generation import generate
+    from rlhf_lightning.models.generation import TransformersEngine
     from rlhf_lightning.models.tokenizer import load_tokenizer
 
     dtype = torch.float32 if options.precision == "32-true" else torch.bfloat16
@@ -151,7 +153,12 @@ def decoding(shape: Shape, policy: str, options: argparse.Namespace) -> dict[str
         lengths = {"min_new_tokens": new, "max_new_tokens": new}
         return model.generate(ids, attention_mask=mask.long(), do_sample=True, top_k=0, pad_token_id=0, **lengths)
 
-    ways = {"ours": lambda: generate(model, ids, mask, sampling, tokenizer), "plain": plain}
+    ours, compiled = (TransformersEngine(model, tokenizer, compiled=compiled) for compiled in (False, True))
+    ways = {
+        "ours": lambda: ours.generate(ids, mask, sampling),
+        "ours, compiled": lambda: compiled.generate(ids, mask, sampling),
+        "plain": plain,
+    }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.steps):
         for name, way in ways.items():
@@ -269,6 +276,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["bf16-mixed", "bf16-true", "32-true"], default="bf16-mixed")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2, help="first steps that do not count (%(default)s)")
+    parser.add_argument("--compile-decoding", action="store_true", help="in PPO; decoding is measured both ways anyway")
     parser.add_argument("--peak-tflops", type=float, help="of the device; by default by its name, or measured")
     parser.add_argument("--peak-bandwidth", type=float, help="the same in GB/s")
     parser.add_argument("--markdown", type=Path, help="append the report to this file too")
@@ -289,7 +297,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         write_model(TINY if options.tiny else FULL, Path(temporary))
         passed = [f"--{name}={getattr(options, name)}" for name in ("device", "precision", "steps", "warmup")]
-        passed += ["--tiny"] if options.tiny else []
+        passed += [f"--{name}" for name in ("tiny", "compile-decoding") if getattr(options, name.replace("-", "_"))]
         for part in options.parts:
             command = [sys.executable, __file__, *passed, "--part-in", temporary, "--parts", part]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

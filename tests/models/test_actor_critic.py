@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from helpers.models import save_folder, tiny_causal_lm
 from helpers.stages import same_weights, save_gpt2, save_llama, save_reward_model, share_of_letters, weights
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
@@ -123,6 +124,13 @@ def test_beside_a_function_the_value_model_says_0(folder):
         models = load(folder, share_of_letters, finetune=finetune)
         assert not values_of(models.value).any()
     assert storages(models.policy, models.reference, models.value) < 1.6 * storages(load_causal_lm(folder))
+
+
+def test_the_head_is_as_wide_as_what_the_policys_own_head_reads(tmp_path):
+    folder = save_folder(tmp_path, tiny_causal_lm("opt-350m-like"), tiny_tokenizer())  # hidden size 16, projected to 12
+    models = load(folder, share_of_letters, value_trunk="policy")
+    assert models.value.score.in_features == 12
+    assert not values_alone(models.policy, models.value, IDS, MASK, ANSWERED).any()
 
 
 def test_a_head_on_the_policys_trunk_needs_no_second_pass(folder, reward_folder):

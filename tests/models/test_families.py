@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from helpers.answers import generate
 from helpers.models import FAMILIES, WITHOUT_CLASSIFIER, spread_weights, tiny_causal_lm, with_dropout
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.functional import entropy
@@ -14,7 +15,7 @@ from rlhf_lightning.models.causal_lm import (
     response_hidden,
     response_logprobs,
 )
-from rlhf_lightning.models.generation import Sampling, generate
+from rlhf_lightning.models.generation import Sampling
 
 PAD, EOS = 0, 2
 PROMPTS = [[31], [40, 41, 42, 43, 44, 45], [50, 51, 52]]

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 
+from helpers.answers import generate
 from helpers.models import table_lm, table_tokenizer, tiny_causal_lm
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
@@ -15,7 +16,6 @@ from rlhf_lightning.models.generation import (
     Generation,
     Sampling,
     decode_responses,
-    generate,
     sample_tokens,
 )
 

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+from helpers.compiling import count_compiling
 from helpers.stages import (
     adamw,
     assert_close_weights,
@@ -274,6 +275,17 @@ def test_micro_batches_change_nothing(folder, reward_folder, micro_batch_size):
 def test_prompts_answered_in_parts_give_responses_of_one_shape(folder, reward_folder):
     log = run(ppo(folder, reward_folder, generation_batch_size=2), iterations=2)
     assert log.series("train/ratio")[0] == pytest.approx(1, abs=1e-6)
+
+
+def test_compiled_decoding_changes_nothing_and_is_compiled_once(folder, reward_folder, monkeypatch):
+    counter = count_compiling(monkeypatch)
+    trained = []
+    for compiled in (False, True):
+        module = ppo(folder, reward_folder, compile_decoding=compiled, ppo_epochs=1, minibatch_size=4)
+        run(module, iterations=3)
+        trained.append({**weights(module.policy), **weights(module.value)})
+    assert_close_weights(*trained)
+    assert counter.frame_count == 1
 
 
 def test_policy_and_value_model_have_their_own_learning_rates(folder, reward_folder):

@@ -138,7 +138,7 @@ class ActorCriticSource:
         else:
             scorer = load_scorer(self.reward, tokenizer, trust, nf4=self._nf4)
         if self.value_trunk == "policy":
-            return TrunkValue(policy.config.get_text_config().hidden_size), scorer
+            return TrunkValue(policy.get_output_embeddings().in_features), scorer
         if self.value is None and beside:
             value = attach_reward_adapter(scalar_beside(policy).model, str(self.reward), trainable=True)
             return value, scorer

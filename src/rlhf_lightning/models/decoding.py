@@ -16,6 +16,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional import token_logprobs
 from rlhf_lightning.models.backbone import position_ids, takes_positions
 from rlhf_lightning.models.causal_lm import output_logits
+from rlhf_lightning.models.compiled_step import CompiledStep
 from rlhf_lightning.models.rollout_cache import RolloutCache, rollout_cache
 from rlhf_lightning.models.sampling import Sampling, pick_tokens, uniforms
 from rlhf_lightning.models.tokenizer import eos_ids
@@ -56,7 +57,7 @@ class Record:
         generator: torch.Generator | None,
         device: torch.device,
         with_logprobs: bool,
-        hidden_size: int | None,
+        with_hidden: bool,
     ) -> None:
         shape = batch, sampling.max_new_tokens
         self.filler = filler
@@ -66,7 +67,23 @@ class Record:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
         self.logprobs = torch.zeros(shape, dtype=torch.float32, device=device) if with_logprobs else None
-        self.hidden = None if hidden_size is None else torch.zeros(*shape, hidden_size, device=device)
+        self.hidden: Tensor | None = None
+        self._keeps_hidden = with_hidden
+
+    def keep_hidden(self, rows: Tensor, step: int, hidden: Tensor, finished: Tensor) -> None:
+        """Write down what the tokens of a step are predicted from, if asked for.
+
+        Args:
+            rows: places of the prompts, `[N]`, int64.
+            step: number of the token.
+            hidden: hidden states, `[N, D]`.
+            finished: rows whose response has ended, `[N]`, bool.
+        """
+        if not self._keeps_hidden:
+            return
+        if self.hidden is None:  # not every model's last states have its config's hidden size
+            self.hidden = hidden.new_zeros(*self.ids.shape, hidden.shape[1], dtype=torch.float32)
+        self.hidden[rows, step] = hidden.masked_fill(finished.unsqueeze(1), 0.0).float()
 
 
 class Decoding:
@@ -81,6 +98,7 @@ class Decoding:
         sampling: how tokens are drawn and how many at most.
         record: the results are written here.
         synced: every rank runs the same number of forwards.
+        compiled: reads the tokens of a step, where it can.
     """
 
     def __init__(
@@ -93,6 +111,7 @@ class Decoding:
         sampling: Sampling,
         record: Record,
         synced: bool,
+        compiled: CompiledStep | None = None,
     ) -> None:
         self.model, self.tokenizer, self.sampling, self.record, self.synced = model, tokenizer, sampling, record, synced
         self.rows = rows
@@ -105,8 +124,11 @@ class Decoding:
         self.mask = torch.cat([prompt_mask[rows, -self.width :], response], dim=1).long()
         self.finished = torch.zeros_like(rows, dtype=torch.bool)
         self.ends = torch.tensor(eos_ids(tokenizer, model.generation_config.eos_token_id), device=rows.device)
-        # The last token is never read.
-        self.cache = rollout_cache(model.config, len(rows), self.width, self.mask.shape[1] - 1)
+        capacity = self.mask.shape[1] - 1  # the last token is never read
+        self.cache = compiled.open(len(rows), self.width, capacity) if compiled is not None else None
+        self.compiled = None if self.cache is None else compiled
+        if self.cache is None:
+            self.cache = rollout_cache(model.config, len(rows), self.width, capacity)
         self.any_cache = DynamicCache(config=model.config) if self.cache is None else self.cache
         device = rows.device.type
         self.reads_rows = self.cache is not None and reads_rows(model, lengths)
@@ -123,15 +145,15 @@ class Decoding:
         read = self._read_row if self.reads_rows else self._read_batch
         self.hidden = torch.cat([read(group) for group in self._groups()])  # at their ends, [N, D]
         self.cache.decode(self.widths)
+        if self.compiled is not None:
+            self.compiled.begin(self.mask[:, : self.width].bool())
 
     def __iter__(self) -> Iterator[int]:
         """Run the steps; yields the number of each when its tokens are recorded."""
         assert self.hidden is not None, "prefill first"
         hidden = self.hidden
         for step in range(self.sampling.max_new_tokens):
-            if self.record.hidden is not None:
-                kept = hidden.masked_fill(self.finished.unsqueeze(1), 0.0)
-                self.record.hidden[self.rows, step] = kept.to(self.record.hidden.dtype)
+            self.record.keep_hidden(self.rows, step, hidden, self.finished)
             self._pick(step, output_logits(self.model, hidden))
             yield step
             if step + 1 == self.sampling.max_new_tokens:
@@ -171,13 +193,23 @@ class Decoding:
 
     def _continue(self, step: int) -> Tensor:
         """Read the tokens of a step; hidden states, `[N, D]`."""
-        ids = self.record.ids[self.rows, step].unsqueeze(1)
-        first = 0 if self.cache is None else self.cache.first
-        mask = self.mask[:, first : self.width + step + 1]
-        hidden = self._read(ids, mask, (self.lengths + step).unsqueeze(1))
+        ids, positions = self.record.ids[self.rows, step], self.lengths + step
+        hidden = None
+        if self.compiled is not None:
+            # The first of all is read both ways, into the same column.
+            expected = None if self.compiled.trusted else self._continue_plain(ids, positions, step)
+            hidden = self.compiled.read(ids, positions, expected)
+            self.compiled = None if hidden is None else self.compiled
+        if hidden is None:
+            hidden = self._continue_plain(ids, positions, step)
         if self.cache is not None:
             self.cache.advance()
         return hidden
+
+    def _continue_plain(self, ids: Tensor, positions: Tensor, step: int) -> Tensor:
+        first = 0 if self.cache is None else self.cache.first
+        mask = self.mask[:, first : self.width + step + 1]
+        return self._read(ids.unsqueeze(1), mask, positions.unsqueeze(1))
 
     def _read(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         kwargs = {"position_ids": positions} if self.takes_positions else {}
@@ -228,7 +260,13 @@ class Decoding:
     def _let_go(self) -> None:
         """Take the rows that have ended out of the batch, if there are enough of them."""
         leaving = int(self.finished.sum())
-        if self.cache is None or self.synced or leaving == 0 or leaving * LEAVING_SHARE < len(self.rows):
+        if (
+            self.cache is None
+            or self.synced
+            or self.compiled is not None
+            or leaving == 0
+            or leaving * LEAVING_SHARE < len(self.rows)
+        ):
             return
         kept = (~self.finished).nonzero().squeeze(1)
         self.widths = [self.widths[place] for place in kept.tolist()]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +27,22 @@ def few_row_products(model: nn.Module) -> Iterator[None]:
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear and "forward" not in vars(layer)]
     layers = [layer for layer in layers if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32]
     for layer in layers:
-        layer.forward = partial(_linear, layer)  # type: ignore[method-assign]
+        layer.__class__ = _FewRowsLinear
     try:
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            layer.__class__ = nn.Linear
 
 
-def _linear(layer: nn.Linear, inputs: Tensor) -> Tensor:
-    rows = inputs.numel() // inputs.shape[-1]
-    if not FEWEST <= rows <= MOST or inputs.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return nn.functional.linear(inputs, layer.weight, layer.bias)
-    columns = inputs.reshape(rows, -1).t().contiguous()
-    product = layer.weight @ columns if layer.bias is None else torch.addmm(layer.bias[:, None], layer.weight, columns)
-    return product.t().contiguous().unflatten(0, inputs.shape[:-1])
+class _FewRowsLinear(nn.Linear):
+    """A class and not an attribute of each layer: what is compiled against it stays valid in the next `with` block."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rows = inputs.numel() // inputs.shape[-1]
+        if not FEWEST <= rows <= MOST or inputs.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return super().forward(inputs)
+        columns = inputs.reshape(rows, -1).t().contiguous()
+        weight, bias = self.weight, self.bias
+        product = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
+        return product.t().contiguous().unflatten(0, inputs.shape[:-1])

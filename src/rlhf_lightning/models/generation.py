@@ -16,6 +16,7 @@ length.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.models.backbone import evaluation_mode
+from rlhf_lightning.models.compiled_step import CompiledStep
 from rlhf_lightning.models.decode_attention import attention_by_rows
 from rlhf_lightning.models.decoding import Decoding, Record
 from rlhf_lightning.models.few_rows import few_row_products
@@ -97,14 +99,20 @@ class TransformersEngine:
         tokenizer: names the EOS (besides those of the model's generation config) and decodes the text in which stop
             strings are looked for.
         batch_size: prompts answered at once, those of similar length together; None for all.
+        compiled: compile the decoding step, which takes minutes once; keep the engine, for it keeps the step.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int | None = None,
+        compiled: bool = False,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.compiled_step = CompiledStep(model) if compiled else None
 
     @torch.no_grad()
     def generate(
@@ -120,15 +128,18 @@ class TransformersEngine:
     ) -> Generation:
         """Continue each prompt until EOS, a stop string or the limit; see `RolloutEngine.generate`."""
         filler, device = filler_id(self.tokenizer), prompt_ids.device
-        size = self.model.config.get_text_config().hidden_size if with_hidden else None
-        record = Record(len(prompt_ids), sampling, filler, generator, device, with_logprobs, size)
+        record = Record(len(prompt_ids), sampling, filler, generator, device, with_logprobs, with_hidden)
         order = prompt_mask.sum(dim=1).sort(descending=True, stable=True).indices
-        done = 0
-        with evaluation_mode(self.model), merged_adapters(self.model), few_row_products(self.model):
+        done, step_of = 0, self.compiled_step
+        # A graph that is replayed reads the weights where they were when it was recorded; merged ones lie elsewhere.
+        merging = nullcontext() if step_of is not None and step_of.is_replayed else merged_adapters(self.model)
+        with evaluation_mode(self.model), merging, few_row_products(self.model):
             for rows in order.split(self.batch_size or len(order)):
-                decoding = Decoding(self.model, self.tokenizer, prompt_ids, prompt_mask, rows, sampling, record, synced)
+                decoding = Decoding(
+                    self.model, self.tokenizer, prompt_ids, prompt_mask, rows, sampling, record, synced, step_of
+                )
                 decoding.prefill()
-                with attention_by_rows(self.model, decoding.cache):
+                with attention_by_rows(self.model, decoding.cache if decoding.compiled is None else None):
                     for step in decoding:
                         if on_token is not None:
                             on_token(done + step + 1)
@@ -138,35 +149,6 @@ class TransformersEngine:
         logprobs = None if record.logprobs is None else record.logprobs[:, :longest]
         hidden = None if record.hidden is None else record.hidden[:, :longest]
         return Generation(record.ids[:, :longest], mask, record.ended, logprobs, hidden)
-
-
-def generate(
-    model: PreTrainedModel,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    sampling: Sampling,
-    tokenizer: PreTrainedTokenizerBase,
-    generator: torch.Generator | None = None,
-    synced: bool = False,
-    on_token: Callable[[int], None] | None = None,
-) -> Generation:
-    """Continue each prompt until EOS, a stop string or the limit, all prompts at once.
-
-    Args:
-        model: a language model; left in the mode it came in.
-        prompt_ids: padded on the left, `[B, P]`, int64.
-        prompt_mask: True for real tokens, `[B, P]`, bool.
-        sampling: how tokens are drawn and how many at most.
-        tokenizer: names the EOS and decodes the text in which stop strings are looked for.
-        generator: source of the random numbers, on the device of the prompts; torch's global one if None.
-        synced: every rank runs the same number of forwards, until the last response of all ranks has ended (ZeRO-3).
-        on_token: called with the number of tokens generated so far.
-
-    Returns:
-        Response ids and mask, cut to the longest response, and which responses ended by themselves.
-    """
-    engine = TransformersEngine(model, tokenizer)
-    return engine.generate(prompt_ids, prompt_mask, sampling, generator, synced, on_token)
 
 
 def decode_responses(tokenizer: PreTrainedTokenizerBase, generation: Generation) -> list[str]:

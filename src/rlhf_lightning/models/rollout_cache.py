@@ -9,6 +9,8 @@ prompts are padded on the left to P.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,7 @@ class _Place:
         past: the column that it writes next.
         prefilling: it reads its prompts and sees nothing of the buffers.
         lengths: of the prompts that it reads as one row, without padding; None if they are rows of a batch.
+        column: the same as `past`, `[1]`, int64, where all rows and columns are seen; None where only those needed are.
     """
 
     rows: slice
@@ -37,6 +40,7 @@ class _Place:
     past: int
     prefilling: bool = True
     lengths: list[int] | None = None
+    column: Tensor | None = None
 
 
 class _Layer(DynamicLayer):
@@ -62,6 +66,8 @@ class _Layer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.place.column is not None:
+            return self._write_column(key_states, value_states, self.place.column)
         place, width = self.place, key_states.shape[2]
         if place.lengths is not None:
             self._take_apart(key_states, value_states, place.lengths)
@@ -74,6 +80,12 @@ class _Layer(DynamicLayer):
             seen.append(states if place.prefilling else buffer[place.rows, :, self._start(width) : end])
         return seen[0], seen[1]
 
+    def _write_column(self, key_states: Tensor, value_states: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        # Compiled, so only tensors may differ from token to token.
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys.index_copy_(2, column, key_states), self.values.index_copy_(2, column, value_states)
+
     def _take_apart(self, key_states: Tensor, value_states: Tensor, lengths: list[int]) -> None:
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             assert buffer is not None
@@ -85,12 +97,16 @@ class _Layer(DynamicLayer):
         return max(self.place.first, oldest)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.place.column is not None:
+            return self.capacity, 0
         if self.place.prefilling:
             return query_length, 0
         start = self._start(query_length)
         return self.place.past + query_length - start, start - self.place.first
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> Any:
+        if self.place.column is not None:
+            return self.place.column[0]
         return 0 if self.place.prefilling else self.place.past - self.place.first
 
     def keep(self, rows: Tensor) -> None:
@@ -110,6 +126,7 @@ class RolloutCache(Cache):
 
     Attributes:
         groups: rows of similar length, each with the first visible column that one of them needs; none before `decode`.
+        windows: for each layer, how far back it sees, None for all the way.
 
     Args:
         windows: for each layer, how far back it sees, None for all the way.
@@ -120,10 +137,34 @@ class RolloutCache(Cache):
 
     def __init__(self, windows: list[int | None], num_rows: int, width: int, capacity: int) -> None:
         self.place = _Place(slice(0, num_rows), 0, 0)
-        self.width = width
+        self.width, self.windows = width, windows
         self.groups: list[tuple[slice, int]] = []
         self.buffers = [_Layer(self.place, capacity, window) for window in windows]
         super().__init__(layers=[*self.buffers])
+
+    def restart(self, num_rows: int, width: int) -> None:
+        """Another batch, in the same buffers; they keep what is in them.
+
+        Args:
+            num_rows: of the batch, not more than there were at first.
+            width: P.
+        """
+        self.place.rows, self.place.first, self.place.past = slice(0, num_rows), 0, 0
+        self.place.prefilling, self.place.lengths = True, None
+        self.width, self.groups = width, []
+
+    @contextmanager
+    def written_at(self, column: Tensor) -> Iterator[None]:
+        """Let the model see all rows and columns, and write at a column that is named by a tensor.
+
+        Args:
+            column: the column that `past` names too, `[1]`, int64.
+        """
+        self.place.column = column
+        try:
+            yield
+        finally:
+            self.place.column = None
 
     def prefill(self, rows: slice, width: int) -> None:
         """The model is about to read the prompts of some rows, padded to this width."""

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.models.rewarding import ModelScorer, TextScorer
+from rlhf_lightning.models.sampling import Sampling
+from rlhf_lightning.modules.common import name_rows
+from rlhf_lightning.strategies import sum_over_ranks
 
 _PROBE_TOLERANCE, _PROBE_TOLERANCE_NF4 = 0.1, 1.0
 """Standard deviations; a reward model may be held in a lower precision than it was saved in."""
@@ -30,6 +35,36 @@ def check_context(config: Any, max_prompt_length: int | None, max_new_tokens: in
             f"max_prompt_length ({max_prompt_length}) + sampling.max_new_tokens ({max_new_tokens}) exceed the context "
             f"of '{config.name_or_path}' ({context} tokens)"
         )
+
+
+def check_temperature(sampling: Sampling) -> None:
+    """Responses are drawn, not taken for the most likely.
+
+    Args:
+        sampling: of the rollouts.
+
+    Raises:
+        UserError: the temperature is 0.
+    """
+    if sampling.temperature == 0:
+        raise UserError("PPO learns from sampled responses: sampling.temperature must be above 0")
+
+
+def check_scores(module: pl.LightningModule, scores: Tensor, row_ids: Tensor) -> None:
+    """All scores of all ranks are numbers.
+
+    Args:
+        module: the module that measured them.
+        scores: this rank's, `[B]`.
+        row_ids: where their prompts stand in the data, `[B]`, int64.
+
+    Raises:
+        NonFiniteError: on every rank, if one of any rank is NaN or infinite.
+    """
+    finite = torch.isfinite(scores)
+    if int(sum_over_ranks(module, (~finite).sum())):
+        rows = name_rows(row_ids[~finite])
+        raise NonFiniteError(f"step {module.trainer.global_step}: a score is not finite ({rows}); look at the reward")
 
 
 def check_rollout_size(given: int, wanted: int) -> None:

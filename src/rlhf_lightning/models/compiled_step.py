@@ -1,0 +1,169 @@
+"""A decoding step that is compiled once and run again for every token of every rollout.
+
+A step reads one token of each row, so most of its time goes into launching small kernels. Compiled, they are fewer; on
+CUDA they are also replayed as a graph, with nothing left to Python. Both ask for shapes and buffers that do not change:
+batches are filled up to the size of the largest so far, attention covers the whole cache, ended rows stay. Notation: N
+rows of the step, n of them in use, C columns of the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_lightning.models.backbone import takes_positions
+from rlhf_lightning.models.partitioned import is_partitioned
+from rlhf_lightning.models.rollout_cache import RolloutCache, rollout_cache
+from rlhf_lightning.models.trials import relative_distance, tolerance, unusual_layers
+
+COLUMNS = 64
+"""The cache's length is a multiple of it."""
+
+GROWTH = 1.5
+"""A cache that is too short grows by this at least, for each length is compiled anew."""
+
+MOST_CHARACTERS = 300
+"""Of a compiler's complaint."""
+
+
+class CompiledStep:
+    """Reads one token of each row. A model for which this is not possible is continued as without it, with a warning.
+
+    The first token of all is read both ways, and compared. Between rollouts the cache stays allocated.
+
+    Args:
+        model: a language model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.cache: RolloutCache | None = None
+        self.num_rows, self.capacity = 0, 0
+        self.trusted = False
+        self.reason = _obstacle(model)
+        if self.reason:
+            self._warn()
+        mode = "reduce-overhead" if self.is_replayed else "default"
+        self._compiled = torch.compile(self._run, fullgraph=True, dynamic=False, mode=mode)
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether it is a CUDA graph."""
+        return self.model.device.type == "cuda"
+
+    def open(self, rows: int, width: int, capacity: int) -> RolloutCache | None:
+        """An empty cache for a batch.
+
+        Args:
+            rows: n.
+            width: of the longest prompt.
+            capacity: columns needed in all.
+
+        Returns:
+            The cache, the same as for the batch before where that is large enough; None where the model cannot be
+            compiled.
+        """
+        if self.reason:
+            return None
+        if self.cache is None or rows > self.num_rows or capacity > self.capacity:
+            self._allocate(max(rows, self.num_rows), capacity)
+        if self.cache is not None:
+            self.cache.restart(rows, width)
+        return self.cache
+
+    def begin(self, mask: Tensor) -> None:
+        """The prompts are read; steps follow.
+
+        Args:
+            mask: True for columns with a prompt's token, `[n, P]`, bool.
+        """
+        assert self.cache is not None
+        if self.is_replayed:
+            for layer in self.cache.buffers:  # else the graph would be given up, for it writes what it is passed
+                torch._dynamo.mark_static_address(layer.keys)
+                torch._dynamo.mark_static_address(layer.values)
+        self.mask.zero_()
+        self.mask[: len(mask), 0, 0, : mask.shape[1]] = mask
+
+    def read(self, ids: Tensor, positions: Tensor, expected: Tensor | None = None) -> Tensor | None:
+        """Read the next token of each row, into the cache's next column.
+
+        Args:
+            ids: the tokens, `[n]`, int64.
+            positions: their places in their sequences, `[n]`, int64.
+            expected: hidden states of the model as it is, `[n, D]`; needed until the compiled step is trusted.
+
+        Returns:
+            Hidden states, `[n, D]`; None where compiling failed, or they are not those expected.
+        """
+        assert self.cache is not None
+        column = self.cache.place.past
+        self.ids[: len(ids), 0], self.positions[: len(ids), 0] = ids, positions
+        self.mask[:, :, :, column] = True
+        self.column.fill_(column)
+        if self.is_replayed:
+            torch.compiler.cudagraph_mark_step_begin()
+        try:
+            with self.cache.written_at(self.column):
+                hidden: Tensor = self._compiled(self.ids, self.mask, self.positions)
+        except Exception as error:
+            if not _is_of_compiler(error):
+                raise
+            self._give_up(" ".join(str(error).split())[:MOST_CHARACTERS])
+            return None
+        hidden = hidden[: len(ids)].clone()  # a replayed graph writes the same memory again
+        if expected is not None:
+            distance = relative_distance(hidden, expected)
+            if distance > tolerance(self.model):
+                self._give_up(f"it changes the hidden states by {distance:.1%} of their norm")
+                return None
+        self.trusted = True
+        return hidden
+
+    def _give_up(self, reason: str) -> None:
+        self.reason, self.trusted, self.cache = reason, False, None
+        self._warn()
+
+    def _warn(self) -> None:
+        rank_zero_warn(f"compile_decoding: the decoding step cannot be compiled, and goes on as it is: {self.reason}")
+
+    def _allocate(self, rows: int, capacity: int) -> None:
+        grown = int(self.capacity * GROWTH) if capacity > self.capacity else self.capacity
+        capacity = -(-max(capacity, grown) // COLUMNS) * COLUMNS
+        device = self.model.device
+        self.cache = rollout_cache(self.model.config, rows, 0, capacity)
+        if self.cache is None or any(window is not None and window < capacity for window in self.cache.windows):
+            self._give_up("some of its layers keep more than keys and values, or see a window only")
+            return
+        rank_zero_info(f"compiling the decoding step of {rows} rows with up to {capacity} tokens, once")
+        self.num_rows, self.capacity = rows, capacity
+        self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros_like(self.ids)
+        self.mask = torch.zeros(rows, 1, 1, capacity, dtype=torch.bool, device=device)
+        self.column = torch.zeros(1, dtype=torch.long, device=device)
+
+    def _run(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        output = self.model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+        )
+        hidden: Tensor = output.last_hidden_state[:, -1]
+        return hidden
+
+
+def _is_of_compiler(error: Exception) -> bool:
+    from torch._dynamo import exc  # slow to import
+
+    return isinstance(error, exc.TorchDynamoException | exc.FailOnRecompileLimitHit)
+
+
+def _obstacle(model: PreTrainedModel) -> str:
+    """Why a model's step cannot be compiled, as far as it can be looked up."""
+    if is_partitioned(model):
+        return "its weights are split over processes (ZeRO-3)"
+    if not takes_positions(model) or unusual_layers(model):
+        return f"{type(model).__name__} is not of the usual kind, or takes no positions"
+    if model.config._attn_implementation != "sdpa":
+        return f"its attention is {model.config._attn_implementation}, not sdpa"
+    return ""
