@@ -133,6 +133,20 @@ def reinforced(part: str, shape: Shape, policy: str, reward: str, options: argpa
     return {"seconds": median(steady(seconds, options.warmup)), "split": split}
 
 
+def batched_continuously(model: Any, rows: list[list[int]], new: int) -> None:
+    """The same tokens by transformers' continuous batching, which is left with its own choices but for memory."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    lengths = {"max_new_tokens": new, "eos_token_id": -1, "pad_token_id": 0}
+    config = GenerationConfig(do_sample=True, top_k=0, **lengths)
+    share = ContinuousBatchingConfig(max_memory_percent=0.3)
+    with torch.no_grad():
+        answers = model.generate_batch(rows, config, share, progress_bar=False)
+    found = {len(answer.generated_tokens) for answer in answers.values()}
+    if len(answers) != len(rows) or found != {new}:
+        raise RuntimeError(f"{len(answers)} of {len(rows)} prompts were answered, with {sorted(found)} tokens")
+
+
 def decoding(shape: Shape, policy: str, options: argparse.Namespace) -> dict[str, Any]:
     """Sampling by ours and by plain `generate`, by turns; new tokens per second and bytes read."""
     from transformers import AutoModelForCausalLM
@@ -154,16 +168,25 @@ def decoding(shape: Shape, policy: str, options: argparse.Namespace) -> dict[str
         return model.generate(ids, attention_mask=mask.long(), do_sample=True, top_k=0, pad_token_id=0, **lengths)
 
     ours, compiled = (TransformersEngine(model, tokenizer, compiled=compiled) for compiled in (False, True))
+    rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
     ways = {
         "ours": lambda: ours.generate(ids, mask, sampling),
         "ours, compiled": lambda: compiled.generate(ids, mask, sampling),
         "plain": plain,
+        "continuous batching": lambda: batched_continuously(model, rows, new),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.steps):
-        for name, way in ways.items():
+        for name in [*times]:
             began = time.perf_counter()
-            way()
+            try:
+                ways[name]()
+            except Exception as error:
+                if name != "continuous batching":
+                    raise
+                print(f"{name} is left out: {error}", file=sys.stderr)  # the library's, and young
+                del times[name]
+                continue
             synchronize()
             times[name].append(time.perf_counter() - began)
     weights = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
