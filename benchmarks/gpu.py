@@ -130,7 +130,9 @@ def reinforced(part: str, shape: Shape, policy: str, reward: str, options: argpa
     seconds, logged = fit(module, prompt_batches(shape, options.steps), options)
     parts = ("generating", "scoring", "updating")
     split = {name: median([step[f"train/seconds_{name}"] for step in logged[options.warmup :]]) for name in parts}
-    return {"seconds": median(steady(seconds, options.warmup)), "split": split}
+    not_so = compiling_failed(module._engine) if options.compile_decoding else ""
+    notes = [f"{part}: {not_so}"] if not_so else []
+    return {"seconds": median(steady(seconds, options.warmup)), "split": split, "notes": notes}
 
 
 def batched_continuously(model: Any, rows: list[list[int]], new: int) -> None:
@@ -176,6 +178,7 @@ def decoding(shape: Shape, policy: str, options: argparse.Namespace) -> dict[str
         "continuous batching": lambda: batched_continuously(model, rows, new),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
+    notes: list[str] = []
     for _ in range(options.steps):
         for name in [*times]:
             began = time.perf_counter()
@@ -184,11 +187,14 @@ def decoding(shape: Shape, policy: str, options: argparse.Namespace) -> dict[str
             except Exception as error:
                 if name != "continuous batching":
                     raise
-                print(f"{name} is left out: {error}", file=sys.stderr)  # the library's, and young
+                notes.append(f"{name} is left out: {error}")  # the library's, and young
                 del times[name]
                 continue
             synchronize()
             times[name].append(time.perf_counter() - began)
+    if not_so := compiling_failed(compiled):
+        notes.append(f"decoding: {not_so}")
+        del times["ours, compiled"]
     weights = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
     cached = shape.cache_elements * (float(mask.sum()) + shape.prompts * new / 2)
     size = torch.finfo(dtype).bits // 8
@@ -196,7 +202,16 @@ def decoding(shape: Shape, policy: str, options: argparse.Namespace) -> dict[str
     return {
         "tokens_per_second": {name: shape.prompts * new / seconds for name, seconds in medians.items()},
         "bytes_per_second": {name: (weights + cached) * size * new / seconds for name, seconds in medians.items()},
+        "notes": notes,
     }
+
+
+def compiling_failed(engine: Any) -> str:
+    """Why an engine's compiled step is not what was measured; nothing if it is."""
+    if not engine.compiled_step.trusted:
+        return f"the step was not compiled: {engine.compiled_step.reason or 'it was never needed'}"
+    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    return f"CUDA graphs were skipped {skipped} times" if skipped else ""
 
 
 def measured_peaks(device: str, precision: str, tiny: bool) -> tuple[float, float]:
@@ -271,6 +286,7 @@ def tell(results: dict[str, dict[str, Any]], options: argparse.Namespace, measur
             for name in rates
         ]
         text.append(table(["decoding", "new tokens/s", "to plain `generate`", "of the bandwidth"], rows))
+    text += [note for result in results.values() for note in result.get("notes", [])]
     return "\n".join(part for part in text if part)
 
 

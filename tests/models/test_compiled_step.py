@@ -1,5 +1,7 @@
 """A compiled decoding step says what the plain one says, and is compiled no more often than it must be."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,7 +11,7 @@ from helpers.answers import LENGTHS, OTHERS, model_of, prompts, responses
 from helpers.compiling import count_compiling, use_backend
 from helpers.models import FAMILIES
 from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning.models import compiled_step
+from rlhf_lightning.models import compiled_step, decode_attention
 from rlhf_lightning.models.compiled_step import COLUMNS, CompiledStep
 from rlhf_lightning.models.finetune import FineTune, add_adapter
 from rlhf_lightning.models.generation import Sampling, TransformersEngine
@@ -70,18 +72,68 @@ def test_batches_of_any_size_share_the_step_until_one_is_larger(batches, new, mo
     model, sampling = model_of("llama-grouped"), Sampling(max_new_tokens=new)
     model.generation_config.eos_token_id = list(range(2, 60))  # some end early, and stay in the batch
     plain, compiled = engines(model)
-    rows, capacity, needed = 0, 0, 0
+    step, sizes = compiled.compiled_step, set()
     for lengths in batches:
+        before = step.num_rows, step.capacity
         found = answer(compiled, lengths, sampling)
         assert_same(found, answer(plain, lengths, sampling))
         columns = max(lengths) + new - 1
-        if (len(lengths) > rows or columns > capacity) and found.response_ids.shape[1] > 1:
-            needed += 1
-        rows, capacity = compiled.compiled_step.num_rows, compiled.compiled_step.capacity
-        assert capacity >= columns
-        assert capacity % COLUMNS == 0
-    assert counter.frame_count <= len(batches)
-    assert counter.frame_count == needed
+        if len(lengths) <= before[0] and columns <= before[1]:
+            assert (step.num_rows, step.capacity) == before
+        assert step.num_rows >= len(lengths)
+        assert step.capacity >= columns
+        assert step.capacity % COLUMNS == 0
+        if found.response_ids.shape[1] > 1:
+            sizes.add((step.num_rows, step.capacity))
+    assert counter.frame_count == len(sizes)
+
+
+def test_the_usual_number_of_prompts_is_allocated_at_once(counter):
+    compiled = engines(model_of("llama-grouped"), batch_size=5)[1]
+    for lengths in ([3, 4], LENGTHS, LENGTHS[:3]):
+        answer(compiled, lengths)
+    assert compiled.compiled_step.num_rows == 5
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_validation_between_rollouts_leaves_nothing_that_training_cannot_write(first, counter):
+    plain, compiled = engines(model_of("llama-grouped"))
+    for inference in (first, not first, first):
+        with torch.inference_mode(inference):
+            assert_same(answer(compiled), answer(plain))
+    assert counter.frame_count == 1
+
+
+def test_distributed_training_does_not_cut_the_graph(counter, monkeypatch):
+    buckets = SimpleNamespace(bucket_bytes_cap=100)
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 100)
+    monkeypatch.setattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", buckets)
+    plain, compiled = engines(model_of("llama-grouped"))
+    assert_same(answer(compiled), answer(plain))
+    assert counter.frame_count == 1
+
+
+def test_in_mixed_precision_it_is_compared_by_that_precision():
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, compiled = engines(model_of("llama-grouped"))
+        found, expected = answer(compiled), answer(plain)
+    assert compiled.compiled_step.trusted
+    assert found.response_ids[:, 0].equal(expected.response_ids[:, 0])
+
+
+def test_heads_that_share_a_key_are_not_copied(counter, monkeypatch):
+    asked = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, *args, **kwargs):
+        asked.append((query.shape, key.shape))
+        return original(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(decode_attention.torch.nn.functional, "scaled_dot_product_attention", watched)
+    answer(engines(model_of("llama-grouped"))[1])
+    shape = len(LENGTHS), 2, 2, 8  # 4 heads on 2 keys
+    assert asked[-1] == (shape, (len(LENGTHS), 2, COLUMNS, 8))
 
 
 def test_a_cache_that_is_too_short_grows_by_half(counter):
@@ -122,12 +174,12 @@ def test_adapters_are_not_merged_where_a_graph_is_replayed(is_replayed, counter,
     merged = []
     with monkeypatch.context() as patch:
         plain, compiled = engines(model)
-        run = compiled.compiled_step._compiled
+        read = CompiledStep._read
         patch.setattr(CompiledStep, "is_replayed", property(lambda _: is_replayed))
         patch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
-        watched = lambda *inputs: merged.append(_is_merged(model)) or run(*inputs)  # noqa: E731
-        patch.setattr(compiled.compiled_step, "_compiled", watched)
+        patch.setattr(CompiledStep, "_read", lambda step: merged.append(_is_merged(model)) or read(step))
         assert_same(answer(compiled), answer(plain))
+        assert compiled.compiled_step.trusted
     assert set(merged) == {not is_replayed}
 
 
@@ -145,6 +197,33 @@ def test_a_step_that_says_something_else_is_not_used(counter, monkeypatch):
     assert_same(answer(compiled), answer(plain))
 
 
+def test_one_that_says_nothing_is_not_used_either(counter, monkeypatch):
+    monkeypatch.setattr(CompiledStep, "_read", lambda self: torch.full((self.num_rows, 32), float("nan")))
+    plain, compiled = engines(model_of("llama-grouped"))
+    with pytest.warns(UserWarning, match=r"it changes the hidden states by nan%"):
+        found = answer(compiled)
+    assert_same(found, answer(plain))
+
+
+def test_a_failure_after_the_cache_has_grown_is_survived(monkeypatch):
+    graphs = []
+
+    def second_fails(graph, inputs):
+        graphs.append(graph)
+        if len(graphs) > 1:
+            raise OSError("no compiler any more")
+        return graph.forward
+
+    use_backend(monkeypatch, second_fails)
+    plain, compiled = engines(model_of("llama-grouped"))
+    assert_same(answer(compiled), answer(plain))
+    assert compiled.compiled_step.trusted
+    with pytest.warns(UserWarning, match="no compiler any more"):
+        found = answer(compiled, [*LENGTHS, 5])
+    assert_same(found, answer(plain, [*LENGTHS, 5]))
+    assert not compiled.compiled_step.is_replayed
+
+
 def test_a_failing_compiler_is_named_and_done_without(monkeypatch):
     def broken(graph, inputs):
         raise OSError("no compiler here")
@@ -159,9 +238,27 @@ def test_a_failing_compiler_is_named_and_done_without(monkeypatch):
 def test_other_errors_are_not_taken_for_the_compilers(counter, monkeypatch):
     compiled = engines(model_of("llama-grouped"))[1]
 
-    def broken(*inputs):
+    def broken(step):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(compiled.compiled_step, "_compiled", broken)
+    monkeypatch.setattr(CompiledStep, "_read", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         answer(compiled)
+
+
+def test_buffers_that_a_graph_writes_are_known_to_stay_where_they_are(monkeypatch):
+    marked = []
+
+    def backend(graph, inputs):
+        for node in graph.graph.find_nodes(op="placeholder"):
+            if tuple(node.meta["example_value"].shape) == (len(LENGTHS), 2, COLUMNS, 8):
+                marked.append("_dynamo_static_input_type" in node.meta["tensor_dict"])
+        return graph.forward
+
+    use_backend(monkeypatch, backend)
+    engine = engines(model_of("llama-grouped"))[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(CompiledStep, "is_replayed", property(lambda _: True))
+        patch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+        answer(engine)
+    assert marked == [True] * 4  # keys and values of two layers

@@ -1,6 +1,8 @@
 """The engine says what transformers says, and its shortcuts change nothing."""
 
+import gc
 import math
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 
@@ -163,6 +165,20 @@ def test_when_rows_leave_does_not_matter(patch, monkeypatch):
     assert responses(other) == responses(plain)
     assert torch.equal(other.ended, plain.ended)
     torch.testing.assert_close(other.logprobs, plain.logprobs, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_holds_on_to_the_cache_afterwards(monkeypatch):
+    caches, original = weakref.WeakSet(), decoding.rollout_cache
+
+    def watched(*args):
+        cache = original(*args)
+        caches.add(cache)
+        return cache
+
+    monkeypatch.setattr(decoding, "rollout_cache", watched)
+    run(model_of("llama-grouped"), Sampling(max_new_tokens=3))
+    gc.collect()
+    assert not caches
 
 
 def test_the_same_call_gives_the_same_bits():

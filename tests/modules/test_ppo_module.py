@@ -279,12 +279,16 @@ def test_prompts_answered_in_parts_give_responses_of_one_shape(folder, reward_fo
 
 def test_compiled_decoding_changes_nothing_and_is_compiled_once(folder, reward_folder, monkeypatch):
     counter = count_compiling(monkeypatch)
-    trained = []
+    trained, scores = [], []
     for compiled in (False, True):
-        module = ppo(folder, reward_folder, compile_decoding=compiled, ppo_epochs=1, minibatch_size=4)
-        run(module, iterations=3)
+        module = ppo(folder, reward_folder, compile_decoding=compiled)
+        data = data_module(folder, 24, validation_data=prompt_rows(5), eval_batch_size=2)
+        disturb_random_numbers(0)
+        log = fit(module, data, val_check_interval=1, num_sanity_val_steps=2)
         trained.append({**weights(module.policy), **weights(module.value)})
+        scores.append(log.series("val/score"))
     assert_close_weights(*trained)
+    assert scores[1] == pytest.approx(scores[0])
     assert counter.frame_count == 1
 
 

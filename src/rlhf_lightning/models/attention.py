@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 UNUSUAL = ("softcap", "position_bias", "s_aux", "cache")
 """Arguments that only some families give their attention function; ours know nothing of them."""
@@ -37,3 +38,5 @@ def attention_function(
     finally:
         for config in configs:
             config._attn_implementation = "sdpa"
+        # What is registered stays so, with all that it holds on to: caches and masks.
+        AttentionInterface.register(name, sdpa_attention_forward)

@@ -24,6 +24,9 @@ COLUMNS = 64
 GROWTH = 1.5
 """A cache that is too short grows by this at least, for each length is compiled anew."""
 
+MOST_SIZES = 64
+"""Of caches that are compiled for, in a process."""
+
 MOST_CHARACTERS = 300
 """Of a compiler's complaint."""
 
@@ -31,27 +34,31 @@ MOST_CHARACTERS = 300
 class CompiledStep:
     """Reads one token of each row. A model for which this is not possible is continued as without it, with a warning.
 
-    The first token of all is read both ways, and compared. Between rollouts the cache stays allocated.
+    The first tokens are read both ways, and compared. Between rollouts the cache stays allocated.
 
     Args:
         model: a language model.
+        num_rows: prompts that are usually answered at once.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, num_rows: int = 1) -> None:
         self.model = model
         self.cache: RolloutCache | None = None
-        self.num_rows, self.capacity = 0, 0
-        self.trusted = False
+        self.num_rows, self.capacity = num_rows, 0
+        self.checks_left = 0
         self.reason = _obstacle(model)
         if self.reason:
             self._warn()
-        mode = "reduce-overhead" if self.is_replayed else "default"
-        self._compiled = torch.compile(self._run, fullgraph=True, dynamic=False, mode=mode)
 
     @property
     def is_replayed(self) -> bool:
         """Whether it is a CUDA graph."""
-        return self.model.device.type == "cuda"
+        return self.model.device.type == "cuda" and not self.reason
+
+    @property
+    def trusted(self) -> bool:
+        """Whether it has been compared, and said the same."""
+        return self.cache is not None and not self.checks_left
 
     def open(self, rows: int, width: int, capacity: int) -> RolloutCache | None:
         """An empty cache for a batch.
@@ -67,7 +74,8 @@ class CompiledStep:
         """
         if self.reason:
             return None
-        if self.cache is None or rows > self.num_rows or capacity > self.capacity:
+        fits = self.cache is not None and rows <= self.num_rows and capacity <= self.capacity
+        if not fits or self.ids.device != self.model.device:
             self._allocate(max(rows, self.num_rows), capacity)
         if self.cache is not None:
             self.cache.restart(rows, width)
@@ -103,27 +111,34 @@ class CompiledStep:
         self.ids[: len(ids), 0], self.positions[: len(ids), 0] = ids, positions
         self.mask[:, :, :, column] = True
         self.column.fill_(column)
-        if self.is_replayed:
-            torch.compiler.cudagraph_mark_step_begin()
         try:
-            with self.cache.written_at(self.column):
-                hidden: Tensor = self._compiled(self.ids, self.mask, self.positions)
+            hidden = self._read()[: len(ids)].clone()  # a replayed graph writes the same memory again
         except Exception as error:
             if not _is_of_compiler(error):
                 raise
             self._give_up(" ".join(str(error).split())[:MOST_CHARACTERS])
             return None
-        hidden = hidden[: len(ids)].clone()  # a replayed graph writes the same memory again
-        if expected is not None:
+        if self.checks_left:
+            assert expected is not None
             distance = relative_distance(hidden, expected)
-            if distance > tolerance(self.model):
+            if not distance <= tolerance(self.model):  # nor NaN
                 self._give_up(f"it changes the hidden states by {distance:.1%} of their norm")
                 return None
-        self.trusted = True
+            self.checks_left -= 1
+        return hidden
+
+    def _read(self) -> Tensor:
+        assert self.cache is not None
+        if self.is_replayed:
+            torch.compiler.cudagraph_mark_step_begin()
+        # Inside a forward pass of DDP the graph would be cut at its buckets of gradients, of which there are none here.
+        settings = torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=MOST_SIZES)
+        with settings, self.cache.written_at(self.column):
+            hidden: Tensor = self._compiled(self.ids, self.mask, self.positions)
         return hidden
 
     def _give_up(self, reason: str) -> None:
-        self.reason, self.trusted, self.cache = reason, False, None
+        self.reason, self.cache = reason, None
         self._warn()
 
     def _warn(self) -> None:
@@ -139,6 +154,10 @@ class CompiledStep:
             return
         rank_zero_info(f"compiling the decoding step of {rows} rows with up to {capacity} tokens, once")
         self.num_rows, self.capacity = rows, capacity
+        # A graph is run as it is at first, recorded the second time, and replayed from the third.
+        self.checks_left = 3 if self.is_replayed else 1
+        mode = "reduce-overhead" if self.is_replayed else "default"
+        self._compiled = torch.compile(self._run, fullgraph=True, dynamic=False, mode=mode)
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.ids)
         self.mask = torch.zeros(rows, 1, 1, capacity, dtype=torch.bool, device=device)

@@ -1,4 +1,7 @@
-"""Attention of one new token per row that does not read the padding before short prompts.
+"""Attention of one new token per row.
+
+Heads that share a key become positions of one head, so that keys and values are read as they lie and not copied for
+each head.
 
 With prompts of different lengths most of a left-padded cache is padding, which a mask hides but the kernel reads. Rows
 are sorted by length, so a few rows at a time need the same, shorter range of columns. Exact: only columns that the mask
@@ -21,8 +24,8 @@ from transformers.masking_utils import sdpa_mask
 from rlhf_lightning.models.attention import UNUSUAL, attention_function
 from rlhf_lightning.models.rollout_cache import RolloutCache
 
-NAME = "rlhf_lightning_by_rows"
-"""What transformers' configs call it while it is in use."""
+NAME, NAME_WHOLE = "rlhf_lightning_by_rows", "rlhf_lightning_whole"
+"""What transformers' configs call them while they are in use."""
 
 
 @contextmanager
@@ -40,6 +43,36 @@ def attention_by_rows(model: PreTrainedModel, cache: RolloutCache | None) -> Ite
         yield
 
 
+@contextmanager
+def attention_to_whole_cache(model: PreTrainedModel) -> Iterator[None]:
+    """Let each new token attend to all columns of a cache for the length of a `with` block, on any device.
+
+    Args:
+        model: a language model that is given its mask, `[N, 1, 1, T]`, bool.
+    """
+    with attention_function(model, NAME_WHOLE, _attend_whole, sdpa_mask):
+        yield
+
+
+def _attend_whole(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: query `[N, heads, 1, D]`, key and value `[N, key heads, T, D]`."""
+    if query.shape[2] > 1 or any(kwargs.get(name) is not None for name in UNUSUAL):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    batch, heads, _, size = query.shape
+    query = query.reshape(batch, key.shape[1], -1, size)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
+    )
+    return output.reshape(batch, 1, heads, value.shape[3]), None
+
+
 def _attend(
     cache: RolloutCache,
     module: torch.nn.Module,
@@ -55,7 +88,6 @@ def _attend(
     if length > 1 or not cache.groups or not whole_range or any(kwargs.get(name) is not None for name in UNUSUAL):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     assert attention_mask is not None
-    # The heads that share a key become positions of one head.
     query = query.reshape(batch, key.shape[1], -1, size)
     pieces = [
         torch.nn.functional.scaled_dot_product_attention(

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.models.backbone import evaluation_mode
 from rlhf_lightning.models.compiled_step import CompiledStep
-from rlhf_lightning.models.decode_attention import attention_by_rows
+from rlhf_lightning.models.decode_attention import attention_by_rows, attention_to_whole_cache
 from rlhf_lightning.models.decoding import Decoding, Record
 from rlhf_lightning.models.few_rows import few_row_products
 from rlhf_lightning.models.merging import merged_adapters
@@ -112,7 +112,7 @@ class TransformersEngine:
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.compiled_step = CompiledStep(model) if compiled else None
+        self.compiled_step = CompiledStep(model, batch_size or 1) if compiled else None
 
     @torch.no_grad()
     def generate(
@@ -127,6 +127,11 @@ class TransformersEngine:
         with_hidden: bool = False,
     ) -> Generation:
         """Continue each prompt until EOS, a stop string or the limit; see `RolloutEngine.generate`."""
+        if self.compiled_step is not None and torch.is_inference_mode_enabled():
+            # What lives on until the next rollout must not be made of inference tensors.
+            with torch.inference_mode(False):
+                arguments = sampling, generator, synced, on_token, with_logprobs, with_hidden
+                return self.generate(prompt_ids, prompt_mask, *arguments)
         filler, device = filler_id(self.tokenizer), prompt_ids.device
         record = Record(len(prompt_ids), sampling, filler, generator, device, with_logprobs, with_hidden)
         order = prompt_mask.sum(dim=1).sort(descending=True, stable=True).indices
@@ -139,7 +144,9 @@ class TransformersEngine:
                     self.model, self.tokenizer, prompt_ids, prompt_mask, rows, sampling, record, synced, step_of
                 )
                 decoding.prefill()
-                with attention_by_rows(self.model, decoding.cache if decoding.compiled is None else None):
+                compiled = decoding.compiled is not None
+                whole = attention_to_whole_cache(self.model)
+                with whole if compiled else attention_by_rows(self.model, decoding.cache):
                     for step in decoding:
                         if on_token is not None:
                             on_token(done + step + 1)

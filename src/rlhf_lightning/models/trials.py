@@ -20,9 +20,10 @@ def tolerance(model: PreTrainedModel) -> float:
     """How far hidden states may be apart, relative to their norm, and still be called the same.
 
     Args:
-        model: the model that computed them.
+        model: the model that computed them, under the same autocast.
     """
-    return _FULL_PRECISION if model.dtype == torch.float32 else _LOW_PRECISION
+    is_low = model.dtype != torch.float32 or torch.is_autocast_enabled(model.device.type)
+    return _LOW_PRECISION if is_low else _FULL_PRECISION
 
 
 def relative_distance(found: Tensor, expected: Tensor) -> float:
