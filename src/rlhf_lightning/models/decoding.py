@@ -82,8 +82,8 @@ class Record:
         if not self._keeps_hidden:
             return
         if self.hidden is None:  # not every model's last states have its config's hidden size
-            self.hidden = hidden.new_zeros(*self.ids.shape, hidden.shape[1], dtype=torch.float32)
-        self.hidden[rows, step] = hidden.masked_fill(finished.unsqueeze(1), 0.0).float()
+            self.hidden = hidden.new_zeros(*self.ids.shape, hidden.shape[1])
+        self.hidden[rows, step] = hidden.masked_fill(finished.unsqueeze(1), 0.0)
 
 
 class Decoding:
