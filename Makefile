@@ -37,6 +37,7 @@ bench: bench-arguments $(READY)
 	$(COMPARE) --stage ppo --variant lora --ours-options $(COMPILED) $(SMALL) value_trunk=policy --peer-env $(PEER_PPO) $(ARGS)
 	$(COMPARE) --stage ppo --variant lora --ours-options $(COMPILED) $(SMALL) --peer-env $(PEER_PPO) $(ARGS)
 	$(COMPARE) --stage generate $(ARGS)
+	$(COMPARE) --stage generate --ours-options compiled=true $(ARGS)
 
 bench-arguments:
 	@test -n "$(MODEL)" -a -n "$(DATA)" || { echo "make bench needs MODEL= (a Hugging Face folder) and DATA= (a file of preference pairs)"; exit 2; }
