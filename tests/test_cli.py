@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
+from pytorch_lightning.demos.boring_classes import BoringModel
+from pytorch_lightning.utilities import rank_zero_info
 
 import rlhf_lightning
 from helpers.cli_runs import SFT, save_model, save_pairs, short
@@ -187,3 +193,44 @@ def test_the_inner_bar_shows_on_a_terminal_only(monkeypatch, capsys, terminal):
     written = "".join(capsys.readouterr())
     for stage in ("generating", "scoring", "updating"):
         assert (f"{stage}:" in written) is terminal
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_is_logged_has_a_line_of_its_own(monkeypatch, caplog, enabled, fails):
+    terminal = io.StringIO()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("sys.stdout", terminal)
+    log = logging.getLogger("pytorch_lightning")
+    monkeypatch.setattr(log, "handlers", before := [logging.StreamHandler(terminal)])
+    caplog.set_level("INFO", logger=log.name)
+
+    class Talks(BoringModel):
+        def validation_step(self, batch, batch_idx):
+            rank_zero_info("in the check before")
+            return super().validation_step(batch, batch_idx)
+
+        def training_step(self, batch, batch_idx):
+            rank_zero_info(f"in step {batch_idx}")
+            if fails:
+                raise ValueError("no more")
+            return super().training_step(batch, batch_idx)
+
+    bar = StageProgressBar()
+    if not enabled:
+        bar.disable()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        callbacks=[bar],
+        max_steps=2,
+        num_sanity_val_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+    )
+    with pytest.raises(ValueError, match="no more") if fails else contextlib.nullcontext():
+        trainer.fit(Talks())
+    lines = terminal.getvalue().replace("\r", "\n").split("\n")
+    assert {"in the check before", "in step 0"} <= set(lines)
+    assert ("in step 1" in lines) is not fails
+    assert any(line.startswith("Epoch 0: ") for line in lines) is enabled
+    assert log.handlers == before

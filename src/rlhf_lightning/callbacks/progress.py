@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 
 class StageProgressBar(TQDMProgressBar):
     """Lightning's bar, plus a second one for the parts of a long step: generating, scoring, updating.
+
+    While it is in use, what Lightning and this package log on the terminal gets lines of its own above the bars.
 
     Args:
         refresh_rate: batches between two updates of the bar.
@@ -21,6 +26,7 @@ class StageProgressBar(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 1, leave: bool = False) -> None:
         super().__init__(refresh_rate=refresh_rate, leave=leave)
         self._inner: Any = None
+        self._redirection = ExitStack()
 
     def on_progress(self, stage: str, done: int, total: int) -> None:
         """Move the second bar; it shows on a terminal only, since a log file cannot take lines back."""
@@ -39,6 +45,19 @@ class StageProgressBar(TQDMProgressBar):
             self._inner.close()
             self._inner = None
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Make room for what is logged."""
+        super().setup(trainer, pl_module, stage)
+        self._redirection.close()
+        log = logging.getLogger("pytorch_lightning")
+        streams = [getattr(handler, "stream", None) for handler in log.handlers]
+        if not self.is_disabled and (sys.stderr in streams or sys.stdout in streams):
+            self._redirection.enter_context(logging_redirect_tqdm([log], tqdm_class=Tqdm))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Log as before."""
+        self._redirection.close()
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -47,5 +66,6 @@ class StageProgressBar(TQDMProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the terminal clean."""
+        """Leave the terminal clean, and log as before."""
         self._close()
+        self._redirection.close()
