@@ -28,14 +28,13 @@ format: $(READY)
 # Ours and the peer by turns; benchmarks/README.md says how to make the peer's environments. More arguments: ARGS='--steps 20'
 COMPARE = $(BIN)/python benchmarks/compare.py --model $(MODEL) --data $(DATA)
 COMPILED = compile_decoding=true
-SMALL = max_tokens_per_batch=512
 bench: bench-arguments $(READY)
 	$(COMPARE) --stage sft --peer-env $(PEER) $(ARGS)
 	$(COMPARE) --stage reward --peer-env $(PEER) $(ARGS)
 	$(COMPARE) --stage ppo --variant full --ours-options $(COMPILED) --peer-env $(PEER_PPO) $(ARGS)
 	$(COMPARE) --stage ppo --variant shared --ours-options $(COMPILED) --peer-env $(PEER_PPO) $(ARGS)
-	$(COMPARE) --stage ppo --variant lora --ours-options $(COMPILED) $(SMALL) value_trunk=policy --peer-env $(PEER_PPO) $(ARGS)
-	$(COMPARE) --stage ppo --variant lora --ours-options $(COMPILED) $(SMALL) --peer-env $(PEER_PPO) $(ARGS)
+	$(COMPARE) --stage ppo --variant lora --ours-options $(COMPILED) value_trunk=policy --peer-env $(PEER_PPO) $(ARGS)
+	$(COMPARE) --stage ppo --variant lora --ours-options $(COMPILED) --peer-env $(PEER_PPO) $(ARGS)
 	$(COMPARE) --stage generate $(ARGS)
 	$(COMPARE) --stage generate --ours-options compiled=true $(ARGS)
 

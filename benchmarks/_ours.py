@@ -42,7 +42,7 @@ SHOWN = {
 BEST: dict[str, dict[str, Any]] = {
     "sft": {"max_tokens_per_batch": 512},
     "reward": {"prefix_sharing": True, "max_tokens_per_batch": 1024},
-    "ppo": {"max_tokens_per_batch": 1024},
+    "ppo": {"max_tokens_per_batch": 512},
 }
 """What we choose for a CPU; an argument that a module does not have yet is left out. `--ours-options` comes on top."""
 
