@@ -48,7 +48,6 @@ class StageProgressBar(TQDMProgressBar):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make room for what is logged."""
         super().setup(trainer, pl_module, stage)
-        self._redirection.close()
         log = logging.getLogger("pytorch_lightning")
         streams = [getattr(handler, "stream", None) for handler in log.handlers]
         if not self.is_disabled and (sys.stderr in streams or sys.stdout in streams):
