@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from rlhf_lightning.callbacks import SampleTexts as SampleTexts
     from rlhf_lightning.callbacks import ShortSummary as ShortSummary
     from rlhf_lightning.callbacks import StageProgressBar as StageProgressBar
+    from rlhf_lightning.chat.plain import PlainFormat as PlainFormat
     from rlhf_lightning.data import TLDR as TLDR
     from rlhf_lightning.data import Blend as Blend
     from rlhf_lightning.data import Filters as Filters
     from rlhf_lightning.data import HelpfulHarmless as HelpfulHarmless
     from rlhf_lightning.data import InstructionDataModule as InstructionDataModule
-    from rlhf_lightning.data import PlainFormat as PlainFormat
     from rlhf_lightning.data import PreferenceDataModule as PreferenceDataModule
     from rlhf_lightning.data import PromptDataModule as PromptDataModule
     from rlhf_lightning.data import Table as Table
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "callbacks": ("HFExport", "PredictionWriter", "SampleTexts", "ShortSummary", "StageProgressBar"),
+    "chat.plain": ("PlainFormat",),
     "data": (
         "Blend",
         "Filters",
         "HelpfulHarmless",
         "InstructionDataModule",
-        "PlainFormat",
         "PreferenceDataModule",
         "PromptDataModule",
         "TLDR",

@@ -13,8 +13,8 @@ from filelock import FileLock, Timeout
 from jsonargparse import auto_cli
 from rich.console import Console
 
-from rlhf_lightning.data.chat import ChatEncoder
-from rlhf_lightning.data.dialogue import PlainFormat
+from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.chat.plain import PlainFormat
 from rlhf_lightning.data.limits import TokenLimits, check_context, check_positive
 from rlhf_lightning.data.preparing.filters import Filters, Splits
 from rlhf_lightning.data.preparing.preparation import Preparation

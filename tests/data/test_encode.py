@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from helpers.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
-from rlhf_lightning.data.chat import ChatEncoder
-from rlhf_lightning.data.dialogue import PlainFormat
+from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.chat.plain import PlainFormat
 from rlhf_lightning.data.encode import encode_rows, scored_sequence
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.rows import Row

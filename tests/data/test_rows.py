@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.data.dialogue import parse_dialogue
+from rlhf_lightning.chat.plain import parse_dialogue
 from rlhf_lightning.data.rows import BadRowError, check_text, prompt_key, split_of
 
 ASKED = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:"

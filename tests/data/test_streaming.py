@@ -8,6 +8,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from data.test_resume import Cut, Recorder, checkpoint_every, trainer
 from helpers.tokenizers import tiny_tokenizer
+from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data import (
     Blend,
     Filters,
@@ -16,7 +17,6 @@ from rlhf_lightning.data import (
     PromptDataModule,
     Table,
 )
-from rlhf_lightning.data.chat import ChatEncoder
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.preparation import Preparation
 from rlhf_lightning.data.streaming import StreamedExamples

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning.data.chat import ChatEncoder, DialogueFormat
+from rlhf_lightning.chat.encoder import ChatEncoder, DialogueFormat
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.preparation import Preparation
 from rlhf_lightning.data.preparing.prepared import PARTS, PreparedFolder

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from rlhf_lightning.data.chat import ChatEncoder
+from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data.collate import EncodedPrompt, collate_prompts, pack_ids
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.generation import Sampling, TransformersEngine

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_lightning.data.dialogue import PlainFormat as PlainFormat
+    from rlhf_lightning.chat.plain import PlainFormat as PlainFormat
     from rlhf_lightning.data.instruction import InstructionDataModule as InstructionDataModule
     from rlhf_lightning.data.preference import PreferenceDataModule as PreferenceDataModule
     from rlhf_lightning.data.preparing.filters import Filters as Filters
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from rlhf_lightning.data.sources import Table as Table
 
 _HOMES = {
-    "dialogue": ("PlainFormat",),
-    "preparing.filters": ("Filters",),
-    "instruction": ("InstructionDataModule",),
-    "preference": ("PreferenceDataModule",),
-    "prompt": ("PromptDataModule",),
-    "sources": ("TLDR", "Blend", "HelpfulHarmless", "Source", "Table"),
+    "chat.plain": ("PlainFormat",),
+    "data.preparing.filters": ("Filters",),
+    "data.instruction": ("InstructionDataModule",),
+    "data.preference": ("PreferenceDataModule",),
+    "data.prompt": ("PromptDataModule",),
+    "data.sources": ("TLDR", "Blend", "HelpfulHarmless", "Source", "Table"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -32,7 +32,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: a process that only tokenises need not wait for Lightning."""
     if name not in _HOME_OF:
         raise AttributeError(f"module 'rlhf_lightning.data' has no attribute '{name}'")
-    value = globals()[name] = getattr(import_module(f"rlhf_lightning.data.{_HOME_OF[name]}"), name)
+    value = globals()[name] = getattr(import_module(f"rlhf_lightning.{_HOME_OF[name]}"), name)
     return value
 
 

@@ -14,8 +14,8 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.data.chat import ChatEncoder, DialogueFormat
-from rlhf_lightning.data.dialogue import PlainFormat
+from rlhf_lightning.chat.encoder import ChatEncoder, DialogueFormat
+from rlhf_lightning.chat.plain import PlainFormat
 from rlhf_lightning.data.encode import EncodedRow
 from rlhf_lightning.data.limits import TokenLimits, check_context, check_positive
 from rlhf_lightning.data.packing import PackedTable

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlhf_lightning.data.chat import ChatEncoder, Rendered
+from rlhf_lightning.chat.encoder import ChatEncoder, Rendered
+from rlhf_lightning.chat.messages import Prompt, RefusedTurnsError
 from rlhf_lightning.data.collate import EncodedSequence, Ids
-from rlhf_lightning.data.dialogue import Prompt, RefusedTurnsError
 from rlhf_lightning.data.limits import TokenLimits, cut_prompt
 from rlhf_lightning.data.rows import Row
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import InstructionBatch, PromptBatch
+from rlhf_lightning.chat.plain import HUMAN_ASSISTANT, PlainFormat
 from rlhf_lightning.data.base import TextDataModule
 from rlhf_lightning.data.collate import EncodedExample, EncodedPrompt, collate_instructions, collate_packed
-from rlhf_lightning.data.dialogue import HUMAN_ASSISTANT, PlainFormat
 from rlhf_lightning.data.encode import EncodedRow
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.filters import NO_FILTERS, Filters, Splits

@@ -8,9 +8,9 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import PreferenceBatch, ScoringBatch
+from rlhf_lightning.chat.plain import HUMAN_ASSISTANT, PlainFormat
 from rlhf_lightning.data.base import TextDataModule
 from rlhf_lightning.data.collate import EncodedPair, EncodedSequence, collate_pairs, collate_sequences
-from rlhf_lightning.data.dialogue import HUMAN_ASSISTANT, PlainFormat
 from rlhf_lightning.data.encode import EncodedRow, scored_sequence
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.filters import NO_FILTERS, Filters, Splits

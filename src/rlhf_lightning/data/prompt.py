@@ -8,10 +8,10 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.chat.plain import HUMAN_ASSISTANT, PlainFormat
 from rlhf_lightning.data.base import TextDataModule
-from rlhf_lightning.data.chat import ChatEncoder
 from rlhf_lightning.data.collate import EncodedPrompt, collate_prompts
-from rlhf_lightning.data.dialogue import HUMAN_ASSISTANT, PlainFormat
 from rlhf_lightning.data.encode import EncodedRow
 from rlhf_lightning.data.limits import TokenLimits, check_context, check_positive
 from rlhf_lightning.data.preparing.filters import NO_FILTERS, Filters, Splits

@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from rlhf_lightning.data.dialogue import Prompt, parse_dialogue
+from rlhf_lightning.chat.messages import Prompt, Response
+from rlhf_lightning.chat.plain import parse_dialogue
 
 Need = Literal["finetune", "preference", "prompts"]
 OnBadRow = Literal["auto", "skip", "error"]
@@ -31,16 +32,20 @@ class Row(NamedTuple):
         weight: how much the row counts, > 0.
         source: number of the source in its blend.
         row_id: number of the row in the whole source, from 0.
+        tools: that the assistant may call, as chat templates read them (JSON schemas).
+        untaught: which messages of `prompt` are the assistant's but not to be taught.
     """
 
     prompt: Prompt
-    responses: tuple[str, ...] = ()
+    responses: tuple[Response, ...] = ()
     ranks: tuple[float, ...] = ()
     suffix: str = ""
     margin: float = 0.0
     weight: float = 1.0
     source: int = 0
     row_id: int = 0
+    tools: tuple[dict[str, Any], ...] = ()
+    untaught: tuple[int, ...] = ()
 
 
 class BadRowError(Exception):

@@ -8,11 +8,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rlhf_lightning.chat.tokens import RESERVED
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folders import looks_local
-
-RESERVED = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>")
-"""Tokens that vocabularies carry for this purpose or that ordinary text never contains, most fitting first."""
 
 
 def load_tokenizer(

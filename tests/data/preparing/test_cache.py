@@ -8,7 +8,7 @@ import pytest
 
 from helpers.preparing import build, preparation
 from helpers.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
-from rlhf_lightning.data.chat import ChatEncoder
+from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.cache import find_or_build
 from rlhf_lightning.data.preparing.filters import Filters, Splits

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from helpers.preparing import build, row_ids
 from helpers.tokenizers import tiny_tokenizer
+from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data import Blend, Table
-from rlhf_lightning.data.chat import ChatEncoder
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.filters import Filters, Splits
 from rlhf_lightning.data.preparing.preparation import read_all

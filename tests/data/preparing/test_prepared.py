@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from helpers.preparing import build
 from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning.data.chat import ChatEncoder
+from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data.preparing.prepared import PreparedFolder, TableWriter, TokenTable, is_prepared
 from rlhf_lightning.errors import UserError
 

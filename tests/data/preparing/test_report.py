@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning.data.chat import ChatEncoder
+from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.filters import Splits
 from rlhf_lightning.data.preparing.preparation import Preparation

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from rlhf_lightning.data.dialogue import Prompt
+from rlhf_lightning.chat.messages import exact_text
 from rlhf_lightning.data.preparing.prepared import Part
 from rlhf_lightning.data.rows import KINDS, Need, Row, prompt_key, split_of
 from rlhf_lightning.errors import UserError
@@ -140,11 +139,12 @@ class RowFilter:
             key: of its prompt.
         """
         filters = self._filters
-        if filters.remove_same_inputs and _seen(self._inputs, _exact(row.prompt), row.suffix, *row.responses[:1]):
+        prompt, responses = exact_text(row.prompt), [exact_text(response) for response in row.responses]
+        if filters.remove_same_inputs and _seen(self._inputs, prompt, row.suffix, *responses[:1]):
             return "prompt and best response came before"
-        if filters.duplicates == "exact" and _seen(self._rows, _exact(row.prompt), row.suffix, *row.responses):
+        if filters.duplicates == "exact" and _seen(self._rows, prompt, row.suffix, *responses):
             return "row is a duplicate"
-        if filters.duplicates == "normalised" and _seen(self._rows, key, *map(_normalised, row.responses)):
+        if filters.duplicates == "normalised" and _seen(self._rows, key, *map(_normalised, responses)):
             return "row is a duplicate"
         if self._evaluation_prompts and hash_of(key) in self._evaluation_prompts:
             return "prompt is in the evaluation data"
@@ -205,10 +205,6 @@ def _seen(before: set[int], *texts: str) -> bool:
         return True
     before.add(number)
     return False
-
-
-def _exact(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else json.dumps(prompt)
 
 
 def _normalised(text: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_lightning.data.chat import ChatEncoder
+from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data.preparing.prepared import FORMAT, PARTS, FolderWriter
 from rlhf_lightning.data.rows import Need
 from rlhf_lightning.data.sources.files import file_fingerprint

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_lightning.data.chat import ChatEncoder
+from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data.encode import EncodedRow
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.filters import (

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from rlhf_lightning.data.chat import ChatEncoder
+from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt
 from rlhf_lightning.data.rows import Need
 from rlhf_lightning.errors import UserError

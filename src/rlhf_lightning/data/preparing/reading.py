@@ -13,8 +13,8 @@ from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
-from rlhf_lightning.data.chat import ChatEncoder
-from rlhf_lightning.data.dialogue import RefusedTurnsError
+from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.chat.messages import RefusedTurnsError
 from rlhf_lightning.data.encode import REFUSED, EncodedRow, encode_rows
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.rows import BadRowError, DroppedRow, Need, OnBadRow, Row

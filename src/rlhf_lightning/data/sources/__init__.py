@@ -161,8 +161,11 @@ class _SummaryForm(RowForm):
         row = super().read(raw, need)
         if not isinstance(row.prompt, str):
             raise BadRowError("prompt is not text but a list of messages")
+        said = [text for text in row.responses if isinstance(text, str)]
+        if len(said) < len(row.responses):
+            raise BadRowError("response is not text but a message")
         post = row.prompt.rstrip().removesuffix(_SUMMARY_MARK).rstrip()
-        responses = [text.strip().removeprefix(_SUMMARY_MARK).strip() for text in row.responses]
+        responses = [text.strip().removeprefix(_SUMMARY_MARK).strip() for text in said]
         if not post:
             raise BadRowError(f"prompt is empty but for {_SUMMARY_MARK}")
         if "" in responses:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rlhf_lightning.data.dialogue import Message
+from rlhf_lightning.chat.messages import Message
 from rlhf_lightning.data.rows import MAX_CHARACTERS, BadRowError, DroppedRow, check_text
 
 _LAST_TURN = "\n\nAssistant:"

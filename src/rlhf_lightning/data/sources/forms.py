@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rlhf_lightning.data.dialogue import Prompt
+from rlhf_lightning.chat.messages import Prompt
 from rlhf_lightning.data.rows import BadRowError, DroppedRow, Need, Row, check_text
 from rlhf_lightning.data.sources.fields import read_list, read_number, read_response, read_turns, split_dialogue
 from rlhf_lightning.data.sources.raw_rows import RawRow

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from rlhf_lightning.chat.messages import exact_text
 from rlhf_lightning.data.rows import BadRowError, DroppedRow, Need, Row
 from rlhf_lightning.data.sources.forms import SAME, RowForm
 from rlhf_lightning.data.sources.raw_rows import RawRow, RawRows
@@ -183,7 +184,7 @@ class TableRows(Rows):
         if not good:
             raise DroppedRow("response is the rejected one of another row's pair")
         other, _ = self._form.label(self._raw[partner])
-        if row.responses[0].strip() == other.responses[0].strip():
+        if exact_text(row.responses[0]).strip() == exact_text(other.responses[0]).strip():
             raise DroppedRow(SAME)
         return row._replace(responses=row.responses + other.responses)
 

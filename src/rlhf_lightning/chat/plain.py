@@ -5,15 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.chat.messages import Message, RefusedTurnsError, Spans
 
-Message = dict[str, str]
-Prompt = str | list[Message]
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
-
-Spans = list[tuple[int, int]]
-"""Parts of a text, each from its first character to the one after its last."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +33,6 @@ class PlainFormat:
 
 
 HUMAN_ASSISTANT = PlainFormat()
-
-
-class RefusedTurnsError(UserError):
-    """One dialogue that its format cannot express, such as two user turns in a row under a strict chat template."""
 
 
 def parse_dialogue(text: str) -> list[Message] | None:
@@ -92,15 +83,3 @@ def render_plain(messages: list[Message], plain: PlainFormat = HUMAN_ASSISTANT) 
         elif role != "system":
             raise RefusedTurnsError(f"role {role!r} has no place in a plain dialogue; use system, user and assistant")
     return text + plain.assistant, spans
-
-
-def merge_turns(messages: list[Message]) -> list[Message]:
-    """Join neighbouring turns of one speaker, which many templates refuse."""
-    merged: list[Message] = []
-    for message in messages:
-        if merged and merged[-1]["role"] == message["role"]:
-            joined = f"{merged[-1]['content']}\n\n{message['content']}"
-            merged[-1] = {"role": message["role"], "content": joined}
-        else:
-            merged.append(message)
-    return merged

@@ -11,24 +11,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.data.dialogue import (
-    HUMAN_ASSISTANT,
-    Message,
-    PlainFormat,
-    Prompt,
-    RefusedTurnsError,
-    Spans,
-    merge_turns,
-    parse_dialogue,
-    render_plain,
-)
+from rlhf_lightning.chat.messages import Message, Prompt, RefusedTurnsError, Response, Spans, merge_turns
+from rlhf_lightning.chat.plain import HUMAN_ASSISTANT, PlainFormat, parse_dialogue, render_plain
+from rlhf_lightning.chat.templates import set_chat_template
+from rlhf_lightning.chat.tokens import RESERVED, default_prefix
 from rlhf_lightning.errors import UserError
 
 DialogueFormat = Literal["auto", "chat_template", "plain"]
@@ -46,34 +38,6 @@ class Rendered(NamedTuple):
 
     text: str
     kind: Kind
-
-
-def default_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids a tokenizer puts before a text unasked: its BOS, or nothing."""
-    with_special = tokenizer("x").input_ids
-    plain = tokenizer("x", add_special_tokens=False).input_ids
-    for start in range(len(with_special) - len(plain) + 1):
-        if with_special[start : start + len(plain)] == plain:
-            return list(with_special[:start])
-    return []
-
-
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Give a tokenizer a chat template, which it then carries into every folder it is saved to.
-
-    Args:
-        tokenizer: changed in place.
-        template: path of a Jinja file, or the template itself.
-
-    Raises:
-        UserError: no such file.
-    """
-    if "{" not in template:
-        path = Path(template).expanduser()
-        if not path.is_file():
-            raise UserError(f"chat_template: {template} does not exist; give a Jinja file or the template itself")
-        template = path.read_text(encoding="utf-8")
-    tokenizer.chat_template = template
 
 
 class ChatEncoder:
@@ -146,8 +110,10 @@ class ChatEncoder:
         plain, spans = render_plain(messages, self.plain_format)
         return [self._to_end(plain[:end], start) for start, end in spans]
 
-    def response_text(self, response: str, kind: str) -> str:
+    def response_text(self, response: Response, kind: str) -> str:
         """A response spaced as its prompt asks: as the plain format says, stripped after a template, else as it is."""
+        if not isinstance(response, str):
+            response = str(response["content"])
         if kind == "plain":
             return self.plain_format.response + response.lstrip()
         return response.strip() if kind == "template" else response
@@ -212,7 +178,7 @@ class ChatEncoder:
         text = self.render(prompt).text
         return text, self.encode_prompts([text])[0]
 
-    def encode_response(self, prompt: Prompt, response: str) -> np.ndarray:
+    def encode_response(self, prompt: Prompt, response: Response) -> np.ndarray:
         """Ids of one response, to be joined to those of its prompt."""
         return self.encode_responses([self.response_text(response, self._form(prompt)[0])])[0]
 
@@ -250,8 +216,6 @@ class ChatEncoder:
     @cached_property
     def _tokenizer_hash(self) -> str:
         """Hash of vocabulary and rules; padding, truncation, and a pad token added behind all others do not count."""
-        from rlhf_lightning.models.tokenizer import RESERVED  # slow to import, and processes that tokenise need it not
-
         backend = self._backend
         if backend is None:
             vocabulary, rules = sorted(self.tokenizer.get_vocab().items()), ""

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from transformers import PythonBackend
 
 from helpers.tokenizers import BOS_CHAT_TEMPLATE, CHAT_TEMPLATE, tiny_tokenizer
-from rlhf_lightning.data.chat import ChatEncoder, default_prefix
-from rlhf_lightning.data.dialogue import PlainFormat, RefusedTurnsError, parse_dialogue, render_plain
+from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.chat.messages import RefusedTurnsError
+from rlhf_lightning.chat.plain import PlainFormat, parse_dialogue, render_plain
+from rlhf_lightning.chat.tokens import default_prefix
 from rlhf_lightning.errors import UserError
 
 PLAIN = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:"

@@ -1,0 +1,1 @@
+"""Dialogues to ids and back: messages, how they are written as text, and the tokens that text becomes."""
