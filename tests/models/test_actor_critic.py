@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from helpers.models import save_folder, tiny_causal_lm
 from helpers.stages import same_weights, save_gpt2, save_llama, save_reward_model, share_of_letters, weights
@@ -94,6 +95,7 @@ def test_a_reward_adapter_on_the_policys_base_makes_one_base_carry_all_four(fold
     adapter = save_adapter(trained, folder, tmp_path / "reward")
 
     models = load(folder, adapter, finetune=LORA)
+    assert not any(learns_nothing_of_padding(model) for model in (models.policy, models.value, models.scorer))
     for scalar in (models.value, models.scorer.model):
         torch.testing.assert_close(values_of(scalar), values_of(trained), atol=1e-6, rtol=0)
     assert storages(*models) < 1.5 * storages(load_causal_lm(folder))
@@ -101,6 +103,10 @@ def test_a_reward_adapter_on_the_policys_base_makes_one_base_carry_all_four(fold
     disturb(models.policy)
     torch.testing.assert_close(values_of(models.scorer.model), values_of(trained), atol=1e-6, rtol=0)
     torch.testing.assert_close(logprobs_of(models.reference), logprobs_of(load_causal_lm(folder)), atol=1e-6, rtol=0)
+
+
+def learns_nothing_of_padding(model):
+    return any(isinstance(module, nn.Embedding) and module.padding_idx is not None for module in model.modules())
 
 
 def save_adapter(scalar, base, folder):
@@ -165,6 +171,7 @@ def test_frozen_weights_can_be_held_in_half_the_bytes(folder, reward_folder):
 def test_four_bits_hold_the_frozen_backbones(folder, reward_folder):
     adapter = FineTune(mode="lora", rank=4, export="adapter")
     models = load(folder, reward_folder, frozen_dtype="nf4", finetune=adapter)
+    assert not any(learns_nothing_of_padding(model) for model in (models.policy, models.value, models.scorer))
     for model in (models.policy, models.reference, models.value.model, models.scorer.model.model):
         kinds = {p.dtype for name, p in model.named_parameters() if "_proj" in name and "lora" not in name}
         assert kinds == {torch.uint8}

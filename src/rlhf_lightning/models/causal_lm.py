@@ -70,8 +70,23 @@ def load_causal_lm(
         raise UserError(f"no language model could be loaded from '{name}': {str(e).strip().splitlines()[0]}") from e
     if not dropout:
         disable_dropout(model)
+    train_every_row(model)
     keep_tables(model)
     return model
+
+
+def train_every_row(model: nn.Module) -> None:
+    """Give the embedding of the pad id a gradient, too.
+
+    transformers builds embeddings with `padding_idx=config.pad_token_id`, and such a row learns nothing. Where the pad
+    id is the EOS, that is a token that every example ends with; padding itself has no gradient to give.
+
+    Args:
+        model: changed in place; its config is not, and what it computes neither.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
 
 
 def disable_dropout(model: nn.Module) -> None:

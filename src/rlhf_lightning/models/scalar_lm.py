@@ -29,7 +29,13 @@ from rlhf_lightning.models.adapters import (
     is_reward_adapter,
     merge_adapter,
 )
-from rlhf_lightning.models.causal_lm import disable_dropout, hidden_states, load_causal_lm, response_hidden
+from rlhf_lightning.models.causal_lm import (
+    disable_dropout,
+    hidden_states,
+    load_causal_lm,
+    response_hidden,
+    train_every_row,
+)
 from rlhf_lightning.models.dtypes import keep_tables, linear_in_float32
 from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
 from rlhf_lightning.models.fused_lora import fuse_adapters
@@ -177,6 +183,7 @@ def _load(name: str, dropout: bool, trust_remote_code: bool, nf4: bool = False) 
             f"'{name}' ({type(model).__name__}) has no linear head named 'score'; this family is not supported"
         )
     keep_tables(model)
+    train_every_row(model)
     if not dropout:
         disable_dropout(model)
     return ScalarLM(model), missing
