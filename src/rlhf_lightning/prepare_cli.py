@@ -39,6 +39,7 @@ def prepare(
     validation_split: float = 0.1,
     test_split: float = 0.0,
     stage_split: dict[str, float] | None = None,
+    split_by: Literal["dialogue", "prompt"] = "dialogue",
     num_samples: int | None = None,
     filters: Filters = Filters(),  # noqa: B008, frozen
     max_length: int = 512,
@@ -72,6 +73,8 @@ def prepare(
         test_split: share of the prompts held out for testing.
         stage_split: share of the prompts for each stage, such as `{sft: 0.2, reward: 0.4, ppo: 0.4}`; by default every
             stage gets all.
+        split_by: what stays on one side of all splits: a `dialogue` at all its depths, by its system turns and its
+            first turn of the user, or only one `prompt`, to its end. Prompts that are no dialogues fall alike.
         num_samples: read only this many rows of `data`.
         filters: which rows are left out.
         max_length: most tokens of prompt and response together, special tokens included.
@@ -100,7 +103,7 @@ def prepare(
     _check_out(folder, overwrite)
     check_positive(num_samples=num_samples, num_proc=num_proc)
     limits = TokenLimits.checked(max_length, max_prompt_length, response_room, long_prompts, minimum_response_length)
-    splits = Splits(validation_split, test_split, stage_split)
+    splits = Splits(validation_split, test_split, stage_split, split_by)
     loaded = load_tokenizer(tokenizer, trust_remote_code)
     check_context(loaded, "max_length", max_length)
     preparation = Preparation(

@@ -171,13 +171,23 @@ def test_a_prompt_that_is_cut_is_shown_as_it_was_cut():
 @pytest.mark.parametrize("kind", ALL)
 def test_types_are_those_of_the_contract(kind):
     size = {"rollout_batch_size": 4} if kind is PromptDataModule else {"batch_size": 4}
-    data = ready(kind, data=HH_ROWS, **size)
+    data = ready(kind, data=HH_ROWS, test_data=HH_ROWS, **size)
     for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
         batch = next(iter(loader))
         for name, value in batch._asdict().items():
             if isinstance(value, torch.Tensor):
                 others = {"margins": torch.float32, "weights": torch.float32}
                 assert value.dtype == others.get(name, torch.bool if name.endswith("mask") else torch.int64), name
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_the_validation_part_is_never_taken_for_the_test_part(kind):
+    size = {"rollout_batch_size": 4} if kind is PromptDataModule else {"batch_size": 4}
+    data = ready(kind, "validate", data=HH_ROWS, validation_split=0.3, **size)
+    assert len(data.val_dataloader()) > 0
+    for ask in (data.test_dataloader, lambda: data.setup("test")):
+        with pytest.raises(UserError, match=r"nothing to test on; pass `test_data`, or hold .* out with `test_split`"):
+            ask()
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -205,7 +215,7 @@ def test_nothing_is_read_before_setup_and_once_in_it(kind, tmp_path, caplog, mon
         monkeypatch.setattr(logging.getLogger(logger), "propagate", True)
         caplog.set_level(logging.INFO, logger=logger)  # other tests of this process may have silenced it
     path = tmp_path / "rows.jsonl"
-    data = kind(tiny_tokenizer(), data=str(path), validation_data=str(path))
+    data = kind(tiny_tokenizer(), data=str(path), validation_data=str(path), test_data=str(path))
     with pytest.raises(UserError, match=r"rows.jsonl does not exist"):
         data.setup("fit")
 

@@ -203,7 +203,7 @@ def test_validation_and_test_weigh_every_pair_alike(reward_folder):
     rows = preference_rows(7)
     (everything,) = batches(reward_folder, rows)
     expected = expected_metrics(reward_folder, everything)
-    data = data_module(reward_folder, rows, validation_data=rows, eval_batch_size=3)
+    data = data_module(reward_folder, rows, validation_data=rows, test_data=rows, eval_batch_size=3)
 
     module = RewardModule(reward_folder)
     (validated,) = trainer().validate(module, data, verbose=False)

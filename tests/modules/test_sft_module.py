@@ -115,7 +115,7 @@ def test_validation_weighs_every_token_alike(folder):
     (everything,) = batches(folder, rows)
     logprobs, targets = logprobs_by_hand(folder, everything)
     loss = -logprobs.gather(1, targets.unsqueeze(1)).mean().item()
-    data = InstructionDataModule(folder, rows, validation_data=rows, eval_batch_size=3, max_length=48)
+    data = InstructionDataModule(folder, rows, validation_data=rows, test_data=rows, eval_batch_size=3, max_length=48)
 
     module = SFTModule(folder)
     (validated,) = trainer().validate(module, data, verbose=False)

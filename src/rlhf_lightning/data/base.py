@@ -172,6 +172,8 @@ class TextDataModule(ResumableDataModule, ABC):
             self._load_parts()
         if stage == "predict" and self._predict is None:
             self._load_predict()
+        if stage == "test":
+            self._check_test()  # before a model is loaded for nothing
         if stage in ("fit", None):
             self._load_train()
 
@@ -195,9 +197,14 @@ class TextDataModule(ResumableDataModule, ABC):
         """Validation batches; an empty list, which Lightning skips, where nothing is held out."""
         return self._eval_loader(self._part("validation"), self._collate()) if self._part("validation") else []
 
-    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Batches of the test part, or of the validation part where there is none."""
-        return self._eval_loader(self._part("test"), self._collate()) if self._part("test") else self.val_dataloader()
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Batches of the test part.
+
+        Raises:
+            UserError: there is none.
+        """
+        self._check_test()
+        return self._eval_loader(self._part("test"), self._collate())
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches of `predict_data`, or of what is held out for validation."""
@@ -321,6 +328,13 @@ class TextDataModule(ResumableDataModule, ABC):
         self._predict = examples
 
     # Small things
+
+    def _check_test(self) -> None:
+        if not self._part("test"):
+            raise UserError(
+                "there is nothing to test on; pass `test_data`, or hold a share of `data` out with `test_split` as the "
+                "training did; `rlhf validate` measures the validation part"
+            )
 
     def _order(self) -> dict[str, Any]:
         if self._streamed:

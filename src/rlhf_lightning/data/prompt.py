@@ -38,10 +38,12 @@ class PromptDataModule(TextDataModule):
         test_data: the same for testing; without it a part of `data` if `test_split` says so.
         columns: our column names (prompt, response, chosen, rejected, messages and so on) to those of the data.
         validation_split: share of the prompts held out for validation. A prompt falls on one side by its own text, so
-            it never stands on both, whatever the order and size of the data.
+            it never stands on both, whatever the order and size of the data; see `split_by`.
         test_split: the same for testing.
         stage_split: share of the prompts for each stage, such as `{sft: 0.2, reward: 0.4, ppo: 0.4}`; this data module
             takes the `ppo` prompts. Given alike in all stages, no prompt of `data` serves two of them.
+        split_by: what stays on one side of all splits: a `dialogue` at all its depths, by its system turns and its
+            first turn of the user, or only one `prompt`, to its end. Prompts that are no dialogues fall alike.
         num_samples: use only the first this many rows of `data`.
         filters: which rows are left out, see `Filters`.
         max_prompt_length: most tokens of a prompt, special tokens included.
@@ -79,6 +81,7 @@ class PromptDataModule(TextDataModule):
         validation_split: float = 0.1,
         test_split: float = 0.0,
         stage_split: dict[str, float] | None = None,
+        split_by: Literal["dialogue", "prompt"] = "dialogue",
         num_samples: int | None = None,
         filters: Filters = NO_FILTERS,
         max_prompt_length: int = 256,
@@ -103,7 +106,7 @@ class PromptDataModule(TextDataModule):
             test_data=test_data,
             predict_data=predict_data,
             columns=columns,
-            splits=Splits(validation_split, test_split, stage_split),
+            splits=Splits(validation_split, test_split, stage_split, split_by),
             filters=filters,
             limits=TokenLimits.checked(max_prompt_length + 1, max_prompt_length, 1, long_prompts),
             num_samples=num_samples,

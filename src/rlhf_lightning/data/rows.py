@@ -107,6 +107,29 @@ def prompt_key(prompt: Prompt) -> str:
     return folded.strip(b" ").decode()
 
 
+def opening_of(prompt: Prompt) -> Prompt:
+    r"""What a dialogue opens with: its first system turns and its first turn of the user; other prompts as they are.
+
+    One conversation at several depths opens the same way at each.
+
+    Args:
+        prompt: text or messages.
+
+    Example:
+        >>> opening_of("\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:")
+        [{'role': 'user', 'content': 'hi'}]
+        >>> opening_of("Once upon a time")
+        'Once upon a time'
+    """
+    messages = parse_dialogue(prompt) if isinstance(prompt, str) else prompt
+    if messages is None:
+        return prompt
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+    if first is None:
+        return messages
+    return [*(message for message in messages[:first] if message["role"] == "system"), messages[first]]
+
+
 def split_of(key: str, fractions: Mapping[str, float], salt: str = "") -> str:
     """Which part of a split a prompt belongs to, by a stable hash of its key.
 

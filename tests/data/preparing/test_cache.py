@@ -140,7 +140,8 @@ def test_a_change_of_anything_makes_another_entry(rows, tmp_path):
     kept = Filters(), Filters(shuffle=True), Filters(shuffle=True, seed=1), Filters(duplicates="exact")
     kept += (Filters(duplicates="normalised"), Filters(remove_same_inputs=True))
     kept += (Filters(remove_same_responses=False), Filters(remove_evaluation_prompts=True))
-    splits = Splits(), Splits(0.1), Splits(0.0, 0.1), Splits(0.1, 0.1), Splits(stages={"sft": 0.5, "ppo": 0.5})
+    splits = Splits(), Splits(0.1), Splits(0.0, 0.1), Splits(0.1, 0.1), Splits(0.1, by="prompt")
+    splits += (Splits(stages={"sft": 0.5, "ppo": 0.5}),)
 
     keys = [finetune(rows).key(), preparation(rows, kinds=("finetune", "prompts")).key()]
     for tokens in chat.values():

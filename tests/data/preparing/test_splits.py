@@ -6,12 +6,15 @@ from hypothesis import strategies as st
 
 from helpers.preparing import build, row_ids
 from helpers.tokenizers import tiny_tokenizer
+from rlhf_lightning.chat.plain import render_plain
 from rlhf_lightning.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
-from rlhf_lightning.data.preparing.filters import Filters, Splits
+from rlhf_lightning.data.preparing.filters import Filters, Splits, key_of
 from rlhf_lightning.data.preparing.prepared import PARTS
+from rlhf_lightning.data.rows import Row, split_of
 from rlhf_lightning.errors import UserError
 
 KINDS = ("finetune", "preference", "prompts")
+HALVES = {"train": 0.5, "validation": 0.5}
 PAIRS = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(300)]
 
 
@@ -85,6 +88,59 @@ def test_a_stage_that_is_not_named_gets_every_row(tmp_path):
     assert not numbers["finetune"] & numbers["preference"]
 
 
+SHOUTED = {"hi there": "HI  there", "how are you?": "How are\nyou?", "bye": " bye", "be kind": "Be  kind"}
+WORDS = st.sampled_from(list(SHOUTED))
+
+
+@st.composite
+def conversations(draw):
+    """Messages, which end with the user, and what they open with."""
+    systems = draw(st.lists(WORDS, max_size=2))
+    spoken = draw(st.lists(WORDS, min_size=1, max_size=7).filter(lambda words: len(words) % 2))
+    shout = SHOUTED.__getitem__ if draw(st.booleans()) else str
+    messages = [{"role": "system", "content": shout(word)} for word in systems]
+    messages += [{"role": ("user", "assistant")[i % 2], "content": shout(word)} for i, word in enumerate(spoken)]
+    return messages, (*systems, spoken[0])
+
+
+@settings(max_examples=60)
+@given(drawn=st.lists(st.tuples(conversations(), st.booleans()), min_size=2, max_size=30))
+def test_no_opening_of_a_dialogue_stands_on_two_sides(drawn):
+    splits = Splits(0.3, 0.3, {"sft": 0.5, "ppo": 0.5})
+    sides = {}
+    for (messages, opening), as_text in drawn:
+        plain = all(message["role"] != "system" for message in messages)
+        row = Row(render_plain(messages)[0] if plain and as_text else messages)
+        key = splits.key(row, key_of(row))
+        sides.setdefault(opening, set()).add((splits.part(key), *splits.kinds(key, KINDS)))
+    assert all(len(found) == 1 for found in sides.values()), sides
+
+
+def test_dialogues_may_be_split_by_their_whole_prompt(tmp_path):
+    turns = [{"role": "user", "content": "hi"}]
+    rows = [{"prompt": [*turns, {"role": "user", "content": f"more {i}"}], "response": "yes"} for i in range(60)]
+    held_out = {}
+    for by in ("dialogue", "prompt"):
+        folder = build(
+            tmp_path / by,
+            rows + [{"prompt": f"plain {i}", "response": "yes"} for i in range(60)],
+            splits=Splits(0.5, by=by),
+            dialogue_format="plain",
+            kinds=("finetune",),
+        )
+        held_out[by] = set(row_ids(folder, "finetune")["validation"])
+    dialogues = set(range(60))
+    assert len(held_out["dialogue"] & dialogues) in (0, 60)
+    assert 10 < len(held_out["prompt"] & dialogues) < 50
+    assert held_out["dialogue"] - dialogues == held_out["prompt"] - dialogues
+
+
+def test_where_prompts_fall_has_not_moved_but_for_dialogues():
+    sides = [Splits(0.5).part(Splits.key(Splits(), row, key_of(row))) for row in map(Row, map(str, range(12)))]
+    assert [side == "validation" for side in sides] == [split_of(str(i), HALVES) == "validation" for i in range(12)]
+    assert len(set(sides)) == 2
+
+
 @pytest.mark.parametrize(
     ("shares", "message"),
     [
@@ -93,6 +149,7 @@ def test_a_stage_that_is_not_named_gets_every_row(tmp_path):
         ({"validation": 0.5, "test": 0.5}, r"validation_split \(0.5\) and test_split \(0.5\) leave nothing"),
         ({"stages": {"sft": 0.5, "rm": 0.5}}, "stage_split: 'rm' is not one of sft, reward, ppo"),
         ({"stages": {"sft": 0.5, "ppo": 0.4}}, r"stage_split \(sft 0.5, ppo 0.4\) must be shares .* sum to 1"),
+        ({"by": "turn"}, "split_by: 'turn' is not one of dialogue, prompt"),
         ({"stages": {"sft": 1.5, "ppo": -0.5}}, "must be shares of at least 0"),
     ],
 )

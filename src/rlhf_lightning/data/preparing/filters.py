@@ -1,19 +1,21 @@
-"""Which rows are wanted, and where they go: filters over whole rows, and splits by the hash of the prompt."""
+"""Which rows are wanted, and where they go: filters over whole rows, and splits by the hash of how a prompt opens."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from rlhf_lightning.chat.messages import exact_text
+from rlhf_lightning.chat.messages import Prompt
 from rlhf_lightning.data.preparing.prepared import Part
-from rlhf_lightning.data.rows import KINDS, Need, Row, prompt_key, split_of
+from rlhf_lightning.data.rows import KINDS, Need, Row, opening_of, prompt_key, split_of
 from rlhf_lightning.errors import UserError
 
+SplitBy = Literal["dialogue", "prompt"]
 STAGE_OF: dict[Need, str] = {"finetune": "sft", "preference": "reward", "prompts": "ppo"}
 
 
@@ -63,6 +65,8 @@ class Splits:
         validation: held out for validation.
         test: held out for testing.
         stages: share of each stage, `sft`, `reward` and `ppo`, summing to 1; a stage that is not named gets every row.
+        by: what stays together: every `dialogue` that opens with the same turn of the user (and the same system
+            turns), or only what is the same `prompt` to its end.
 
     Raises:
         UserError: shares that cannot be.
@@ -71,8 +75,11 @@ class Splits:
     validation: float = 0.0
     test: float = 0.0
     stages: dict[str, float] | None = None
+    by: SplitBy = "dialogue"
 
     def __post_init__(self) -> None:
+        if self.by not in get_args(SplitBy):
+            raise UserError(f"split_by: {self.by!r} is not one of {', '.join(get_args(SplitBy))}")
         for name, share in (("validation_split", self.validation), ("test_split", self.test)):
             if not 0 <= share < 1:
                 raise UserError(f"{name} ({share}) must be at least 0 and below 1")
@@ -91,11 +98,20 @@ class Splits:
             said = ", ".join(f"{name} {share}" for name, share in stages.items())
             raise UserError(f"stage_split ({said}) must be shares of at least 0 that sum to 1")
 
+    def key(self, row: Row, key: str) -> str:
+        """The text whose hash sends a row to its side.
+
+        Args:
+            row: the row.
+            key: its `key_of`.
+        """
+        return prompt_key(opening_of(_whole_prompt(row))) if self.by == "dialogue" else key
+
     def part(self, key: str) -> Part:
         """Where a prompt goes.
 
         Args:
-            key: its `prompt_key`.
+            key: from `key`.
         """
         shares: dict[Part, float] = {"train": 1 - self.validation - self.test, "test": self.test}
         shares["validation"] = self.validation
@@ -106,7 +122,7 @@ class Splits:
         """Which of some kinds of example a prompt serves.
 
         Args:
-            key: its `prompt_key`.
+            key: from `key`.
             kinds: to choose from.
         """
         if self.stages is None:
@@ -153,7 +169,11 @@ class RowFilter:
 
 def key_of(row: Row) -> str:
     """The `prompt_key` of a row, its suffix included."""
-    return prompt_key(row.prompt + row.suffix if isinstance(row.prompt, str) else row.prompt)
+    return prompt_key(_whole_prompt(row))
+
+
+def _whole_prompt(row: Row) -> Prompt:
+    return row.prompt + row.suffix if isinstance(row.prompt, str) else row.prompt
 
 
 def hash_of(*texts: str) -> int:

@@ -159,7 +159,8 @@ class Preparation:
     def _splits(self) -> Splits:
         """The splits of `data`, which holds nothing out for a part that has data of its own."""
         validation = 0.0 if self.validation_data is not None else self.splits.validation
-        return Splits(validation, 0.0 if self.test_data is not None else self.splits.test, self.splits.stages)
+        test = 0.0 if self.test_data is not None else self.splits.test
+        return replace(self.splits, validation=validation, test=test)
 
     def stream(self, epoch: int) -> tuple[RowReader, Iterator[tuple[Choice, EncodedRow]]]:
         """The rows of `data` as they arrive, for training; tokenised in this process, whatever `num_proc` says.
@@ -191,7 +192,8 @@ class Preparation:
 
         def choose(row: Row) -> Choice | str | None:
             key = key_of(row)
-            kinds = self._splits.kinds(key, self._kinds) if role == "data" else self._kinds
+            side = self._splits.key(row, key) if role == "data" else ""
+            kinds = self._splits.kinds(side, self._kinds) if role == "data" else self._kinds
             if not kinds:
                 return "other stages"
             if not (kinds := served(row, kinds)):
@@ -200,7 +202,7 @@ class Preparation:
                 return f"dropped: {reason}"
             if role != "data":
                 evaluation_prompts.add(hash_of(key))
-            part = self._splits.part(key) if role == "data" else role.removesuffix("_data")
+            part = self._splits.part(side) if role == "data" else role.removesuffix("_data")
             return Choice(narrowed(row, kinds), kinds, part)
 
         return choose
