@@ -109,13 +109,21 @@ CASES = [
     ([*BASE, "--trainer.max_epochs=-5"], "--trainer: `max_epochs` must be a non-negative integer or -1."),
     ([*PPO_RUN, "--model.reward=lm"], "'lm' has no trained reward head (it is a LlamaForCausalLM)"),
     ([*PPO_RUN, "--model.reward=missing/folder/x"], "model folder 'missing/folder/x' does not exist"),
-    ([*PPO_RUN, "--model.reward=json.nofunction"], "reward function 'json.nofunction' not found"),
+    (
+        [*PPO_RUN, "--model.reward=operator.eq", "--data.data=missing.jsonl", "--model.value_name_or_path=missing/x/y"],
+        "model folder 'missing/x/y' does not exist",
+    ),
+    ([*PPO_RUN, "--data.data=missing.jsonl", "--model.reward=operator.neg"], "reward function 'operator.neg' takes (a"),
+    (
+        [*PPO_RUN, "--data.data=missing.jsonl", "--model.reward=json.nofunction"],
+        "reward function 'json.nofunction' not found",
+    ),
     (
         [
             *PPO_RUN,
             "--trainer.check_val_every_n_epoch=1",
             "--trainer.val_check_interval=20",
-            "--model.reward=json.dumps",
+            "--model.reward=operator.eq",
         ],
         "--trainer: `val_check_interval` (20) must be less than or equal to the number of the training batches",
     ),

@@ -130,7 +130,9 @@ def test_a_wrong_number_of_scores_is_refused():
         ("my_rewards.nothing", "module 'my_rewards' has no function 'nothing'"),
         ("my_rewards.limit", "module 'my_rewards' has no function 'limit'"),
         ("no_such_module.length", "neither a reward model folder nor the import path of a function"),
-        ("needs_more.length", "cannot be imported: No module named 'a_package_nobody_has'"),
+        ("needs_more.length", "cannot be imported: ModuleNotFoundError: No module named 'a_package_nobody_has'"),
+        ("my_rewards.py:length", "names a file: name the function in it, like `my_rewards.politeness`"),
+        ("./rewards/my_rewards.py", "names a file: name the function in it"),
         ("word", "neither a reward model folder nor the import path of a function"),
         ("./runs/reward/export", "model folder './runs/reward/export' does not exist"),
         ("nobody/nothing", "'nobody/nothing'"),
@@ -141,6 +143,23 @@ def test_what_is_neither_a_model_nor_a_function_is_refused_in_one_line(reward, c
         load_scorer(reward, tiny_tokenizer())
     assert complaint in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("rewards_module")
+def test_the_limit_of_time_is_a_function_s_own(tmp_path):
+    assert load_scorer("my_rewards.length", tiny_tokenizer(), timeout=2.0).function.timeout == 2.0
+    with pytest.raises(UserError, match=r"reward_timeout \(0\) must be above 0, in seconds"):
+        load_scorer("my_rewards.length", tiny_tokenizer(), timeout=0)
+    with pytest.raises(UserError, match=r"reward_timeout is a limit for functions, and .* is a reward model; leave it"):
+        load_scorer(reward_folder(tmp_path, tiny_tokenizer()), tiny_tokenizer(), timeout=2.0)
+
+
+def test_a_wrong_score_is_named_by_its_row_in_the_data():
+    batch = responses(tiny_tokenizer())
+    nones = load_scorer(lambda prompts, answers: [1.0, None], tiny_tokenizer())
+    for rows, said in ((None, "row 1"), (torch.tensor([40, 7]), "row 7")):
+        with pytest.raises(UserError, match=f"returned None for {said}; return one number per response"):
+            nones(batch._replace(row_ids=rows))
 
 
 def test_a_language_model_is_no_reward(tmp_path):

@@ -1,5 +1,6 @@
 """What PPO refuses: settings that do not go together, and models that are not what they should be."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -116,16 +117,25 @@ def test_prompt_and_response_must_fit_the_context(folder):
         ("nowhere", "is neither a reward model folder nor the import path of a function"),
         ("helpers.stages.nothing", "module 'helpers.stages' has no function 'nothing'"),
         ("./nowhere", "model folder './nowhere' does not exist"),
+        (lambda prompts: [0.0], "takes \\(prompts\\), but is called with \\(prompts, responses\\)"),
     ],
 )
-def test_a_reward_that_is_nowhere_is_refused(folder, reward, message):
+def test_a_reward_that_is_nowhere_is_refused_before_there_are_data(folder, reward, message):
     with pytest.raises(UserError, match=message):
-        run(PPOModule(folder, reward, **SIZES))
+        PPOModule(folder, reward, **SIZES)
+
+
+def test_models_that_are_nowhere_are_refused_before_there_are_data(folder):
+    with pytest.raises(UserError, match=r"model folder '\./nowhere' does not exist"):
+        PPOModule("./nowhere", share_of_letters, **SIZES)
+    with pytest.raises(UserError, match=r"model folder '\./nowhere' does not exist"):
+        PPOModule(folder, share_of_letters, "./nowhere", **SIZES)
 
 
 def test_a_language_model_is_no_reward_and_a_reward_model_no_policy(folder, reward_folder):
-    with pytest.raises(UserError, match="has no trained reward head"):
-        run(PPOModule(folder, folder, **SIZES))
+    for settings in ({"reward": folder}, {"reward": share_of_letters, "value_name_or_path": folder}):
+        with pytest.raises(UserError, match="has no trained reward head"):
+            PPOModule(folder, **settings, **SIZES)
     with pytest.raises(UserError, match=r"is a reward model .* a language model is needed here"):
         run(PPOModule(reward_folder, reward_folder, **SIZES))
 
@@ -136,3 +146,15 @@ def test_a_reward_function_must_score_every_response(folder):
 
     with pytest.raises(UserError, match="reward function 'too_few' returned 3 scores for 4 responses"):
         run(PPOModule(folder, too_few, **SIZES))
+
+
+def test_a_reward_function_that_does_not_end_ends_the_run(folder):
+    stop = threading.Event()
+
+    def hangs(prompts, responses):
+        stop.wait()
+        return [1.0] * len(responses)
+
+    with pytest.raises(UserError, match=r"reward function 'hangs' took more than 0.05 seconds .* over rows \d+, "):
+        run(PPOModule(folder, hangs, **SIZES, reward_timeout=0.05))
+    stop.set()

@@ -21,12 +21,14 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.causal_lm import freeze, load_causal_lm, logprobs_from_hidden, response_hidden
 from rlhf_lightning.models.dtypes import linear_in_float32
 from rlhf_lightning.models.finetune import FineTune, add_adapter, choose_trained
-from rlhf_lightning.models.folders import same_model
+from rlhf_lightning.models.folders import check_model_folder, same_model
 from rlhf_lightning.models.partitioned import is_partitioned
-from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, RewardFunction, TextScorer, load_scorer
+from rlhf_lightning.models.reward_functions import RewardFunction
+from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer, find_reward, load_scorer
 from rlhf_lightning.models.scalar_lm import (
     ScalarLM,
     attach_reward_adapter,
+    check_reward_model,
     load_reward_model,
     new_scalar_lm,
     response_values,
@@ -83,6 +85,7 @@ class ActorCriticSource:
         value_trunk: `own` for a value model of its own, `policy` for a head on the policy's hidden states.
         frozen_dtype: type that frozen weights are held in; `auto` for that of the policy, `nf4` for four bits.
         trust_remote_code: allow the folders to run Python code of their own.
+        reward_timeout: seconds that one call of a reward function may take; None for no limit.
     """
 
     policy: str
@@ -92,6 +95,7 @@ class ActorCriticSource:
     value_trunk: ValueTrunk = "own"
     frozen_dtype: FrozenDtype = "auto"
     trust_remote_code: bool = False
+    reward_timeout: float | None = None
 
     def __post_init__(self) -> None:
         if self.value_trunk == "policy" and self.value is not None:
@@ -105,6 +109,17 @@ class ActorCriticSource:
             )
         if self.frozen_dtype == "nf4" and self.finetune.export != "adapter":
             raise UserError("frozen_dtype nf4 needs finetune.export adapter: nothing can be merged into four bits")
+
+    def check(self) -> None:
+        """See that everything named is there, before minutes go into data; quick, no weights are read.
+
+        Raises:
+            UserError: a folder, module or function is missing or cannot serve.
+        """
+        check_model_folder(self.policy)
+        if self.value is not None:
+            check_reward_model(self.value)
+        find_reward(self.reward, self.reward_timeout)
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> ActorCritic:
         """Load all models.
@@ -136,7 +151,7 @@ class ActorCriticSource:
             frozen = attach_reward_adapter(scalar_beside(policy).model, str(self.reward))
             scorer: ModelScorer | TextScorer | FunctionScorer = ModelScorer(frozen)
         else:
-            scorer = load_scorer(self.reward, tokenizer, trust, nf4=self._nf4)
+            scorer = load_scorer(self.reward, tokenizer, trust, self._nf4, self.reward_timeout)
         if self.value_trunk == "policy":
             return TrunkValue(policy.get_output_embeddings().in_features), scorer
         if self.value is None and beside:

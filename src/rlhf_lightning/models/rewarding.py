@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Callable, Sequence
+import re
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,11 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.scalar_lm import ScalarLM, load_reward_model
+from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction, import_function, names_function
+from rlhf_lightning.models.scalar_lm import ScalarLM, check_reward_model, load_reward_model
 from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer, same_tokenizer
-
-RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
-"""`(prompts, responses) -> scores`, one float per response."""
 
 
 class Responses(NamedTuple):
@@ -28,6 +25,7 @@ class Responses(NamedTuple):
         ended: True where the response ended by itself, `[B]`, bool.
         prompts: text of each prompt, without special tokens.
         responses: text of each response, without special tokens.
+        row_ids: number of each prompt's row in its source, `[B]`, int64; named in error messages.
     """
 
     sequences: Tensor
@@ -35,6 +33,7 @@ class Responses(NamedTuple):
     ended: Tensor
     prompts: list[str]
     responses: list[str]
+    row_ids: Tensor | None = None
 
 
 class Scorer(Protocol):
@@ -101,11 +100,11 @@ class FunctionScorer:
     Args:
         function: `(prompts, responses) -> scores`.
         name: how error messages call it.
+        timeout: seconds that one call may take; None for no limit.
     """
 
-    def __init__(self, function: RewardFunction, name: str) -> None:
-        self.function = function
-        self.name = name
+    def __init__(self, function: RewardFunction, name: str, timeout: float | None = None) -> None:
+        self.function = ScoringFunction(function, name, timeout)
 
     def __call__(self, batch: Responses) -> Tensor:
         """Scores of the function, `[B]`, float32.
@@ -113,36 +112,41 @@ class FunctionScorer:
         Raises:
             UserError: the function did not return one number per response.
         """
-        scores = list(self.function(batch.prompts, batch.responses))
-        if len(scores) != len(batch.responses):
-            raise UserError(
-                f"reward function '{self.name}' returned {len(scores)} scores for {len(batch.responses)} responses"
-            )
-        return torch.tensor([float(s) for s in scores], dtype=torch.float32, device=batch.sequences.device)
+        rows = range(len(batch.responses)) if batch.row_ids is None else batch.row_ids.tolist()
+        messages = [[{"role": "user", "content": prompt}] for prompt in batch.prompts]
+        scores = self.function(batch.prompts, batch.responses, messages, rows)
+        return torch.tensor(scores, dtype=torch.float32, device=batch.sequences.device)
 
 
-def import_function(path: str) -> RewardFunction | None:
-    """Import `package.module.function` or `package.module:function`; None where the string is no such path.
+def find_reward(reward: str | RewardFunction, timeout: float | None = None) -> FunctionScorer | str:
+    """The function that `reward` names, or the folder or hub id of a reward model; quick, no weights are read.
 
     Args:
-        path: an import path.
+        reward: folder or hub id of a reward model, import path of a function, or the function itself.
+        timeout: seconds that one call of a function may take; None for no limit.
 
     Raises:
-        UserError: the module exists but has no such function.
+        UserError: it names neither, or not what could be a reward.
     """
-    module_name, _, name = path.replace(":", ".").rpartition(".")
-    if not module_name or "/" in path or not all(part.isidentifier() for part in [*module_name.split("."), name]):
-        return None
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as e:
-        if e.name is not None and (module_name == e.name or module_name.startswith(e.name + ".")):
-            return None
-        raise UserError(f"reward function '{path}' cannot be imported: {e}") from e
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"reward function '{path}' not found: module '{module_name}' has no function '{name}'")
-    return function
+    if timeout is not None and timeout <= 0:
+        raise UserError(f"reward_timeout ({timeout:g}) must be above 0, in seconds")
+    if not isinstance(reward, str):
+        return FunctionScorer(reward, getattr(reward, "__name__", type(reward).__name__), timeout)
+    if names_function(reward) and ".py" not in reward:
+        return FunctionScorer(import_function(reward), reward, timeout)
+    if not os.path.isdir(reward) and re.search(r"\.py\b", reward):
+        raise UserError(
+            f"reward '{reward}' names a file: name the function in it, like `my_rewards.politeness` for my_rewards.py "
+            "in the working folder or on PYTHONPATH"
+        )
+    if not os.path.isdir(reward) and "/" not in reward:
+        raise UserError(
+            f"reward '{reward}' is neither a reward model folder nor the import path of a function "
+            "(a module in the working folder or on PYTHONPATH, like `my_rewards.politeness`)"
+        )
+    if timeout is not None:
+        raise UserError(f"reward_timeout is a limit for functions, and '{reward}' is a reward model; leave it out")
+    return check_reward_model(reward)
 
 
 def load_scorer(
@@ -150,6 +154,7 @@ def load_scorer(
     policy_tokenizer: PreTrainedTokenizerBase,
     trust_remote_code: bool = False,
     nf4: bool = False,
+    timeout: float | None = None,
 ) -> ModelScorer | TextScorer | FunctionScorer:
     """Make the scorer that `reward` names.
 
@@ -158,19 +163,14 @@ def load_scorer(
         policy_tokenizer: decides whether a reward model can read the policy's ids.
         trust_remote_code: allow the folder to run Python code of its own.
         nf4: hold a reward model's linear layers in four bits.
+        timeout: seconds that one call of a function may take; None for no limit.
 
     Raises:
         UserError: it names neither.
     """
-    if not isinstance(reward, str):
-        return FunctionScorer(reward, getattr(reward, "__name__", repr(reward)))
-    if not os.path.isdir(reward) and (function := import_function(reward)) is not None:
-        return FunctionScorer(function, reward)
-    if not os.path.isdir(reward) and "/" not in reward:
-        raise UserError(
-            f"reward '{reward}' is neither a reward model folder nor the import path of a function "
-            "(a module on PYTHONPATH, like `my_rewards.politeness`)"
-        )
-    model = load_reward_model(reward, trust_remote_code=trust_remote_code, nf4=nf4)
-    tokenizer = load_tokenizer(reward, trust_remote_code)
+    found = find_reward(reward, timeout)
+    if isinstance(found, FunctionScorer):
+        return found
+    model = load_reward_model(found, trust_remote_code=trust_remote_code, nf4=nf4)
+    tokenizer = load_tokenizer(found, trust_remote_code)
     return ModelScorer(model) if same_tokenizer(policy_tokenizer, tokenizer) else TextScorer(model, tokenizer)

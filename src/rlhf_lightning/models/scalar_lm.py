@@ -226,6 +226,33 @@ def has_reward_head(name_or_path: str | os.PathLike[str]) -> bool:
     return is_reward_adapter(name) or any("SequenceClassification" in a for a in architectures)
 
 
+def check_reward_model(name_or_path: str | os.PathLike[str]) -> str:
+    """Return the name to load a reward model from, after the checks that need neither weights nor network.
+
+    Args:
+        name_or_path: as for `load_reward_model`.
+
+    Raises:
+        UserError: as for `load_reward_model`, as far as its config tells.
+    """
+    name = check_model_folder(name_or_path)
+    config: dict[str, Any] = read_config(name)
+    is_lm = any("CausalLM" in a or "LMHead" in a for a in config.get("architectures") or [])
+    if is_lm or (is_adapter(name) and not is_reward_adapter(name)):
+        raise _untrained(name)
+    if len(config.get("id2label") or {"0": ""}) != 1:
+        raise UserError(f"'{name}' is a classifier with {len(config['id2label'])} labels; a reward model has one")
+    return name
+
+
+def _untrained(name: str) -> UserError:
+    kind = "language model's adapter" if is_adapter(name) else "model"
+    return UserError(
+        f"'{name}' has no trained reward head (it is a {(read_config(name).get('architectures') or [kind])[0]}); "
+        "train one with `rlhf fit --config reward.yaml` and pass its export folder"
+    )
+
+
 def load_reward_model(
     name_or_path: str | os.PathLike[str], dropout: bool = False, trust_remote_code: bool = False, nf4: bool = False
 ) -> ScalarLM:
@@ -241,21 +268,10 @@ def load_reward_model(
     Raises:
         UserError: there is no such model, it is a language model without a trained head, or it has several labels.
     """
-    name = check_model_folder(name_or_path)
-    config: dict[str, Any] = read_config(name)
-    kind = "language model's adapter" if is_adapter(name) else "model"
-    untrained = (
-        f"'{name}' has no trained reward head (it is a {(config.get('architectures') or [kind])[0]}); "
-        "train one with `rlhf fit --config reward.yaml` and pass its export folder"
-    )
-    is_lm = any("CausalLM" in a or "LMHead" in a for a in config.get("architectures") or [])
-    if is_lm or (is_adapter(name) and not is_reward_adapter(name)):
-        raise UserError(untrained)
-    if len(config.get("id2label") or {"0": ""}) != 1:
-        raise UserError(f"'{name}' is a classifier with {len(config['id2label'])} labels; a reward model has one")
+    name = check_reward_model(name_or_path)
     scalar, missing = _load(name, dropout, trust_remote_code, nf4)
     if any(key.startswith("score.") for key in missing):
-        raise UserError(untrained)
+        raise _untrained(name)
     return scalar
 
 

@@ -27,7 +27,8 @@ from rlhf_lightning.models.actor_critic import ActorCriticSource, FrozenDtype, T
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.models.finetune import FineTune, enable_gradient_checkpointing
 from rlhf_lightning.models.generation import Generation, Sampling, TransformersEngine
-from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, RewardFunction, TextScorer
+from rlhf_lightning.models.reward_functions import RewardFunction
+from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
 from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.modules import ppo_checks
@@ -71,8 +72,9 @@ class PPOModule(pl.LightningModule):
     Args:
         model_name_or_path: Hugging Face folder or hub id of the SFT model: the policy starts from it, and a frozen copy
             is the reference.
-        reward: folder or hub id of a reward model (its tokenizer may differ from the policy's), or the import path of a
-            function `(prompts: list[str], responses: list[str]) -> list[float]`; from Python also the function.
+        reward: folder or hub id of a reward model (its tokenizer and chat template may differ from the policy's), or
+            the import path of a function `(prompts: list[str], responses: list[str]) -> list[float]`, looked for in
+            the working folder too; from Python also the function.
         value_name_or_path: what the value model starts from. None takes the reward model, or, where that is a function
             or reads other tokens, the policy's folder with a head that says 0.
         sampling: how responses are drawn.
@@ -98,6 +100,8 @@ class PPOModule(pl.LightningModule):
         frozen_dtype: what frozen weights are held in; `auto` for that of the policy, `nf4` for four bits (LoRA only;
             needs bitsandbytes).
         trust_remote_code: allow the model folders to run Python code of their own.
+        reward_timeout: seconds that a reward function may take over one rollout; None for no limit. One that takes
+            longer ends the run with one line; a checkpoint goes on from where it was written.
     """
 
     def __init__(
@@ -126,6 +130,7 @@ class PPOModule(pl.LightningModule):
         compile_decoding: bool = False,
         frozen_dtype: FrozenDtype = "auto",
         trust_remote_code: bool = False,
+        reward_timeout: float | None = None,
     ) -> None:
         super().__init__()
         functions = ["reward"] if callable(reward) else []
@@ -161,9 +166,10 @@ class PPOModule(pl.LightningModule):
         self.compile_decoding = compile_decoding
         self.frozen_dtype: FrozenDtype = frozen_dtype
         self.trust_remote_code = trust_remote_code
-        self._source = ActorCriticSource(
-            model_name_or_path, reward, value_name_or_path, finetune, value_trunk, frozen_dtype, trust_remote_code
-        )
+        self.reward_timeout = reward_timeout
+        named = model_name_or_path, reward, value_name_or_path
+        self._source = ActorCriticSource(*named, finetune, value_trunk, frozen_dtype, trust_remote_code, reward_timeout)
+        self._source.check()
         # One update on the whole rollout: the policy that is updated is the one that answered.
         self._on_policy = ppo_epochs == 1 and minibatch_size == rollout_batch_size
         self.kl_controller = KLController(kl.coef, kl.target, kl.horizon)
