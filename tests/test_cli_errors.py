@@ -85,7 +85,7 @@ CASES = [
     ([*BASE, "--model.sampling.top_k=five"], "model.sampling.top_k: expected int, got five"),
     ([*BASE, "--model.optimizer.lr=high"], "model.optimizer.lr: expected float, got high"),
     ([*BASE, "--model.lr_schedule=cosin"], "model.lr_schedule: expected one of cosine, linear, constant, got cosin"),
-    ([*BASE, "--data.batch_size=0"], "batch_size is 0; it must be at least 1"),
+    ([*BASE, "--data.batch_size=0"], "batch_size (0) must be at least 1"),
     ([*BASE, "--data.data=missing.jsonl"], "missing.jsonl does not exist"),
     ([*BASE, "--data.data=columns.jsonl"], "columns.jsonl has columns text, label; needed: "),
     ([*BASE, "--data.data=empty.jsonl"], "empty.jsonl has no rows"),
@@ -128,7 +128,7 @@ CASES = [
         "--trainer: `val_check_interval` (20) must be less than or equal to the number of the training batches",
     ),
     ([*PPO_RUN, "--model.minibatch_size=3"], "rollout_batch_size (4) must be a multiple of minibatch_size (3)"),
-    ([*PPO_RUN, "--model.kl.coef=-1"], "kl: coef must be 0 or more"),
+    ([*PPO_RUN, "--model.kl.coef=-1"], "kl.coef (-1.0) must be at least 0"),
     (
         ["predict", *REWARD, "--model.model_name_or_path=lm", "--data.predict_data=pairs.jsonl"],
         "'lm' has no trained reward head",

@@ -120,3 +120,8 @@ def test_a_run_without_an_end_cannot_decay(kind, warmup):
 
 def test_a_constant_rate_needs_no_end():
     assert [pair[0] for pair in rates(2, "constant", math.inf, 4)] == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_an_unknown_schedule_is_none_of_the_known_ones():
+    with pytest.raises(ValueError, match="kind 'cosin' is none of cosine, linear and constant"):
+        learning_rate_factor(5, "cosin", 2, 10)

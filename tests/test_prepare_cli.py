@@ -105,8 +105,8 @@ def test_help_documents_every_argument(capsys):
     [
         (["--max_lenght=3"], "unknown key 'max_lenght'; did you mean 'max_length'?"),
         (["--max_length=many"], "max_length: expected int, got many"),
-        (["--max_length=0"], "max_length is 0; it must be at least 1"),
-        (["--num_proc=0"], "num_proc is 0; it must be at least 1"),
+        (["--max_length=0"], "max_length (0) must be at least 1"),
+        (["--num_proc=0"], "num_proc (0) must be at least 1"),
         (["--data=nowhere.jsonl"], "nowhere.jsonl does not exist; check the path"),
         (["--tokenizer=./nowhere"], "nowhere"),
         (["--stage_split={sft: 0.5, rm: 0.5}"], "'rm' is not one of sft, reward, ppo"),

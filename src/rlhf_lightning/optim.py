@@ -50,6 +50,8 @@ def learning_rate_factor(
     if kind == "constant":
         return 1.0
     progress = min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps))
+    if kind not in ("cosine", "linear"):
+        raise ValueError(f"kind {kind!r} is none of cosine, linear and constant")
     fall = 0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1 - progress
     return min_factor + (1 - min_factor) * fall
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, SHARE, check_arguments
 from rlhf_lightning.functional import KLEstimator
 
 
@@ -27,8 +27,7 @@ class KLPenalty:
     estimator: KLEstimator = "k1"
 
     def __post_init__(self) -> None:
-        if self.coef < 0 or self.horizon < 1 or (self.target is not None and self.target <= 0):
-            raise UserError(f"kl: coef must be 0 or more, horizon at least 1 and target above 0, not {self}")
+        check_arguments(KLPenalty, vars(self), {"target": POSITIVE, "horizon": AT_LEAST_1}, "kl.")
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,9 @@ class ScoreShaping:
     scaling: bool = True
     clip: float | None = 5.0
     missing_eos_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_arguments(ScoreShaping, vars(self), {"clip": POSITIVE}, "score.")
 
 
 @dataclass(frozen=True)
@@ -65,3 +67,7 @@ class Objective:
     gamma: float = 1.0
     gae_lambda: float = 0.95
     whiten_advantages: bool = True
+
+    def __post_init__(self) -> None:
+        ranges = {"clip_range": POSITIVE, "value_clip_range": POSITIVE, "gamma": SHARE, "gae_lambda": SHARE}
+        check_arguments(Objective, vars(self), ranges, "objective.")

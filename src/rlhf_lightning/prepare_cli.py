@@ -13,9 +13,10 @@ from filelock import FileLock, Timeout
 from jsonargparse import auto_cli
 from rich.console import Console
 
+from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.plain import PlainFormat
-from rlhf_lightning.data.limits import TokenLimits, check_context, check_positive
+from rlhf_lightning.data.limits import RANGES, TokenLimits, check_context
 from rlhf_lightning.data.preparing.filters import Filters, Splits
 from rlhf_lightning.data.preparing.preparation import Preparation
 from rlhf_lightning.data.preparing.prepared import MANIFEST, PARTS, PreparedFolder, file_name, is_prepared
@@ -99,9 +100,9 @@ def prepare(
     Raises:
         UserError: data that cannot be used, or a folder that must not be replaced.
     """
+    check_arguments(prepare, locals(), RANGES)
     folder = Path(out).expanduser().absolute()
     _check_out(folder, overwrite)
-    check_positive(num_samples=num_samples, num_proc=num_proc)
     limits = TokenLimits.checked(max_length, max_prompt_length, response_room, long_prompts, minimum_response_length)
     splits = Splits(validation_split, test_split, stage_split, split_by)
     loaded = load_tokenizer(tokenizer, trust_remote_code)

@@ -135,3 +135,10 @@ def test_padding_on_either_side():
 def test_collate_functions_travel_to_workers():
     collate = pickle.loads(pickle.dumps(partial(collate_instructions, filler=0, loss_on="all")))
     assert collate([EncodedExample(pack_ids([1, 2]), 1, 0)]).loss_mask.tolist() == [[F, T]]
+
+
+def test_unknown_words_are_none_of_the_known_ones():
+    with pytest.raises(ValueError, match="side 'middle' is neither left nor right"):
+        pad([[1]], 0, side="middle")
+    with pytest.raises(ValueError, match="loss_on 'respons' is none of response, turns and all"):
+        collate_instructions([EncodedExample([1, 2], 1, 0)], 0, loss_on="respons")

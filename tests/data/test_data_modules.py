@@ -278,11 +278,11 @@ def test_messages_without_a_template_name_the_row():
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (InstructionDataModule, {"batch_size": 0}, "batch_size is 0"),
-        (PreferenceDataModule, {"eval_batch_size": -1}, "eval_batch_size is -1"),
-        (PromptDataModule, {"rollout_batch_size": 0}, "rollout_batch_size is 0"),
-        (PromptDataModule, {"max_prompt_length": 0}, "max_prompt_length is 0"),
-        (PromptDataModule, {"num_samples": 0}, "num_samples is 0"),
+        (InstructionDataModule, {"batch_size": 0}, r"batch_size \(0\) must be at least 1"),
+        (PreferenceDataModule, {"eval_batch_size": -1}, r"eval_batch_size \(-1\) must be at least 1"),
+        (PromptDataModule, {"rollout_batch_size": 0}, r"rollout_batch_size \(0\) must be at least 1"),
+        (PromptDataModule, {"max_prompt_length": 0}, r"max_prompt_length \(0\) must be at least 1"),
+        (PromptDataModule, {"num_samples": 0}, r"num_samples \(0\) must be at least 1"),
         (InstructionDataModule, {"validation_split": 1.0}, r"validation_split \(1.0\) must be at least 0 and below 1"),
         (
             PreferenceDataModule,

@@ -63,14 +63,14 @@ def test_what_is_left_is_the_end_with_its_turns(data, length, room, bos):
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ((0, None, None, "cut"), r"max_length is 0; it must be at least 1"),
-        ((8, 0, None, "cut"), r"max_prompt_length is 0"),
-        ((8, None, -1, "cut"), r"response_room is -1"),
+        ((0, None, None, "cut"), r"max_length \(0\) must be at least 1"),
+        ((8, 0, None, "cut"), r"max_prompt_length \(0\) must be at least 1"),
+        ((8, None, -1, "cut"), r"response_room \(-1\) must be at least 1"),
         ((8, 8, None, "cut"), r"max_prompt_length \(8\) must be below max_length \(8\)"),
         ((8, None, 8, "cut"), r"response_room \(8\) must be below max_length \(8\)"),
         ((1, None, None, "cut"), r"response_room \(1\) must be below max_length \(1\)"),
         ((8, None, None, "cut", 8), r"minimum_response_length \(8\) must be below max_length \(8\)"),
-        ((8, None, None, "cut", -1), r"minimum_response_length is -1; it must be at least 0"),
+        ((8, None, None, "cut", -1), r"minimum_response_length \(-1\) must be at least 0"),
     ],
 )
 def test_limits_that_do_not_go_together(limits, message):

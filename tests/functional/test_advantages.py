@@ -141,3 +141,8 @@ def test_a_better_score_gives_a_better_advantage_to_every_token():
         assert (advantages[1] > advantages[0]).all()
     assert (advantages[0] < 0).all()
     assert (advantages[1] > 0).all()
+
+
+def test_an_unknown_estimator_is_none_of_the_known_ones():
+    with pytest.raises(ValueError, match="estimator 'k4' is none of k1, k2 and k3"):
+        kl_estimate(torch.zeros(1, 1), torch.zeros(1, 1), "k4")

@@ -173,3 +173,9 @@ def test_gradients_reach_real_tokens_only(kind):
     assert (chosen[reached] < 0).all()
     assert rejected[2] > 0
     assert (chosen.sum() + rejected.sum()).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_an_unknown_kind_is_none_of_the_known_ones():
+    ids, mask, scores = torch.zeros(1, 2).long(), torch.ones(1, 2).bool(), torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="kind 'last_tokn' is none of last_token, average and per_sample"):
+        pairwise_loss(scores, scores, ids, ids, mask, mask, "last_tokn")

@@ -244,7 +244,7 @@ def test_a_tied_output_layer_can_have_no_adapter(family):
         ({"export": "adapter"}, "export adapter needs finetune.mode lora, not all"),
         ({"rank": 0}, r"rank \(0\) must be at least 1"),
         ({"alpha": 0}, r"alpha \(0\) must be above 0"),
-        ({"dropout": 1.0}, r"dropout \(1.0\) must be 0 or more and below 1"),
+        ({"dropout": 1.0}, r"dropout \(1.0\) must be at least 0 and below 1"),
         ({"target_modules": []}, "target_modules is empty"),
         ({"target_modules": "("}, r"target_modules '\(' is no regular expression"),
     ],

@@ -216,7 +216,7 @@ def test_a_policy_without_any_eos_is_refused():
         ({"top_p": 0.0}, r"top_p \(0.0\)"),
         ({"top_p": 1.1}, r"top_p \(1.1\)"),
         ({"top_k": -1}, r"top_k \(-1\)"),
-        ({"max_new_tokens": 0}, "max_new_tokens at least 1"),
+        ({"max_new_tokens": 0}, r"max_new_tokens \(0\) must be at least 1"),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, r"min_new_tokens \(9\)"),
         ({"min_new_tokens": -1}, r"min_new_tokens \(-1\)"),
     ],

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from rlhf_lightning import __version__
+from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import CALIBRATION_FILE, is_adapter
 from rlhf_lightning.models.finetune import HEAD, adapter_state, merged_state
@@ -50,6 +51,7 @@ class HFExport(Callback):
     """
 
     def __init__(self, dirpath: str | None = None, with_checkpoints: bool = False, dtype: str = "auto") -> None:
+        check_arguments(HFExport, locals())
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise UserError(f"HFExport: dtype '{dtype}' is unknown; use auto, float32, bfloat16 or float16")
         self.dirpath = dirpath

@@ -12,6 +12,8 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from rlhf_lightning.arguments import check_arguments
+
 
 class StageProgressBar(TQDMProgressBar):
     """Lightning's bar, plus a second one for the parts of a long step: generating, scoring, updating.
@@ -24,6 +26,7 @@ class StageProgressBar(TQDMProgressBar):
     """
 
     def __init__(self, refresh_rate: int = 1, leave: bool = False) -> None:
+        check_arguments(StageProgressBar, locals())
         super().__init__(refresh_rate=refresh_rate, leave=leave)
         self._inner: Any = None
         self._redirection = ExitStack()

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
+from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data.collate import EncodedPrompt, collate_prompts, pack_ids
 from rlhf_lightning.errors import UserError
@@ -34,6 +35,7 @@ class SampleTexts(Callback):
     """
 
     def __init__(self, prompts: list[str], path: str | None = None, sampling: Sampling | None = None) -> None:
+        check_arguments(SampleTexts, locals())
         if not prompts:
             raise UserError("SampleTexts: prompts is empty; give at least one")
         self.prompts = prompts

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.chat.encoder import ChatEncoder, DialogueFormat
 from rlhf_lightning.chat.plain import PlainFormat
 from rlhf_lightning.data.encode import EncodedRow
-from rlhf_lightning.data.limits import TokenLimits, check_context, check_positive
+from rlhf_lightning.data.limits import TokenLimits, check_context
 from rlhf_lightning.data.packing import PackedTable
 from rlhf_lightning.data.preparing.cache import find_or_build
 from rlhf_lightning.data.preparing.filters import Filters, Splits
@@ -77,9 +77,6 @@ class TextDataModule(ResumableDataModule, ABC):
         trust_remote_code: bool,
     ) -> None:
         super().__init__()
-        check_positive(
-            batch_size=batch_size, eval_batch_size=eval_batch_size, num_samples=num_samples, num_proc=num_proc
-        )
         self.data, self.validation_data = data, validation_data
         self.test_data, self.predict_data = test_data, predict_data
         self.columns, self.on_bad_row, self.num_samples = columns, on_bad_row, num_samples

@@ -97,6 +97,8 @@ def pad(
         >>> ids.tolist(), mask.tolist()
         ([[5, 6], [0, 7]], [[True, True], [False, True]])
     """
+    if side not in ("left", "right"):
+        raise ValueError(f"side {side!r} is neither left nor right")
     total = max(length, max(len(ids) for ids in sequences))
     # Filled in numpy, because memory-mapped ids are read-only, which torch.as_tensor warns about.
     out = np.full((len(sequences), total), filler, dtype=np.int64)
@@ -120,6 +122,8 @@ def taught_tokens(example: EncodedExample, loss_on: LossOn) -> np.ndarray:
         >>> taught_tokens(EncodedExample([1, 5, 6, 7, 8, 2], 4, 0, turns=[1, 3]), "turns").tolist()
         [False, True, True, False, True, True]
     """
+    if loss_on not in ("response", "turns", "all"):
+        raise ValueError(f"loss_on {loss_on!r} is none of response, turns and all")
     taught = np.zeros(len(example.ids), dtype=np.bool_)
     taught[0 if loss_on == "all" else example.prompt_length :] = True
     if loss_on == "turns":

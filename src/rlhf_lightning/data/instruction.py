@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.batches import InstructionBatch, PromptBatch
 from rlhf_lightning.chat.plain import HUMAN_ASSISTANT, PlainFormat
 from rlhf_lightning.data.base import TextDataModule
 from rlhf_lightning.data.collate import EncodedExample, EncodedPrompt, collate_instructions, collate_packed
 from rlhf_lightning.data.encode import EncodedRow
-from rlhf_lightning.data.limits import TokenLimits
+from rlhf_lightning.data.limits import RANGES, TokenLimits
 from rlhf_lightning.data.preparing.filters import NO_FILTERS, Filters, Splits
 from rlhf_lightning.data.preparing.prepared import Derived, PreparedFolder
 from rlhf_lightning.data.prompt import collate_decoded
@@ -110,6 +111,7 @@ class InstructionDataModule(TextDataModule):
         seed: int = 42,
         trust_remote_code: bool = False,
     ) -> None:
+        check_arguments(InstructionDataModule, locals(), RANGES)
         if packing and length_grouped:
             raise UserError("packing fills every row, so there is nothing for length_grouped to do; choose one")
         super().__init__(

@@ -10,9 +10,17 @@ from typing import Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_lightning.arguments import AT_LEAST_1, SHARE_BELOW_1, check_arguments
 from rlhf_lightning.errors import UserError
 
 LongPrompts = Literal["cut", "drop"]
+_COUNTS = ("max_length", "max_prompt_length", "response_room", "num_samples", "num_proc")
+_BATCHES = ("batch_size", "eval_batch_size", "rollout_batch_size")
+RANGES = {
+    **dict.fromkeys((*_COUNTS, *_BATCHES), AT_LEAST_1),
+    **dict.fromkeys(("validation_split", "test_split"), SHARE_BELOW_1),
+}
+"""What numbers may be, for `check_arguments`, wherever data are prepared or batched; all others are at least 0."""
 
 
 class TokenLimits(NamedTuple):
@@ -53,7 +61,7 @@ class TokenLimits(NamedTuple):
         Raises:
             UserError: a limit below 1, or one that leaves no room for the other part.
         """
-        check_positive(max_length=max_length, max_prompt_length=max_prompt_length, response_room=response_room)
+        check_arguments(cls.checked, locals(), RANGES)
         if max_prompt_length is not None and max_prompt_length >= max_length:
             raise UserError(
                 f"max_prompt_length ({max_prompt_length}) must be below max_length ({max_length}), "
@@ -64,28 +72,12 @@ class TokenLimits(NamedTuple):
         for name, value in (("response_room", response_room), ("minimum_response_length", minimum_response_length)):
             if value >= max_length:
                 raise UserError(f"{name} ({value}) must be below max_length ({max_length})")
-        if minimum_response_length < 0:
-            raise UserError(f"minimum_response_length is {minimum_response_length}; it must be at least 0")
         return cls(max_length, max_prompt_length, response_room, long_prompts, minimum_response_length)
 
     def prompt_room(self, response_lengths: Sequence[int]) -> int:
         """How many tokens a prompt may have before responses of these lengths; before none, `response_room` is kept."""
         room = self.max_length - min(max(response_lengths, default=self.response_room), self.response_room)
         return room if self.max_prompt_length is None else min(room, self.max_prompt_length)
-
-
-def check_positive(**values: int | None) -> None:
-    """Refuse numbers below 1 by name; None passes.
-
-    Args:
-        values: name and number.
-
-    Raises:
-        UserError: the first number below 1.
-    """
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
 
 
 def check_context(tokenizer: PreTrainedTokenizerBase, name: str, length: int) -> None:

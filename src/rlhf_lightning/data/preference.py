@@ -7,12 +7,13 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.batches import PreferenceBatch, ScoringBatch
 from rlhf_lightning.chat.plain import HUMAN_ASSISTANT, PlainFormat
 from rlhf_lightning.data.base import TextDataModule
 from rlhf_lightning.data.collate import EncodedPair, EncodedSequence, collate_pairs, collate_sequences
 from rlhf_lightning.data.encode import EncodedRow, scored_sequence
-from rlhf_lightning.data.limits import TokenLimits
+from rlhf_lightning.data.limits import RANGES, TokenLimits
 from rlhf_lightning.data.preparing.filters import NO_FILTERS, Filters, Splits
 from rlhf_lightning.data.preparing.prepared import Derived
 from rlhf_lightning.data.rows import Need, Row
@@ -107,6 +108,7 @@ class PreferenceDataModule(TextDataModule):
         seed: int = 42,
         trust_remote_code: bool = False,
     ) -> None:
+        check_arguments(PreferenceDataModule, locals(), RANGES)
         super().__init__(
             tokenizer=tokenizer,
             data=data,

@@ -7,13 +7,14 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.plain import HUMAN_ASSISTANT, PlainFormat
 from rlhf_lightning.data.base import TextDataModule
 from rlhf_lightning.data.collate import EncodedPrompt, collate_prompts
 from rlhf_lightning.data.encode import EncodedRow
-from rlhf_lightning.data.limits import TokenLimits, check_context, check_positive
+from rlhf_lightning.data.limits import RANGES, TokenLimits, check_context
 from rlhf_lightning.data.preparing.filters import NO_FILTERS, Filters, Splits
 from rlhf_lightning.data.rows import Need, Row
 from rlhf_lightning.data.sources import DataSource
@@ -98,7 +99,7 @@ class PromptDataModule(TextDataModule):
         seed: int = 42,
         trust_remote_code: bool = False,
     ) -> None:
-        check_positive(max_prompt_length=max_prompt_length, rollout_batch_size=rollout_batch_size)
+        check_arguments(PromptDataModule, locals(), RANGES)
         super().__init__(
             tokenizer=tokenizer,
             data=data,

@@ -39,7 +39,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator =
         return difference
     if estimator == "k2":
         return 0.5 * difference**2
-    return torch.exp(-difference) - 1 + difference
+    if estimator == "k3":
+        return torch.exp(-difference) - 1 + difference
+    raise ValueError(f"estimator {estimator!r} is none of k1, k2 and k3")
 
 
 def kl_shaped_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:

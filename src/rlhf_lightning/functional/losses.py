@@ -129,6 +129,8 @@ def pairwise_loss(
     if kind == "average":
         lead = _mean_from(chosen_scores, chosen_mask, start) - _mean_from(rejected_scores, rejected_mask, start)
         return -F.logsigmoid(lead)
+    if kind != "per_sample":
+        raise ValueError(f"kind {kind!r} is none of last_token, average and per_sample")
     losses = -F.logsigmoid(_hold_last(chosen_scores, chosen_mask) - _hold_last(rejected_scores, rejected_mask))
     positions = torch.arange(chosen_mask.shape[1], device=chosen_mask.device)
     compared = (positions >= start.unsqueeze(1)) & (chosen_mask | rejected_mask)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.causal_lm import freeze, load_causal_lm, logprobs_from_hidden, response_hidden
 from rlhf_lightning.models.dtypes import linear_in_float32
@@ -98,6 +99,7 @@ class ActorCriticSource:
     reward_timeout: float | None = None
 
     def __post_init__(self) -> None:
+        check_arguments(ActorCriticSource, vars(self))
         if self.value_trunk == "policy" and self.value is not None:
             raise UserError("value_trunk: policy has no weights of its own, so value_name_or_path must be null")
         if self.finetune.mode == "lora" and self.finetune.dropout:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, SHARE_BELOW_1, check_arguments
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.fused_lora import fuse_adapters
 from rlhf_lightning.models.partitioned import is_partitioned, whole
@@ -63,18 +64,10 @@ class FineTune:
     export: Literal["merged", "adapter"] = "merged"
 
     def __post_init__(self) -> None:
-        if self.mode not in ("all", "last_layer", "lora"):
-            raise UserError(f"finetune.mode '{self.mode}' is unknown; use all, last_layer or lora")
-        if self.export not in ("merged", "adapter"):
-            raise UserError(f"finetune.export '{self.export}' is unknown; use merged or adapter")
+        ranges = {"rank": AT_LEAST_1, "alpha": POSITIVE, "dropout": SHARE_BELOW_1}
+        check_arguments(FineTune, vars(self), ranges, "finetune.")
         if self.export == "adapter" and self.mode != "lora":
             raise UserError(f"finetune.export adapter needs finetune.mode lora, not {self.mode}: it makes no adapter")
-        if self.rank < 1:
-            raise UserError(f"finetune.rank ({self.rank}) must be at least 1")
-        if self.alpha <= 0:
-            raise UserError(f"finetune.alpha ({self.alpha}) must be above 0")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"finetune.dropout ({self.dropout}) must be 0 or more and below 1")
         if not self.target_modules:
             raise UserError("finetune.target_modules is empty; use all-linear or a list of layer names")
         if isinstance(self.target_modules, str):

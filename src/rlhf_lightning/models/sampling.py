@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
+from rlhf_lightning.arguments import AT_LEAST_1, Range, check_arguments
 from rlhf_lightning.errors import UserError
 
 BLOCK = 256
@@ -41,16 +42,10 @@ class Sampling:
     stop_strings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature ({self.temperature}) must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p ({self.top_p}) must be above 0 and at most 1")
-        if self.top_k < 0:
-            raise UserError(f"top_k ({self.top_k}) must be 0 (all tokens) or more")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens or self.max_new_tokens < 1:
+        check_arguments(Sampling, vars(self), {"top_p": Range(above=0, at_most=1), "max_new_tokens": AT_LEAST_1})
+        if self.min_new_tokens > self.max_new_tokens:
             raise UserError(
-                f"min_new_tokens ({self.min_new_tokens}) must be between 0 and max_new_tokens ({self.max_new_tokens}), "
-                "and max_new_tokens at least 1"
+                f"min_new_tokens ({self.min_new_tokens}) must be at most max_new_tokens ({self.max_new_tokens})"
             )
 
 

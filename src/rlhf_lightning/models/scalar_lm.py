@@ -19,6 +19,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional import scores_at_end
 from rlhf_lightning.models.adapters import (
@@ -208,6 +209,7 @@ def new_scalar_lm(
     Raises:
         UserError: there is no model at that place, or its family has no classifier in transformers.
     """
+    check_arguments(new_scalar_lm, {"head": head})
     scalar, _ = _load(check_model_folder(name_or_path), dropout, trust_remote_code)
     std = 0.0 if head == "zero" else (scalar.model.score.in_features + 1) ** -0.5
     # From a stream of its own, so that the head depends on the seed and not on what drew random numbers before.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rlhf_lightning.arguments import AT_LEAST_1
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.master_weights import with_master_weights
@@ -20,9 +21,13 @@ from rlhf_lightning.strategies import sum_over_ranks, world_size
 
 PieceT = TypeVar("PieceT")
 
+_ROLLOUT = ("rollout_batch_size", "generation_batch_size", "ppo_epochs")
+SIZES = dict.fromkeys((*_ROLLOUT, "minibatch_size", "micro_batch_size", "max_tokens_per_batch"), AT_LEAST_1)
+"""What the modules' counts may be, for `check_arguments`."""
+
 
 def check_batch_sizes(**sizes: int | None) -> None:
-    """Refuse sizes below 1, and a size that does not divide the one named before it.
+    """Refuse a size that does not divide the one named before it.
 
     Args:
         **sizes: from the largest to the smallest; None is passed over.
@@ -36,25 +41,21 @@ def check_batch_sizes(**sizes: int | None) -> None:
         rlhf_lightning.errors.UserError: minibatch_size (6) must be a multiple of micro_batch_size (4)
     """
     given = [(name, size) for name, size in sizes.items() if size is not None]
-    for name, size in given:
-        if size < 1:
-            raise UserError(f"{name} ({size}) must be at least 1")
     for (name, size), (smaller_name, smaller) in pairwise(given):
         if size % smaller:
             raise UserError(f"{name} ({size}) must be a multiple of {smaller_name} ({smaller})")
 
 
 def check_token_budget(micro_batch_size: int | None, max_tokens_per_batch: int | None) -> None:
-    """Refuse two limits at once, and a limit below 1.
+    """Refuse two limits at once.
 
     Args:
         micro_batch_size: rows per forward and backward pass.
         max_tokens_per_batch: tokens per forward and backward pass.
 
     Raises:
-        UserError: names the argument.
+        UserError: both are given.
     """
-    check_batch_sizes(max_tokens_per_batch=max_tokens_per_batch)
     if micro_batch_size is not None and max_tokens_per_batch is not None:
         raise UserError("micro_batch_size and max_tokens_per_batch both limit a forward pass: give one of them")
 

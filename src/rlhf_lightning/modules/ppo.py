@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.batches import PromptBatch, length_sorted_pieces
 from rlhf_lightning.controllers import KLController, RunningMoments
 from rlhf_lightning.experience import Experience
@@ -33,6 +34,7 @@ from rlhf_lightning.models.scalar_lm import ScalarLM
 from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.modules import ppo_checks
 from rlhf_lightning.modules.common import (
+    SIZES,
     check_batch_sizes,
     check_token_budget,
     configure_optimizer,
@@ -133,6 +135,7 @@ class PPOModule(pl.LightningModule):
         reward_timeout: float | None = None,
     ) -> None:
         super().__init__()
+        check_arguments(PPOModule, locals(), SIZES)
         functions = ["reward"] if callable(reward) else []
         self.save_hyperparameters(ignore=["optimizer", "sampling", "kl", "score", "objective", "finetune", *functions])
         sizes = {"minibatch_size": minibatch_size, "micro_batch_size": micro_batch_size}

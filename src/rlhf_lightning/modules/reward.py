@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchmetrics import CatMetric, MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.batches import PreferenceBatch, ScoringBatch, micro_batches
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional import RewardLoss, pairwise_loss, scores_at_end
@@ -36,7 +37,7 @@ from rlhf_lightning.models.scalar_lm import (
 )
 from rlhf_lightning.models.tokenizer import load_tokenizer, own_pad_token
 from rlhf_lightning.modules.common import (
-    check_batch_sizes,
+    SIZES,
     check_token_budget,
     configure_optimizer,
     count_tokens,
@@ -115,8 +116,8 @@ class RewardModule(pl.LightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        check_arguments(RewardModule, locals(), SIZES)
         self.save_hyperparameters(ignore=["optimizer", "finetune"])
-        check_batch_sizes(micro_batch_size=micro_batch_size)
         check_token_budget(micro_batch_size, max_tokens_per_batch)
         self.automatic_optimization = False
         self.strict_loading = finetune.mode == "all"  # otherwise checkpoints lack what is frozen

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lightning.arguments import SHARE_BELOW_1, check_arguments
 from rlhf_lightning.batches import InstructionBatch, PromptBatch, micro_batches
 from rlhf_lightning.models.causal_lm import cross_entropy_at, hidden_states, load_causal_lm
 from rlhf_lightning.models.dtypes import keep_dtype
@@ -27,7 +28,7 @@ from rlhf_lightning.models.generation import Sampling, TransformersEngine
 from rlhf_lightning.models.packed import check_packing
 from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.modules.common import (
-    check_batch_sizes,
+    SIZES,
     check_token_budget,
     configure_optimizer,
     count_tokens,
@@ -93,8 +94,8 @@ class SFTModule(pl.LightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        check_arguments(SFTModule, locals(), {**SIZES, "label_smoothing": SHARE_BELOW_1})
         self.save_hyperparameters(ignore=["optimizer", "finetune", "sampling"])
-        check_batch_sizes(micro_batch_size=micro_batch_size)
         check_token_budget(micro_batch_size, max_tokens_per_batch)
         self.automatic_optimization = False
         self.strict_loading = finetune.mode == "all"  # otherwise checkpoints lack what is frozen

@@ -8,6 +8,7 @@ from lightning_fabric.utilities.seed import reset_seed
 from pytorch_lightning.strategies import DeepSpeedStrategy as LightningDeepSpeedStrategy
 from torch import nn
 
+from rlhf_lightning.arguments import Range, check_arguments
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.strategies.ranks import clip_value
 
@@ -47,6 +48,7 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
         logging_level: int = logging.ERROR,
         **kwargs: Any,
     ) -> None:
+        check_arguments(DeepSpeedStrategy, locals(), {"stage": Range(at_least=0, at_most=3)})
         super().__init__(
             stage=stage,
             offload_optimizer=offload_optimizer,

@@ -353,8 +353,8 @@ def test_a_blend_needs_of_every_source_what_is_needed():
     [
         ([], None, "a blend needs at least one source"),
         ([Table(SMALL)], [1.0, 2.0], "a blend of 1 sources has 2 weights"),
-        ([Table(SMALL)], [0.0], "weights of a blend must be above 0, not 0.0"),
-        ([Table(SMALL)], [float("nan")], "weights of a blend must be above 0, not nan"),
+        ([Table(SMALL)], [0.0], r"weights \(0.0\) must be above 0"),
+        ([Table(SMALL)], [float("nan")], r"weights \(nan\) must be above 0"),
         ([Table(SMALL), Table("o/n", streaming=True)], None, "a blend is streamed whole or not at all"),
     ],
 )

@@ -9,8 +9,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from rlhf_lightning.chat.messages import exact_text
-from rlhf_lightning.chat.messages import Prompt
+from rlhf_lightning.arguments import check_arguments
+from rlhf_lightning.chat.messages import Prompt, exact_text
 from rlhf_lightning.data.preparing.prepared import Part
 from rlhf_lightning.data.rows import KINDS, Need, Row, opening_of, prompt_key, split_of
 from rlhf_lightning.errors import UserError
@@ -39,6 +39,9 @@ class Filters:
     remove_same_responses: bool = True
     duplicates: Literal["keep", "exact", "normalised"] = "keep"
     remove_evaluation_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        check_arguments(Filters, vars(self), prefix="filters.")
 
     def order(self, num_rows: int, num_samples: int | None) -> Sequence[int]:
         """Numbers of the rows to read, in order.

@@ -1,12 +1,12 @@
 """Where preference data comes from: sources, chosen by class, that all give one type of row."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.arguments import POSITIVE, check_arguments
 from rlhf_lightning.data.rows import BadRowError, DroppedRow, Need, Row
 from rlhf_lightning.data.sources.blend import BlendRows
 from rlhf_lightning.data.sources.files import is_local, open_files, open_rows
@@ -72,6 +72,7 @@ class Table(Source):
         name: str | None = None,
         streaming: bool = False,
     ) -> None:
+        check_arguments(Table, locals())
         self.path, self.columns, self.split, self.streaming = path, columns, split, streaming
         self.name = name or source_name(path)
 
@@ -102,6 +103,7 @@ class HelpfulHarmless(Source):
         split: str = "train",
         streaming: bool = False,
     ) -> None:
+        check_arguments(HelpfulHarmless, locals())
         self.path, self.subset, self.split, self.streaming = path, subset, split, streaming
         self.name = f"{path} {subset}" if subset else str(path)
 
@@ -140,6 +142,7 @@ class TLDR(Source):
         split: str = "train",
         streaming: bool = False,
     ) -> None:
+        check_arguments(TLDR, locals())
         self.path, self.split, self.streaming = path, split, streaming
         self.name = str(path)
 
@@ -191,11 +194,10 @@ class Blend(Source):
     def __init__(self, sources: list[Source], weights: list[float] | None = None) -> None:
         if not sources:
             raise UserError("a blend needs at least one source; list them in `sources`")
+        check_arguments(Blend, locals(), {"weights": POSITIVE})
         weights = [1.0] * len(sources) if weights is None else weights
         if len(weights) != len(sources):
             raise UserError(f"a blend of {len(sources)} sources has {len(weights)} weights; give one for each")
-        if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-            raise UserError(f"the weights of a blend must be above 0, not {', '.join(map(str, weights))}")
         if len({source.streaming for source in sources}) > 1:
             raise UserError("a blend is streamed whole or not at all; give all its sources the same `streaming`")
         self.sources, self.weights = sources, weights
