@@ -53,8 +53,8 @@ def check_packing(model: PreTrainedModel, tokens: Tensor) -> None:
         UserError: names the model.
     """
     with evaluation_mode(model), torch.autocast(tokens.device.type, enabled=False):
-        error = packing_error(model, tokens)
-    if error > tolerance(model):
+        error, allowed = packing_error(model, tokens), tolerance(model)
+    if not error <= allowed:  # nor NaN
         name, kernel = type(model).__name__, model.config._attn_implementation
         raise UserError(
             f"{name} (attention '{kernel}') does not keep examples in a packed row apart; set packing: false"

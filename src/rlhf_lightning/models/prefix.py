@@ -222,7 +222,8 @@ def sharing_obstacle(model: PreTrainedModel) -> str | None:
             error = _sharing_error(model)
         except (IndexError, RuntimeError, TypeError, ValueError):  # code of a model folder's own may do anything
             return "it takes no 4-D attention mask"
-    return None if error <= tolerance(model) else "its hidden states would not be the same"
+        allowed = tolerance(model)
+    return None if error <= allowed else "its hidden states would not be the same"
 
 
 @torch.no_grad()

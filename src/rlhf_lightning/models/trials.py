@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 ORDINARY_LAYERS = frozenset({"full_attention", "sliding_attention"})
 """Kinds of layers, as configs name them, of which every other kind carries a state or cuts the row into pieces."""
 
-_FULL_PRECISION, _LOW_PRECISION = 1e-3, 0.1  # rounding stays far below, a leak is of order 1
+_AMPLIFIED = 256  # by attention and norms, at most; 10 was seen
+_LARGEST = 0.1  # a leak is of order 1
 
 
 def tolerance(model: PreTrainedModel) -> float:
@@ -22,8 +23,41 @@ def tolerance(model: PreTrainedModel) -> float:
     Args:
         model: the model that computed them, under the same autocast.
     """
-    is_low = model.dtype != torch.float32 or torch.is_autocast_enabled(model.device.type)
-    return _LOW_PRECISION if is_low else _FULL_PRECISION
+    kind = model.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    config = model.config.get_text_config()
+    return allowed_rounding(dtype, config.hidden_size, 2 * config.num_hidden_layers, kind)
+
+
+def allowed_rounding(dtype: torch.dtype, terms: int, sums: int = 1, device_type: str = "cpu") -> float:
+    """The largest relative difference between two orders of the same sums, on any processor.
+
+    Rounding errors of n additions grow like the square root of n, and those of layers that stand in a row likewise
+    (Higham, Accuracy and Stability of Numerical Algorithms, section 2.8).
+
+    Args:
+        dtype: of the numbers.
+        terms: of each sum.
+        sums: that stand in a row, two for each layer of a transformer.
+        device_type: where they are computed, which may take float32 for less than it is (TF32).
+
+    Example:
+        >>> f"{allowed_rounding(torch.float32, terms=576, sums=60):.4f}"
+        '0.0057'
+    """
+    if dtype == torch.float32 and not is_float32_exact(device_type):
+        return _LARGEST
+    return min(_AMPLIFIED * torch.finfo(dtype).eps * (terms * sums) ** 0.5, _LARGEST)
+
+
+def is_float32_exact(device_type: str) -> bool:
+    """Whether products of float32 are computed in float32, and not in TF32 or bfloat16 for speed.
+
+    Args:
+        device_type: `cuda`, or another for the CPU.
+    """
+    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    return backend.matmul.fp32_precision in ("none", "ieee")
 
 
 def relative_distance(found: Tensor, expected: Tensor) -> float:
@@ -37,7 +71,8 @@ def relative_distance(found: Tensor, expected: Tensor) -> float:
         >>> relative_distance(torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.tensor([[4.0, 0.0], [0.0, 2.0]]))
         0.25
     """
-    found, expected = found.float(), expected.float()
+    dtype = torch.promote_types(expected.dtype, torch.float32)
+    found, expected = found.to(dtype), expected.to(dtype)
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 

@@ -325,7 +325,7 @@ class PPOModule(pl.LightningModule):
 
     @property
     def _fresh_tolerance(self) -> float:
-        return ppo_checks.fresh_tolerance(self.trainer.precision, self.frozen_dtype)
+        return ppo_checks.fresh_tolerance(self.trainer.precision, self.frozen_dtype, self.device.type)
 
     def update(self, minibatch: Experience, is_first: bool = False) -> dict[str, Tensor]:
         """One optimizer step.

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.models.rewarding import ModelScorer, TextScorer
 from rlhf_lightning.models.sampling import Sampling
+from rlhf_lightning.models.trials import is_float32_exact
 from rlhf_lightning.modules.common import name_rows
 from rlhf_lightning.strategies import sum_over_ranks
 
@@ -100,14 +101,16 @@ def check_frozen_dtype(precision: str, frozen_dtype: str) -> None:
         )
 
 
-def fresh_tolerance(precision: str, frozen_dtype: str) -> float:
+def fresh_tolerance(precision: str, frozen_dtype: str, device_type: str = "cpu") -> float:
     """How far two evaluations of the same weights may lie apart, in nats per token.
 
     Args:
         precision: the trainer's.
         frozen_dtype: what the reference is held in.
+        device_type: where they are computed.
     """
-    return 1e-3 if precision == "32-true" and frozen_dtype in ("auto", "float32") else 0.05
+    exact = precision == "32-true" and frozen_dtype in ("auto", "float32") and is_float32_exact(device_type)
+    return 1e-3 if exact else 0.05
 
 
 def check_fresh_models(scorer: Any, metrics: dict[str, Any], tolerance: float, nf4: bool = False) -> None:
