@@ -8,12 +8,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folders import looks_local
 from rlhf_lightning.models.partitioned import is_partitioned
+from rlhf_lightning.models.peft_library import PeftModel, without_bitsandbytes
 from rlhf_lightning.models.tokenizer import load_tokenizer
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -102,7 +102,7 @@ def merge_adapter(model: PreTrainedModel, name: str, trust_remote_code: bool = F
     if is_partitioned(model):
         raise UserError(f"'{name}' is a PEFT adapter, which cannot be merged on ZeRO-3: merge and save it before")
     fit_tokenizer(model, name, trust_remote_code)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), without_bitsandbytes():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, over what peft looks at
         warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
         try:

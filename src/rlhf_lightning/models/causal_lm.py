@@ -29,7 +29,7 @@ from rlhf_lightning.models.adapters import adapter_base, is_adapter, is_reward_a
 from rlhf_lightning.models.backbone import position_ids, run_backbone
 from rlhf_lightning.models.dtypes import keep_tables
 from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
-from rlhf_lightning.models.quantized import nf4_options
+from rlhf_lightning.models.quantized import nf4_options, settle_nf4
 from rlhf_lightning.models.unpadded import applies, unpadded_hidden_states
 
 
@@ -68,6 +68,7 @@ def load_causal_lm(
                 raise ValueError(f"its weights lack {min(info['missing_keys'])}, which would be random")
     except LOADING_ERRORS as e:
         raise UserError(f"no language model could be loaded from '{name}': {str(e).strip().splitlines()[0]}") from e
+    settle_nf4(model)
     if not dropout:
         disable_dropout(model)
     train_every_row(model)

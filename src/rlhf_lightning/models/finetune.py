@@ -12,10 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import cast_adapter_dtype
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -24,6 +20,13 @@ from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, SHARE_BELOW_1, check_
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.fused_lora import fuse_adapters
 from rlhf_lightning.models.partitioned import is_partitioned, whole
+from rlhf_lightning.models.peft_library import (
+    LoraConfig,
+    LoraLayer,
+    cast_adapter_dtype,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 from rlhf_lightning.rng import generator
 
 HEAD = "score"

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rlhf_lightning.models.partitioned import is_partitioned
+from rlhf_lightning.models.peft_library import LoraLinear
 
 
 def fuse_adapters(model: nn.Module) -> None:

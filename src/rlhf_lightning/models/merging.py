@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_lightning.models.peft_library import LoraLayer
+
 
 @contextmanager
 def merged_adapters(model: nn.Module) -> Iterator[None]:
@@ -43,8 +45,6 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def _mergeable(model: nn.Module) -> list[Any]:
-    from peft.tuners.lora import LoraLayer  # slow to import
-
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     layers = []
     for layer in model.modules():

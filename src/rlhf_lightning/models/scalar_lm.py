@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import cast_adapter_dtype
-from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -41,7 +38,14 @@ from rlhf_lightning.models.dtypes import keep_tables, linear_in_float32
 from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
 from rlhf_lightning.models.fused_lora import fuse_adapters
 from rlhf_lightning.models.partitioned import is_partitioned, whole
-from rlhf_lightning.models.quantized import nf4_options
+from rlhf_lightning.models.peft_library import (
+    PeftConfig,
+    cast_adapter_dtype,
+    inject_adapter_in_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from rlhf_lightning.models.quantized import nf4_options, settle_nf4
 from rlhf_lightning.rng import generator
 
 HEAD_WEIGHT = "base_model.model.score.weight"
@@ -183,6 +187,7 @@ def _load(name: str, dropout: bool, trust_remote_code: bool, nf4: bool = False) 
         raise UserError(
             f"'{name}' ({type(model).__name__}) has no linear head named 'score'; this family is not supported"
         )
+    settle_nf4(model)
     keep_tables(model)
     train_every_row(model)
     if not dropout:
