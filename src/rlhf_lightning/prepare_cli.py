@@ -63,11 +63,11 @@ def prepare(
     Args:
         out: folder to write; it appears only when it is whole.
         tokenizer: folder or hub id of the tokenizer, or of the model it belongs to.
-        data: a file (.json, .jsonl, .csv, .parquet, also gzipped), a folder or glob of such files, a `save_to_disk`
-            folder, a hub id `owner/name` or `owner/name:split`, or a source class of YAML, such as
+        data: a file (.json, .jsonl, .csv, .tsv, .parquet, also gzipped), a list, folder or glob of such files, a
+            `save_to_disk` folder, a hub id `owner/name` or `owner/name:split`, or a source class of YAML, such as
             rlhf_lightning.Blend.
-        validation_data: the same for validation; without it a part of `data` is held out.
-        test_data: the same for testing.
+        validation_data: the same for validation; without it the `validation` split of `data`, or a part held out.
+        test_data: the same for testing; without it the `test` split of `data`, or a part held out.
         columns: our column names (prompt, response, chosen, rejected, messages and so on) to those of the data.
         kinds: what to make; by default all that the columns allow.
         validation_split: share of the prompts held out for validation.

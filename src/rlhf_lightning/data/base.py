@@ -232,7 +232,7 @@ class TextDataModule(ResumableDataModule, ABC):
             self.counts.update({f"{word}{name}": count for name, count in rows.items()})
         self.counts.update({part: len(table) for part, table in self._parts.items() if part != "test" or len(table)})
         self._weights = folder.manifest["sources"]["data"]["source_weights"]
-        rank_zero_info(f"{type(self).__name__}: {say_counts(self.counts)}")
+        rank_zero_info(f"{type(self).__name__}: {say_counts(self.counts)}{_say_roles(folder.manifest['sources'])}")
 
     def _folder(self) -> PreparedFolder:
         """The prepared folder: the user's, or the cache's, where it is made if it is not there."""
@@ -375,3 +375,10 @@ class TextDataModule(ResumableDataModule, ABC):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
+
+
+def _say_roles(sources: Mapping[str, Mapping[str, Any]]) -> str:
+    """Where the parts come from, if not all are of `data`."""
+    if len(sources) == 1:
+        return ""
+    return "; " + ", ".join(f"{role.replace('_', ' ')}: {said['name']}" for role, said in sources.items())

@@ -31,13 +31,15 @@ class InstructionDataModule(TextDataModule):
 
     Args:
         tokenizer: folder or hub id of the tokenizer, or a loaded one.
-        data: a file (.json, .jsonl, .csv, .parquet, each plain or .gz), a folder or glob of such files, a folder
-            written by `save_to_disk`, a hub id `owner/name` or `owner/name:split`, a list of dicts, or a source: a
-            class such as `rlhf_lightning.HelpfulHarmless`, `TLDR`, `Table` or `Blend`. Also a folder made by
-            `rlhf prepare`, or one of the original system's layout: its own limits, filters and splits then hold.
-        validation_data: the same for validation; without it a part of `data` is held out.
+        data: a file (.json, .jsonl, .csv, .tsv, .parquet, each plain or .gz), a list, folder or glob of such files, a
+            folder written by `save_to_disk`, a hub id `owner/name` or `owner/name:split`, or a source: a class such as
+            `rlhf_lightning.HelpfulHarmless`, `TLDR`, `Table` or `Blend`; from Python also a list of dicts, a dict of
+            columns, a `datasets.Dataset` or `DatasetDict`, or a pandas DataFrame. Or a folder made by `rlhf prepare`,
+            or one of the original system's layout: its own limits, filters and splits then hold.
+        validation_data: the same for validation; without it the `validation` split of `data`, or where it has none a
+            part of `data`.
         predict_data: the same for prediction, where only the prompts count; without it the validation prompts.
-        test_data: the same for testing; without it a part of `data` if `test_split` says so.
+        test_data: the same for testing; without it the `test` split of `data`, or a part of it if `test_split` says so.
         columns: our column names (prompt, response, chosen, rejected, messages and so on) to those of the data.
         validation_split: share of the prompts held out for validation. A prompt falls on one side by its own text, so
             it never stands on both, whatever the order and size of the data; see `split_by`.

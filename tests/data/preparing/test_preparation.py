@@ -27,7 +27,7 @@ PROMPTS = st.one_of(
 ANSWERS = st.sampled_from(["yes", "Yes", "no", "never " * 40, " ", None, ["list"]])
 ANY_ROW = st.one_of(
     st.fixed_dictionaries({"prompt": PROMPTS, "chosen": ANSWERS, "rejected": ANSWERS}),
-    st.sampled_from([{}, {"prompt": "hi"}, {"other": 1}, "no object", None]),
+    st.sampled_from([{}, {"prompt": "hi"}, {"other": 1}, ["no object"], None]),
 )
 FILTERS = st.builds(
     Filters,

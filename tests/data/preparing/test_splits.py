@@ -1,5 +1,8 @@
 """Parts and stages of the data: no prompt on two sides, and none that moves."""
 
+import logging
+
+import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +14,7 @@ from rlhf_lightning.data import InstructionDataModule, PreferenceDataModule, Pro
 from rlhf_lightning.data.preparing.filters import Filters, Splits, key_of
 from rlhf_lightning.data.preparing.prepared import PARTS
 from rlhf_lightning.data.rows import Row, split_of
+from rlhf_lightning.data.sources import Blend, Table
 from rlhf_lightning.errors import UserError
 
 KINDS = ("finetune", "preference", "prompts")
@@ -156,3 +160,74 @@ def test_where_prompts_fall_has_not_moved_but_for_dialogues():
 def test_shares_that_cannot_be_are_refused(shares, message):
     with pytest.raises(UserError, match=message):
         Splits(**shares)
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """What was said so far."""
+    for logger in ("pytorch_lightning", "lightning_fabric"):  # either may carry the message; caplog listens at the root
+        monkeypatch.setattr(logging.getLogger(logger), "propagate", True)
+        caplog.set_level(logging.INFO, logger=logger)
+    return lambda: "\n".join(caplog.messages)
+
+
+def three_splits(**others):
+    names = {"train": PAIRS[:20], "validation": PAIRS[20:24], "test": PAIRS[24:26]} | others
+    return datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in names.items()})
+
+
+@pytest.mark.parametrize("kind", ["from python", "saved", "folder"])
+def test_splits_that_the_data_bring_are_validated_and_tested_on(tmp_path, said, kind):
+    data = three_splits()
+    if kind == "saved":
+        data.save_to_disk(tmp_path / "data")
+    if kind == "folder":
+        (tmp_path / "data").mkdir()
+        for name, rows in data.items():
+            rows.to_parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet")
+    module = PreferenceDataModule(tiny_tokenizer(), data if kind == "from python" else tmp_path / "data")
+    module.setup("fit")
+    texts = {part: {len(module._part(part)), *module._part(part).row_ids.tolist()} for part in PARTS}
+    assert texts == {"train": {20, *range(20)}, "validation": {4, *range(4)}, "test": {2, 0, 1}}
+    name = "the DatasetDict" if kind == "from python" else str(tmp_path / "data")
+    assert f"data: {name}, validation data: {name} validation, test data: {name} test" in said()
+    assert module.counts["validation rows"] == 4
+
+
+def test_what_is_given_for_evaluation_comes_before_what_the_data_bring(tmp_path, said):
+    folder = build(tmp_path / "data", three_splits(), validation_data=PAIRS[30:37], splits=Splits(0.5, 0.5 - 1e-9))
+    assert {part: len(numbers) for part, numbers in row_ids(folder, "preference").items()} == {
+        "train": 20,
+        "validation": 7,
+        "test": 2,
+    }
+    assert "the DatasetDict validation is not read: `validation_data` is given" in said()
+
+
+def test_data_for_evaluation_give_their_own_split_of_that_name(tmp_path):
+    folder = build(tmp_path / "data", PAIRS[50:53], validation_data=three_splits(), test_data=three_splits())
+    assert [len(numbers) for numbers in row_ids(folder, "preference").values()] == [3, 4, 2]
+
+
+def test_a_split_without_what_is_needed_is_not_read_and_said(tmp_path, said):
+    data = three_splits(test=[{"prompt": "p"}])
+    folder = build(tmp_path / "data", data)
+    assert folder.manifest["kinds"] == list(KINDS)
+    assert len(row_ids(folder, "prompts")["test"]) == 0
+    assert "DatasetDict test is not read: its columns do not hold what finetune and preference and prompts" in said()
+    hidden = three_splits(test=[{"prompt": "p", "chosen": "", "rejected": ""}])
+    with pytest.raises(
+        UserError, match=r"DatasetDict test leaves nothing to test on .*; give `test_data`, or name the"
+    ):
+        build(tmp_path / "hidden", hidden, on_bad_row="skip")
+
+
+def test_a_blend_brings_a_split_that_all_its_sources_have(tmp_path, said):
+    both, one = Table(three_splits(), name="a"), Table(PAIRS[40:43], name="b")
+    folder = build(tmp_path / "both", Blend([both, both], [1, 0.5]))
+    assert [len(numbers) for numbers in row_ids(folder, "finetune").values()] == [40, 8, 4]
+    assert set(folder.part("finetune", "validation").sources.tolist()) == {0, 1}
+    folder = build(tmp_path / "one", Blend([both, one]), splits=Splits(0.3))
+    assert len(row_ids(folder, "finetune")["test"]) == 0
+    assert 0 < len(row_ids(folder, "finetune")["validation"]) < 20
+    assert "the test split of a is not read, as not all sources of the blend have one; give `test_data`" in said()

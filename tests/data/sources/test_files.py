@@ -1,6 +1,7 @@
 import csv
 import gzip
 import json
+import logging
 import os
 
 import datasets
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from rlhf_lightning.data.rows import BadRowError
 from rlhf_lightning.data.sources import files
-from rlhf_lightning.data.sources.files import file_fingerprint, is_local, open_rows
+from rlhf_lightning.data.sources.files import file_fingerprint, is_local, open_parts, open_rows
 from rlhf_lightning.errors import UserError
 
 ROWS = [{"prompt": f"p{i}", "response": f"r{i} \u00e9,\"'\n"} for i in range(3)]
@@ -21,6 +22,15 @@ HTML = b"\n<!DOCTYPE html>\n<html><body>\n\nNot found\n</body></html>\n"
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_LIGHTNING_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def said(caplog, recwarn, monkeypatch):
+    """What was said so far."""
+    for logger in ("pytorch_lightning", "lightning_fabric"):  # either may carry the message; caplog listens at the root
+        monkeypatch.setattr(logging.getLogger(logger), "propagate", True)
+        caplog.set_level(logging.INFO, logger=logger)
+    return lambda: "\n".join([*caplog.messages, *(str(warning.message) for warning in recwarn.list)])
 
 
 def write_json(folder):
@@ -58,6 +68,42 @@ def write_parquet(folder):
     return path
 
 
+def write_columns(folder):
+    path = folder / "rows.json"
+    columns = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+    path.write_text(json.dumps(columns), encoding="utf-8-sig")
+    return path
+
+
+def write_object(folder):
+    path = folder / "rows.json"
+    path.write_text(json.dumps({"data": ROWS}, indent=2))
+    return path
+
+
+def write_list_as_lines(folder):
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps(ROWS))
+    return path
+
+
+def write_tsv(folder):
+    path = folder / "rows.TSV"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["prompt", "response"], delimiter="\t")
+        writer.writeheader()
+        writer.writerows(ROWS)
+    return path
+
+
+def write_semicolons(folder):
+    path = folder / "rows.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.write("prompt; response\r\n")
+        csv.DictWriter(file, ["prompt", "response"], delimiter=";").writerows(ROWS)
+    return path
+
+
 def packed(write):
     def write_packed(folder):
         plain = write(folder)
@@ -91,6 +137,7 @@ def write_parts(folder):
 
 
 PLAIN = [write_json, write_jsonl, write_lines_without_last_end, write_csv, write_parquet]
+PLAIN += [write_columns, write_object, write_list_as_lines, write_tsv, write_semicolons]
 WRITERS = [*PLAIN, *map(packed, PLAIN), write_saved, write_saved_splits, write_parts, lambda folder: ROWS]
 
 
@@ -222,6 +269,11 @@ def test_every_line_of_a_web_page_is_a_bad_row(tmp_path, name):
         assert outcomes(tmp_path / name, gzip.compress(HTML)) == [reason] * 4
 
 
+def number_and_columns(path):
+    rows = open_rows(path)
+    return len(rows), rows.columns
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -231,6 +283,18 @@ def test_every_line_of_a_web_page_is_a_bad_row(tmp_path, name):
         ("x.jsonl.gz", gzip.compress(os.urandom(5000).hex().encode())[:200], r"x.jsonl.gz is not a whole gzip file"),
         ("x.csv.gz", gzip.compress(os.urandom(5000).hex().encode())[:200], r"x.csv.gz is not a whole gzip file"),
         ("x.json.gz", gzip.compress(b"[" + os.urandom(5000).hex().encode())[:200], r"x.json.gz is not a whole gzip"),
+        ("x.jsonl", gzip.compress(b"{}"), r"x.jsonl is compressed by gzip, which its name does not say; unpack it"),
+        ("x.csv.gz", gzip.compress(gzip.compress(b"{}")), r"x.csv.gz is compressed by gzip, which its name"),
+        ("x.jsonl", b"\x28\xb5\x2f\xfd rest", r"x.jsonl is compressed by zstd"),
+        ("x.jsonl.zst", b"\x28\xb5\x2f\xfd rest", r"x.jsonl.zst is of an unknown kind; expected .json"),
+        ("x.tsv", "prompt\tresponse\n".encode("utf-16"), r"x.tsv is UTF-16 text; save it as UTF-8"),
+        ("x.csv", b"prompt,a,prompt\n1,2,3\n", r"x.csv line 1: column prompt stands there twice; mend the header"),
+        ("x.json", b'{"prompt": ["a", "b"], "response": ["c"]}', r"differ in length \(prompt 2, response 1\)"),
+        (
+            "x.json",
+            b'{"train": [{"prompt": "a"}], "test": [{"prompt": "a"}]}',
+            r"x.json is one object with several lists",
+        ),
         ("x.parquet", b"plain", r"x.parquet is not a Parquet file"),
         ("x.txt", b"hello", r"x.txt is of an unknown kind; expected .json"),
     ],
@@ -238,7 +302,7 @@ def test_every_line_of_a_web_page_is_a_bad_row(tmp_path, name):
 def test_files_that_cannot_be_read_at_all_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        len(open_rows(tmp_path / name))
+        number_and_columns(tmp_path / name)
 
 
 # What is named
@@ -248,6 +312,82 @@ def test_a_glob_names_files(tmp_path):
     folder = write_parts(tmp_path)
     assert [dict(row) for _, row in open_rows(f"{folder}/*.json*").stream()] == [ROWS[0], ROWS[2]]
     assert [dict(row) for _, row in open_rows(f"{tmp_path}/**/c*").stream()] == ROWS[2:]
+
+
+def test_a_row_is_not_taken_for_a_table(tmp_path):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    for row in (
+        {"messages": turns},
+        {"prompt": turns[:1], "chosen": turns[1:], "rejected": turns[1:]},
+        {"prompt": "a"},
+    ):
+        for indent in (None, 1):
+            (tmp_path / "x.json").write_text(json.dumps(row, indent=indent))
+            rows = open_rows(tmp_path / "x.json")
+            assert [rows[i] for i in range(len(rows))] == [row]
+
+
+def test_a_list_of_paths_is_read_in_its_order(tmp_path):
+    folder = write_parts(tmp_path)
+    rows = open_rows([folder / "c.jsonl", str(folder / "a.json")])
+    assert [dict(row) for _, row in rows.stream()] == [ROWS[2], ROWS[0]]
+    with pytest.raises(UserError, match="Hello does not exist; check the path"):
+        open_rows(["Hello"])
+
+
+def places(parts):
+    return {part: [os.path.relpath(rows.place(i)) for i in range(len(rows))] for part, rows in parts.items()}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["test.jsonl", "train.jsonl", "valid.jsonl"], {"train": [1], "validation": [2], "test": [0]}),
+        (["data/test-00000-of-00001.jsonl", "data/train-00000.jsonl"], {"train": [1], "test": [0]}),
+        (["dev/0.jsonl", "train/0.jsonl", "train/1.jsonl"], {"train": [1, 2], "validation": [0]}),
+        (["a.jsonl", "b.jsonl", "eval.jsonl"], {"train": [0, 1], "test": [2]}),
+        (["latest.jsonl", "training_and_test.jsonl"], {"train": [0, 1]}),
+        (["test_a.jsonl", "test_b.jsonl"], {"train": [0, 1]}),
+    ],
+)
+def test_files_of_a_folder_are_used_for_the_parts_they_name(tmp_path, monkeypatch, names, expected):
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_text(LINES[: LINES.index("\n") + 1])
+    wanted = {part: [f"folder/{names[i]} line 1" for i in numbers] for part, numbers in expected.items()}
+    assert places(open_parts("folder")) == wanted
+    if "/" not in names[0]:
+        assert places(open_parts("folder/*.jsonl")) == wanted
+    if "test" in wanted:
+        assert places(open_parts("folder", split="test")) == {"train": wanted["test"]}
+        with pytest.raises(UserError, match=r"folder has no split 'extra'; it has train, "):
+            open_parts("folder", split="extra")
+
+
+def test_what_of_a_folder_is_not_read_is_said(tmp_path, said):
+    folder = write_parts(tmp_path)
+    for name, text in (
+        ("notes.txt", "x"),
+        ("empty.jsonl", " \n"),
+        ("head.csv", "prompt,response\n"),
+        ("none.json", "[ ]"),
+    ):
+        (folder / name).write_text(text)
+    (folder / "inner").mkdir()
+    (folder / "inner" / "more.jsonl").write_text(LINES)
+    assert len(open_rows(folder)) == 3
+    assert "parts: 6 files are read, but not notes.txt, inner/more.jsonl\n" in said() + "\n"
+    empty = ", ".join(str(folder / name) for name in ("empty.jsonl", "head.csv", "none.json"))
+    assert f"no rows come from {empty}: there is nothing inside" in said()
+    (folder / "d.jsonl.zst").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"d.jsonl.zst is compressed in a way that is not read here; unpack it"):
+        open_rows(folder)
+
+
+def test_another_mark_between_fields_is_said(tmp_path, said):
+    assert open_rows(write_semicolons(tmp_path)).columns == ["prompt", "response"]
+    assert "rows.csv: fields are taken to be parted by ';', as the header is" in said()
 
 
 def test_names_a_split_that_is_missing(tmp_path):
@@ -284,23 +424,34 @@ def hub(monkeypatch):
     def load_dataset(repo, **options):
         asked.append((repo, options))
         rows = datasets.Dataset.from_list(ROWS)
-        return rows.to_iterable_dataset() if options.get("streaming") else rows
+        rows = rows.to_iterable_dataset() if options.get("streaming") else rows
+        return rows if "split" in options else {"train": rows, "test": rows, "extra": rows}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return asked
 
 
-@pytest.mark.parametrize(("name", "repo", "split"), [("o/n", "o/n", "train"), ("o/n-v1.5:test", "o/n-v1.5", "test")])
-def test_hub_ids_may_name_their_split(hub, name, repo, split):
-    rows = open_rows(name)
-    assert [rows[i] for i in range(3)] == ROWS
-    assert rows.place(2) == f"{repo} {split} row 2"
-    assert hub == [(repo, {"split": split})]
+def test_hub_ids_may_name_their_split(hub):
+    parts = open_parts("o/n-v1.5:test")
+    assert list(parts) == ["train"]
+    assert [parts["train"][i] for i in range(3)] == ROWS
+    assert parts["train"].place(2) == "o/n-v1.5 test row 2"
+    assert hub == [("o/n-v1.5", {"split": "test"})]
+
+
+def test_hub_data_bring_their_splits(hub, said):
+    parts = open_parts("o/n")
+    assert {part: rows.place(2) for part, rows in parts.items()} == {
+        "train": "o/n train row 2",
+        "test": "o/n test row 2",
+    }
+    assert hub == [("o/n", {})]
+    assert "o/n: split extra is not read; name it in `split` to read it" in said()
 
 
 def test_hub_data_may_be_streamed(hub):
-    rows = open_rows("o/n", streaming=True, subset="part")
-    assert hub == [("o/n", {"split": "train", "streaming": True, "data_dir": "part"})]
+    rows = open_parts("o/n", streaming=True, subset="part")["train"]
+    assert hub == [("o/n", {"streaming": True, "data_dir": "part"})]
     assert rows.columns == ["prompt", "response"]
     assert [row for _, row in rows.stream()] == [row for _, row in rows.stream()] == ROWS
     with pytest.raises(UserError, match="o/n part train is streamed"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data.encode import EncodedRow
@@ -50,7 +51,8 @@ class Preparation:
         chat: turns text into ids.
         limits: in tokens.
         kinds: kinds of example to make; None for all that the data has the columns for.
-        validation_data: rows of the validation part; with it nothing of `data` goes there.
+        validation_data: rows of the validation part; with it nothing of `data` goes there. Without it that part is the
+            `validation` split of `data`, if it has one, else what `splits` holds out.
         test_data: the same for the test part.
         filters: which rows are left out.
         splits: shares held out, and shares of the stages, of `data`.
@@ -124,8 +126,9 @@ class Preparation:
         for role, reader in readers.items():
             part, use = uses[role]
             if any(writer[need, part].rows == 0 for need in self._kinds):
-                name, counts = self._name(role), say_counts(reader.ordered_counts())
-                raise UserError(f"{name} leaves nothing to {use} ({counts})")
+                name, counts = name_of_rows(self._rows[role]), say_counts(reader.ordered_counts())
+                own = "" if role in self._given else f"; give `{role}`, or name the one split of `data` to read"
+                raise UserError(f"{name} leaves nothing to {use} ({counts}){own}")
         if replace(self).key() != self.key():
             raise UserError("the data changed while they were read; run again")
         writer.finish(self._manifest(readers), self.arguments(), self.chat)
@@ -135,31 +138,57 @@ class Preparation:
         """How often an epoch sees the rows of each source of `data`."""
         return self._rows["data"].source_weights
 
-    def _name(self, role: str) -> str:
-        source: Source = getattr(self, role)
-        return source.name
+    @cached_property
+    def _opened(self) -> dict[str, Rows]:
+        """`data` by its parts."""
+        return self.data.open_parts()
+
+    @cached_property
+    def _given(self) -> dict[str, Rows]:
+        """The sources that were given, opened, by their role, `data` first."""
+        given = {"data": self._opened["train"]}
+        for role, (part, _) in _EVALUATED.items():
+            source: Source | None = getattr(self, role)
+            if source is not None:
+                parts = source.open_parts()
+                given[role] = parts.get(part, parts["train"])
+        return given
 
     @cached_property
     def _rows(self) -> dict[str, Rows]:
-        """The opened sources by their role, `data` first."""
-        sources = {"data": self.data, "validation_data": self.validation_data, "test_data": self.test_data}
-        return {role: source.open() for role, source in sources.items() if source is not None}
+        """What is read, by its role, `data` first: what was given, and the splits that `data` brings for evaluation."""
+        rows = dict(self._given)
+        for role, (part, _) in _EVALUATED.items():
+            if part not in self._opened:
+                continue
+            own = self._opened[part]
+            if role in rows:
+                reason = f"`{role}` is given"
+            elif self.data.streaming:
+                reason = f"`data` is streamed; give `{role}`"
+            elif not all(own.has(need) for need in self._kinds):
+                reason = f"its columns do not hold what {' and '.join(self._kinds)} need"
+            else:
+                rows[role] = own
+                continue
+            rank_zero_info(f"{name_of_rows(own)} is not read: {reason}")
+        return {role: rows[role] for role in ("data", *_EVALUATED) if role in rows}
 
     @cached_property
     def _kinds(self) -> tuple[Need, ...]:
         if self.kinds is not None:
             return in_order(self.kinds)
-        kinds = tuple(need for need in KINDS if all(rows.has(need) for rows in self._rows.values()))
+        kinds = tuple(need for need in KINDS if all(rows.has(need) for rows in self._given.values()))
         if not kinds:
-            self._rows["data"].check("prompts")
+            self._given["data"].check("prompts")
             raise UserError(f"{self.data.name} and the data for evaluation have no kind of example in common")
         return kinds
 
     @cached_property
     def _splits(self) -> Splits:
         """The splits of `data`, which holds nothing out for a part that has data of its own."""
-        validation = 0.0 if self.validation_data is not None else self.splits.validation
-        test = 0.0 if self.test_data is not None else self.splits.test
+        validation = 0.0 if "validation_data" in self._rows else self.splits.validation
+        test = 0.0 if "test_data" in self._rows else self.splits.test
         return replace(self.splits, validation=validation, test=test)
 
     def stream(self, epoch: int) -> tuple[RowReader, Iterator[tuple[Choice, EncodedRow]]]:
@@ -212,7 +241,7 @@ class Preparation:
         for role, rows in self._rows.items():
             reader = readers[role]
             roles[role] = {
-                "name": self._name(role),
+                "name": name_of_rows(rows),
                 "fingerprint": rows.fingerprint(),
                 "source_names": list(rows.source_names),
                 "source_weights": list(rows.source_weights),
@@ -338,6 +367,11 @@ def read_all(
     kept = [(choice.row, ids) for choice, ids in reader.read(range(len(rows)), Choice)]
     reader.check()
     return kept, Counter(reader.ordered_counts())
+
+
+def name_of_rows(rows: Rows) -> str:
+    """The name of opened rows, those of a blend by all its sources."""
+    return " + ".join(rows.source_names)
 
 
 def say_counts(counts: Mapping[str, int]) -> str:

@@ -4,13 +4,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from rlhf_lightning.arguments import POSITIVE, check_arguments
 from rlhf_lightning.data.rows import BadRowError, DroppedRow, Need, Row
 from rlhf_lightning.data.sources.blend import BlendRows
-from rlhf_lightning.data.sources.files import is_local, open_files, open_rows
+from rlhf_lightning.data.sources.files import is_local, open_files, open_parts
 from rlhf_lightning.data.sources.forms import SAME, RowForm
+from rlhf_lightning.data.sources.python_rows import check_data, name_of
 from rlhf_lightning.data.sources.raw_rows import RawRow, RawRows
 from rlhf_lightning.data.sources.table_rows import Rows, TableRows
 from rlhf_lightning.errors import UserError
@@ -30,6 +33,15 @@ __all__ = [
 
 _SUMMARY_MARK = "TL;DR:"
 _RED_TEAM = "red-team-attempts"
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from pandas import DataFrame
+
+    Data: TypeAlias = str | Path | Sequence[Any] | Mapping[str, Sequence[Any]] | Dataset | DatasetDict | DataFrame
+else:
+    # What only Python can give stays out of the types that the command line reads.
+    Data = str | Path | list[dict[str, Any]] | list[str] | dict[str, list[Any]]
 
 
 class Source(ABC):
@@ -51,24 +63,55 @@ class Source(ABC):
             UserError: nothing there, or a file that cannot be read at all.
         """
 
+    def open_parts(self) -> dict[str, Rows]:
+        """Open the rows by part: `train`; `validation` and `test` where the data bring such splits, and none was named.
 
-class Table(Source):
+        Raises:
+            UserError: as in `open`.
+        """
+        return {"train": self.open()}
+
+
+class _TableSource(Source):
+    """A source that is one table, or one for each part."""
+
+    def open(self) -> Rows:
+        """Open the rows, see `Source`."""
+        return self.open_parts()["train"]
+
+    def open_parts(self) -> dict[str, Rows]:
+        """Open the rows by part, see `Source`."""
+        names = {"train": self.name}
+        return {part: self._rows(raw, names.get(part, f"{self.name} {part}")) for part, raw in self._raw().items()}
+
+    @abstractmethod
+    def _raw(self) -> dict[str, RawRows]:
+        """The raw rows of each part."""
+
+    @abstractmethod
+    def _rows(self, raw: RawRows, name: str) -> Rows:
+        """The rows of one part."""
+
+
+class Table(_TableSource):
     """Anything with rows and columns; `rlhf_lightning.data.sources.forms` says which forms of row are known.
 
     Args:
-        path: a file (.json, .jsonl, .csv, .parquet, each possibly .gz), a folder or glob of such files, a folder
-            written by `save_to_disk`, a hub id `owner/name` or `owner/name:split`, or a list of dicts.
+        path: a file (.json, .jsonl, .csv, .tsv, .parquet, each possibly .gz), a list, folder or glob of such files, a
+            folder written by `save_to_disk`, a hub id `owner/name` or `owner/name:split`; from Python also a list of
+            dicts, a dict of columns, a `datasets.Dataset` or `DatasetDict`, or a pandas DataFrame.
         columns: our column names (prompt, response, chosen, rejected, messages and more) to those of the data.
-        split: which split of a hub or saved data set, when the id does not say.
+        split: the only split to read, where the data have several; by default `train` is trained on, and the data's
+            own `validation` and `test` are used as such.
         name: how reports name the source; by default its path.
         streaming: read the rows in order as they arrive, never by number: for data that does not fit the disk.
     """
 
     def __init__(
         self,
-        path: str | Path | list[dict[str, Any]],
+        path: Data,
         columns: dict[str, str] | None = None,
-        split: str = "train",
+        split: str | None = None,
         name: str | None = None,
         streaming: bool = False,
     ) -> None:
@@ -76,14 +119,15 @@ class Table(Source):
         self.path, self.columns, self.split, self.streaming = path, columns, split, streaming
         self.name = name or source_name(path)
 
-    def open(self) -> Rows:
-        """Open the rows, see `Source`."""
-        raw = open_rows(self.path, self.split, self.streaming)
-        form = partial(RowForm, names=self.columns, source=self.name)
-        return TableRows(raw, self.name, form, ["table", self.columns], self.streaming)
+    def _raw(self) -> dict[str, RawRows]:
+        return open_parts(self.path, self.split, self.streaming)
+
+    def _rows(self, raw: RawRows, name: str) -> Rows:
+        form = partial(RowForm, names=self.columns, source=name)
+        return TableRows(raw, name, form, ["table", self.columns], self.streaming)
 
 
-class HelpfulHarmless(Source):
+class HelpfulHarmless(_TableSource):
     r"""Anthropic's helpful and harmless preferences (Bai et al. 2022), as pairs of whole dialogues or as prompts apart.
 
     Dialogues are split at the last `\n\nAssistant:`; pairs whose prompts differ are dropped and counted.
@@ -92,7 +136,7 @@ class HelpfulHarmless(Source):
         path: a hub id (`Anthropic/hh-rlhf`, or `Dahoas/full-hh-rlhf` with prompt, chosen and rejected apart), or a
             file, glob or folder of either form; a folder may be a copy of the repository.
         subset: folder within it, such as `helpful-base`; by default all but the red team's.
-        split: `train` or `test`.
+        split: `train` or `test`; by default `train` is trained on, and `test` is tested on.
         streaming: read the rows in order as they arrive, never by number.
     """
 
@@ -100,30 +144,35 @@ class HelpfulHarmless(Source):
         self,
         path: str | Path = "Anthropic/hh-rlhf",
         subset: str | None = None,
-        split: str = "train",
+        split: str | None = None,
         streaming: bool = False,
     ) -> None:
         check_arguments(HelpfulHarmless, locals())
         self.path, self.subset, self.split, self.streaming = path, subset, split, streaming
         self.name = f"{path} {subset}" if subset else str(path)
 
-    def open(self) -> Rows:
-        """Open the rows, see `Source`."""
-        return TableRows(self._open_raw(), self.name, self._form, ["helpful-harmless"], self.streaming)
+    def _rows(self, raw: RawRows, name: str) -> Rows:
+        return TableRows(raw, name, partial(self._form, name), ["helpful-harmless"], self.streaming)
 
-    def _form(self, columns: Sequence[str]) -> RowForm:
-        return RowForm([name for name in columns if name in ("prompt", "chosen", "rejected")], source=self.name)
+    def _form(self, name: str, columns: Sequence[str]) -> RowForm:
+        return RowForm([name for name in columns if name in ("prompt", "chosen", "rejected")], source=name)
 
-    def _open_raw(self) -> RawRows:
+    def _raw(self) -> dict[str, RawRows]:
         if not is_local(self.path):
-            return open_rows(str(self.path), self.split, self.streaming, self.subset)
+            return open_parts(str(self.path), self.split, self.streaming, self.subset)
         folder = Path(self.path).expanduser() / (self.subset or "")
-        files = sorted(folder.glob(f"{self.split}.jsonl*")) or sorted(folder.glob(f"*/{self.split}.jsonl*"))
-        files = [file for file in files if self.subset == _RED_TEAM or file.parent.name != _RED_TEAM]
-        return open_files(files) if files else open_rows(folder, self.split)
+        splits = ("train", "test") if self.split is None else (self.split,)
+        found = {split: self._files(folder, split) for split in splits}
+        if not found[splits[0]]:
+            return open_parts(folder, self.split)
+        return {"train" if split == splits[0] else split: open_files(files) for split, files in found.items() if files}
+
+    def _files(self, folder: Path, split: str) -> list[Path]:
+        files = sorted(folder.glob(f"{split}.jsonl*")) or sorted(folder.glob(f"*/{split}.jsonl*"))
+        return [file for file in files if self.subset == _RED_TEAM or file.parent.name != _RED_TEAM]
 
 
-class TLDR(Source):
+class TLDR(_TableSource):
     r"""Posts to be summarised (Stiennon et al. 2020), with compared summaries or with the one their author wrote.
 
     Every prompt ends with exactly one `\n\nTL;DR:`, which is never cut away, and no response begins with another. A
@@ -132,24 +181,25 @@ class TLDR(Source):
     Args:
         path: a hub id (`CarperAI/openai_summarize_comparisons` with prompt, chosen and rejected, or
             `CarperAI/openai_summarize_tldr` with prompt and label), or a file, glob or folder of either form.
-        split: which split of a hub or saved data set.
+        split: the only split to read, where the data have several, as in `Table`.
         streaming: read the rows in order as they arrive, never by number.
     """
 
     def __init__(
         self,
         path: str | Path = "CarperAI/openai_summarize_comparisons",
-        split: str = "train",
+        split: str | None = None,
         streaming: bool = False,
     ) -> None:
         check_arguments(TLDR, locals())
         self.path, self.split, self.streaming = path, split, streaming
         self.name = str(path)
 
-    def open(self) -> Rows:
-        """Open the rows, see `Source`."""
-        raw = open_rows(self.path, self.split, self.streaming)
-        return TableRows(raw, self.name, partial(_SummaryForm, source=self.name), ["tl;dr"], self.streaming)
+    def _raw(self) -> dict[str, RawRows]:
+        return open_parts(self.path, self.split, self.streaming)
+
+    def _rows(self, raw: RawRows, name: str) -> Rows:
+        return TableRows(raw, name, partial(_SummaryForm, source=name), ["tl;dr"], self.streaming)
 
 
 class _SummaryForm(RowForm):
@@ -206,10 +256,25 @@ class Blend(Source):
 
     def open(self) -> Rows:
         """Open all sources, see `Source`."""
-        return BlendRows([source.open() for source in self.sources], self.weights)
+        return self.open_parts()["train"]
+
+    def open_parts(self) -> dict[str, Rows]:
+        """Open all sources by part; a part that not all of them have is left out, and that is said."""
+        opened = [source.open_parts() for source in self.sources]
+        parts: dict[str, Rows] = {"train": BlendRows([parts["train"] for parts in opened], self.weights)}
+        for part in ("validation", "test"):
+            having = [source.name for source, parts in zip(self.sources, opened, strict=True) if part in parts]
+            if len(having) == len(opened):
+                parts[part] = BlendRows([parts[part] for parts in opened], [1.0] * len(opened))
+            elif having:
+                rank_zero_info(
+                    f"the {part} split of {', '.join(having)} is not read, as not all sources of the blend have one; "
+                    f"give `{part}_data` to use it"
+                )
+        return parts
 
 
-DataSource = str | Path | list[dict[str, Any]] | Source
+DataSource: TypeAlias = Data | Source
 
 
 def as_source(data: DataSource, columns: Mapping[str, str] | None = None) -> Source:
@@ -220,9 +285,10 @@ def as_source(data: DataSource, columns: Mapping[str, str] | None = None) -> Sou
         columns: our column names to those of the data; a source has its own.
 
     Raises:
-        UserError: a source and columns beside it.
+        UserError: a source and columns beside it, or what is no data.
     """
     if not isinstance(data, Source):
+        check_data(data)
         return Table(data, dict(columns) if columns else None)
     if columns:
         raise UserError(f"`columns` beside {type(data).__name__} has no effect; give them to the source, as in Table's")
@@ -233,4 +299,4 @@ def source_name(data: DataSource) -> str:
     """The name of data as error messages say it."""
     if isinstance(data, Source):
         return data.name
-    return "the list of rows" if isinstance(data, list) else str(data)
+    return name_of(data)

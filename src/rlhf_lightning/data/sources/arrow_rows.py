@@ -58,6 +58,9 @@ class ParquetRows(_MappedRows):
             self._file = pyarrow.parquet.ParquetFile(open_seekable(path, packed, scratch))
         except pyarrow.ArrowInvalid as error:
             raise UserError(f"{path} is not a Parquet file: {error}") from error
+        names = self._file.schema_arrow.names
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise UserError(f"{path} has several columns {', '.join(twice)}; rename or drop all but one")
 
     @cached_property
     def columns(self) -> list[str]:
@@ -102,9 +105,14 @@ class DatasetRows(_MappedRows):
         dataset: the data set.
         name: begins the place of a row.
         hash_of_file: for data whose files may be replaced; hashes one of them.
+
+    Raises:
+        UserError: it changes its rows as they are read.
     """
 
     def __init__(self, dataset: Any, name: str, hash_of_file: Callable[[Path], str] | None = None) -> None:
+        if dataset.format["type"] == "custom":
+            raise UserError(f"{name} has a transform set, which is not applied here; apply it with `map` instead")
         self._dataset, self._name, self._hash_of_file = dataset, name, hash_of_file
 
     @cached_property

@@ -89,8 +89,13 @@ class ListRows(RawRows):
             return self._fingerprint()
         digest = hashlib.blake2b(digest_size=16)
         for row in self._rows:
-            digest.update(json.dumps(row, default=repr).encode() + b"\n")
+            digest.update(json.dumps(row, default=_as_json).encode() + b"\n")
         return digest.hexdigest()
+
+
+def _as_json(value: Any) -> Any:
+    """What stands for a value that JSON does not know; the `repr` of a long array leaves most of it out."""
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
 class JoinedRows(RawRows):

@@ -1,4 +1,4 @@
-"""Raw rows of JSON and CSV files, plain or gzipped."""
+"""Raw rows of JSON, CSV and TSV files, plain or gzipped."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+
 from rlhf_lightning.data.rows import BadRowError
+from rlhf_lightning.data.sources.python_rows import column_rows
 from rlhf_lightning.data.sources.raw_rows import RawRow, RawRows, check_object
 from rlhf_lightning.errors import UserError
 
+_DELIMITERS = ",;\t|"
 _LONGEST_CSV_FIELD = 2**31 - 1
 _BOM = b"\xef\xbb\xbf"
 _HTML = re.compile(rb"\s*<(!doctype|html|head|body|\?xml)", re.IGNORECASE)
@@ -114,19 +118,36 @@ class CsvRows(RawRows):
         path: the file.
         packed: whether it is gzipped.
         fingerprint: gives that of the file.
+        usual: what stands between the fields of such files; another mark is taken, and said, where it parts the header
+            into more columns.
     """
 
-    def __init__(self, path: Path, packed: bool, fingerprint: Callable[[], str]) -> None:
-        self.path, self._packed, self._fingerprint = path, packed, fingerprint
+    def __init__(self, path: Path, packed: bool, fingerprint: Callable[[], str], usual: str = ",") -> None:
+        self.path, self._packed, self._fingerprint, self._usual = path, packed, fingerprint, usual
 
     @cached_property
     def columns(self) -> list[str]:
         """The header."""
-        with open_binary(self.path, self._packed) as file:
-            header = self._next(self._reader(file))
+        header = self._header(self._delimiter)
         if isinstance(header, BadRowError):
             raise UserError(f"{self.path} line 1: {header}; mend the header")
-        return header or []
+        names = [name.strip() for name in header]
+        if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+            raise UserError(f"{self.path} line 1: column {', '.join(twice)} stands there twice; mend the header")
+        return names
+
+    @cached_property
+    def _delimiter(self) -> str:
+        headers = {mark: self._header(mark) for mark in (self._usual, *_DELIMITERS)}
+        widths = {mark: len(header) for mark, header in headers.items() if not isinstance(header, BadRowError)}
+        best = max(widths, key=widths.__getitem__, default=self._usual)
+        if best != self._usual:
+            rank_zero_info(f"{self.path}: fields are taken to be parted by {best!r}, as the header is")
+        return best
+
+    def _header(self, delimiter: str) -> list[str] | BadRowError:
+        with open_binary(self.path, self._packed) as file:
+            return self._next(self._reader(file, delimiter)) or []
 
     def __len__(self) -> int:
         return len(self._table)
@@ -157,7 +178,7 @@ class CsvRows(RawRows):
     def _records(self) -> Iterator[tuple[int, list[str] | BadRowError]]:
         """First line and fields of each row after the header."""
         with open_binary(self.path, self._packed) as file:
-            reader = self._reader(file)
+            reader = self._reader(file, self._delimiter)
             self._next(reader)  # the header
             while True:
                 line, fields = reader.line_num + 1, self._next(reader)
@@ -169,11 +190,12 @@ class CsvRows(RawRows):
                 if fields:
                     yield line, fields
 
-    def _reader(self, file: BinaryIO) -> Any:
+    def _reader(self, file: BinaryIO, delimiter: str) -> Any:
         csv.field_size_limit(_LONGEST_CSV_FIELD)
         lines = checked_lines(file, self.path)
         # strict: a quote that is never closed would otherwise take the rest of the file into one field.
-        return csv.reader((line.decode("utf-8", "surrogateescape") for line in without_bom(lines)), strict=True)
+        texts = (line.decode("utf-8", "surrogateescape") for line in without_bom(lines))
+        return csv.reader(texts, delimiter=delimiter, strict=True)
 
     def _next(self, reader: Any) -> list[str] | BadRowError | None:
         try:
@@ -257,21 +279,74 @@ def gzip_error(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} is not a whole gzip file: {error}; fetch it again")
 
 
-def read_json_list(path: Path, packed: bool) -> list[Any]:
-    """The items of a file that is one JSON list.
+def read_json(path: Path, packed: bool) -> list[Any]:
+    """The rows of a file that is one JSON value: a list, an object of columns, or an object with a list inside.
 
     Raises:
-        UserError: broken JSON, with its line, or not UTF-8.
+        UserError: broken JSON, with its line, not UTF-8, or an object that is no table.
     """
     with open_binary(path, packed) as file:
         try:
-            return cast("list[Any]", json.load(io.TextIOWrapper(file, encoding="utf-8-sig")))
+            value = json.load(io.TextIOWrapper(file, encoding="utf-8-sig"))
         except json.JSONDecodeError as error:
             raise UserError(f"{path} line {error.lineno}: broken JSON ({error.msg}); mend the list") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from error
         except _GZIP_ERRORS as error:
             raise gzip_error(path, error) from error
+    return value if isinstance(value, list) else _rows_of_object(value, path)
+
+
+def _rows_of_object(value: dict[str, Any], path: Path) -> list[Any]:
+    if not _holds_lists(value):
+        return [value]
+    objects = [name for name, items in value.items() if all(isinstance(item, dict) for item in items)]
+    if len(value) == 1 and objects:
+        return list(value[objects[0]])
+    if len(objects) == len(value):
+        names = ", ".join(objects)
+        raise UserError(f"{path} is one object with several lists of rows ({names}); give each list a file of its own")
+    return column_rows(value, str(path))
+
+
+def _holds_lists(value: Any) -> bool:
+    """Whether an object holds lists only, of which none is a dialogue, so that it is no row."""
+    if not isinstance(value, dict) or not value or not all(isinstance(items, list) for items in value.values()):
+        return False
+    return not any(
+        items and all(isinstance(item, dict) and item.keys() & {"role", "from"} for item in items)
+        for items in value.values()
+    )
+
+
+def is_one_object(path: Path, packed: bool) -> bool:
+    """Whether a file is one JSON object that is a table, or is written over several lines, instead of a row a line."""
+    with open_binary(path, packed) as file:
+        lines = (line for line in checked_lines(file, path) if not line.isspace())
+        first, more = next(without_bom(lines), b""), next(lines, None)
+        try:
+            value = json.loads(first)
+        except json.JSONDecodeError as error:
+            if error.pos < len(error.doc.rstrip()):  # broken within the line, which does not just go on in the next
+                return False
+        except (ValueError, RecursionError):
+            return False
+        else:
+            return more is None and _holds_lists(value)
+    try:
+        read_json(path, packed)
+    except (UserError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def packed_twice(head: bytes) -> str:
+    """What is wrong with a text file that begins so, if it is none: compressed once more, or in UTF-16."""
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "is UTF-16 text; save it as UTF-8"
+    kinds = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
+    found = next((kind for magic, kind in kinds.items() if head.startswith(magic)), None)
+    return f"is compressed by {found}, which its name does not say; unpack it" if found else ""
 
 
 def head_of(path: Path, packed: bool) -> bytes:
