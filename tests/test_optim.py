@@ -125,3 +125,24 @@ def test_a_constant_rate_needs_no_end():
 def test_an_unknown_schedule_is_none_of_the_known_ones():
     with pytest.raises(ValueError, match="kind 'cosin' is none of cosine, linear and constant"):
         learning_rate_factor(5, "cosin", 2, 10)
+
+
+def test_a_schedule_resumed_into_a_longer_run_has_the_rate_of_its_step_there():
+    def begun(total, lr):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+        return optimizer, schedule_learning_rate(optimizer, "linear", 2, total)
+
+    finished, schedule = begun(6, lr=1.0)
+    for _ in range(6):
+        finished.step()
+        schedule.step()
+    assert learning_rates(finished) == [0]
+
+    resumed, longer = begun(10, lr=0.5)
+    resumed.load_state_dict(finished.state_dict())
+    longer.load_state_dict(schedule.state_dict())
+
+    assert learning_rates(resumed) == longer.get_last_lr() == [0.5 * learning_rate_factor(6, "linear", 2, 10)]
+    resumed.step()
+    longer.step()
+    assert learning_rates(resumed) == [0.5 * learning_rate_factor(7, "linear", 2, 10)]

@@ -56,9 +56,28 @@ def learning_rate_factor(
     return min_factor + (1 - min_factor) * fall
 
 
+class StepSchedule(LambdaLR):
+    """A schedule of which a checkpoint holds only the step: a resumed run has the learning rates of its own settings.
+
+    Lightning restores the optimizer, and with it the rates of the run that was saved, before it restores the schedule.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to the step that was saved.
+
+        Args:
+            state_dict: from `state_dict`.
+        """
+        own = {"base_lrs": self.base_lrs, "lr_lambdas": state_dict["lr_lambdas"]}
+        super().load_state_dict({**state_dict, **own})
+        for group, base, factor in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
+            group["lr"] = base * factor(self.last_epoch)
+        self._last_lr = [*learning_rates(self.optimizer)]
+
+
 def schedule_learning_rate(
     optimizer: Optimizer, kind: Schedule, warmup_steps: int | float, total_steps: float, min_factor: float = 0.0
-) -> LambdaLR:
+) -> StepSchedule:
     """Scheduler to be stepped once per optimizer step.
 
     Args:
@@ -76,7 +95,7 @@ def schedule_learning_rate(
     if 0 < warmup_steps < 1:
         warmup_steps = math.ceil(warmup_steps * total_steps)
     warmup = int(warmup_steps)
-    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, kind, warmup, total_steps, min_factor))
+    return StepSchedule(optimizer, lambda step: learning_rate_factor(step, kind, warmup, total_steps, min_factor))
 
 
 def learning_rates(optimizer: Any) -> list[float]:

@@ -3,12 +3,15 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
 from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning.data import Blend, InstructionDataModule, PreferenceDataModule, PromptDataModule, Table
+from rlhf_lightning.data import Blend, InstructionDataModule, PreferenceDataModule, PromptDataModule, Table, resuming
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.optim import schedule_learning_rate
 
 ROWS = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(23)]
 VALIDATION = [{"prompt": f"held out {i}", "chosen": "yes", "rejected": "no"} for i in range(5)]
@@ -236,3 +239,128 @@ def test_another_order_is_refused_in_the_middle_of_an_epoch_only(tmp_path, chang
     module = Recorder()
     trainer(tmp_path, enable_checkpointing=False).fit(module, other, ckpt_path=tmp_path / "step=5.ckpt")
     assert module.seen[0][:2] == (1, 0)
+
+
+def test_an_epoch_that_has_become_shorter_than_what_was_seen_of_it_is_refused(tmp_path):
+    with pytest.raises(Cut):
+        trainer(tmp_path, [checkpoint_every(tmp_path, 1)]).fit(Recorder(cut_after=4), data_module(PromptDataModule))
+
+    with pytest.raises(UserError, match="after batch 4 of epoch 0, which now has only 3 batches; resume"):
+        resumed(tmp_path, tmp_path / "step=4.ckpt", PromptDataModule, limit_train_batches=3)
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    with pytest.raises(Cut):
+        trainer(tmp_path, [checkpoint_every(tmp_path, 1)]).fit(Recorder(cut_after=4), data_module(PromptDataModule))
+
+    with pytest.raises(UserError, match="does not say which batches of InstructionDataModule were used"):
+        resumed(tmp_path, tmp_path / "step=4.ckpt", InstructionDataModule)
+
+
+def test_a_trainer_that_goes_on_elsewhere_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(Cut):
+        trainer(tmp_path, [checkpoint_every(tmp_path, 1)]).fit(Recorder(cut_after=4), data_module(PromptDataModule))
+    monkeypatch.setattr(resuming, "_count_from", lambda place, counters, *_: counters.pop("epoch_loop.batch_progress"))
+
+    with pytest.raises(UserError, match=r"goes on at \(epoch, batch\) \(0, 3\), but the trainer at \(0, 0\)"):
+        resumed(tmp_path, tmp_path / "step=3.ckpt", PromptDataModule)
+
+
+# Stops of every kind, at every batch
+
+
+class Stepper(Recorder):
+    """Writes down epoch, batch, rows, steps and learning rate; its weight depends on the order of the batches."""
+
+    def __init__(self, steps_per_batch, cut_after):
+        super().__init__(cut_after)
+        self.steps_per_batch = steps_per_batch
+
+    def training_step(self, batch, batch_idx):
+        if self.cut_after == self.trainer.global_step // self.steps_per_batch:
+            raise Cut
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        rates = []
+        for _ in range(self.steps_per_batch):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.zero_grad()
+            self.manual_backward((self.weight * batch.row_ids.float().mean()).sin().sum())
+            optimizer.step()
+            schedule.step()
+        self.seen.append((self.current_epoch, batch_idx, batch.row_ids.tolist(), self.trainer.global_step, rates))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD([self.weight], lr=0.1, momentum=0.9)
+        scheduler = schedule_learning_rate(optimizer, "linear", 2, 20 * self.steps_per_batch)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class StopAfter(Callback):
+    """Asks the trainer to stop, as `EarlyStopping` and `max_time` do."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        trainer.should_stop = trainer.should_stop or trainer.fit_loop.total_batch_idx + 1 >= self.batches
+
+
+PACKED = {"packing": True, "max_length": 48, "batch_size": 2}
+ORDERS = {
+    "shuffled": (InstructionDataModule, {}),
+    "packed": (InstructionDataModule, PACKED),
+    "grouped": (PreferenceDataModule, {"length_grouped": True}),
+    "streamed": (PreferenceDataModule, {"data": Table(ROWS, streaming=True)}),
+    "prompts": (PromptDataModule, {"data": BLEND}),
+}
+EPOCHS = 3
+
+
+def leg(folder, order, limits, steps_per_batch, val_check_interval, cut_after=None, callbacks=(), keep_all=False):
+    """Fit until something ends it, from the last checkpoint if there is one; what was seen, and the module."""
+    kind, changes = ORDERS[order]
+    module = Stepper(steps_per_batch, cut_after)
+    every = steps_per_batch if keep_all else 10**6
+    saver = ModelCheckpoint(
+        folder, "last", every_n_train_steps=every, save_last=not keep_all, enable_version_counter=False
+    )
+    run = trainer(folder, [*callbacks, saver], val_check_interval=val_check_interval, **limits)
+    last = folder / "last.ckpt"
+    try:
+        run.fit(module, data_module(kind, **changes), ckpt_path=last if last.exists() else None, weights_only=True)
+    except Cut:
+        module.cut_after = None
+    return module
+
+
+ENDS = ["max_steps", "max_epochs", "should_stop", "exception"]
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    order=st.sampled_from(list(ORDERS)),
+    stops=st.lists(st.tuples(st.integers(1, 14), st.sampled_from(ENDS)), min_size=1, max_size=3),
+    steps_per_batch=st.sampled_from([1, 3]),
+    val_check_interval=st.sampled_from([1.0, 2]),
+)
+def test_stopped_anywhere_in_any_way_it_goes_on_at_the_next_batch(
+    tmp_path_factory, order, stops, steps_per_batch, val_check_interval
+):
+    fixed = steps_per_batch, val_check_interval
+    whole = leg(tmp_path_factory.mktemp("whole"), order, {"max_epochs": EPOCHS}, *fixed)
+    folder = tmp_path_factory.mktemp("parts")
+    seen = []
+    for batch, end in sorted(stops):
+        limits = {"max_epochs": EPOCHS}
+        if end == "max_steps":
+            limits = {"max_epochs": -1, "max_steps": batch * steps_per_batch}
+        if end == "max_epochs":
+            limits = {"max_epochs": whole.seen[min(batch, len(whole.seen)) - 1][0] + 1}
+        callbacks = [StopAfter(batch)] if end == "should_stop" else []
+        cut_after = batch if end == "exception" else None
+        seen += leg(folder, order, limits, *fixed, cut_after, callbacks, keep_all=end == "exception").seen
+    last = leg(folder, order, {"max_epochs": EPOCHS}, *fixed)
+
+    assert seen + last.seen == whole.seen
+    assert torch.equal(last.weight, whole.weight) or not last.seen
+    assert leg(folder, order, {"max_epochs": EPOCHS}, *fixed).seen == []

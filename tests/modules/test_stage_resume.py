@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint
 
 from helpers.stages import (
     adamw,
@@ -153,6 +153,34 @@ def test_a_cut_run_ends_as_if_it_had_not_been_cut(whole, folders, tmp_path, cut_
     for name in log.names("train") - {"tokens_per_second"}:
         if not name.startswith("seconds"):
             assert log.series(f"train/{name}") == whole_log.series(f"train/{name}")[cut_after:], name
+
+
+def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(whole, folders, tmp_path):
+    """Stopped within an epoch, and saved after Lightning has closed that epoch."""
+    stage, _, end = whole
+    module, data = STAGES[stage][0](folders)
+    disturb_random_numbers(1234)
+    stop = LambdaCallback(on_train_batch_end=lambda trainer, *_: setattr(trainer, "should_stop", True))
+    fit(module, data, max_epochs=EPOCHS, val_check_interval=2, callbacks=[stop])
+    module.trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+
+    _, resumed = run(stage, folders, ckpt_path=tmp_path / "stopped.ckpt")
+
+    for name in KEPT:
+        assert_same(resumed[name], end[name], name)
+
+
+def test_a_finished_run_goes_on_with_the_learning_rate_of_its_step_in_the_longer_one(whole, folders, tmp_path):
+    stage, whole_log, _ = whole
+    module, data = STAGES[stage][0](folders)
+    fit(module, data, max_epochs=1)
+    module.trainer.save_checkpoint(tmp_path / "one epoch.ckpt")
+
+    module, data = STAGES[stage][0](folders)
+    log = fit(module, data, max_epochs=EPOCHS, ckpt_path=tmp_path / "one epoch.ckpt")
+
+    assert log.series("train/lr") == whole_log.series("train/lr")[BATCHES:]
+    assert min(log.series("train/lr")) > 0
 
 
 def test_the_runs_have_something_to_remember(whole):

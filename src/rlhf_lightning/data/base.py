@@ -284,6 +284,7 @@ class TextDataModule(ResumableDataModule, ABC):
 
     def _load_train(self) -> None:
         """The training part, packed if that is asked for, and its sampler."""
+        self._keep_place()
         rank, world = self._rank_and_world()
         if self._streamed:
             self._sampler = StreamedExamples(

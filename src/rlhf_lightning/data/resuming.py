@@ -1,10 +1,17 @@
-"""The place in the training data that a checkpoint remembers, so that a resumed run sees the batches it would have."""
+"""The place in the training data that a checkpoint remembers, so that a resumed run sees the batches it would have.
+
+Lightning has counters of its own for epochs and batches. What they say depends on the hook that a checkpoint was saved
+in: after the end of training the epoch counts as finished, wherever it was stopped; after a resume at an epoch's last
+batch one of them stays behind for good. So the data module keeps the place itself, and a resumed run's counters are
+written anew from it.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.trainer.states import TrainerFn
 
 from rlhf_lightning.data.sampler import ResumableSampler
 from rlhf_lightning.data.streaming import StreamedExamples
@@ -17,6 +24,7 @@ class ResumableDataModule(pl.LightningDataModule):
     Attributes:
         batch_size: examples in a training batch of one process.
         packing: whether examples share rows.
+        place: the epoch of the running fit, from 0, and how many batches of it are used up.
     """
 
     batch_size: int
@@ -25,40 +33,21 @@ class ResumableDataModule(pl.LightningDataModule):
     def __init__(self) -> None:
         super().__init__()
         self._sampler: ResumableSampler | StreamedExamples | None = None
-        self._resumed_batches: int | None = None
-        self._miscounted = (-1, 0)
+        self.place = (0, 0)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Compare Lightning's count with the checkpoint at the first batch of a resumed run.
-
-        Resumed from a checkpoint taken after the last batch of a stream, Lightning counts on from there in the next
-        epoch, because it does not know the length of the one before.
-
-        Args:
-            batch: passed on.
-            dataloader_idx: not used.
-        """
-        if self._resumed_batches is not None and self.trainer is not None and self.trainer.training:
-            assert self._sampler is not None
-            counted = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-            self._miscounted = (self._sampler.epoch, counted - self._resumed_batches)
-            self._resumed_batches = None
-        return batch
+    def _keep_place(self) -> None:
+        """Begin at the beginning, and let the trainer tell how far the run has come."""
+        self.place = (0, 0)
+        trainer: Any = self.trainer
+        if trainer is not None:
+            others = [callback for callback in trainer.callbacks if not isinstance(callback, _PlaceKeeper)]
+            trainer.callbacks = [_PlaceKeeper(self), *others]  # first: before what saves checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the training data: the epoch, and how many batches of it are used up."""
         if self._sampler is None or self.trainer is None:
             return {}
-        # Lightning's own count, so that a resumed run can never disagree with it about the batch to go on with. A batch
-        # in whose middle an exception strikes is not processed, and is run again.
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
-        epoch, batches = self._sampler.epoch, progress.current.processed
-        # How many batches a stream has is known only when its last one is at hand.
-        ended = progress.is_last_batch and batches == progress.current.ready
-        if epoch == self._miscounted[0]:
-            batches -= self._miscounted[1]
-        if ended or batches >= self.trainer.num_training_batches:
-            epoch, batches = epoch + 1, 0
+        epoch, batches = self.place
         return {"epoch": epoch, "batches": batches, "order": self._order()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -74,7 +63,7 @@ class ResumableDataModule(pl.LightningDataModule):
             return
         if state_dict["batches"] > 0:
             self._check_order(state_dict["order"])
-        self._resumed_batches = state_dict["batches"]
+        self.place = state_dict["epoch"], state_dict["batches"]
         self._sampler.resume(state_dict["epoch"], state_dict["batches"] * self.batch_size)
 
     def _order(self) -> dict[str, Any]:
@@ -92,3 +81,92 @@ class ResumableDataModule(pl.LightningDataModule):
                     f"the checkpoint was saved in the middle of an epoch with {name} {saved.get(name)}, now it is "
                     f"{now.get(name)}; resume with the same, or from a checkpoint of an epoch's end"
                 )
+
+
+class _PlaceKeeper(pl.Callback):
+    """Counts the batches of a fit for its data module, and makes Lightning count from there in a resumed one.
+
+    Args:
+        data: the data module.
+    """
+
+    def __init__(self, data: ResumableDataModule) -> None:
+        self._data = data
+        self._resumed = False
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Replace Lightning's counters, which it reads from the checkpoint later."""
+        if trainer.state.fn != TrainerFn.FITTING or "loops" not in checkpoint:
+            return
+        name = type(self._data).__qualname__
+        if name not in checkpoint:
+            raise UserError(
+                f"the checkpoint does not say which batches of {name} were used; resume with the data it was saved with"
+            )
+        self._resumed = True
+        # Of every batch comes one optimizer step for Lightning's loggers, unless it steps by itself.
+        counters = checkpoint["loops"]["fit_loop"]
+        batches = counters["epoch_loop.batch_progress"]["total"]["processed"]
+        steps = checkpoint["global_step"] if pl_module.automatic_optimization else batches
+        accumulates = self._data.place[1] % trainer.accumulate_grad_batches != 0
+        _count_from(self._data.place, counters, batches, steps, accumulates)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start a new epoch as such: with `max_steps` set, Lightning takes every resumed epoch for a started one."""
+        if not self._resumed:
+            return
+        epoch, batches = self._data.place
+        if batches == 0:
+            trainer.fit_loop.epoch_loop.restarting = False
+        elif batches >= trainer.num_training_batches:
+            raise UserError(
+                f"the checkpoint stands after batch {batches} of epoch {epoch}, which now has only "
+                f"{trainer.num_training_batches} batches; resume with the same trainer.limit_train_batches"
+            )
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Be sure that Lightning and the data module mean the same batch."""
+        if self._resumed and (counted := (trainer.current_epoch, batch_idx)) != self._data.place:
+            raise UserError(
+                f"the checkpoint goes on at (epoch, batch) {self._data.place}, but the trainer at {counted}: its state "
+                "is not that of this data; resume with the data module and the trainer it was saved with"
+            )
+        self._resumed = False
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """One more batch is used up. A batch in whose middle an exception strikes is not, and is run again."""
+        # How many batches a stream has is known only when its last one is at hand.
+        ended = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
+        self._data.place = (trainer.current_epoch + 1, 0) if ended else (trainer.current_epoch, batch_idx + 1)
+
+
+def _count_from(place: tuple[int, int], counters: dict[str, Any], total: int, steps: int, accumulates: bool) -> None:
+    """Write Lightning's counters of a fit as it saves them itself after a batch, or before an epoch.
+
+    Args:
+        place: epoch, and batches of it that are used up.
+        counters: of the fit loop, from a checkpoint; changed in place.
+        total: batches of all epochs.
+        steps: batches that ended in an optimizer step.
+        accumulates: the last batch did not.
+    """
+    epoch, batches = place
+    within = batches > 0
+    # Within an epoch it is started, but not finished, and the hooks of its last batch are counted as still running.
+    epochs = {"ready": epoch + within, "started": epoch + within, "processed": epoch, "completed": epoch}
+    seen = {
+        key: {"ready": n, "started": n, "processed": n, "completed": n - within}
+        for key, n in (("total", total), ("current", batches))
+    }
+    unseen = dict.fromkeys(("ready", "started", "processed", "completed"), 0)
+    validation = {"total": unseen, "current": {**unseen}, "is_last_batch": False}
+    counters["epoch_progress"] = {"total": epochs, "current": {**epochs}}
+    counters["epoch_loop.batch_progress"] = {**seen, "is_last_batch": False}
+    counters["epoch_loop.val_loop.batch_progress"] = validation
+    counters["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - (within and not accumulates)
