@@ -323,6 +323,33 @@ def said(result):
     return result if isinstance(result, str) else [part.tolist() for part in (*result[:2], *result.responses)]
 
 
+@pytest.mark.parametrize(
+    ("text", "bos", "prompt", "response"),
+    [
+        ("abc", False, [10], [11, 12, 2]),
+        ("abc", True, [1], [10, 11, 12, 2]),
+        ("<s>abc</s>", True, [1], [10, 11, 12, 2]),  # written by a template already
+        ("a", False, [10], [2]),
+        ("\n\n", False, [3], [3, 2]),
+    ],
+)
+@pytest.mark.parametrize("dialogue_format", ["auto", "chat_template"])
+def test_a_whole_text_is_taught_from_its_first_token_that_can_be(text, bos, prompt, response, dialogue_format):
+    tokenizer = letters(bos=bos)
+    tokenizer.chat_template = TEMPLATE
+    chat = ChatEncoder(tokenizer, dialogue_format)
+    for need_turns in (False, True):
+        assert encoded(Row("", (text,)), chat=chat, need_turns=need_turns) == (prompt, [], [response], ())
+
+
+def test_a_whole_text_that_is_too_long_loses_its_end_and_its_eos():
+    assert encoded(Row("", ("abcd",)), TokenLimits(3, None, 1, "cut")) == ([10], [], [[11, 12]], ("cut: response",))
+
+
+def test_a_whole_text_of_an_eos_alone_teaches_nothing():
+    assert encoded(Row("", ("</s>",))) == "response is too short"
+
+
 def test_no_rows():
     assert encode_rows([], TINY, WIDE) == encode_rows([], TINY, WIDE, need_turns=True) == []
 

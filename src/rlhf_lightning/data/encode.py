@@ -73,6 +73,8 @@ def encode_rows(
 
 def _render(row: Row, chat: ChatEncoder) -> Rendered | None:
     """The prompt as text; None where the format refuses its turns."""
+    if not row.prompt:
+        return Rendered("", "verbatim")
     try:
         return chat.render(_whole_prompt(row))
     except RefusedTurnsError:
@@ -101,6 +103,8 @@ def _fit(row: Row, text: Rendered, whole: EncodedRow, chat: ChatEncoder, limits:
     a row stand behind the same prompt.
     """
     prompt, turns, responses, notes = whole
+    if not row.prompt:
+        prompt, responses = _whole_text(prompt, *responses)
     room = limits.prompt_room([len(ids) for ids in responses])
     if len(prompt) > room:
         if limits.long_prompts == "drop":
@@ -117,6 +121,18 @@ def _fit(row: Row, text: Rendered, whole: EncodedRow, chat: ChatEncoder, limits:
     left = limits.max_length - len(prompt)
     notes += (CUT_RESPONSE,) * sum(len(ids) > left for ids in responses)
     return EncodedRow(prompt, turns, [ids[:left] for ids in responses], notes)
+
+
+def _whole_text(prefix: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """A text that nothing asks for as prompt and response.
+
+    The first token of a sequence is never a target, so it is the prompt: the tokenizer's own beginning, which the text
+    may hold already, or the first token of the text.
+    """
+    begun = len(prefix) if np.array_equal(text[: len(prefix)], prefix) else 0
+    whole = np.concatenate([prefix, text[begun:]])
+    first = max(1, len(prefix))
+    return whole[:first], [whole[first:]]
 
 
 def cut_post(text: str, suffix: str, room: int, chat: ChatEncoder) -> np.ndarray:

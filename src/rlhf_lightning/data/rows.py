@@ -23,7 +23,7 @@ class Row(NamedTuple):
     """One row of any source, as the stages need it.
 
     Attributes:
-        prompt: text, or a list of messages.
+        prompt: text, or a list of messages; "" where the response is a whole text that nothing asks for.
         responses: none for a prompt alone, one for a demonstration, two or more for a ranking, the best first.
         ranks: the rank of each response, smaller is better and equal is a tie; empty means strictly in order.
         suffix: what follows `prompt` in the text the model sees (`prompt + suffix`). It is never cut, and the prompt
@@ -34,6 +34,7 @@ class Row(NamedTuple):
         row_id: number of the row in the whole source, from 0.
         tools: that the assistant may call, as chat templates read them (JSON schemas).
         untaught: which messages of `prompt` are the assistant's but not to be taught.
+        unused: what else the row holds, as counts are to name it: columns, and keys of turns.
     """
 
     prompt: Prompt
@@ -46,6 +47,7 @@ class Row(NamedTuple):
     row_id: int = 0
     tools: tuple[dict[str, Any], ...] = ()
     untaught: tuple[int, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 class BadRowError(Exception):
@@ -56,16 +58,17 @@ class DroppedRow(Exception):
     """A sound row that is of no use; `str()` is the reason it is counted under."""
 
 
-def check_text(value: Any, name: str) -> str:
+def check_text(value: Any, name: str, empty: bool = False) -> str:
     r"""A field's text, if it is one that can be tokenised.
 
     Args:
         value: what stands in the row.
         name: the field, as the reason is to say it.
+        empty: it may be empty or blank.
 
     Raises:
-        BadRowError: null, no text, empty or blank, longer than 1,000,000 characters, or with a NUL byte or a lone
-            surrogate in it.
+        BadRowError: null, no text, empty or blank unless it may be, longer than 1,000,000 characters, or with a NUL
+            byte or a lone surrogate in it.
 
     Example:
         >>> check_text("\ud800", "prompt")
@@ -74,7 +77,7 @@ def check_text(value: Any, name: str) -> str:
     """
     if not isinstance(value, str):
         raise BadRowError(f"{name} is null" if value is None else f"{name} is not text but {type(value).__name__}")
-    if not value or value.isspace():
+    if not empty and (not value or value.isspace()):
         raise BadRowError(f"{name} is empty")
     if len(value) > MAX_CHARACTERS:
         raise BadRowError(f"{name} is longer than {MAX_CHARACTERS:,} characters")

@@ -241,8 +241,8 @@ def test_kinds_are_those_that_the_columns_allow(tmp_path):
     assert folder.manifest["kinds"] == ["finetune", "prompts"]
     with pytest.raises(UserError, match="has columns prompt, response; needed: prompt, chosen and rejected"):
         build(tmp_path / "other", [{"prompt": "hi", "response": "yes"}], kinds=("preference",))
-    with pytest.raises(UserError, match="has columns text; needed: prompt"):
-        build(tmp_path / "third", [{"text": "hi"}])
+    with pytest.raises(UserError, match="has columns words; needed: prompt"):
+        build(tmp_path / "third", [{"words": "hi"}])
     with pytest.raises(UserError, match="leaves nothing to train on"):
         build(tmp_path / "fourth", PAIRS[:3], splits=Splits(stages={"sft": 0.0, "reward": 1.0}), kinds=("finetune",))
 

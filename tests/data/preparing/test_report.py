@@ -107,6 +107,21 @@ def test_every_row_is_accounted_for_by_reason(prepared):
     assert "prompts that came before and are not written again: 1" in text
 
 
+def test_what_is_not_used_is_counted_and_said_in_one_line_each(prepared):
+    turns = [{"role": "user", "content": "hi", "lang": "en"}, {"role": "assistant", "content": "hello", "lang": "en"}]
+    rows = [
+        {"messages": turns, "source": "forum", "id": None},
+        {"messages": turns, "source": "", "id": 7},
+        {"messages": 3},
+    ]
+    report = report_on(prepared(rows), tiny_tokenizer())
+    assert report["rows"]["data"]["unused"] == {"key 'lang' of a turn": 2, "column 'source'": 1, "column 'id'": 1}
+    text = io.StringIO()
+    print_report(Console(file=text, width=110, color_system=None), report)
+    assert " key 'lang' of a turn is not used: 2 rows hold something there\n" in text.getvalue()
+    assert " column 'source' is not used: 1 rows hold something there\n" in text.getvalue()
+
+
 def test_an_account_that_does_not_add_up_is_an_error(tmp_path):
     folder = measured(tmp_path, {"prompts": [(3,)]})
     folder.manifest["sources"]["data"]["counts"]["rows"] += 1

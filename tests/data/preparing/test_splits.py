@@ -11,7 +11,7 @@ from helpers.preparing import build, row_ids
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.chat.plain import render_plain
 from rlhf_lightning.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
-from rlhf_lightning.data.preparing.filters import Filters, Splits, key_of
+from rlhf_lightning.data.preparing.filters import Filters, RowFilter, Splits, key_of
 from rlhf_lightning.data.preparing.prepared import PARTS
 from rlhf_lightning.data.rows import Row, split_of
 from rlhf_lightning.data.sources import Blend, Table
@@ -231,3 +231,20 @@ def test_a_blend_brings_a_split_that_all_its_sources_have(tmp_path, said):
     assert len(row_ids(folder, "finetune")["test"]) == 0
     assert 0 < len(row_ids(folder, "finetune")["validation"]) < 20
     assert "the test split of a is not read, as not all sources of the blend have one; give `test_data`" in said()
+
+
+def test_whole_texts_fall_on_sides_of_their_own(tmp_path):
+    texts = [{"text": f"story number {i}"} for i in range(40)]
+    folder = build(tmp_path / "a", texts, splits=Splits(validation=0.5))
+    sides = row_ids(folder, "finetune")
+    assert len(sides["train"]) > 10
+    assert len(sides["validation"]) > 10
+
+
+def test_rows_that_differ_in_their_tools_alone_are_no_duplicates():
+    row = Row([{"role": "user", "content": "Go!"}], ("Done.",))
+    others = [row._replace(tools=({"name": "walk"},)), row._replace(tools=({"name": "run"},))]
+    for filters in (Filters(duplicates="exact"), Filters(duplicates="normalised"), Filters(remove_same_inputs=True)):
+        once = RowFilter(filters, set())
+        assert [once.reason(other, key_of(other)) for other in (row, *others)] == [None] * 3
+        assert all(once.reason(other, key_of(other)) for other in (row, *others))

@@ -51,7 +51,7 @@ DEMONSTRATIONS = [
     ({"prompt": "p", "response": "r"}, "p"),
     ({"prompt": "p", "completion": "r"}, "p"),
     ({"prompt": "p", "chosen": "r", "rejected": "x"}, "p"),
-    ({"prompt": "p", "response": [assistant("r")]}, "p"),
+    ({"prompt": "p", "response": [assistant("r")]}, PROMPT),
     ({"prompt": PROMPT, "response": "r"}, PROMPT),
     ({"prompt": PROMPT, "chosen": "r", "rejected": "x"}, PROMPT),
     ({"prompt": PROMPT, "chosen": [assistant("r")], "rejected": [assistant("x")]}, PROMPT),
@@ -72,7 +72,7 @@ DEMONSTRATIONS = [
     ({"instruction": "p", "input": " ", "chosen": "r", "rejected": "x"}, PROMPT),
     ({"prompt": "p", "completion": "r", "label": True}, "p"),
     ({"prompt": "p", "responses": ["x", "r", "y"], "ranks": [2, 1, 3]}, "p"),
-    ({"prompt": "p", "responses": [assistant("x"), assistant("r")], "scores": [0.1, 0.2]}, "p"),
+    ({"prompt": "p", "responses": [assistant("x"), assistant("r")], "scores": [0.1, 0.2]}, PROMPT),
 ]
 PAIRS = [(row, prompt) for row, prompt in DEMONSTRATIONS if "chosen" in row]
 
@@ -81,7 +81,7 @@ PAIRS = [(row, prompt) for row, prompt in DEMONSTRATIONS if "chosen" in row]
 def test_every_form_gives_its_prompt_and_response(row, prompt):
     prompt = prompt or [{"role": "system", "content": "s"}, *PROMPT]
     assert read(row) == Row(prompt, ("r",))
-    assert read(row, "prompts").prompt == row.get("prompt", prompt)
+    assert read(row, "prompts").prompt == prompt
 
 
 @pytest.mark.parametrize(("row", "prompt"), PAIRS)
@@ -263,7 +263,7 @@ def test_numbers_that_cannot_be_are_named(numbers, reason):
 def test_columns_may_have_other_names():
     row = {"question": "p", "good": "r", "bad": "x", "prompt": "another"}
     columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
-    assert read(row, "preference", columns) == Row("p", ("r", "x"))
+    assert read(row, "preference", columns) == Row("p", ("r", "x"), unused=("column 'prompt'",))
 
 
 def test_a_column_named_for_one_thing_is_not_read_as_another():

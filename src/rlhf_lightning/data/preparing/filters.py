@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -159,11 +160,12 @@ class RowFilter:
         """
         filters = self._filters
         prompt, responses = exact_text(row.prompt), [exact_text(response) for response in row.responses]
-        if filters.remove_same_inputs and _seen(self._inputs, prompt, row.suffix, *responses[:1]):
+        more = _more_than_text(row)
+        if filters.remove_same_inputs and _seen(self._inputs, prompt, more, row.suffix, *responses[:1]):
             return "prompt and best response came before"
-        if filters.duplicates == "exact" and _seen(self._rows, prompt, row.suffix, *responses):
+        if filters.duplicates == "exact" and _seen(self._rows, prompt, more, row.suffix, *responses):
             return "row is a duplicate"
-        if filters.duplicates == "normalised" and _seen(self._rows, key, *map(_normalised, responses)):
+        if filters.duplicates == "normalised" and _seen(self._rows, key, more, *map(_normalised, responses)):
             return "row is a duplicate"
         if self._evaluation_prompts and hash_of(key) in self._evaluation_prompts:
             return "prompt is in the evaluation data"
@@ -176,7 +178,16 @@ def key_of(row: Row) -> str:
 
 
 def _whole_prompt(row: Row) -> Prompt:
+    """The prompt with its suffix; a whole text, which has none, stands for itself."""
+    if not row.prompt:
+        return exact_text(row.responses[0])
     return row.prompt + row.suffix if isinstance(row.prompt, str) else row.prompt
+
+
+def _more_than_text(row: Row) -> str:
+    """What the prompt holds that its key does not say, such as tools and calls of them."""
+    messages = [] if isinstance(row.prompt, str) else [message for message in row.prompt if len(message) > 2]
+    return json.dumps([row.tools, messages]) if row.tools or messages else ""
 
 
 def hash_of(*texts: str) -> int:

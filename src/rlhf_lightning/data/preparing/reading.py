@@ -99,8 +99,8 @@ class RowReader:
         num_proc: processes that tokenise; what comes out does not depend on it.
 
     Attributes:
-        counts: `rows`, `kept`, `other stages`, `dropped: reason`, `cut: prompt` and the like; `lacking: reason` of
-            rows that are kept but serve less than was asked for.
+        counts: `rows`, `kept`, `other stages`, `dropped: reason`, `cut: prompt` and the like; of rows that are
+            kept, `lacking: reason` where they serve less than was asked for, and `unused: column 'x'` and the like.
         bad_rows: place and reason of the first bad rows.
         num_bad: all of them.
     """
@@ -155,7 +155,7 @@ class RowReader:
                     self._leave(where, self._dropped(result, outcome.row))
                     continue
                 self.counts["kept"] += 1
-                self.counts.update(result.notes)
+                self.counts.update(_notes(outcome, result))
                 if outcome.lacking:
                     self.counts[f"lacking: {outcome.lacking}"] += 1
                 yield outcome, result
@@ -183,7 +183,7 @@ class RowReader:
             encoded: its ids.
         """
         self.counts["kept"] -= 1
-        self.counts.subtract(encoded.notes)
+        self.counts.subtract(_notes(choice, encoded))
         if choice.lacking:
             self.counts[f"lacking: {choice.lacking}"] -= 1
         self.counts[f"dropped: {reason}"] += 1
@@ -268,6 +268,11 @@ def _outcome(row: Row | _Lesser | BadRowError | DroppedRow, choose: Choose) -> C
             return _Left(f"dropped: {row.reason}")
         return _Left(chosen) if isinstance(chosen, str) else chosen._replace(lacking=row.reason)
     return _Left(f"dropped: {row}", str(row) if isinstance(row, BadRowError) else "")
+
+
+def _notes(choice: Choice, encoded: EncodedRow) -> tuple[str, ...]:
+    """What is counted of a row that is kept."""
+    return (*encoded.notes, *(f"unused: {what}" for what in choice.row.unused))
 
 
 def _chunks(items: Iterator[_Item]) -> Iterator[Chunk]:

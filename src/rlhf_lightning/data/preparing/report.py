@@ -105,6 +105,7 @@ def _account(counts: dict[str, int]) -> dict[str, Any]:
         "kept": counts.get("kept", 0),
         "cut": _group(counts, "cut: "),
         "lacking": _group(counts, "lacking: "),
+        "unused": _group(counts, "unused: "),
         "notes": {name: counts[name] for name in _NOTES if counts.get(name)},
     }
     left = sum(account["dropped"].values()) + account["other stages"] + account["kept"]
@@ -217,6 +218,9 @@ def print_report(console: Console, report: dict[str, Any], examples: bool = True
         for name, count in account["notes"].items():
             of = "" if role == "data" else f" of {role}"
             console.print(f" {_NOTES[name]}{of}: {count:,}\n", highlight=False)
+        for what, count in account["unused"].items():
+            of = "" if role == "data" else f" of {role}"
+            console.print(Text(f" {what}{of} is not used: {count:,} rows hold something there"), soft_wrap=True)
     if len(report["sources"]) > 1:
         console.print(_sources_table(report["sources"]))
     console.print(_lengths_table(report["lengths"]))

@@ -155,7 +155,8 @@ class HelpfulHarmless(_TableSource):
         return TableRows(raw, name, partial(self._form, name), ["helpful-harmless"], self.streaming)
 
     def _form(self, name: str, columns: Sequence[str]) -> RowForm:
-        return RowForm([name for name in columns if name in ("prompt", "chosen", "rejected")], source=name)
+        known = ("prompt", "response", "chosen", "rejected")
+        return RowForm([column for column in columns if column in known], source=name)
 
     def _raw(self) -> dict[str, RawRows]:
         if not is_local(self.path):

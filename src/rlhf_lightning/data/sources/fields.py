@@ -1,20 +1,16 @@
-"""What stands in one field of a row: text, turns, a number, a list, or a bad row."""
+"""What stands in one field of a row: text, a number, a flag, a list, tools and calls of them, or a bad row."""
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
-from rlhf_lightning.chat.messages import Message
-from rlhf_lightning.data.rows import MAX_CHARACTERS, BadRowError, DroppedRow, check_text
+from rlhf_lightning.data.rows import BadRowError, DroppedRow, check_text
 
 _LAST_TURN = "\n\nAssistant:"
 _OTHER_TURN = "\n\nHuman:"
-_ROLES = {
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
-    "system": "system",
-}
+_FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def split_dialogue(text: str, column: str, prompt_only: bool = False) -> tuple[str, str]:
@@ -48,44 +44,6 @@ def split_dialogue(text: str, column: str, prompt_only: bool = False) -> tuple[s
     return before + mark, response
 
 
-def read_turns(value: Any, name: str) -> list[Message]:
-    """Turns written as `{"role", "content"}` or `{"from", "value"}`, as messages.
-
-    Args:
-        value: what stands in the row.
-        name: the field, as reasons are to say it.
-
-    Raises:
-        BadRowError: no list of such turns, or text that cannot be used.
-    """
-    turns = read_list(value, name, "messages")
-    messages = [_read_turn(turn, name) for turn in turns]
-    if sum(len(message["content"]) for message in messages) > MAX_CHARACTERS:
-        raise BadRowError(f"{name} is longer than {MAX_CHARACTERS:,} characters")
-    return messages
-
-
-def _read_turn(turn: Any, name: str) -> Message:
-    if not isinstance(turn, dict):
-        raise BadRowError(f'{name} holds something else than {{"role": ..., "content": ...}}')
-    role_key, content_key = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
-    role = check_text(turn.get(role_key), f"{role_key} in {name}")
-    return {
-        "role": _ROLES.get(role.lower(), role),
-        "content": check_text(turn.get(content_key), f"{content_key} in {name}"),
-    }
-
-
-def read_response(value: Any, name: str) -> str:
-    """One of several responses, text or a turn of the assistant; BadRowError if it is neither."""
-    if not isinstance(value, dict):
-        return check_text(value, name)
-    turn = _read_turn(value, name)
-    if turn["role"] != "assistant":
-        raise BadRowError(f"{name} is not the assistant's")
-    return turn["content"]
-
-
 def read_number(value: Any, name: str) -> float:
     """A finite number, or text that is one, as CSV holds it; BadRowError for anything else."""
     try:
@@ -106,3 +64,90 @@ def read_list(value: Any, name: str, what: str = "values") -> list[Any]:
     if not value:
         raise BadRowError(f"{name} is empty")
     return value
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a field holds nothing that could be lost: null, or an empty text, list or object."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def read_flag(value: Any) -> bool | None:
+    """True or false, 1 or 0, or text that says so, as CSV holds it; None for anything else."""
+    return value if isinstance(value, bool) else _FLAGS.get(str(value).strip().lower())
+
+
+def read_objects(value: Any, name: str) -> list[dict[str, Any]]:
+    """Objects: one or a list of them, as they are or as JSON text.
+
+    Args:
+        value: what stands in the row.
+        name: the field, as reasons are to say it.
+
+    Raises:
+        BadRowError: anything else.
+    """
+    whole = _parsed(value, name)
+    items = [_parsed(item, name) for item in (whole if isinstance(whole, list) else [whole])]
+    if not all(isinstance(item, dict) for item in items):
+        raise BadRowError(f"{name} is no list of objects, nor JSON of one")
+    try:
+        check_text(json.dumps(items, ensure_ascii=False), name)
+    except (TypeError, ValueError):
+        raise BadRowError(f"{name} holds something that JSON cannot") from None
+    return items
+
+
+def read_tools(value: Any, name: str) -> tuple[dict[str, Any], ...]:
+    """Tools as chat templates read them, `{"type": "function", "function": {"name": ..., "parameters": ...}}`.
+
+    Args:
+        value: a list of these, or of the functions alone, or JSON text of one; nothing is no tools.
+        name: the field, as reasons are to say it.
+
+    Raises:
+        BadRowError: anything else.
+    """
+    if is_nothing(value):
+        return ()
+    tools = read_objects(value, name)
+    return tuple(
+        {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool for tool in tools
+    )
+
+
+def read_call(value: dict[str, Any], name: str) -> dict[str, Any]:
+    """A call of a tool as chat templates read it; its arguments become an object where they are JSON text.
+
+    Args:
+        value: `{"function": {"name": ..., "arguments": ...}}`, or the function alone.
+        name: the field, as reasons are to say it.
+
+    Raises:
+        BadRowError: no function, or one without a name.
+    """
+    function = value.get("function", value)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRowError(f"{name} holds a call without the name of its function")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and isinstance(parsed := _json(arguments), dict):
+        arguments = parsed
+    function = {**function, "arguments": {} if is_nothing(arguments) else arguments}
+    return {"type": "function", **(value if "function" in value else {}), "function": function}
+
+
+def _parsed(value: Any, name: str) -> Any:
+    """A value, or what its JSON text says."""
+    if not isinstance(value, str):
+        return value
+    parsed = _json(value)
+    if parsed is None:
+        raise BadRowError(f"{name} is no list of objects, nor JSON of one")
+    return parsed
+
+
+def _json(text: str) -> Any:
+    """What JSON text says; None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

@@ -7,41 +7,79 @@ What is answered stands in one of these:
 * `conversations` (ShareGPT) or `messages`, lists of turns, whose last assistant turn is the response where no other
   column holds one.
 
+`system` (or `system_prompt`), `history` and `tools` (or `functions`) stand beside any of them. With these columns, and
+where an answer is a turn, a prompt that is text is one turn of the user.
+
 The answer, or the answers, in one of these:
 
 * `response`, `output` or `completion`, or the last turn; with a `label` (KTO) only where that is true;
 * `chosen` and `rejected`: text, a turn, or a list of turns. Where nothing says what is answered they are whole
   dialogues, as text or as turns, and everything before the last turn is the prompt;
-* `responses`, a list, with `ranks` (smaller is better) or `scores` (larger is better).
+* `responses`, a list, with `ranks` (smaller is better) or `scores` (larger is better);
+* `output_1` and `output_2` with `preference`, 1 or 2 for the better one, or between them (AlpacaFarm).
 
-`margin` and `weight` are optional numbers.
+Or `text` alone, a whole text that is taught from its first token to its last.
+
+`margin` and `weight` are optional numbers. What else a row holds is in its `unused`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from rlhf_lightning.chat.messages import Prompt
+from rlhf_lightning.chat.messages import Response, exact_text
 from rlhf_lightning.data.rows import BadRowError, DroppedRow, Need, Row, check_text
-from rlhf_lightning.data.sources.fields import read_list, read_number, read_response, read_turns, split_dialogue
+from rlhf_lightning.data.sources.columns import BESIDE, CHOICE, NUMBERS, Columns
+from rlhf_lightning.data.sources.fields import (
+    is_nothing,
+    read_flag,
+    read_list,
+    read_number,
+    read_tools,
+    split_dialogue,
+)
 from rlhf_lightning.data.sources.raw_rows import RawRow
+from rlhf_lightning.data.sources.turns import (
+    Turn,
+    join_turns,
+    put_first,
+    read_history,
+    read_response,
+    read_turns,
+    spoken,
+    turns_of_text,
+    unused_keys,
+    without_answer,
+)
 from rlhf_lightning.errors import UserError
 
-NAMES = (
-    *("prompt", "response", "chosen", "rejected", "messages"),
-    *("conversations", "instruction", "input", "output", "completion"),
-    *("label", "responses", "ranks", "scores", "margin", "weight"),
-)
 _NEEDED: dict[Need, str] = {
-    "finetune": "prompt and response, or messages, or chosen",
+    "finetune": "prompt and response, or messages, or chosen, or text",
     "preference": "prompt, chosen and rejected, or whole dialogues in chosen and rejected",
     "prompts": "prompt, or messages, or chosen",
 }
 SAME = "chosen and rejected are the same"
-_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+UNTAUGHT = "no turn of the assistant is to be taught"
+_UNSEEN = frozenset(("image", "images", "video", "videos", "audio", "audios"))
+"""Columns of what the text is about and no language model sees."""
 
+Asked = str | list[Turn]
 Reader = Callable[[RawRow], Row]
+
+
+class _Answer(NamedTuple):
+    """A response, and what else its column says.
+
+    Attributes:
+        response: text or message.
+        before: the prompt that it brings along, if any.
+        taught: whether it is to be.
+    """
+
+    response: Response
+    before: Asked | None = None
+    taught: bool = True
 
 
 class RowForm:
@@ -62,14 +100,9 @@ class RowForm:
     def __init__(
         self, columns: Sequence[str], names: Mapping[str, str] | None = None, source: str = "the data"
     ) -> None:
-        self._found, self._source = list(columns), source
-        self._check_names(names or {})
-        taken = set((names or {}).values())
-        self._theirs = {ours: ours for ours in NAMES if ours in self._found and ours not in taken} | dict(names or {})
-        self._margin, self._weight = (self._theirs.get(name, name) for name in ("margin", "weight"))
-        self._prompt = self._prompt_reader()
-        one_response = self._answer is not None or (self._turns is not None and not self._has("chosen"))
-        self.labelled = one_response and self._has("label") and not self._has("chosen", "rejected")
+        self._source = source
+        self._columns = Columns(columns, names or {}, source)
+        self.labelled = self._columns.labelled
         readers = {"finetune": self._finetune_reader(), "preference": self._preference_reader()}
         readers["prompts"] = self._prompts_reader()
         self._readers = {need: reader for need, reader in readers.items() if reader is not None}
@@ -85,7 +118,7 @@ class RowForm:
             UserError: they do not.
         """
         if not self.has(need):
-            found = ", ".join(self._found)
+            found = ", ".join(self._columns.found)
             raise UserError(f"{self._source} has columns {found}; needed: {_NEEDED[need]}; name yours with `columns`")
 
     def read(self, raw: RawRow, need: Need) -> Row:
@@ -99,7 +132,7 @@ class RowForm:
             BadRowError: a field that cannot be used.
             DroppedRow: a sound row of no use.
         """
-        return self._weighed(self._readers[need](raw), raw)
+        return self._finished(self._readers[need](raw), raw)
 
     def label(self, raw: RawRow) -> tuple[Row, bool]:
         """Prompt and response of a labelled row, and whether the response is a good one.
@@ -107,75 +140,40 @@ class RowForm:
         Raises:
             BadRowError: a field that cannot be used.
         """
-        value, column = self._get(raw, "label"), self._theirs["label"]
-        good = value if isinstance(value, bool) else _LABELS.get(str(value).strip().lower())
+        value, column = self._columns.get(raw, "label"), self._columns.name("label")
+        good = read_flag(value)
         if good is None:
             raise BadRowError(f"{column} is null" if value is None else f"{column} is neither true nor false")
-        return self._weighed(self._demonstration(raw) if self._answer else self._last_turn(raw), raw), good
+        return self._finished(self._demonstration(raw) if self._columns.answer else self._last_turn(raw), raw), good
 
-    # What the columns say
-
-    def _check_names(self, names: Mapping[str, str]) -> None:
-        for ours, theirs in names.items():
-            if ours not in NAMES:
-                raise UserError(f"columns: {ours!r} is not one of {', '.join(NAMES)}; write our name first, then yours")
-            if theirs not in self._found:
-                raise UserError(
-                    f"{self._source} has no column {theirs!r}; it has {', '.join(self._found)}; mend `columns`"
-                )
-
-    def _has(self, *names: str) -> bool:
-        return all(name in self._theirs for name in names)
-
-    @property
-    def _answer(self) -> str | None:
-        """The column of a single response, where another says what it answers."""
-        if not self._has("prompt") and not self._has("instruction"):
-            return None
-        return next((name for name in ("response", "output", "completion") if self._has(name)), None)
-
-    @property
-    def _turns(self) -> str | None:
-        return next((name for name in ("messages", "conversations") if self._has(name)), None)
-
-    def _prompt_reader(self) -> Callable[[RawRow], Prompt] | None:
-        if self._has("prompt"):
-            return self._read_prompt
-        if self._has("instruction"):
-            return self._read_instruction
-        return self._read_history if self._turns else None
+    # Which reader
 
     def _finetune_reader(self) -> Reader | None:
-        if self._answer:
-            return self._liked if self._has("label") else self._demonstration
-        if self._has("chosen"):
+        if self._columns.answer:
+            return self._liked if self._columns.has("label") else self._demonstration
+        if self._columns.has("chosen"):
             return self._chosen
-        if self._turns:
+        if self._columns.ranked:
+            return self._best
+        if self._columns.only_turns:
             return self._liked if self.labelled else self._last_turn
-        return self._best if self._ranked else None
+        return self._whole_text if self._columns.only_text else None
 
     def _preference_reader(self) -> Reader | None:
-        if self._has("chosen", "rejected"):
+        if self._columns.has("chosen", "rejected"):
             return self._pair
-        return self._ranking if self._ranked else None
+        return self._ranking if self._columns.ranked else None
 
     def _prompts_reader(self) -> Reader | None:
-        if self._has("prompt") or self._has("instruction"):
-            return lambda raw: Row(self._any_prompt(raw))
-        if self._turns and not self._has("chosen"):
+        if self._columns.only_turns:
             return self._turns_prompt
-        return self._chosen_prompt if self._has("chosen") else None
-
-    @property
-    def _ranked(self) -> bool:
-        return self._prompt is not None and self._has("responses") and (self._has("ranks") or self._has("scores"))
+        return self._any_prompt if self._columns.asks or self._columns.has("chosen") else None
 
     # Readers of whole rows
 
     def _demonstration(self, raw: RawRow) -> Row:
-        assert self._answer is not None
-        own, response = self._side(raw, self._answer)
-        return Row(self._any_prompt(raw) if own is None else own, (response,))
+        assert self._columns.answer is not None
+        return self._taught(raw, self._columns.answer)
 
     def _liked(self, raw: RawRow) -> Row:
         row, good = self.label(raw)
@@ -184,126 +182,205 @@ class RowForm:
         return row
 
     def _chosen(self, raw: RawRow) -> Row:
-        own, response = self._side(raw, "chosen")
-        return Row(self._any_prompt(raw) if own is None else own, (response,))
+        return self._taught(raw, "chosen")
+
+    def _taught(self, raw: RawRow, name: str) -> Row:
+        answer = self._read_answer(raw, name)
+        if not answer.taught:
+            raise DroppedRow(UNTAUGHT)
+        return self._row(raw, self._asked(raw, name, answer.before), answer.response)
 
     def _pair(self, raw: RawRow) -> Row:
-        own, chosen = self._side(raw, "chosen")
-        other, rejected = self._side(raw, "rejected")
-        if own != other:
+        chosen, rejected = self._read_answer(raw, "chosen"), self._read_answer(raw, "rejected")
+        if _messages(chosen.before) != _messages(rejected.before):
             raise DroppedRow("prompts of chosen and rejected differ")
-        if chosen.strip() == rejected.strip():
+        if exact_text(chosen.response).strip() == exact_text(rejected.response).strip():
             raise DroppedRow(SAME)
-        return Row(self._any_prompt(raw) if own is None else own, (chosen, rejected))
+        return self._row(raw, self._asked(raw, "chosen", chosen.before), chosen.response, rejected.response)
 
     def _best(self, raw: RawRow) -> Row:
-        return Row(self._any_prompt(raw), self._order(raw)[0][:1])
+        return self._row(raw, self._asked(raw), *self._order(raw)[0][:1])
 
     def _ranking(self, raw: RawRow) -> Row:
         responses, ranks = self._order(raw)
         if len(responses) < 2:
             raise DroppedRow("there is only one response")
-        first = {text.strip(): i for i, text in reversed(list(enumerate(responses)))}
+        first = {exact_text(said).strip(): i for i, said in reversed(list(enumerate(responses)))}
         if len(first) < 2:
             raise DroppedRow(SAME)
         kept = sorted(first.values())  # of responses that say the same the best ranked stays
-        return Row(self._any_prompt(raw), tuple(responses[i] for i in kept), tuple(ranks[i] for i in kept))
+        row = self._row(raw, self._asked(raw), *(responses[i] for i in kept))
+        return row._replace(ranks=tuple(ranks[i] for i in kept))
 
     def _last_turn(self, raw: RawRow) -> Row:
-        assert self._turns is not None
-        column = self._theirs[self._turns]
-        *before, last = read_turns(self._get(raw, self._turns), column)
-        if last["role"] != "assistant":
+        """The turns up to the last one that is taught."""
+        turns, column = self._read_turns(raw)
+        if turns[-1].role != "assistant":
             raise BadRowError(f"{column} does not end with the assistant")
+        while turns and not (turns[-1].role == "assistant" and turns[-1].taught):
+            turns = turns[:-1]
+        if not turns:
+            raise DroppedRow(UNTAUGHT)
+        *before, last = turns
         if not before:
             raise BadRowError(f"{column} has no message before the assistant's")
-        return Row(before, (last["content"],))
+        return self._row(raw, before, spoken(last, column))
 
     def _turns_prompt(self, raw: RawRow) -> Row:
         """The turns up to the last one that is not the assistant's."""
-        assert self._turns is not None
-        column = self._theirs[self._turns]
-        messages = read_turns(self._get(raw, self._turns), column)
-        while messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        if not messages:
+        turns, column = self._read_turns(raw)
+        asked = without_answer(turns)
+        if not asked:
             raise BadRowError(f"{column} has no message before the assistant's")
-        return Row(messages)
+        return self._row(raw, asked)
 
-    def _chosen_prompt(self, raw: RawRow) -> Row:
-        own, _ = self._side(raw, "chosen", prompt_only=True)
-        return Row(self._any_prompt(raw) if own is None else own)
+    def _any_prompt(self, raw: RawRow) -> Row:
+        """The prompt that the answers of the row are taught to."""
+        name, before = "chosen" if self._columns.has("chosen") else self._columns.answer, None
+        value = raw.get(self._columns.name(name)) if name else None
+        if name and (self._columns.asks is None or (value and isinstance(value, list))):
+            before = self._read_answer(raw, name, prompt_only=True).before
+        return self._row(raw, self._asked(raw, name, before))
+
+    def _whole_text(self, raw: RawRow) -> Row:
+        return Row("", (check_text(self._columns.get(raw, "text"), self._columns.name("text")),))
+
+    def _row(self, raw: RawRow, asked: Asked, *responses: Response) -> Row:
+        """A row whose prompt has the turns of the columns beside it too."""
+        system = self._columns.beside(raw, "system")
+        history = read_history(self._columns.beside(raw, "history"), self._columns.name("history"))
+        tools = read_tools(self._columns.beside(raw, "tools"), self._columns.name("tools"))
+        if isinstance(asked, str):
+            if not self._speaks(raw):
+                return Row(asked, responses)
+            turns = turns_of_text(asked)
+            if turns[0].message["content"] != asked:  # a dialogue, after whose last header a space stands
+                responses = tuple(said.removeprefix(" ") if isinstance(said, str) else said for said in responses)
+        else:
+            turns = asked
+        system = "" if is_nothing(system) else check_text(system, self._columns.name("system"), empty=True)
+        first = [Turn({"role": "system", "content": system})] if system.strip() else []
+        turns = put_first(first, turns, history)
+        if all(turn.is_empty for turn in turns):
+            raise BadRowError("the turns before the answer are empty")
+        silent = (turn.role == "assistant" and (turn.is_empty or not turn.taught) for turn in turns)
+        untaught = (i for i, is_silent in enumerate(silent) if is_silent)
+        return Row([turn.message for turn in turns], responses, tools=tools, untaught=tuple(untaught))
+
+    def _finished(self, row: Row, raw: RawRow) -> Row:
+        """A row with its numbers, and what else is written there."""
+        margin, weight = (self._columns.beside(raw, name) for name in NUMBERS)
+        if margin is not None:
+            row = row._replace(margin=read_number(margin, self._columns.name("margin")))
+        if weight is not None:
+            row = row._replace(weight=read_number(weight, self._columns.name("weight")))
+        if row.weight <= 0:
+            raise BadRowError(f"{self._columns.name('weight')} is not above 0")
+        unused = self._unused(raw)
+        return row._replace(unused=unused) if unused else row
+
+    def _unused(self, raw: RawRow) -> tuple[str, ...]:
+        """What of a row is not read for anything: columns, and keys of turns."""
+        columns, keys = [], set()
+        for column, value in raw.items():
+            if column in self._columns.used:
+                if isinstance(value, list | dict) and column != self._columns.name("tools"):
+                    keys |= unused_keys(value)
+            elif not is_nothing(value):
+                if column in _UNSEEN:
+                    raise BadRowError(f"{column} holds something; only text can be read")
+                columns.append(f"column {column!r}")
+        return (*columns, *(f"key {key!r} of a turn" for key in sorted(keys)))
 
     # Readers of fields
 
-    def _weighed(self, row: Row, raw: RawRow) -> Row:
-        margin, weight = raw.get(self._margin), raw.get(self._weight)
-        if margin is not None:
-            row = row._replace(margin=read_number(margin, self._margin))
-        if weight is not None:
-            row = row._replace(weight=read_number(weight, self._weight))
-            if row.weight <= 0:
-                raise BadRowError(f"{self._weight} is not above 0")
-        return row
+    def _speaks(self, raw: RawRow) -> bool:
+        """Whether a prompt that is text is a turn of the user, whatever the row is read for."""
+        if any(self._columns.has(name) or not is_nothing(self._columns.beside(raw, name)) for name in BESIDE):
+            return True
+        names = (self._columns.answer, "chosen", "rejected", *self._columns.ranking_names)
+        values = [raw.get(self._columns.name(name)) for name in names if name and self._columns.has(name)]
+        lists = [value for value in values if isinstance(value, list)]
+        return any(isinstance(value, dict) for value in (*values, *(item for items in lists for item in items)))
 
-    def _get(self, raw: RawRow, name: str) -> Any:
-        """A field; BadRowError if there is none of this name."""
-        column = self._theirs[name]
-        try:
-            return raw[column]
-        except KeyError:
-            known = set(self._theirs.values())
-            others = [repr(other)[:40] for other in raw if other not in known][:3]
-            raise BadRowError(
-                f"{column} is missing" + (f"; unknown column {', '.join(others)}" if others else "")
-            ) from None
+    def _asked(self, raw: RawRow, name: str | None = None, before: Asked | None = None) -> Asked:
+        """What is answered.
 
-    def _any_prompt(self, raw: RawRow) -> Prompt:
-        if self._prompt is None:
-            raise BadRowError("nothing says what is answered: there is no message before the assistant's")
-        return self._prompt(raw)
+        Args:
+            raw: the row.
+            name: the column of the answer.
+            before: the prompt that the answer brings along.
+        """
+        asked, column = self._read_asked(raw), self._columns.name(self._columns.asks or "")
+        in_dialogue = self._columns.asks == self._columns.turns
+        if before is None:
+            if asked is None:
+                raise BadRowError("nothing says what is answered: there is no message before the assistant's")
+            if in_dialogue and isinstance(asked, list) and asked[-1].role == "assistant":
+                raise BadRowError(f"{column} ends with the assistant, and so does the answer to it")
+            return asked
+        if isinstance(before, str) or asked is None:
+            return before
+        turns = turns_of_text(asked) if isinstance(asked, str) else asked
+        turns = without_answer(turns) if in_dialogue else turns
+        return join_turns(turns, before, f"{column} and {self._columns.name(name or '')}")
 
-    def _read_prompt(self, raw: RawRow) -> Prompt:
-        value, column = self._get(raw, "prompt"), self._theirs["prompt"]
+    def _read_asked(self, raw: RawRow) -> Asked | None:
+        """What the columns of the prompt say."""
+        if self._columns.asks == "instruction":
+            return self._read_instruction(raw)
+        if self._columns.asks != "prompt":
+            return self._read_turns(raw)[0] if self._columns.asks else None
+        value, column = self._columns.get(raw, "prompt"), self._columns.name("prompt")
         return read_turns(value, column) if isinstance(value, list) else check_text(value, column)
 
-    def _read_instruction(self, raw: RawRow) -> Prompt:
-        text = check_text(self._get(raw, "instruction"), self._theirs["instruction"])
-        column = self._theirs.get("input", "input")
-        more = raw.get(column)
-        if more is not None and str(more).strip():
-            text = f"{text}\n\n{check_text(more, column)}"
-        return [{"role": "user", "content": text}]
+    def _read_instruction(self, raw: RawRow) -> list[Turn]:
+        more = self._columns.beside(raw, "input")
+        more = "" if more is None or not str(more).strip() else check_text(more, self._columns.name("input"))
+        text = check_text(self._columns.get(raw, "instruction"), self._columns.name("instruction"), empty=bool(more))
+        texts = [part for part in (text, more) if part.strip()]
+        return [Turn({"role": "user", "content": "\n\n".join(texts)})]
 
-    def _read_history(self, raw: RawRow) -> Prompt:
-        """Turns that another column answers."""
-        assert self._turns is not None
-        column = self._theirs[self._turns]
-        messages = read_turns(self._get(raw, self._turns), column)
-        if messages[-1]["role"] == "assistant":
-            raise BadRowError(f"{column} ends with the assistant, and so does the answer to it")
-        return messages
+    def _read_turns(self, raw: RawRow) -> tuple[list[Turn], str]:
+        """The turns of their column, and its name."""
+        assert self._columns.turns is not None
+        column = self._columns.name(self._columns.turns)
+        return read_turns(self._columns.get(raw, self._columns.turns), column), column
 
-    def _side(self, raw: RawRow, name: str, prompt_only: bool = False) -> tuple[Prompt | None, str]:
-        """The prompt that a response brings along, if any, and the response."""
-        value, column = self._get(raw, name), self._theirs[name]
-        if not isinstance(value, str) and isinstance(value, list | dict):
+    def _read_answer(self, raw: RawRow, name: str, prompt_only: bool = False) -> _Answer:
+        """A response, and the prompt that it brings along."""
+        value, column = self._columns.get(raw, name), self._columns.name(name)
+        if isinstance(value, list | dict):
             *before, last = read_turns([value] if isinstance(value, dict) else value, column)
-            if last["role"] != "assistant":
+            if last.role != "assistant":
                 raise BadRowError(f"{column} does not end with the assistant")
-            return before or None, last["content"]
+            return _Answer("" if prompt_only else spoken(last, column), before or None, last.taught)
         text = check_text(value, column)
-        return (None, text) if self._prompt is not None else split_dialogue(text, column, prompt_only)
+        if self._columns.asks is not None:
+            return _Answer(text)
+        prompt, response = split_dialogue(text, column, prompt_only)
+        return _Answer(response, prompt)
 
-    def _order(self, raw: RawRow) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    def _order(self, raw: RawRow) -> tuple[tuple[Response, ...], tuple[float, ...]]:
         """Responses and their ranks, the best first."""
-        column = self._theirs["responses"]
-        values = read_list(self._get(raw, "responses"), column)
-        responses = [read_response(value, f"an item of {column}") for value in values]
-        by = "ranks" if self._has("ranks") else "scores"
-        numbers = [read_number(number, self._theirs[by]) for number in read_list(self._get(raw, by), self._theirs[by])]
-        if len(numbers) != len(responses):
-            raise BadRowError(f"{column} and {self._theirs[by]} differ in length")
-        ranks = numbers if by == "ranks" else [-number for number in numbers]
+        names = self._columns.ranking_names
+        columns = [self._columns.name(name) for name in names]
+        if names == CHOICE:
+            responses = [read_response(self._columns.get(raw, name), self._columns.name(name)) for name in names[:2]]
+            better = read_number(self._columns.get(raw, names[2]), columns[2])
+            if not 1 <= better <= 2:
+                raise BadRowError(f"{columns[2]} is {better:g}, which is neither 1 nor 2")
+            ranks = [better, 3 - better]
+        else:
+            values = read_list(self._columns.get(raw, names[0]), columns[0])
+            responses = [read_response(value, f"an item of {columns[0]}") for value in values]
+            numbers = [read_number(n, columns[1]) for n in read_list(self._columns.get(raw, names[1]), columns[1])]
+            if len(numbers) != len(responses):
+                raise BadRowError(f"{columns[0]} and {columns[1]} differ in length")
+            ranks = numbers if names[1] == "ranks" else [-number for number in numbers]
         order = sorted(range(len(ranks)), key=ranks.__getitem__)
         return tuple(responses[i] for i in order), tuple(ranks[i] for i in order)
+
+
+def _messages(before: Asked | None) -> Any:
+    return [turn.message for turn in before] if isinstance(before, list) else before

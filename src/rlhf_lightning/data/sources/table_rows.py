@@ -16,7 +16,7 @@ from rlhf_lightning.data.sources.forms import SAME, RowForm
 from rlhf_lightning.data.sources.raw_rows import RawRow, RawRows
 from rlhf_lightning.errors import UserError
 
-_PARSER = 2
+_PARSER = 3
 """Raised with every change of what a row is parsed to, so that nothing prepared before is taken for current."""
 
 
@@ -198,7 +198,7 @@ class TableRows(Rows):
                 row, good = self._form.label(self._raw[index])
             except BadRowError:
                 continue
-            same_prompt = waiting[hashlib.blake2b(repr(row.prompt).encode(), digest_size=16).digest()]
+            same_prompt = waiting[hashlib.blake2b(repr((row.prompt, row.tools)).encode(), digest_size=16).digest()]
             own, others = same_prompt if good else reversed(same_prompt)
             if others:
                 partner = others.popleft()
