@@ -10,7 +10,8 @@ from helpers.tokenizers import BOS_CHAT_TEMPLATE, CHAT_TEMPLATE, tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.messages import RefusedTurnsError
 from rlhf_lightning.chat.plain import PlainFormat, parse_dialogue, render_plain
-from rlhf_lightning.chat.tokens import default_prefix
+from rlhf_lightning.chat.tokens import TextTokens, default_prefix, token_spans
+from rlhf_lightning.chat.writer import NO_TURNS, Dialogue
 from rlhf_lightning.errors import UserError
 
 PLAIN = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:"
@@ -29,17 +30,23 @@ STRICT_TEMPLATE = (
 )
 
 
+UNTRIMMED = CHAT_TEMPLATE.replace(" | trim", "")
 OWN_FORMAT = PlainFormat("<user> ", "<bot>\n", "<rules> ", "", "<|end|>\n")
 
 
 def spoken(encoder, prompt):
-    """The texts of the assistant's earlier turns, by characters and by tokens."""
-    text = encoder.render(prompt).text
-    spans = encoder.turns(prompt)
-    (ids,), (turns,) = encoder.encode_turns([text], [spans])
-    assert ids.tolist() == encoder.encode_prompts([text])[0].tolist()
-    by_tokens = [encoder.tokenizer.decode(ids[a:b].tolist()) for a, b in turns.reshape(-1, 2)]
-    return [text[a:b] for a, b in spans], by_tokens
+    """The texts of the assistant's earlier turns, by characters and by tokens; None where they cannot be found."""
+    (result,) = encoder.encode_dialogues([Dialogue(prompt)], need_turns=True)
+    assert result.prompt.tolist() == encoder.encode_prompt(prompt)[1].tolist()
+    assert (NO_TURNS in result.notes) == (result.written.spans is None)
+    if result.written.spans is None:
+        return None
+    by_tokens = [encoder.tokenizer.decode(result.prompt[a:b].tolist()) for a, b in result.turns.reshape(-1, 2)]
+    return [result.written.prompt[a:b] for a, b in result.written.spans], by_tokens
+
+
+def response_ids(encoder, prompt, response):
+    return encoder.encode_dialogue(prompt, response)[1]
 
 
 def test_dialogues_and_messages_are_two_forms_of_the_same():
@@ -54,7 +61,7 @@ def test_a_plain_format_of_ones_own():
     text = "<rules> Be brief.<user> hi<bot>\nhello<|end|>\n<user> bye<bot>\n"
     assert encoder.render([SYSTEM, *MESSAGES]) == (text, "plain")
     assert encoder.render(PLAIN).text == text.removeprefix("<rules> Be brief.")
-    assert encoder.response_text(" so long", "plain") == "so long"
+    assert encoder.decode([response_ids(encoder, MESSAGES, " so long")]) == ["so long"]
     assert spoken(encoder, MESSAGES) == (["hello<|end|>"], ["hello<|end|>"])
 
 
@@ -96,11 +103,19 @@ def test_what_each_format_makes_of_each_prompt(template, dialogue_format, prompt
 
 
 @pytest.mark.parametrize(
-    ("kind", "response", "text"),
-    [("verbatim", "  a ", "  a "), ("plain", "a", " a"), ("plain", " \n a", " a"), ("template", " a\n", "a")],
+    ("template", "prompt", "response", "text"),
+    [
+        (None, "Once upon", "  a ", "  a "),
+        (None, PLAIN, "a", " a"),
+        (None, PLAIN, " \n a", " a"),
+        (UNTRIMMED, PLAIN, " a\n", "a"),  # the space belongs to the turns of that text
+        (UNTRIMMED, MESSAGES, "  a\n", "  a\n"),
+        (CHAT_TEMPLATE, MESSAGES, "  a\n", "a"),  # the template's own doing
+    ],
 )
-def test_responses_are_spaced_as_their_prompt_asks(kind, response, text):
-    assert ChatEncoder(tiny_tokenizer()).response_text(response, kind) == text
+def test_responses_are_spaced_as_their_prompt_asks(template, prompt, response, text):
+    encoder = ChatEncoder(tiny_tokenizer(), chat_template=template)
+    assert encoder.decode([response_ids(encoder, prompt, response)]) == [text]
 
 
 def test_neighbouring_turns_of_one_speaker_are_joined_for_the_template_only():
@@ -142,11 +157,15 @@ def test_the_prefix_is_what_the_tokenizer_adds_unasked(bos):
 
 @pytest.mark.parametrize("template", [None, CHAT_TEMPLATE, BOS_CHAT_TEMPLATE])
 @pytest.mark.parametrize("prompt", ["Once upon", PLAIN, "<|bos|>written out", "x"])
-def test_exactly_one_bos(template, prompt):
+def test_exactly_one_bos_but_for_templates_that_write_none(template, prompt):
     encoder = ChatEncoder(tiny_tokenizer(bos=True), chat_template=template)
     text, ids = encoder.encode_prompt(prompt)
 
     bos = encoder.tokenizer.bos_token_id
+    if prompt == PLAIN and template == CHAT_TEMPLATE:
+        assert bos not in ids
+        assert encoder.tokenizer.decode(ids.tolist()) == text
+        return
     assert (ids[0], np.count_nonzero(ids == bos)) == (bos, 1)
     assert encoder.tokenizer.decode(ids[1:].tolist()) == text.removeprefix("<|bos|>")
 
@@ -155,7 +174,7 @@ def test_exactly_one_bos(template, prompt):
 @pytest.mark.parametrize("pad", ["own", "eos", "none"])
 def test_exactly_one_eos_at_the_end(response, pad):
     encoder = ChatEncoder(tiny_tokenizer(pad=pad))
-    ids = encoder.encode_response("how?", response)
+    ids = response_ids(encoder, "how?", response)
 
     eos = encoder.tokenizer.eos_token_id
     assert (ids[-1], np.count_nonzero(ids == eos)) == (eos, 1)
@@ -166,19 +185,20 @@ def test_without_eos_no_response_can_be_taught():
     tokenizer = tiny_tokenizer(pad="none")
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="has no EOS token"):
-        ChatEncoder(tokenizer).encode_response("a", "b")
+        ChatEncoder(tokenizer).encode_dialogue("a", "b")
 
 
 @given(st.text(min_size=1), st.text(min_size=1))
 def test_the_ids_of_a_prompt_do_not_depend_on_the_response(prompt, response):
     encoder = ENCODER
     text, prompt_ids = encoder.encode_prompt(prompt)
-    ids = [*prompt_ids.tolist(), *encoder.encode_response(prompt, response).tolist()]
+    prompt_of_dialogue, answer = encoder.encode_dialogue(prompt, response)
 
-    assert ids[: len(prompt_ids)] == encoder.encode_prompts([text])[0].tolist()
+    assert prompt_of_dialogue.tolist() == prompt_ids.tolist()
     # Byte-level, so the joined ids say the joined text, whatever it is.
-    kind = encoder.render(prompt).kind
-    assert encoder.tokenizer.decode(ids[1:-1]) == text + encoder.response_text(response, kind)
+    ids = [*prompt_ids.tolist(), *answer.tolist()]
+    spaced = " " + response.lstrip() if encoder.render(prompt).kind == "plain" else response
+    assert encoder.tokenizer.decode(ids[1:-1]) == text + spaced
 
 
 @given(st.lists(st.text(), min_size=1, max_size=4))
@@ -187,7 +207,8 @@ def test_ids_are_those_of_the_tokenizer_itself(texts):
     expected = tokenizer(texts)["input_ids"]
     # Settings that an earlier call has left behind neither cut nor fill.
     tokenizer(texts, padding=True, truncation=True, max_length=2)
-    for ids, whole in zip(ENCODER.encode_prompts(texts), expected, strict=True):
+    for text, whole in zip(texts, expected, strict=True):
+        ids = ENCODER.encode_text(text, "verbatim")
         assert ids.tolist() == whole
         assert ids.dtype == np.int32
 
@@ -195,7 +216,7 @@ def test_ids_are_those_of_the_tokenizer_itself(texts):
 def test_no_token_spans_the_border():
     encoder = ChatEncoder(tiny_tokenizer())
     whole = encoder.tokenizer("Assistant", add_special_tokens=False).input_ids
-    apart = [*encoder.encode_prompt("Assis")[1].tolist(), *encoder.encode_response("Assis", "tant")[:-1].tolist()]
+    apart = [*encoder.encode_prompt("Assis")[1].tolist(), *response_ids(encoder, "Assis", "tant")[:-1].tolist()]
     assert len(whole) == 1 < len(apart)
     assert encoder.tokenizer.decode(apart) == encoder.tokenizer.decode(whole) == "Assistant"
 
@@ -228,8 +249,8 @@ def test_a_turn_without_a_written_eos_ends_with_its_text():
 )
 def test_turns_that_a_template_rewrites_cannot_be_found(template):
     encoder = ChatEncoder(tiny_tokenizer(), chat_template=template)
-    assert encoder.turns(PLAIN) is None
-    assert encoder.turns(MESSAGES[:1]) == []
+    assert spoken(encoder, PLAIN) is None
+    assert spoken(encoder, MESSAGES[:1]) == ([], [])
 
 
 def test_a_blank_turn_teaches_nothing():
@@ -238,14 +259,12 @@ def test_a_blank_turn_teaches_nothing():
 
 
 def test_an_opening_turn_has_no_header_to_find_it_by():
-    encoder = ChatEncoder(tiny_tokenizer(chat_template=True))
-    assert encoder.turns([MESSAGES[1], MESSAGES[0]]) is None
+    assert spoken(ChatEncoder(tiny_tokenizer(chat_template=True)), [MESSAGES[1], MESSAGES[0]]) is None
 
 
 def test_a_token_across_the_border_of_a_turn_is_not_the_assistants():
-    encoder = ChatEncoder(tiny_tokenizer())
-    (ids,), (turns,) = encoder.encode_turns(["Assistant"], [[(3, 9)]])
-    assert (len(ids), turns.tolist()) == (1, [])
+    ((ids, offsets),) = TextTokens(tiny_tokenizer()).placed(["Assistant"])
+    assert (len(ids), token_spans(offsets, [(3, 9)], 0)) == (1, [])
 
 
 TURN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
@@ -262,9 +281,9 @@ def test_turns_decode_to_what_was_said(exchanges, form):
 
 def test_slow_tokenizers_cannot_find_turns():
     encoder = ChatEncoder(Slow())
-    assert [ids.tolist() for ids in encoder.encode_prompts(["cab"])] == [[2, 0, 1]]
+    assert encoder.encode_prompt("cab")[1].tolist() == [2, 0, 1]
     with pytest.raises(UserError, match=r"tokenizer Slow cannot say where its tokens stand .* use one with"):
-        encoder.encode_turns(["cab"], [[]])
+        encoder.encode_dialogues([Dialogue("cab")], need_turns=True)
 
 
 def test_a_fingerprint_stands_for_what_makes_the_ids(tmp_path):

@@ -262,7 +262,7 @@ def test_rows_are_counted_whatever_happens_to_them():
     assert dropped == {
         "dropped: prompt is too long": 1,
         "dropped: prompt is null": 1,
-        "dropped: the dialogue format refuses the turns": 1,
+        "dropped: the dialogue format refuses the turns: role 'tool'": 1,
     }
     assert data.counts["rows"] == 5 == data.counts["kept"] + sum(dropped.values())
     with pytest.raises(UserError, match="the list of rows row 3: role 'tool' has no place"):

@@ -136,7 +136,7 @@ def test_refused_turns_are_a_reason_and_leave_the_other_rows_alone():
     strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
     rows = [Row([assistant("b")], ("c",)), Row([user("a")], ("d",)), Row([assistant("b")]), Row([user("b")], ("e",))]
     results = encode_rows(rows, ChatEncoder(letters(), chat_template=strict), WIDE)
-    assert [results[0], results[2]] == ["the dialogue format refuses the turns"] * 2
+    assert [results[0], results[2]] == ["the dialogue format refuses the turns: no"] * 2
     assert [results[1].responses[0].tolist(), results[3].responses[0].tolist()] == [[13, 2], [14, 2]]
 
 
@@ -170,7 +170,7 @@ def test_turns_in_a_plain_format_are_text_alone():
 
 
 def test_turns_behind_a_bos_and_cut_from_the_left():
-    chat = ChatEncoder(letters(bos=True), chat_template=TEMPLATE)
+    chat = ChatEncoder(letters(bos=True), chat_template="{{ bos_token }}" + TEMPLATE)
     row = Row(MULTI_TURN, ("g",))
     assert encoded(row, chat=chat, need_turns=True)[:2] == ([1, *IN_TEMPLATE], [6, 9, 15, 17])
     limits = TokenLimits(50, 18, 10, "cut")
@@ -180,11 +180,19 @@ def test_turns_behind_a_bos_and_cut_from_the_left():
 
 
 def test_turns_that_cannot_be_found_are_noted():
-    chat = ChatEncoder(letters(), chat_template="{{ messages[-1]['content'] }}")
-    row = Row([user("a"), assistant("b"), user("c")], ("d",))
-    assert encoded(row, chat=chat, need_turns=True) == ([12], [], [[13, 2]], ("turns not found",))
-    assert encoded(row, chat=chat) == ([12], [], [[13, 2]], ())
-    assert encoded(row._replace(prompt="a"), chat=chat, need_turns=True) == ([10], [], [[13, 2]], ())
+    # Of every turn but the last the first letter is left, so the turns before an answer are written anew for it.
+    rewriting = "{% for m in messages %}{{ m['content'] if loop.last else m['content'][:1] }}{% endfor %}"
+    chat = ChatEncoder(letters(), chat_template=rewriting)
+    row = Row([user("ab"), assistant("bc"), user("cd")], ("ef",))
+    notes = ("template does not continue its prompt", "template writes no end of turn")
+    assert encoded(row, chat=chat, need_turns=True) == ([10, 11, 12], [], [[14, 15, 2]], (*notes, "turns not found"))
+    assert encoded(row, chat=chat) == ([10, 11, 12], [], [[14, 15, 2]], notes)
+    assert encoded(row._replace(prompt="a"), chat=chat, need_turns=True) == (
+        [10],
+        [],
+        [[14, 15, 2]],
+        ("chat template not applied",),
+    )
 
 
 SUFFIX = "\n\ntl:dr:"
@@ -237,7 +245,7 @@ def test_a_post_in_a_chat_template_keeps_the_template_whole():
     (result,) = encode_rows([row], chat, TokenLimits(200, 60, 50, "cut"))
     text = "<|start|>user\nMix it.\n\nTL;DR:<|end|>\n<|start|>assistant\n"
     assert chat.tokenizer.decode(result.prompt.tolist()) == text
-    assert result.prompt.tolist() == chat.encode_prompts([text])[0].tolist()
+    assert result.prompt.tolist() == chat.encode_text(text, "template").tolist()
 
 
 WORDS = st.text("ab é:", min_size=1, max_size=12).filter(str.strip)
@@ -249,7 +257,7 @@ def test_posts_are_never_cut_in_mid_word(paragraphs, room, bos):
     post, suffix = "\n".join(paragraphs), "\n\nTL;DR:"
     (result,) = encode_rows([Row(post, suffix=suffix)], chat, TokenLimits(100, room, 1, "cut"))
     breaks = [i for i, mark in enumerate(post) if mark in " \n" and post[:i].strip()]
-    fit = [i for i in breaks if len(chat.encode_prompts([post[:i].rstrip() + suffix])[0]) <= room]
+    fit = [i for i in breaks if len(chat.encode_text(post[:i].rstrip() + suffix, "verbatim")) <= room]
     if isinstance(result, str):
         assert not fit
         return
@@ -260,7 +268,7 @@ def test_posts_are_never_cut_in_mid_word(paragraphs, room, bos):
         assert kept + suffix == text
         ends = [i for i in fit if post[i] == "\n"] or fit
         assert kept == post[: max(ends)].rstrip()
-        assert result.prompt.tolist() == chat.encode_prompts([text])[0].tolist()
+        assert result.prompt.tolist() == chat.encode_text(text, "verbatim").tolist()
     else:
         assert text == post + suffix
 
@@ -285,7 +293,7 @@ def test_whatever_comes_out_is_what_generation_sees_within_the_limits(rows, limi
     results = encode_rows(rows, chat, limits, need_turns)
     for row, result in zip(rows, results, strict=True):
         prompt = chat.encode_prompt(row.prompt)[1].tolist()
-        responses = [chat.encode_response(row.prompt, response).tolist() for response in row.responses]
+        responses = [chat.encode_dialogue(row.prompt, response)[1].tolist() for response in row.responses]
         if isinstance(result, str):
             room = limits.prompt_room([len(response) for response in responses])
             too_long = limits.long_prompts == "drop" and len(prompt) > room

@@ -1,31 +1,34 @@
-"""Text to ids: dialogues, chat templates, and the one beginning and one end every sequence has.
+"""Dialogues to the ids a model sees, each with the one beginning and the one end that its format gives it.
 
-A prompt and its response are tokenised apart and joined, so the ids of a prompt never depend on what follows and no
-token spans the border: what training sees is what generation continues.
+The ids of a prompt and of its response, joined, are those of the whole text; and the ids of the prompt are those that
+generation is given. Where a token would span the border both cannot be, and the response is tokenised apart. Text that
+goes through no chat template is always tokenised so.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.chat.messages import Message, Prompt, RefusedTurnsError, Response, Spans, merge_turns
-from rlhf_lightning.chat.plain import HUMAN_ASSISTANT, PlainFormat, parse_dialogue, render_plain
+from rlhf_lightning.chat.fingerprint import hash_of, hash_of_template, hash_of_tokenizer
+from rlhf_lightning.chat.messages import Prompt, RefusedTurnsError, Response
+from rlhf_lightning.chat.plain import HUMAN_ASSISTANT, PlainFormat
 from rlhf_lightning.chat.templates import set_chat_template
-from rlhf_lightning.chat.tokens import RESERVED, default_prefix
+from rlhf_lightning.chat.tokens import default_prefix, shared_start, token_spans
+from rlhf_lightning.chat.writer import Dialogue, DialogueFormat, DialogueWriter, Kind, Written, name_of
 from rlhf_lightning.errors import UserError
 
-DialogueFormat = Literal["auto", "chat_template", "plain"]
-Kind = Literal["verbatim", "plain", "template"]
-_ADDED = '"added_tokens":'  # stands in a tokenizer's file before everything that is long
+ResultT = TypeVar("ResultT")
+
+APART = "response tokenised apart"
+_RENDERING = 2
+"""Version of what is made of a dialogue; tokens prepared by another version are not used."""
 
 
 class Rendered(NamedTuple):
@@ -33,11 +36,29 @@ class Rendered(NamedTuple):
 
     Attributes:
         text: what is tokenised.
-        kind: `verbatim`, `plain` (Human/Assistant turns) or `template`; it decides how the response is spaced.
+        kind: `verbatim`, `plain` (Human/Assistant turns) or `template`.
     """
 
     text: str
     kind: Kind
+
+
+class Encoded(NamedTuple):
+    """A dialogue as ids.
+
+    Attributes:
+        written: the texts.
+        prompt: ids, int32.
+        turns: where the assistant spoke earlier in the prompt, int32: first token, token after the last, and so on.
+        responses: ids of each response, int32, its end of turn included.
+        notes: what is to be counted.
+    """
+
+    written: Written
+    prompt: np.ndarray
+    turns: np.ndarray
+    responses: list[np.ndarray]
+    notes: tuple[str, ...]
 
 
 class ChatEncoder:
@@ -54,7 +75,7 @@ class ChatEncoder:
         plain_format: how dialogues are written that go through no template.
 
     Attributes:
-        prefix: ids every sequence begins with, the tokenizer's BOS or nothing.
+        prefix: ids that text begins with which goes through no template, the tokenizer's BOS or nothing.
 
     Raises:
         UserError: a bad template, or `chat_template` asked of a tokenizer that has none.
@@ -72,115 +93,104 @@ class ChatEncoder:
         self.plain_format = plain_format
         if chat_template is not None:
             set_chat_template(tokenizer, chat_template)
-        if dialogue_format == "chat_template" and not tokenizer.chat_template:
-            raise self._no_template()
+        self._writer = DialogueWriter(tokenizer, dialogue_format, plain_format)
+        self._tokens = self._writer.tokens
         self.prefix = default_prefix(tokenizer)
 
-    def render(self, prompt: Prompt) -> Rendered:
+    def render(self, prompt: Prompt, tools: Sequence[dict[str, Any]] = ()) -> Rendered:
         """A prompt as the text that is tokenised, ready for the response to follow.
 
         Raises:
             UserError: messages without a template.
             RefusedTurnsError: a role or an order of turns that the format refuses.
         """
-        kind, messages = self._form(prompt)
-        if kind == "verbatim":
-            return Rendered(str(prompt), kind)
-        text = self._apply_template(messages) if kind == "template" else render_plain(messages, self.plain_format)[0]
-        return Rendered(text, kind)
+        written = self._writer.write(Dialogue(prompt, tools=tools))
+        return Rendered(self._tokens.control.shown(written.prompt), written.kind)
 
-    def turns(self, prompt: Prompt, text: str | None = None) -> Spans | None:
-        """Where the assistant speaks in a rendered prompt: each turn after its header, to its end.
-
-        A turn is what generation would continue the text before it with, the EOS included where the format writes one.
-
-        Args:
-            prompt: what was rendered.
-            text: as which it was rendered, where that is at hand.
-
-        Returns:
-            The turns in order, none where the prompt is no dialogue; None where they cannot be found, because the
-            template writes earlier turns otherwise than it would have had the dialogue ended with them.
-        """
-        kind, messages = self._form(prompt)
-        if kind == "verbatim":
-            return []
-        if kind == "template":
-            return self._template_turns(messages, self._apply_template(messages) if text is None else text)
-        plain, spans = render_plain(messages, self.plain_format)
-        return [self._to_end(plain[:end], start) for start, end in spans]
-
-    def response_text(self, response: Response, kind: str) -> str:
-        """A response spaced as its prompt asks: as the plain format says, stripped after a template, else as it is."""
-        if not isinstance(response, str):
-            response = str(response["content"])
-        if kind == "plain":
-            return self.plain_format.response + response.lstrip()
-        return response.strip() if kind == "template" else response
-
-    def encode_prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of rendered prompts, int32, each with the tokenizer's own beginning exactly once.
-
-        Args:
-            texts: from `render`.
-        """
-        return [_packed(self._begun(ids)) for ids in self._ids(texts)]
-
-    def encode_turns(self, texts: Sequence[str], spans: Sequence[Spans]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """The same ids, and which of them lie wholly in some parts of the text.
-
-        Args:
-            texts: from `render`.
-            spans: parts of each text, from `turns`.
-
-        Returns:
-            Ids of each text, and for each text the parts in tokens, int32: first token, token after the last, and so
-            on. A token across a border is left out, a part without a token too.
+    def kind(self, prompt: Prompt) -> Kind:
+        """As what a prompt is written.
 
         Raises:
-            UserError: the tokenizer does not say which characters a token stands for.
+            UserError: messages without a template.
         """
-        backend = self._backend
-        if backend is None:
+        return self._writer.form(prompt)[0]
+
+    def encode_dialogues(
+        self, dialogues: Sequence[Dialogue], need_turns: bool = False
+    ) -> list[Encoded | RefusedTurnsError]:
+        """Ids of dialogues, many at a time.
+
+        Args:
+            dialogues: each with any number of responses.
+            need_turns: find the earlier turns of the assistant too; it costs a little, and takes a fast tokenizer.
+
+        Returns:
+            One for each dialogue; the error where the format refuses its turns.
+
+        Raises:
+            UserError: something that is wrong with all of them, such as messages without a chat template.
+        """
+        if need_turns and not self.tokenizer.is_fast:
             raise UserError(
-                f"tokenizer {self._name} cannot say where its tokens stand in the text, so earlier turns cannot be "
-                "found; use one with a tokenizer.json, or teach the last response only"
+                f"tokenizer {name_of(self.tokenizer)} cannot say where its tokens stand in the text, so earlier turns "
+                "cannot be found; use one with a tokenizer.json, or teach the last response only"
             )
-        prompts, turns = [], []
-        for encoding, parts in zip(backend.encode_batch(texts, add_special_tokens=False), spans, strict=True):
-            ids = encoding.ids
-            begun = self._begun(ids)
-            prompts.append(_packed(begun))
-            turns.append(_packed(_token_spans(encoding.offsets, parts, len(begun) - len(ids)) if parts else []))
-        return prompts, turns
+        results: list[Written | RefusedTurnsError] = []
+        for dialogue in dialogues:
+            try:
+                results.append(self._writer.write(dialogue, need_turns))
+            except RefusedTurnsError as error:
+                results.append(error)
+        encoded = self._encode([result for result in results if isinstance(result, Written)])
+        return [next(encoded) if isinstance(result, Written) else result for result in results]
 
-    def encode_responses(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of response texts, int32, each with the EOS at its end exactly once.
+    def encode_dialogue(
+        self, prompt: Prompt, response: Response, tools: Sequence[dict[str, Any]] = (), ended: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of one prompt and its response, int32, as `encode_dialogues` makes them of many.
 
         Args:
-            texts: from `response_text`.
+            prompt: text or messages.
+            response: text, or a message of the assistant.
+            tools: that the assistant may call.
+            ended: whether the response ended by itself; one that was cut has no end of turn.
 
         Raises:
-            UserError: the tokenizer has no EOS token.
+            UserError: messages without a template, or turns that the format refuses.
         """
-        eos = self.tokenizer.eos_token_id
-        if eos is None:
-            raise UserError(f"tokenizer {self._name} has no EOS token, so no response could ever end; set `eos_token`")
-        sequences = self._ids(texts)
-        for ids in sequences:
-            while ids and ids[-1] == eos:
-                ids.pop()
-            ids.append(eos)
-        return [_packed(ids) for ids in sequences]
+        (result,) = self.encode_dialogues([Dialogue(prompt, (response,), tools)])
+        if isinstance(result, RefusedTurnsError):
+            raise result
+        return result.prompt, result.responses[0] if ended else result.responses[0][:-1]
 
-    def encode_prompt(self, prompt: Prompt) -> tuple[str, np.ndarray]:
-        """Text and ids of one prompt."""
-        text = self.render(prompt).text
-        return text, self.encode_prompts([text])[0]
+    def encode_prompt(self, prompt: Prompt, tools: Sequence[dict[str, Any]] = ()) -> tuple[str, np.ndarray]:
+        """Text and ids of one prompt, as generation is given it.
 
-    def encode_response(self, prompt: Prompt, response: Response) -> np.ndarray:
-        """Ids of one response, to be joined to those of its prompt."""
-        return self.encode_responses([self.response_text(response, self._form(prompt)[0])])[0]
+        Raises:
+            UserError: messages without a template, or turns that the format refuses.
+        """
+        (result,) = self.encode_dialogues([Dialogue(prompt, tools=tools)])
+        if isinstance(result, RefusedTurnsError):
+            raise result
+        return self._tokens.control.shown(result.written.prompt), result.prompt
+
+    def encode_text(self, text: str, kind: Kind) -> np.ndarray:
+        """Ids of a text that begins a sequence, int32.
+
+        Args:
+            text: part of a prompt as it was written.
+            kind: as what; the tokenizer's own beginning comes before all but what a template writes.
+        """
+        (ids,) = self._tokens.ids([text])
+        return _packed(self._begun(ids, kind))
+
+    def beginning(self, ids: np.ndarray) -> list[int]:
+        """The ids that a prompt keeps at its beginning when it is cut: the BOS, or nothing."""
+        bos = self.tokenizer.bos_token_id
+        for start in (self.prefix, [] if bos is None else [bos]):
+            if start and ids[: len(start)].tolist() == start:
+                return start
+        return []
 
     def decode(self, sequences: Sequence[Sequence[int] | np.ndarray]) -> list[str]:
         """Texts of id sequences, without special tokens."""
@@ -188,143 +198,121 @@ class ChatEncoder:
 
     def text_of_first(self, text: str, num_tokens: int) -> str:
         """What the first tokens of a text say, where they are not cut inside a character."""
-        return self._text(self._ids([text])[0][:num_tokens], skip_special_tokens=False)
+        return self._text(self._tokens.ids([text])[0][:num_tokens], skip_special_tokens=False)
 
     def fingerprint(self) -> str:
         """A hash of everything that decides which ids a text becomes; the tokenizer's name does not count."""
         said = self.describe()
         del said["tokenizer"]
-        return _hash(json.dumps(said, sort_keys=True))
+        return hash_of(json.dumps(said, sort_keys=True))
 
     def describe(self) -> dict[str, Any]:
         """What made the ids: name and hash of the tokenizer, hash of its template if it is used, and the format."""
-        template = str(self.tokenizer.chat_template) if self._uses_template else None
+        template = self._writer.template is not None
         return {
-            "tokenizer": self._name,
+            "tokenizer": name_of(self.tokenizer),
             "tokenizer_hash": self._tokenizer_hash,
-            "template_hash": template and _hash(template + json.dumps(self._template_tokens)),
+            "template_hash": hash_of_template(self.tokenizer) if template else None,
             "dialogue_format": self.dialogue_format,
             "plain_format": None if template else asdict(self.plain_format),
+            "rendering": _RENDERING,
         }
-
-    @property
-    def _template_tokens(self) -> dict[str, str]:
-        """The special tokens that a template may write by name; the pad token is none that it would."""
-        named = self.tokenizer.special_tokens_map.items()
-        return {name: str(token) for name, token in sorted(named) if isinstance(token, str) and name != "pad_token"}
 
     @cached_property
     def _tokenizer_hash(self) -> str:
-        """Hash of vocabulary and rules; padding, truncation, and a pad token added behind all others do not count."""
-        backend = self._backend
-        if backend is None:
-            vocabulary, rules = sorted(self.tokenizer.get_vocab().items()), ""
-        else:
-            whole = backend.to_str()
-            # The long rest is hashed as it stands: to parse it would take ten times as long.
-            added, end = json.JSONDecoder().raw_decode(whole, whole.index(_ADDED) + len(_ADDED))
-            size, pad_token = backend.get_vocab_size(with_added_tokens=False), self.tokenizer.pad_token
-            # What was added to serve as padding comes last; the EOS, or a token kept for such use, may serve too.
-            last = max((token["id"] for token in added if token["id"] >= size), default=None)
-            names = {*RESERVED, pad_token} - {self.tokenizer.eos_token}
-            vocabulary = [token for token in added if token["id"] != last or token["content"] not in names]
-            rules = whole[end:]
-        return _hash(json.dumps([self.tokenizer.eos_token_id, self.prefix, vocabulary]) + rules)
+        return hash_of_tokenizer(self.tokenizer, self.prefix)
 
-    def _form(self, prompt: Prompt) -> tuple[Kind, list[Message]]:
-        """As what a prompt is written, and its messages; none for text that is taken as it stands."""
-        if not isinstance(prompt, str):
-            if self.dialogue_format == "auto" and not self._uses_template:
-                raise self._no_template()
-            return ("template" if self._uses_template else "plain"), prompt
-        messages = parse_dialogue(prompt)
-        if messages is None:
-            if self.dialogue_format != "chat_template":
-                return "verbatim", []
-            return "template", [{"role": "user", "content": prompt}]
-        return ("template", merge_turns(messages)) if self._uses_template else ("plain", messages)
+    # Ids of what was written
 
-    def _template_turns(self, messages: list[Message], text: str) -> Spans | None:
-        spans = []
-        for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
-            try:
-                before = self._apply_template(messages[:i]) if i else ""
-                whole = self._apply_template(messages[: i + 1], answer=False)
-            except RefusedTurnsError:
-                return None
-            if not (i and whole.startswith(before) and text.startswith(whole)):
-                return None
-            spans.append(self._to_end(whole, len(before)))
-        return spans
+    def _encode(self, written: Sequence[Written]) -> Iterator[Encoded]:
+        """Ids of texts: all are tokenised in one call, and the few that must be taken apart in another."""
+        cuts = [self._cut(one) for one in written]
+        ids = _each_once(self._tokens.ids, (text for cut in cuts for text in (cut.head, cut.first, *cut.answers)))
+        joined = [_join(one, cut, ids) for one, cut in zip(written, cuts, strict=True)]
+        apart = _each_once(self._tokens.ids, (text for _, parts in joined for text in parts if isinstance(text, str)))
+        places = _each_once(self._tokens.placed, (cut.spanned for cut in cuts if cut.spanned))
+        for one, cut, (shared, parts) in zip(written, cuts, joined, strict=True):
+            prompt = self._begun(ids[cut.head], one.kind) + ids[cut.first][:shared]
+            turns: list[int] = []
+            if one.spans and cut.spanned:
+                before = len(prompt) - len(ids[cut.head]) - shared  # what the tokenizer itself begins with
+                offsets = places[cut.spanned][1][: len(prompt) - before]
+                turns = token_spans(offsets, one.spans, before)
+            responses = [
+                self._with_end(apart[part] if isinstance(part, str) else part, ended)
+                for part, ended in zip(parts, one.ended, strict=True)
+            ]
+            notes = one.notes + (APART,) * sum(isinstance(part, str) for part in parts)
+            yield Encoded(one, _packed(prompt), _packed(turns), [_packed(response) for response in responses], notes)
 
-    def _to_end(self, text: str, start: int) -> tuple[int, int]:
-        """A turn that reaches to the end of the text, without what is written after its EOS, or the space after it."""
-        turn, eos = text[start:].rstrip(), self.tokenizer.eos_token
-        return start, start + (turn.rindex(eos) + len(eos) if eos and eos in turn else len(turn))
-
-    @property
-    def _uses_template(self) -> bool:
-        return self.dialogue_format != "plain" and bool(self.tokenizer.chat_template)
-
-    @property
-    def _name(self) -> str:
-        return self.tokenizer.name_or_path or type(self.tokenizer).__name__
-
-    def _no_template(self) -> UserError:
-        return UserError(
-            f"tokenizer {self._name} has no chat template; pass `chat_template: path/to/template.jinja` "
-            "or `dialogue_format: plain`"
+    def _cut(self, one: Written) -> _Cut:
+        """Where the texts of a dialogue are cut, so that what they have in common is tokenised once."""
+        place = len(one.prompt)
+        if one.kind == "template":
+            assert self._writer.template is not None
+            anchor = self._writer.template.anchor
+            place = max(0, one.prompt.rfind(anchor, 0, one.common)) if anchor in self._tokens.splitting else 0
+        head, first = one.prompt[:place], one.prompt[place:]
+        spanned = "" if not one.spans else head if one.spans[-1][1] <= place else one.prompt
+        return _Cut(
+            head, first, [answer[place:] if one.kind == "template" else answer for answer in one.answers], spanned
         )
 
-    def _apply_template(self, messages: list[Message], answer: bool = True) -> str:
-        """Messages as text, ready for an answer or as they would end the dialogue."""
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
-        except jinja2.TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise RefusedTurnsError(f"the chat template refuses the turns {roles}: {error}") from error
+    def _with_end(self, ids: list[int], ended: bool) -> list[int]:
+        if ended:
+            return ids
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise UserError(
+                f"tokenizer {name_of(self.tokenizer)} has no EOS token, so no response could ever end; set `eos_token`"
+            )
+        return [*ids, eos]
 
-    def _begun(self, ids: list[int]) -> list[int]:
+    def _begun(self, ids: list[int], kind: Kind) -> list[int]:
+        """A template begins its text itself; before other text comes the tokenizer's own beginning, exactly once."""
         n = len(self.prefix)
-        return ids if ids[:n] == self.prefix else self.prefix + ids
-
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        backend = self._backend
-        if backend is not None:
-            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        # verbose=False: lengths beyond the model's are ours to cut, no cause for a warning here.
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [list(ids) for ids in encoded["input_ids"]]
-
-    @property
-    def _backend(self) -> Any:
-        """What works inside a fast tokenizer, a third faster by itself; None for a slow one."""
-        if not self.tokenizer.is_fast:
-            return None
-        backend = self.tokenizer.backend_tokenizer
-        # What another call, or the tokenizer's file, has set must not cut or fill ours.
-        backend.no_truncation()
-        backend.no_padding()
-        return backend
+        return ids if kind == "template" or ids[:n] == self.prefix else self.prefix + ids
 
     def _text(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool) -> str:
         whole = np.asarray(ids, dtype=np.int64)
         return str(self.tokenizer.decode(whole, skip_special_tokens, clean_up_tokenization_spaces=False))
 
 
-def _token_spans(offsets: list[tuple[int, int]], spans: Spans, shift: int) -> list[int]:
-    """Parts of a text in tokens, first and one after the last of each, `shift` tokens further on."""
-    places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-    starts = np.searchsorted(places[:, 0], [start for start, _ in spans], side="left")
-    ends = np.searchsorted(places[:, 1], [end for _, end in spans], side="right")
-    return [int(place) + shift for pair in zip(starts, ends, strict=True) if pair[0] < pair[1] for place in pair]
+class _Cut(NamedTuple):
+    """A dialogue's texts in pieces, cut where the tokenizer cuts before all else.
+
+    Attributes:
+        head: what prompt and answers have in common.
+        first: the rest of the prompt.
+        answers: the rest of each answer; what a template wrote begins with the rest of the prompt again.
+        spanned: the beginning of the prompt in which the places of tokens are asked for, or nothing.
+    """
+
+    head: str
+    first: str
+    answers: list[str]
+    spanned: str
+
+
+def _join(one: Written, cut: _Cut, ids: Mapping[str, list[int]]) -> tuple[int, list[list[int] | str]]:
+    """How many ids of the prompt's rest are the prompt, and what follows: ids, or text that is to be taken apart."""
+    first, answers = ids[cut.first], [ids[answer] for answer in cut.answers]
+    if one.kind != "template":
+        return 0, [*answers]
+    if one.common < len(one.prompt):
+        shared = shared_start([first, *answers])
+        return shared, [answer[shared:] for answer in answers]
+    n, length = len(first), len(one.prompt)
+    return n, [
+        answer[n:] if answer[:n] == first else text[length:] for answer, text in zip(answers, one.answers, strict=True)
+    ]
+
+
+def _each_once(make: Callable[[list[str]], list[ResultT]], texts: Iterable[str]) -> dict[str, ResultT]:
+    """What is made of each text, all in one call and none twice."""
+    different = list(dict.fromkeys(texts))
+    return dict(zip(different, make(different), strict=True))
 
 
 def _packed(ids: list[int]) -> np.ndarray:
     return np.array(ids, dtype=np.int32)
-
-
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -19,7 +19,16 @@ Spans = list[tuple[int, int]]
 
 
 class RefusedTurnsError(UserError):
-    """One dialogue that its format cannot express, such as two user turns in a row under a strict chat template."""
+    """One dialogue that its format cannot express, such as two user turns in a row under a strict chat template.
+
+    Args:
+        message: what is wrong.
+        reason: the same in few words, under which such dialogues are counted.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = " ".join((reason or message).split())[:100]
 
 
 def exact_text(said: Prompt | Response) -> str:

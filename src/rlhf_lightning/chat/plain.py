@@ -81,5 +81,7 @@ def render_plain(messages: list[Message], plain: PlainFormat = HUMAN_ASSISTANT) 
             spans.append((len(text), len(text) + len(turn)))
             text += turn
         elif role != "system":
-            raise RefusedTurnsError(f"role {role!r} has no place in a plain dialogue; use system, user and assistant")
+            raise RefusedTurnsError(
+                f"role {role!r} has no place in a plain dialogue; use system, user and assistant", f"role {role!r}"
+            )
     return text + plain.assistant, spans

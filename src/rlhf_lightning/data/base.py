@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.chat.encoder import ChatEncoder, DialogueFormat
 from rlhf_lightning.chat.plain import PlainFormat
-from rlhf_lightning.data.encode import EncodedRow
+from rlhf_lightning.data.encode import NOTES, EncodedRow
 from rlhf_lightning.data.limits import TokenLimits, check_context
 from rlhf_lightning.data.packing import PackedTable
 from rlhf_lightning.data.preparing.cache import find_or_build
@@ -233,6 +233,9 @@ class TextDataModule(ResumableDataModule, ABC):
         self.counts.update({part: len(table) for part, table in self._parts.items() if part != "test" or len(table)})
         self._weights = folder.manifest["sources"]["data"]["source_weights"]
         rank_zero_info(f"{type(self).__name__}: {say_counts(self.counts)}{_say_roles(folder.manifest['sources'])}")
+        for name, meaning in NOTES.items():
+            if count := self.counts[name]:
+                rank_zero_info(f"{type(self).__name__}: {count:,} {meaning}")
 
     def _folder(self) -> PreparedFolder:
         """The prepared folder: the user's, or the cache's, where it is made if it is not there."""

@@ -7,8 +7,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlhf_lightning.chat.encoder import ChatEncoder, Rendered
-from rlhf_lightning.chat.messages import Prompt, RefusedTurnsError
+from rlhf_lightning.chat.encoder import APART, ChatEncoder, Encoded
+from rlhf_lightning.chat.messages import RefusedTurnsError
+from rlhf_lightning.chat.writer import (
+    ACTING,
+    HIDDEN,
+    LEFT_OUT,
+    NO_END,
+    NO_TURNS,
+    NOT_APPLIED,
+    REWRITES,
+    Dialogue,
+    Kind,
+)
 from rlhf_lightning.data.collate import EncodedSequence, Ids
 from rlhf_lightning.data.limits import TokenLimits, cut_prompt
 from rlhf_lightning.data.rows import Row
@@ -18,7 +29,19 @@ LONG_PROMPT = "prompt is too long"
 SHORT_RESPONSE = "response is too short"
 CUT_PROMPT = "cut: prompt"
 CUT_RESPONSE = "cut: response"
-NO_TURNS = "turns not found"
+NOTES = {
+    NO_TURNS: "dialogues whose earlier turns the template does not show",
+    REWRITES: "dialogues in which the chat template does not continue the prompt that generation is given; what both "
+    "have in common is the prompt here, and all that follows is taught",
+    APART: "responses tokenised apart, since one token would hold the end of their prompt and their beginning",
+    NO_END: "dialogues whose chat template writes no token at the end of a turn; the EOS is taught there",
+    LEFT_OUT: "dialogues of which the chat template leaves out tools, calls of tools or the thoughts before an answer",
+    NOT_APPLIED: "prompts given as text, to which the tokenizer's chat template is not applied; "
+    "`dialogue_format: chat_template` writes each as a turn of the user",
+    HIDDEN: "dialogues that hold control tokens in what is said, where they are text and do not act",
+    ACTING: "prompts given as text with control tokens in it, which act as written",
+}
+"""What is counted of rows that are kept, as it is said to users."""
 _NO_SPANS = np.zeros(0, dtype=np.int32)
 _BODY = "POST:"
 """What opens the text of a forum post, after its subreddit and title, where those are told apart."""
@@ -30,8 +53,8 @@ class EncodedRow(NamedTuple):
     Attributes:
         prompt: ids of the prompt, int32.
         turns: where the assistant spoke earlier in the prompt, int32: first token, token after the last, and so on.
-        responses: ids of each response, int32, its EOS included unless it was cut.
-        notes: `cut: prompt`, `cut: response` once for each response that was cut, `turns not found`.
+        responses: ids of each response, int32, its end of turn included unless it was cut.
+        notes: what is counted: `cut: prompt`, `cut: response` once for each response that was cut, and the encoder's.
     """
 
     prompt: np.ndarray
@@ -45,7 +68,7 @@ def encode_rows(
 ) -> list[EncodedRow | str]:
     """Ids of rows, or the reason one is dropped for. Pure, so any process may do any rows; about 1000 a call.
 
-    Prompt and response are tokenised apart, so the ids of a prompt are those that generation sees, whatever follows.
+    The ids of a prompt are those that generation sees, whatever follows; see `ChatEncoder`.
 
     Args:
         rows: with any number of responses, none included.
@@ -59,50 +82,30 @@ def encode_rows(
     Raises:
         UserError: something that is wrong with all rows alike, such as messages without a chat template.
     """
-    rendered = [_render(row, chat) for row in rows]
-    kept = [(row, text) for row, text in zip(rows, rendered, strict=True) if text is not None]
-    prompts = _encode_prompts(kept, chat, need_turns)
-    texts = [chat.response_text(response, text.kind) for row, text in kept for response in row.responses]
-    responses = iter(chat.encode_responses(texts)) if texts else iter(())
-    whole = (
-        (row, text, prompt._replace(responses=[next(responses) for _ in row.responses]))
-        for (row, text), prompt in zip(kept, prompts, strict=True)
-    )
-    return [REFUSED if text is None else _fit(*next(whole), chat, limits) for text in rendered]
+    results = chat.encode_dialogues([_dialogue(row, chat) for row in rows], need_turns)
+    return [
+        f"{REFUSED}: {result.reason}" if isinstance(result, RefusedTurnsError) else _fit(row, result, chat, limits)
+        for row, result in zip(rows, results, strict=True)
+    ]
 
 
-def _render(row: Row, chat: ChatEncoder) -> Rendered | None:
-    """The prompt as text; None where the format refuses its turns."""
-    if not row.prompt:
-        return Rendered("", "verbatim")
-    try:
-        return chat.render(_whole_prompt(row))
-    except RefusedTurnsError:
-        return None
+def _dialogue(row: Row, chat: ChatEncoder) -> Dialogue:
+    """A row as it is to be written."""
+    prompt = row.prompt + row.suffix if isinstance(row.prompt, str) else row.prompt
+    responses = row.responses
+    if row.suffix and chat.kind(prompt) == "template":
+        # The space after the suffix stands between two texts; an answer in a turn of its own does not begin with it.
+        responses = tuple(text.removeprefix(" ") if isinstance(text, str) else text for text in responses)
+    return Dialogue(prompt, responses, row.tools, row.untaught)
 
 
-def _whole_prompt(row: Row) -> Prompt:
-    return row.prompt + row.suffix if isinstance(row.prompt, str) else row.prompt
-
-
-def _encode_prompts(kept: list[tuple[Row, Rendered]], chat: ChatEncoder, need_turns: bool) -> list[EncodedRow]:
-    """The rows with their prompts and turns, but without responses."""
-    texts = [text.text for _, text in kept]
-    if not need_turns:
-        return [EncodedRow(ids, _NO_SPANS, []) for ids in chat.encode_prompts(texts)]
-    spans = [chat.turns(_whole_prompt(row), text.text) for row, text in kept]
-    prompts, turns = chat.encode_turns(texts, [found or [] for found in spans])
-    notes = [(NO_TURNS,) if found is None else () for found in spans]
-    return [EncodedRow(ids, places, [], note) for ids, places, note in zip(prompts, turns, notes, strict=True)]
-
-
-def _fit(row: Row, text: Rendered, whole: EncodedRow, chat: ChatEncoder, limits: TokenLimits) -> EncodedRow | str:
+def _fit(row: Row, whole: Encoded, chat: ChatEncoder, limits: TokenLimits) -> EncodedRow | str:
     """A row cut to the limits, or the reason it is dropped for.
 
-    A response that does not fit loses its end, and with it its EOS, so it is never taught as complete. All responses of
-    a row stand behind the same prompt.
+    A response that does not fit loses its end of turn, so it is never taught as complete. All responses of a row stand
+    behind the same prompt.
     """
-    prompt, turns, responses, notes = whole
+    written, prompt, turns, responses, notes = whole
     if not row.prompt:
         prompt, responses = _whole_text(prompt, *responses)
     room = limits.prompt_room([len(ids) for ids in responses])
@@ -110,11 +113,11 @@ def _fit(row: Row, text: Rendered, whole: EncodedRow, chat: ChatEncoder, limits:
         if limits.long_prompts == "drop":
             return LONG_PROMPT
         if row.suffix:
-            prompt, turns = cut_post(text.text, row.suffix, room, chat), _NO_SPANS
+            prompt, turns = cut_post(written.prompt, row.suffix, room, chat, written.kind), _NO_SPANS
             if len(prompt) == 0:
                 return LONG_PROMPT
         else:
-            prompt, turns = cut_prompt(prompt, turns, room, chat.prefix)
+            prompt, turns = cut_prompt(prompt, turns, room, chat.beginning(prompt))
         notes += (CUT_PROMPT,)
     if any(len(ids) - 1 < limits.minimum_response_length for ids in responses):
         return SHORT_RESPONSE
@@ -135,7 +138,7 @@ def _whole_text(prefix: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, list[
     return whole[:first], [whole[first:]]
 
 
-def cut_post(text: str, suffix: str, room: int, chat: ChatEncoder) -> np.ndarray:
+def cut_post(text: str, suffix: str, room: int, chat: ChatEncoder, kind: Kind) -> np.ndarray:
     """Ids of a prompt that is cut before its suffix, at the last end of a paragraph that fits (Stiennon et al. 2020).
 
     A post of one long paragraph is cut at white space instead, never in mid-word.
@@ -145,6 +148,7 @@ def cut_post(text: str, suffix: str, room: int, chat: ChatEncoder) -> np.ndarray
         suffix: end of the prompt.
         room: tokens the prompt may have.
         chat: turns text into ids.
+        kind: as what the prompt was written.
 
     Returns:
         Ids, int32; none where nothing of the post fits.
@@ -152,9 +156,9 @@ def cut_post(text: str, suffix: str, room: int, chat: ChatEncoder) -> np.ndarray
     head, mark, end = text.rpartition(suffix)
     tail = mark + end
     body = head.find(_BODY) + len(_BODY) if _BODY in head else 0
-    length = len(chat.text_of_first(head, max(0, room - len(chat.encode_prompts([tail])[0]))))
+    length = len(chat.text_of_first(head, max(0, room - len(chat.encode_text(tail, kind)))))
     while (length := _break_before(head, body, length)) > body:
-        ids = chat.encode_prompts([head[:length] + tail])[0]
+        ids = chat.encode_text(head[:length] + tail, kind)
         if len(ids) <= room:
             return ids
         # The first guess may be too long by a few tokens, and a token has a character at the least.

@@ -341,7 +341,7 @@ def test_turns_that_the_format_refuses_make_a_bad_row(tmp_path):
     with pytest.raises(UserError, match=r"the list of rows row 3: role 'tool' has no place in a plain dialogue"):
         build(tmp_path / "auto", rows, dialogue_format="plain")
     folder = build(tmp_path / "skip", rows, dialogue_format="plain", on_bad_row="skip")
-    assert dropped(folder) == {"dropped: the dialogue format refuses the turns": 1}
+    assert dropped(folder) == {"dropped: the dialogue format refuses the turns: role 'tool'": 1}
     [(place, reason)] = folder.manifest["sources"]["data"]["bad_rows"]["first"]
     assert (place, reason[:27]) == ("the list of rows row 3", "role 'tool' has no place in")
 

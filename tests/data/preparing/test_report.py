@@ -100,7 +100,7 @@ def test_every_row_is_accounted_for_by_reason(prepared):
         "- chosen is null",
         "= kept",
         "but not for all kinds",
-        "responses cut, their EOS",
+        "responses cut, their end of turn",
         "row 3: chosen is null",
     ):
         assert words in text

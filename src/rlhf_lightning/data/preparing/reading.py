@@ -219,10 +219,10 @@ class RowReader:
 
     def _dropped(self, reason: str, row: Row) -> _Left:
         """What a row is counted as that could not be tokenised; turns that a template refuses make it a bad row."""
-        if reason != REFUSED:
+        if not reason.startswith(REFUSED):
             return _Left(f"dropped: {reason}")
         try:
-            self.encoder.chat.render(row.prompt)
+            self.encoder.chat.render(row.prompt, row.tools)
         except RefusedTurnsError as error:
             return _Left(f"dropped: {reason}", str(error))
         return _Left(f"dropped: {reason}", reason)

@@ -19,6 +19,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.collate import EncodedExample, taught_tokens
+from rlhf_lightning.data.encode import NOTES
 from rlhf_lightning.data.preparing.length_plot import draw_lengths
 from rlhf_lightning.data.preparing.prepared import PARTS, Part, PreparedFolder, TokenTable, file_name, write_json
 from rlhf_lightning.data.rows import Need
@@ -31,9 +32,9 @@ ANSWERS: dict[Need, tuple[str, ...]] = {"finetune": ("response",), "preference":
 _NOTES = {
     "prompt is a duplicate": "prompts that came before and are not written again",
     "further pairs of rankings": "pairs beyond the first of their ranking",
-    "turns not found": "dialogues whose earlier turns the template does not show",
+    **NOTES,
 }
-_CUTS = {"prompt": "prompts cut", "response": "responses cut, their EOS with them"}
+_CUTS = {"prompt": "prompts cut", "response": "responses cut, their end of turn with it"}
 REPORT_FILES = ("report.json", "report.txt", "lengths.png")
 _BAD_ROWS_SHOWN = 5
 _WIDTH = 110  # of the saved text, in characters
