@@ -142,7 +142,7 @@ class DialogueWriter:
             ends = [self._first_end(text[len(answer) :]) for text, answer in zip(texts, answers, strict=True)]
             answers = [answer + end for answer, end in zip(answers, ends, strict=True)]
             return Written("verbatim", prompt, answers, [bool(end) for end in ends], len(prompt), [], (ACTING,))
-        answers = [self._hidden(answer) for answer in answers]
+        answers = [self._hidden(answer) for answer in answers] if prompt else answers
         notes = (NOT_APPLIED,) if prompt and self.template is not None else ()
         return Written("verbatim", prompt, answers, [False] * len(answers), len(prompt), [], notes + _hiding(answers))
 
