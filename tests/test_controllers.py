@@ -77,3 +77,15 @@ def test_scaling_by_what_was_seen():
     assert moments.scale(torch.tensor([6.0])).tolist() == [1.0]  # no spread yet: only shifted
     moments.update(torch.tensor([1.0, 9.0]))  # 5, 5, 1, 9: mean 5, variance 8
     assert moments.scale(torch.tensor([9.0])).tolist() == pytest.approx([4 / 8**0.5])
+
+
+@pytest.mark.parametrize("score", [0.1, -3.3, 1e5])
+def test_rounding_is_never_blown_up_to_a_score(score):
+    moments = RunningMoments()
+    moments.update(torch.tensor([score] * 7))
+    moments.update(torch.tensor([score * (1 + 1e-7)] * 3))
+    assert not moments.has_spread
+    assert moments.scale(torch.tensor([score, score * (1 + 1e-7)])).abs().max() < 0.1
+    moments.update(torch.tensor([score * (1 + 1e-4)] * 3))  # little, but more than rounding
+    assert moments.has_spread
+    assert moments.scale(torch.tensor([score, score * (1 + 1e-4)])).diff().abs() > 1

@@ -10,14 +10,15 @@ from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.controllers import RunningMoments
 from rlhf_lightning.models.generation import Generation, Sampling, TransformersEngine
-from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer
-from rlhf_lightning.models.scalar_lm import ScalarLM
+from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, Responses, TextScorer
+from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM
 from rlhf_lightning.ppo_settings import KLPenalty, Objective, ScoreShaping
 from rlhf_lightning.rollout import (
     Measurements,
     build_experience,
     experience_metrics,
     measure,
+    raw_score,
     respond,
     shape_scores,
 )
@@ -205,15 +206,15 @@ def test_advantages_are_whitened_over_all_tokens_and_returns_are_not():
     assert torch.equal(white.returns, plain.returns)
 
 
-def metrics_of(experience, reduce=lambda x: x):
-    return {name: metric.item() for name, metric in experience_metrics(experience, reduce).items()}
+def metrics_of(experience, reduce=lambda x: x, gamma=1.0):
+    return {name: metric.item() for name, metric in experience_metrics(experience, reduce, gamma).items()}
 
 
 def test_metrics_by_hand():
     experience = by_hand(Objective(gae_lambda=0.5))._replace(ended=torch.tensor([True, False]))
     k3 = sum(math.exp(-d) - 1 + d for d in (1.0, -1.0, 2.0))
-    # Returns 2.75, 4.5, 4 against values 1, 2, 0.5: what is unexplained is 1.75, 2.5, 3.5.
-    returns, errors = torch.tensor([2.75, 4.5, 4.0]), torch.tensor([1.75, 2.5, 3.5])
+    # Rewards -0.5, 4.5 and 4 sum to 4, 4.5 and 4 from each token on; the values are 1, 2 and 0.5.
+    outcomes, errors = torch.tensor([4.0, 4.5, 4.0]), torch.tensor([3.0, 2.5, 3.5])
     assert metrics_of(experience) == pytest.approx(
         {
             "score": 45.0,
@@ -224,7 +225,7 @@ def test_metrics_by_hand():
             "response_length": 1.5,
             "eos_rate": 0.5,
             "entropy": 2.0,
-            "explained_variance": (1 - errors.var(correction=0) / returns.var(correction=0)).item(),
+            "explained_variance": (1 - errors.var(correction=0) / outcomes.var(correction=0)).item(),
         },
         rel=1e-5,
     )
@@ -232,10 +233,47 @@ def test_metrics_by_hand():
 
 def test_explained_variance_of_a_perfect_and_of_a_constant_value():
     experience = by_hand(Objective())
-    mask, returns = experience.response_mask, torch.tensor([[1.0, 3.0], [8.0, NAN]])
-    for values, expected in [(returns, 1.0), (returns - 5, 1.0), (torch.full_like(returns, 2.0), 0.0)]:
-        perfect = experience._replace(values=torch.where(mask, values, 0), returns=returns)
-        assert metrics_of(perfect)["explained_variance"] == pytest.approx(expected, abs=1e-6)
+    mask, outcomes = experience.response_mask, torch.tensor([[2.5, 3.0], [8.0, NAN]])
+    rewards = torch.tensor([[1.0, 3.0], [8.0, 0.0]])  # with half of what is a token away
+    for values, expected in [(outcomes, 1.0), (outcomes - 5, 1.0), (torch.full_like(outcomes, 2.0), 0.0)]:
+        perfect = experience._replace(values=torch.where(mask, values, 0), rewards=rewards)
+        assert metrics_of(perfect, gamma=0.5)["explained_variance"] == pytest.approx(expected, abs=1e-6)
+
+
+def random_experience(scores, values):
+    """Responses of three tokens that a score follows, no KL."""
+    mask, nothing = torch.ones_like(values).bool(), torch.zeros_like(values)
+    ids = torch.zeros_like(values).long()
+    prompts = PromptBatch(ids, mask, ["x"] * len(scores), ids[:, 0])
+    generation = Generation(ids, mask, mask[:, 0])
+    measurements = Measurements(nothing, nothing, nothing, values, scores)
+    return build_experience(prompts, generation, measurements, scores, KLPenalty(), 0.5, Objective())
+
+
+def test_values_that_know_nothing_of_the_score_explain_nothing_of_it():
+    torch.manual_seed(0)
+    scores, values = torch.randn(4000), torch.randn(4000, 3)
+    for strength in (0.3, 1.0):
+        explained = metrics_of(random_experience(scores, strength * values))["explained_variance"]
+        assert explained == pytest.approx(-(strength**2), abs=0.05)  # they only add their own variance
+
+
+@pytest.mark.parametrize("score", [0.0, 0.1, 1e4])
+def test_there_is_nothing_to_explain_where_all_outcomes_are_alike(score):
+    experience = random_experience(torch.full((7,), score), torch.randn(7, 3))
+    assert metrics_of(experience)["explained_variance"] == 0
+
+
+def test_raw_scores_are_those_before_calibration():
+    scalar = table_scalar(SCORES)
+    scalar.calibration = Calibration(mean=3.0, std=2.0)
+    ids = torch.tensor([[0, 1], [0, EOS]])
+    responses = Responses(ids, torch.ones_like(ids).bool(), torch.tensor([True, True]), ["", ""], ["", ""])
+    for scorer in (ModelScorer(scalar), TextScorer(scalar, table_tokenizer())):
+        calibrated = ModelScorer(scalar)(responses)
+        assert calibrated.tolist() == [-1.0, 0.5]
+        assert raw_score(scorer, calibrated)["raw_score"].tolist() == [1.0, 4.0]
+    assert raw_score(FunctionScorer(lambda prompts, responses: [0.0], "nothing"), calibrated) == {}
 
 
 def test_metrics_of_two_equal_processes_are_those_of_one():

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from rlhf_lightning.functional.masked import Reduce, identity, masked_moments
 
+_ROUNDING = 1e-6
+"""Share of their size by which float32 numbers that went through a few operations may differ for no reason."""
+
 
 @dataclass
 class KLController:
@@ -61,9 +64,14 @@ class RunningMoments:
     variance: float = 0.0
 
     @property
+    def has_spread(self) -> bool:
+        """Whether the values differ by more than the rounding of float32, 1e-7 of their size."""
+        return self.variance > _ROUNDING**2 * (self.mean**2 + self.variance)
+
+    @property
     def std(self) -> float:
-        """Population standard deviation; 1 before there is any spread."""
-        return self.variance**0.5 if self.variance > 0 else 1.0
+        """Population standard deviation; 1 where there is no spread, so that rounding is never blown up to a score."""
+        return self.variance**0.5 if self.has_spread else 1.0
 
     def update(self, values: Tensor, reduce: Reduce = identity) -> None:
         """Take in new values.

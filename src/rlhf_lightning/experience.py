@@ -28,7 +28,7 @@ class Experience(NamedTuple):
         ref_logprobs: the same under the reference, `[B, R]`, nats.
         entropy: entropy of the old policy before each token, `[B, R]`, nats.
         values: `values[b, r] = V_old(x[<P+r])`, `[B, R]`.
-        scores: raw output of the reward, `[B]`.
+        scores: as the reward gives them, a reward model's calibrated, `[B]`.
         rewards: per token after scaling, clipping and the KL penalty, `[B, R]`.
         advantages: whitened if asked for, `[B, R]`.
         returns: advantages before whitening plus values, `[B, R]`.

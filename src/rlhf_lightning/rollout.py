@@ -20,7 +20,7 @@ from rlhf_lightning.functional.masked import Reduce, identity
 from rlhf_lightning.models.actor_critic import TrunkValue, logprobs_and_values, values_alone
 from rlhf_lightning.models.causal_lm import response_logprobs
 from rlhf_lightning.models.generation import Generation, RolloutEngine, Sampling, decode_responses
-from rlhf_lightning.models.rewarding import Responses, Scorer
+from rlhf_lightning.models.rewarding import ModelScorer, Responses, Scorer, TextScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
 from rlhf_lightning.ppo_settings import KLPenalty, Objective, ScoreShaping
 
@@ -71,7 +71,7 @@ class Measurements(NamedTuple):
         ref_logprobs: under the reference, `[B, R]`, nats.
         entropy: of the policy before each token, `[B, R]`, nats.
         values: before each token, `[B, R]`.
-        scores: raw, `[B]`.
+        scores: as the reward gives them, a reward model's calibrated, `[B]`.
     """
 
     logprobs: Tensor
@@ -79,6 +79,24 @@ class Measurements(NamedTuple):
     entropy: Tensor
     values: Tensor
     scores: Tensor
+
+    @property
+    def kl(self) -> Tensor:
+        """KL of each response to the reference, its k1 estimate, `[B]`, nats."""
+        return kl_estimate(self.logprobs, self.ref_logprobs).sum(dim=1)
+
+
+def raw_score(scorer: Scorer | None, score: Tensor) -> dict[str, Tensor]:
+    """Scores as a reward model gave them, before its calibration, under that name.
+
+    Args:
+        scorer: where the scores come from; a function knows no calibration, so there is nothing under the name.
+        score: calibrated, any shape; also a mean of scores.
+    """
+    if not isinstance(scorer, ModelScorer | TextScorer):
+        return {}
+    calibration = scorer.model.calibration
+    return {"raw_score": score * calibration.std + calibration.mean}
 
 
 @torch.no_grad()
@@ -154,7 +172,7 @@ def shape_scores(scores: Tensor, ended: Tensor, moments: RunningMoments, shaping
     """Scale, clip and penalise scores, in this order.
 
     Args:
-        scores: raw, `[B]`.
+        scores: as the reward gives them, `[B]`.
         ended: True where the response ended by itself, `[B]`, bool.
         moments: running moments, these scores included.
         shaping: what is to be done.
@@ -216,17 +234,20 @@ def build_experience(
     )
 
 
-def experience_metrics(experience: Experience, reduce: Reduce = identity) -> dict[str, Tensor]:
+def experience_metrics(experience: Experience, reduce: Reduce = identity, gamma: float = 1.0) -> dict[str, Tensor]:
     """What is logged of a rollout, over all ranks.
 
     Args:
         experience: this rank's share.
         reduce: sums a tensor over all ranks.
+        gamma: discount per token.
 
     Returns:
         Scalars. `score`, `score_std`, `reward` (per response, KL penalty included), `kl` and `kl_k3` (per response, in
         nats), `response_length` (tokens) and `eos_rate` are over responses; `entropy` (nats) is over tokens.
-        `explained_variance` is `1 - Var(returns - values) / Var(returns)` over tokens.
+        `explained_variance` is `1 - Var(outcomes - values) / Var(outcomes)` over tokens, 0 where outcomes do not vary;
+        an outcome is the discounted sum of the rewards that followed. The `returns` that values are trained on would
+        flatter: with lambda below 1 they contain the values themselves.
     """
     mask = experience.response_mask
     sums = torch.stack(
@@ -242,8 +263,11 @@ def experience_metrics(experience: Experience, reduce: Reduce = identity) -> dic
     )
     responses, tokens, reward, kl, kl_k3, ended, entropy = reduce(sums)
     _, score, score_variance = masked_moments(experience.scores, torch.ones_like(experience.ended), reduce)
-    _, _, unexplained = masked_moments(experience.returns - experience.values, mask, reduce)
-    _, _, variance = masked_moments(experience.returns, mask, reduce)
+    # With lambda 1 and values of 0 the returns are the sums of rewards alone.
+    _, outcomes = gae(experience.rewards, torch.zeros_like(experience.values), mask, gamma, gae_lambda=1.0)
+    _, _, unexplained = masked_moments(outcomes - experience.values, mask, reduce)
+    _, mean_outcome, variance = masked_moments(outcomes, mask, reduce)
+    varies = variance > 1e-12 * mean_outcome**2  # more than float32 rounds
     return {
         "score": score,
         "score_std": score_variance.sqrt(),
@@ -253,5 +277,5 @@ def experience_metrics(experience: Experience, reduce: Reduce = identity) -> dic
         "response_length": tokens / responses,
         "eos_rate": ended / responses,
         "entropy": entropy / tokens,
-        "explained_variance": 1 - unexplained / variance.clamp(min=1e-8),
+        "explained_variance": torch.where(varies, 1 - unexplained / variance, 0),
     }

@@ -217,3 +217,41 @@ def test_a_scalar_model_beside_a_language_model_is_that_of_the_folder(folder, tm
         shared = {p.data_ptr() for p in model.base_model.parameters()}
         assert {p.data_ptr() for p in beside.model.base_model.parameters()} == shared
         assert copy.deepcopy(beside.calibration) == beside.calibration
+
+
+@pytest.mark.parametrize("mode", ["all", "last_layer", "lora"])
+def test_a_reference_of_its_own_shares_nothing_with_the_policy(folder, reward_folder, tmp_path, mode):
+    other = load_causal_lm(folder)
+    disturb(other)
+    other.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    finetune = FineTune(mode="lora", rank=4) if mode == "lora" else FineTune(mode=mode)
+    models = load(folder, reward_folder, reference=str(tmp_path), finetune=finetune)
+    shared = {p.data_ptr() for p in models.reference.parameters()} & {p.data_ptr() for p in models.policy.parameters()}
+    assert not shared
+    torch.testing.assert_close(logprobs_of(models.reference), logprobs_of(other), atol=1e-6, rtol=0)
+    disturb(models.policy)
+    torch.testing.assert_close(logprobs_of(models.reference), logprobs_of(other), atol=1e-6, rtol=0)
+    assert not any(p.requires_grad for p in models.reference.parameters())
+
+    half = load(folder, share_of_letters, reference=str(tmp_path), finetune=finetune, frozen_dtype="bfloat16")
+    frozen = {p.dtype for p in half.policy.parameters() if not p.requires_grad}
+    assert frozen == (set() if mode == "all" else {torch.bfloat16})  # as with a reference that shares them
+    assert {p.dtype for p in half.reference.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.policy.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_a_reference_that_is_the_start_by_another_name_is_a_twin(folder):
+    models = load(folder, share_of_letters, reference=f"{folder}/.", finetune=LORA)
+    assert models.reference.get_input_embeddings().weight is models.policy.get_input_embeddings().weight
+
+
+def test_a_reference_must_be_there_and_read_the_same_tokens(folder, tmp_path):
+    with pytest.raises(UserError, match=r"model folder '\./nowhere' does not exist"):
+        ActorCriticSource(folder, share_of_letters, reference="./nowhere").check()
+    save_llama(tmp_path, tokenizer=tiny_tokenizer())
+    other = tiny_tokenizer()
+    other.add_tokens(["<a>", "<b>"])
+    other.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"^reference '.*' reads other tokens than '.*'; name one that shares them$"):
+        load(folder, share_of_letters, reference=str(tmp_path))

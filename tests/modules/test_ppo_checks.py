@@ -1,14 +1,42 @@
 """What PPO refuses: settings that do not go together, and models that are not what they should be."""
 
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.stages import fit, prompt_rows, save_llama, save_reward_model, share_of_letters
-from rlhf_lightning import PPOModule, PromptDataModule, Sampling, UserError
+from helpers.models import table_scalar
+from helpers.stages import (
+    adamw,
+    fit,
+    prompt_rows,
+    same_weights,
+    save_llama,
+    save_reward_model,
+    sgd,
+    share_of_letters,
+    trainer,
+    weights,
+)
+from rlhf_lightning import (
+    FineTune,
+    HFExport,
+    KLPenalty,
+    Objective,
+    PPOModule,
+    PromptDataModule,
+    Sampling,
+    ScoreShaping,
+    UserError,
+    load_causal_lm,
+    ppo_losses,
+)
+from rlhf_lightning.models.rewarding import ModelScorer
+from rlhf_lightning.models.scalar_lm import Calibration
+from rlhf_lightning.modules import ppo_checks
 
 SIZES = {"rollout_batch_size": 4, "minibatch_size": 4, "sampling": Sampling(max_new_tokens=4)}
 
@@ -40,7 +68,7 @@ def test_a_reference_that_is_not_the_policy_is_noticed(folder):
     module = PPOModule(folder, share_of_letters, **SIZES)
     module.configure_model()
     with torch.no_grad():
-        module.reference.lm_head.weight.mul_(0.5)
+        module.reference_model.lm_head.weight.mul_(0.5)
     with pytest.raises(AssertionError, match=r"start from one model, yet their KL per token is \d"):
         run(module)
 
@@ -66,15 +94,165 @@ def test_old_log_probabilities_that_are_not_the_policys_are_noticed(folder):
         run(Forgetful(folder, share_of_letters, **SIZES))
 
 
-def test_an_update_without_gradient_is_noticed(folder):
-    class Unmoved(PPOModule):
-        def rollout(self, prompts):
-            experience, metrics = super().rollout(prompts)
-            nothing = torch.zeros_like(experience.advantages)
-            return experience._replace(advantages=nothing, returns=nothing), metrics
+def test_an_update_without_gradient_is_noticed(folder, monkeypatch):
+    losses = ppo_losses.ppo_losses
+    detached = lambda *args: ((0.0 * loss, metrics) for loss, metrics in losses(*args))  # noqa: E731
+    monkeypatch.setattr("rlhf_lightning.modules.ppo.ppo_losses", detached)
+    with pytest.raises(AssertionError, match="the first update has no gradient, although there is something to learn"):
+        run(PPOModule(folder, share_of_letters, **SIZES))
 
-    with pytest.raises(AssertionError, match="the first update has no gradient"):
-        run(Unmoved(folder, share_of_letters, **SIZES))
+
+def constant(score):
+    def const(prompts, responses):
+        return [score] * len(responses)
+
+    return const
+
+
+ONE_TOKEN = Sampling(max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("reward", "settings"),
+    [
+        (constant(0.0), {}),
+        (constant(0.1), {}),  # no binary number: its mean may be off by rounding
+        (constant(-1e6), {"score": ScoreShaping(scaling=False, clip=None)}),
+        (constant(0.0), {"sampling": ONE_TOKEN}),
+        (constant(0.7), {"sampling": ONE_TOKEN, "objective": Objective(value_coef=0.0)}),
+        (constant(0.0), {"rollout_batch_size": 1, "minibatch_size": 1, "sampling": ONE_TOKEN}),
+        (constant(0.3), {"kl": KLPenalty(0.0), "objective": Objective(whiten_advantages=False)}),
+        (share_of_letters, {"rollout_batch_size": 1, "minibatch_size": 1, "sampling": ONE_TOKEN}),
+    ],
+)
+def test_a_first_rollout_that_teaches_nothing_is_said_and_training_goes_on(folder, reward, settings):
+    options = SIZES | settings
+    module = PPOModule(folder, reward, **options)
+    with pytest.warns(match="all responses of the first rollout got the same score") as warnings:
+        run(module, rollout_batch_size=options["rollout_batch_size"])
+    said = [w for w in warnings if "first rollout" in str(w.message)]
+    assert len(said) == 1
+    assert "\n" not in str(said[0].message)
+    assert module.iteration == 8 // options["rollout_batch_size"]
+    assert all(weight.isfinite().all() for weight in module.policy.parameters())
+
+
+def test_a_rare_reward_is_learnt_once_it_comes(folder):
+    calls = []
+
+    def rare(prompts, responses):
+        calls.append(responses)
+        return [float(len(calls) > 1 and i == 0) for i in range(len(responses))]
+
+    module = PPOModule(folder, rare, **SIZES, lr_schedule="constant", optimizer=sgd(0.5))
+    module.configure_model()
+    before = weights(module.policy)
+    run(module)
+    assert not same_weights(before, weights(module.policy))
+
+
+def test_scores_that_differ_are_not_said_to_be_alike(folder):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="all responses of the first rollout")
+        run(PPOModule(folder, share_of_letters, **SIZES))
+
+
+FAR = {"kl": torch.tensor(0.6), "response_length": torch.tensor(3.0)}
+
+
+def test_low_precision_may_differ_over_few_tokens_but_not_by_a_nat():
+    with pytest.warns(match=r"KL per token is 0\.2\d*; lower precision does that over a few tokens"):
+        ppo_checks.check_fresh_policy(FAR, exact=False)
+    with pytest.warns(match=r"probability ratio is 1\.2\d*, not 1; lower precision"):
+        ppo_checks.check_first_ratio(torch.tensor(1.2), exact=False)
+    with pytest.raises(AssertionError, match="KL per token"):
+        ppo_checks.check_fresh_policy(FAR, exact=True)
+    with pytest.raises(AssertionError, match="KL per token"):
+        ppo_checks.check_fresh_policy(FAR | {"response_length": torch.tensor(0.5)}, exact=False)
+    with pytest.raises(AssertionError, match="probability ratio is 3"):
+        ppo_checks.check_first_ratio(torch.tensor(3.0), exact=False)
+
+
+def test_float32_is_exact_unless_products_may_be_rounded_for_speed():
+    assert ppo_checks.computes_exactly("32-true", "auto")
+    assert not ppo_checks.computes_exactly("bf16-mixed", "auto")
+    assert not ppo_checks.computes_exactly("32-true", "bfloat16")
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert not ppo_checks.computes_exactly("32-true", "auto")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_probe_may_be_off_by_rounding_where_scores_hardly_differ():
+    scalar = table_scalar([1.0, 2.0, 3.0, 4.0])
+    ids = [0, 1, 2]
+    for calibration, problem in [
+        (Calibration(3.0, 1.0, ids, 3.01), None),
+        (Calibration(3.0, 1e-3, ids, 3.01), "warning"),  # ten deviations, but what bfloat16 may do to a 3
+        (Calibration(3.0, 1e-3, ids, 3.5), "error"),
+        (Calibration(3.0, 1.0, ids, 3.5), "error"),
+    ]:
+        scalar.calibration = calibration
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            if problem == "error":
+                with pytest.raises(AssertionError, match="standard deviations off"):
+                    ppo_checks.check_probe(ModelScorer(scalar))
+            else:
+                ppo_checks.check_probe(ModelScorer(scalar))
+        assert ["hardly differ" in str(w.message) for w in said] == [True] * (problem == "warning")
+
+
+def exported_ppo(folder, tmp_path):
+    """A policy that PPO moved away from `folder`, and what its last validation said."""
+    module = PPOModule(folder, share_of_letters, **SIZES, lr_schedule="constant", optimizer=adamw(1e-2))
+    data = PromptDataModule(
+        folder, prompt_rows(16), validation_data=prompt_rows(4), rollout_batch_size=4, max_prompt_length=40
+    )
+    log = fit(module, data, callbacks=[HFExport(str(tmp_path / "export"))], val_check_interval=4)
+    return str(tmp_path / "export"), log.series("val/kl")[-1]
+
+
+def validated(policy, **settings):
+    data = PromptDataModule(
+        policy, prompt_rows(4), validation_data=prompt_rows(4), rollout_batch_size=4, max_prompt_length=40
+    )
+    module = PPOModule(policy, share_of_letters, **SIZES, **settings)
+    (metrics,) = trainer().validate(module, data, verbose=False)
+    return metrics["val/kl"]
+
+
+def test_an_exported_policy_is_measured_against_the_model_it_came_from(folder, tmp_path):
+    export, kl = exported_ppo(folder, tmp_path)
+    assert abs(kl) > 0.01
+    said = rf"'{export}' was trained by PPO from '{folder}': .* 0 by construction; pass --model\.reference {folder} "
+    with pytest.warns(match=said):
+        assert validated(export) == pytest.approx(0, abs=1e-5)
+    for finetune in (FineTune(), FineTune(mode="lora", rank=4)):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*0 by construction")
+            assert validated(export, reference=folder, finetune=finetune) == pytest.approx(kl, rel=1e-4)
+            assert validated(folder) == pytest.approx(0, abs=1e-5)  # no export of PPO: nothing to say
+
+    rows = trainer().predict(
+        PPOModule(export, share_of_letters, **SIZES, reference=folder),
+        PromptDataModule(export, predict_data=prompt_rows(4), rollout_batch_size=4, max_prompt_length=40),
+    )
+    assert sum(abs(row["kl"]) for batch in rows for row in batch) > 0.01
+
+
+def test_training_may_be_held_near_another_model_than_it_starts_from(folder, tmp_path):
+    export, _ = exported_ppo(folder, tmp_path)
+    module = PPOModule(export, share_of_letters, **SIZES, reference=folder)
+    run(module)  # no fresh policy is expected
+    assert same_weights(weights(module.reference_model), weights(load_causal_lm(folder)))
+    with torch.no_grad():
+        module = PPOModule(folder, share_of_letters, **SIZES, reference=f"{folder}/../{Path(folder).name}")
+        module.configure_model()
+        module.reference_model.lm_head.weight.mul_(0.5)
+    with pytest.raises(AssertionError, match="start from one model"):  # the same folder by another name
+        run(module)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What one PPO iteration and a run of them do; the checks that refuse a bad run are in `test_ppo_checks`."""
 
+import math
 import statistics
 from itertools import pairwise
 
@@ -27,7 +28,8 @@ from helpers.stages import (
 from rlhf_lightning import KLPenalty, Objective, PPOModule, PromptDataModule, Sampling, ScoreShaping
 
 ROLLOUT = {"score", "score_std", "reward", "kl", "kl_k3", "kl_coef", "entropy", "response_length", "eos_rate"}
-UPDATE = {"policy_loss", "value_loss", "ratio", "approx_kl", "clip_fraction", "value_clip_fraction", "grad_norm"}
+UPDATE = {"policy_loss", "value_loss", "ratio", "approx_kl", "clip_fraction", "value_clip_fraction"}
+NORMS = {"grad_norm", "grad_norm_policy", "grad_norm_value"}
 COURSE = {"lr", "value_lr", "explained_variance", "seconds_generating", "seconds_scoring", "seconds_updating"}
 CONSTANT = {"lr_schedule": "constant", "warmup_steps": 0}
 ENDS_ON_VOWELS = Sampling(max_new_tokens=8, stop_strings=list("aeiou"))  # about half of the responses end
@@ -101,8 +103,8 @@ def test_logs_every_number_and_all_are_finite(folder, reward_folder):
     data = data_module(folder, 24, validation_data=prompt_rows(5), eval_batch_size=2)
     log = fit(module, data, val_check_interval=1)
 
-    assert log.names("train") == ROLLOUT | UPDATE | COURSE
-    assert log.names("val") == {"score", "kl", "eos_rate", "response_length"}
+    assert log.names("train") == ROLLOUT | UPDATE | NORMS | COURSE | {"raw_score"}
+    assert log.names("val") == {"score", "raw_score", "kl", "eos_rate", "response_length"}
     for name in log.names("train"):
         assert torch.tensor(log.series(f"train/{name}")).isfinite().all(), name
         assert len(log.series(f"train/{name}")) == 3, name
@@ -309,9 +311,10 @@ def test_policy_and_value_model_have_their_own_learning_rates(folder, reward_fol
 def test_reference_and_reward_never_change_and_stay_out_of_checkpoints(folder, reward_folder, tmp_path):
     module = ppo(folder, reward_folder, optimizer=adamw(1e-2))
     module.configure_model()
-    before = [weights(part) for part in (module.reference, module.scorer)]
+    frozen = module.reference_model, module.scorer
+    before = [weights(part) for part in frozen]
     run(module, iterations=3)
-    assert all(same_weights(a, weights(b)) for a, b in zip(before, (module.reference, module.scorer), strict=True))
+    assert all(same_weights(a, weights(b)) for a, b in zip(before, frozen, strict=True))
     assert not same_weights(before[0], weights(module.policy))
 
     module.trainer.save_checkpoint(tmp_path / "ppo.ckpt")
@@ -371,3 +374,40 @@ def test_validations_draw_the_same_responses_from_the_same_weights(folder):
     assert len(log.series("val/score")) == 3
     assert len(set(log.series("val/score"))) == 1
     assert len(set(log.series("train/score"))) > 1
+
+
+@pytest.mark.parametrize("trunk", ["own", "policy"])
+def test_update_numbers_by_hand(folder, trunk):
+    """One step of gradient descent without clipping: the gradient is what the weights moved by."""
+    objective = Objective(whiten_advantages=False, value_coef=0.5, value_clip_range=None)
+    module = ppo(
+        folder, share_of_letters, optimizer=sgd(0.1), gradient_clip_val=None, objective=objective, value_trunk=trunk
+    )
+    module.configure_model()
+    before = weights(module.policy), weights(module.value)
+    log = run(module)
+    ((_, experience),) = module.rollouts
+    mask, after = experience.response_mask, (weights(module.policy), weights(module.value))
+    moved = [
+        torch.stack([(new[name] - old[name]).norm() for name in old]).norm().item() / 0.1
+        for old, new in zip(before, after, strict=True)
+    ]
+    expected = {
+        "policy_loss": -experience.advantages[mask].mean().item(),
+        "value_loss": 0.5 * ((experience.values - experience.returns)[mask] ** 2).mean().item(),
+        "ratio": 1.0,
+        "grad_norm_policy": moved[0],
+        "grad_norm_value": moved[1],
+        "grad_norm": math.hypot(*moved),
+    }
+    assert {name: log.series(f"train/{name}")[0] for name in expected} == pytest.approx(expected, rel=1e-3)
+    assert min(moved) > 1e-3
+
+
+def test_raw_and_calibrated_scores_are_told_apart(folder, reward_folder):
+    module = ppo(folder, reward_folder)
+    data = data_module(folder, 8, validation_data=prompt_rows(5), eval_batch_size=2)
+    log = fit(module, data, val_check_interval=1)
+    for stage in ("train", "val"):
+        score, raw = (log.series(f"{stage}/{name}")[0] for name in ("score", "raw_score"))
+        assert raw == pytest.approx(score * 2 + 0.5, abs=1e-5)  # as the folder was calibrated

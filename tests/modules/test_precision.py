@@ -263,7 +263,7 @@ def test_what_frozen_models_are_held_in(precision, frozen_dtype, held, folders):
     disturb_random_numbers(0)
     module, data = ppo(folders, frozen_dtype=frozen_dtype)
     log = fit(module, data, precision=precision, max_steps=4, limit_val_batches=0)
-    for model in (module.reference, module.scorer):
+    for model in (module.reference_model, module.scorer):
         assert {p.dtype for p in model.parameters()} == {held}
     tables = [table for name, table in module.named_buffers() if name.endswith("inv_freq")]
     assert len(tables) == 8  # four models
@@ -324,7 +324,7 @@ def test_lora_in_ppo_with_the_shared_base_in_bfloat16_and_adapters_in_float32(fo
         wanted: {p.dtype for p in module.policy.parameters() if p.requires_grad == wanted} for wanted in (True, False)
     }
     assert held == {True: {torch.float32}, False: {torch.bfloat16}}
-    assert module.policy.get_input_embeddings().weight is module.reference.get_input_embeddings().weight
+    assert module.policy.get_input_embeddings().weight is module.reference_model.get_input_embeddings().weight
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "precision.md").read_text(encoding="utf-8")

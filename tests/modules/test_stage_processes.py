@@ -55,7 +55,13 @@ def test_two_processes_train_as_one(one, two, stage, name):
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_log_as_one(one, two, stage, name):
     first, second = two[stage, name]
+    parts = {metric for metric in one[stage]["metrics"] if metric.startswith("train/grad_norm_")}
+    assert len(parts) == (2 if stage == "ppo" else 0)
+    left_out = set() if name == "ddp" else parts  # ZeRO holds gradients in pieces
+    assert one[stage]["metrics"].keys() - first["metrics"].keys() == left_out
     for metric, expected in one[stage]["metrics"].items():
+        if metric in left_out:
+            continue
         assert first["metrics"][metric] == pytest.approx(expected, abs=1e-4, rel=1e-4), metric
     assert {m: first["metrics"][m] for m in second["metrics"]} == second["metrics"]
 

@@ -36,6 +36,7 @@ from rlhf_lightning.models.scalar_lm import (
     reward_adapter_base,
 )
 from rlhf_lightning.models.sharing import frozen_twin, scalar_beside, zero_head
+from rlhf_lightning.models.tokenizer import load_tokenizer, same_tokenizer
 
 ValueTrunk = Literal["own", "policy"]
 FrozenDtype = Literal["auto", "float32", "bfloat16", "float16", "nf4"]
@@ -62,7 +63,7 @@ class ActorCritic(NamedTuple):
 
     Attributes:
         policy: is trained.
-        reference: the policy as it was at first, frozen.
+        reference: the policy as it was at first, or the model that was named, frozen.
         value: is trained.
         scorer: gives responses their scores; frozen, if it is a model.
     """
@@ -87,6 +88,7 @@ class ActorCriticSource:
         frozen_dtype: type that frozen weights are held in; `auto` for that of the policy, `nf4` for four bits.
         trust_remote_code: allow the folders to run Python code of their own.
         reward_timeout: seconds that one call of a reward function may take; None for no limit.
+        reference: folder or hub id of the reference; None for the policy as it is at first.
     """
 
     policy: str
@@ -97,6 +99,7 @@ class ActorCriticSource:
     frozen_dtype: FrozenDtype = "auto"
     trust_remote_code: bool = False
     reward_timeout: float | None = None
+    reference: str | None = None
 
     def __post_init__(self) -> None:
         check_arguments(ActorCriticSource, vars(self))
@@ -118,7 +121,8 @@ class ActorCriticSource:
         Raises:
             UserError: a folder, module or function is missing or cannot serve.
         """
-        check_model_folder(self.policy)
+        for name in (self.policy, self.reference or self.policy):
+            check_model_folder(name)
         if self.value is not None:
             check_reward_model(self.value)
         find_reward(self.reward, self.reward_timeout)
@@ -135,15 +139,36 @@ class ActorCriticSource:
         trust = self.trust_remote_code
         policy = load_causal_lm(self.policy, trust_remote_code=trust, nf4=self._nf4)
         choose_trained(policy, self.finetune)
-        reference = _frozen_twin(policy) or load_causal_lm(self.policy, trust_remote_code=trust)
+        reference = self._load_reference(policy, tokenizer)
         value, scorer = self._value_and_scorer(policy, tokenizer)
-        for frozen in (reference, scorer):
-            if isinstance(frozen, nn.Module):
-                freeze(frozen)
-                if self.frozen_dtype not in ("auto", "nf4"):
-                    frozen.to(getattr(torch, self.frozen_dtype))
+        frozen = [model for model in (reference, scorer) if isinstance(model, nn.Module)]
+        for model in frozen:
+            freeze(model)
+        if self.frozen_dtype not in ("auto", "nf4"):
+            dtype = getattr(torch, self.frozen_dtype)
+            for model in frozen:
+                model.to(dtype)
+            for weight in policy.parameters():  # those that no reference shares
+                if not weight.requires_grad:
+                    weight.data = weight.data.to(dtype)
         add_adapter(policy, self.finetune)
         return ActorCritic(policy, reference, value, scorer)
+
+    @property
+    def starts_at_reference(self) -> bool:
+        """Whether the policy is at first what it is held near."""
+        return self.reference is None or same_model(self.reference, self.policy)
+
+    def _load_reference(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        trust = self.trust_remote_code
+        if self.starts_at_reference:
+            return _frozen_twin(policy) or load_causal_lm(self.policy, trust_remote_code=trust)
+        assert self.reference is not None
+        if not same_tokenizer(tokenizer, load_tokenizer(self.reference, trust)):
+            raise UserError(
+                f"reference '{self.reference}' reads other tokens than '{self.policy}'; name one that shares them"
+            )
+        return load_causal_lm(self.reference, trust_remote_code=trust, nf4=self._nf4)
 
     def _value_and_scorer(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase

@@ -57,12 +57,13 @@ from rlhf_lightning.rollout import (
     build_experience,
     experience_metrics,
     measure,
+    raw_score,
     respond,
     shape_scores,
 )
 from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks, synced, world_size
 
-_EVALUATED = ("score", "kl", "eos_rate", "response_length")
+_EVALUATED = ("score", "raw_score", "kl", "eos_rate", "response_length")
 
 
 class PPOModule(pl.LightningModule):
@@ -72,8 +73,7 @@ class PPOModule(pl.LightningModule):
     and `test/`. All batch sizes count prompts per process.
 
     Args:
-        model_name_or_path: Hugging Face folder or hub id of the SFT model: the policy starts from it, and a frozen copy
-            is the reference.
+        model_name_or_path: Hugging Face folder or hub id of the SFT model, which the policy starts from.
         reward: folder or hub id of a reward model (its tokenizer and chat template may differ from the policy's), or
             the import path of a function `(prompts: list[str], responses: list[str]) -> list[float]`, looked for in
             the working folder too; from Python also the function.
@@ -104,6 +104,8 @@ class PPOModule(pl.LightningModule):
         trust_remote_code: allow the model folders to run Python code of their own.
         reward_timeout: seconds that a reward function may take over one rollout; None for no limit. One that takes
             longer ends the run with one line; a checkpoint goes on from where it was written.
+        reference: folder or hub id of the frozen model that the KL is taken to; None for `model_name_or_path`. Name the
+            SFT model here to evaluate a policy that PPO made.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class PPOModule(pl.LightningModule):
         frozen_dtype: FrozenDtype = "auto",
         trust_remote_code: bool = False,
         reward_timeout: float | None = None,
+        reference: str | None = None,
     ) -> None:
         super().__init__()
         check_arguments(PPOModule, locals(), SIZES)
@@ -170,8 +173,18 @@ class PPOModule(pl.LightningModule):
         self.frozen_dtype: FrozenDtype = frozen_dtype
         self.trust_remote_code = trust_remote_code
         self.reward_timeout = reward_timeout
-        named = model_name_or_path, reward, value_name_or_path
-        self._source = ActorCriticSource(*named, finetune, value_trunk, frozen_dtype, trust_remote_code, reward_timeout)
+        self.reference = reference
+        self._source = ActorCriticSource(
+            policy=model_name_or_path,
+            reward=reward,
+            value=value_name_or_path,
+            finetune=finetune,
+            value_trunk=value_trunk,
+            frozen_dtype=frozen_dtype,
+            trust_remote_code=trust_remote_code,
+            reward_timeout=reward_timeout,
+            reference=reference,
+        )
         self._source.check()
         # One update on the whole rollout: the policy that is updated is the one that answered.
         self._on_policy = ppo_epochs == 1 and minibatch_size == rollout_batch_size
@@ -180,11 +193,16 @@ class PPOModule(pl.LightningModule):
         self.iteration = 0
         self.policy: PreTrainedModel | None = None
         self.value: ScalarLM | TrunkValue | None = None
-        self.reference: PreTrainedModel | None = None
+        self.reference_model: PreTrainedModel | None = None
         self.scorer: ModelScorer | TextScorer | FunctionScorer | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._engine: TransformersEngine | None = None
         self.eval_means = nn.ModuleDict({name: keep_dtype(MeanMetric()) for name in _EVALUATED})
+
+    def setup(self, stage: str) -> None:
+        """Say where an evaluation would compare a policy with itself."""
+        if stage != "fit" and self.reference is None and not self.trainer.ckpt_path:
+            ppo_checks.warn_own_reference(self.model_name_or_path)
 
     def configure_model(self) -> None:
         """Load the four models, once: policy and value to be trained, reference and reward frozen."""
@@ -192,7 +210,7 @@ class PPOModule(pl.LightningModule):
             return
         tokenizer = load_tokenizer(self.model_name_or_path, self.trust_remote_code)
         models = self._source.load(tokenizer)
-        self.reference, self.scorer, self.value = models.reference, models.scorer, models.value
+        self.reference_model, self.scorer, self.value = models.reference, models.scorer, models.value
         if self.gradient_checkpointing:
             for model in (models.policy, *([models.value.model] if isinstance(models.value, ScalarLM) else [])):
                 enable_gradient_checkpointing(model)
@@ -216,11 +234,13 @@ class PPOModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Check that the longest sequence fits the model."""
         assert self.value is not None
+        assert self.reference_model is not None
         ppo_checks.check_frozen_dtype(self.trainer.precision, self.frozen_dtype)
         self.export_model.train()
         self.value.train()
         prompt_limit = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_length", None)
-        ppo_checks.check_context(self.export_model.config, prompt_limit, self.sampling.max_new_tokens)
+        for model in (self.export_model, self.reference_model):
+            ppo_checks.check_context(model.config, prompt_limit, self.sampling.max_new_tokens)
 
     def training_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """One PPO iteration."""
@@ -264,9 +284,13 @@ class PPOModule(pl.LightningModule):
         experience = build_experience(
             prompts, generation, measured, scores, self.kl, kl_coef, self.objective, self._reduce
         )
-        metrics: dict[str, Any] = dict(experience_metrics(experience, self._reduce))
+        metrics: dict[str, Any] = dict(experience_metrics(experience, self._reduce, self.objective.gamma))
+        metrics |= raw_score(self.scorer, metrics["score"])
         if self.iteration == 0:
-            ppo_checks.check_fresh_models(self.scorer, metrics, self._fresh_tolerance, self.frozen_dtype == "nf4")
+            ppo_checks.warn_equal_scores(self.score_moments, measured.scores)
+            ppo_checks.check_probe(self.scorer, self.frozen_dtype == "nf4")
+            if self._source.starts_at_reference:
+                ppo_checks.check_fresh_policy(metrics, self._exact)
         self.kl_controller.update(float(metrics["kl"]), self.rollout_batch_size * world_size(self))
         metrics |= {
             "kl_coef": kl_coef,
@@ -296,13 +320,13 @@ class PPOModule(pl.LightningModule):
     def _measure(
         self, prompts: PromptBatch, generation: Generation, texts: list[str], with_values: bool = True
     ) -> Measurements:
-        assert self.reference is not None
+        assert self.reference_model is not None
         assert self.scorer is not None
         lengths = torch.stack([prompts.prompt_mask.sum(dim=1), generation.response_mask.sum(dim=1)], dim=1)
         limits = self._piece_size, self.max_tokens_per_batch
         measured = measure(
             self.export_model,
-            self.reference,
+            self.reference_model,
             self.scorer,
             self.value if with_values else None,
             prompts,
@@ -324,8 +348,8 @@ class PPOModule(pl.LightningModule):
         return sum_over_ranks(self, tensor)
 
     @property
-    def _fresh_tolerance(self) -> float:
-        return ppo_checks.fresh_tolerance(self.trainer.precision, self.frozen_dtype, self.device.type)
+    def _exact(self) -> bool:
+        return ppo_checks.computes_exactly(self.trainer.precision, self.frozen_dtype, self.device.type)
 
     def update(self, minibatch: Experience, is_first: bool = False) -> dict[str, Tensor]:
         """One optimizer step.
@@ -340,8 +364,9 @@ class PPOModule(pl.LightningModule):
         num_tokens = sum_over_ranks(self, minibatch.response_mask.sum())
         limits = self._piece_size, self.max_tokens_per_batch
         micro_batches = equally_many(self, lambda count: minibatch.micro_batches(*limits, count))
-        accumulation = GradientAccumulation(self, len(micro_batches))
         assert self.value is not None
+        parts = {"policy": self.export_model, "value": self.value}
+        accumulation = GradientAccumulation(self, len(micro_batches), parts)
         sums: dict[str, Tensor] = {}
         fixed = self.objective, self.sampling.temperature, self._on_policy
         for micro_batch in micro_batches:
@@ -350,10 +375,11 @@ class PPOModule(pl.LightningModule):
         means = sum_over_ranks(self, torch.stack(list(sums.values()))) / num_tokens
         result = dict(zip(sums, means, strict=True))
         if is_first:
-            ppo_checks.check_first_ratio(result["ratio"], self._fresh_tolerance)
+            ppo_checks.check_first_ratio(result["ratio"], self._exact)
         result["grad_norm"] = accumulation.step(context=name_rows(minibatch.row_ids))
+        result |= {f"grad_norm_{part}": norm for part, norm in accumulation.part_norms.items()}
         if is_first:
-            ppo_checks.check_first_gradient(result["grad_norm"])
+            ppo_checks.check_first_gradient(self, result["grad_norm"], minibatch, self.objective.value_coef)
         return result
 
     def _evaluate(self, prompts: PromptBatch, batch_idx: int, stage: str) -> dict[str, Any]:
@@ -362,7 +388,8 @@ class PPOModule(pl.LightningModule):
         measured = self._measure(prompts, generation, texts, with_values=False)
         values = {
             "score": measured.scores,
-            "kl": (measured.logprobs - measured.ref_logprobs).sum(dim=1),
+            **raw_score(self.scorer, measured.scores),
+            "kl": measured.kl,
             "eos_rate": generation.ended.float(),
             "response_length": generation.response_mask.sum(dim=1).float(),
         }
@@ -384,13 +411,14 @@ class PPOModule(pl.LightningModule):
         """Answer prompts and score the answers.
 
         Returns:
-            For each prompt `row`, `prompt`, `response`, `ended`, `tokens` and `score`.
+            For each prompt `row`, `prompt`, `response`, `ended`, `tokens`, `score` and `kl`, the k1 estimate of the KL
+            to the reference in nats.
         """
         random = generator(self.device, run_seed(self), "predict", batch_idx, self.global_rank)
         generation, texts = self._respond(prompts, random)
-        scores = self._measure(prompts, generation, texts, with_values=False).scores
-        rows = response_rows(prompts, generation, texts)
-        return [{**row, "score": score} for row, score in zip(rows, scores.tolist(), strict=True)]
+        measured = self._measure(prompts, generation, texts, with_values=False)
+        columns = response_rows(prompts, generation, texts), measured.scores.tolist(), measured.kl.tolist()
+        return [{**row, "score": score, "kl": kl} for row, score, kl in zip(*columns, strict=True)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out frozen weights; keep the KL coefficient, the score moments and the place in the random numbers."""

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from rlhf_lightning.controllers import RunningMoments
 from rlhf_lightning.errors import NonFiniteError, UserError
+from rlhf_lightning.experience import Experience
+from rlhf_lightning.functional import masked_sum
 from rlhf_lightning.models.rewarding import ModelScorer, TextScorer
 from rlhf_lightning.models.sampling import Sampling
 from rlhf_lightning.models.trials import is_float32_exact
 from rlhf_lightning.modules.common import name_rows
 from rlhf_lightning.strategies import sum_over_ranks
 
+_EXACT, _ROUNDED, _WRONG = 1e-3, 0.05, 1.0
+"""Nats per token: what float32 leaves of 0, what lower precision does on average over many tokens, and what no rounding
+makes of two evaluations of the same weights."""
+
 _PROBE_TOLERANCE, _PROBE_TOLERANCE_NF4 = 0.1, 1.0
 """Standard deviations; a reward model may be held in a lower precision than it was saved in."""
+_PROBE_ROUNDING = 0.03
+"""Share of 1 + a raw score that bfloat16 (2^-8, a few layers on) may change, however small the deviation is."""
+
+_STARTED_FROM = re.compile(r"started from `([^`]+)`")
+"""What the model card of an export says."""
 
 
 def check_context(config: Any, max_prompt_length: int | None, max_new_tokens: int) -> None:
@@ -101,62 +116,124 @@ def check_frozen_dtype(precision: str, frozen_dtype: str) -> None:
         )
 
 
-def fresh_tolerance(precision: str, frozen_dtype: str, device_type: str = "cpu") -> float:
-    """How far two evaluations of the same weights may lie apart, in nats per token.
+def computes_exactly(precision: str, frozen_dtype: str, device_type: str = "cpu") -> bool:
+    """Whether two evaluations of the same weights differ by no more than float32 rounds.
 
     Args:
         precision: the trainer's.
         frozen_dtype: what the reference is held in.
         device_type: where they are computed.
     """
-    exact = precision == "32-true" and frozen_dtype in ("auto", "float32") and is_float32_exact(device_type)
-    return 1e-3 if exact else 0.05
+    return precision == "32-true" and frozen_dtype in ("auto", "float32") and is_float32_exact(device_type)
 
 
-def check_fresh_models(scorer: Any, metrics: dict[str, Any], tolerance: float, nf4: bool = False) -> None:
-    """Policy and reference are one model, and the reward model scores as it did when it was saved.
+def check_fresh_policy(metrics: dict[str, Any], exact: bool) -> None:
+    """Policy and reference are one model, as far as rounding lets this be seen.
+
+    Args:
+        metrics: of the first rollout.
+        exact: float32 all through.
+
+    Raises:
+        AssertionError: they are not.
+    """
+    kl_per_token = abs(float(metrics["kl"] / metrics["response_length"]))
+    _check_same(
+        f"policy and reference start from one model, yet their KL per token is {kl_per_token}", kl_per_token, exact
+    )
+
+
+def _check_same(otherwise: str, distance: float, exact: bool) -> None:
+    """Raise where a distance that should be 0 is none of rounding's; warn where it might be, over few tokens."""
+    if distance > (_EXACT if exact else _WRONG):
+        raise AssertionError(otherwise)
+    if not exact and distance > _ROUNDED:
+        rank_zero_warn(f"{otherwise}; lower precision does that over a few tokens, trainer.precision 32-true would not")
+
+
+def check_probe(scorer: Any, nf4: bool = False) -> None:
+    """A reward model scores as it did when it was saved.
 
     Args:
         scorer: where scores come from.
-        metrics: of the first rollout.
-        tolerance: nats per token.
         nf4: the reward model is held in four bits.
 
     Raises:
-        AssertionError: one of the two does not hold.
+        AssertionError: it does not, and no rounding explains it.
     """
-    kl_per_token = abs(float(metrics["kl"] / metrics["response_length"]))
-    if kl_per_token > tolerance:
-        raise AssertionError(f"policy and reference start from one model, yet their KL per token is {kl_per_token}")
-    probe_tolerance = _PROBE_TOLERANCE_NF4 if nf4 else _PROBE_TOLERANCE
-    if isinstance(scorer, ModelScorer | TextScorer) and (error := scorer.model.probe_error()) > probe_tolerance:
+    if not isinstance(scorer, ModelScorer | TextScorer):
+        return
+    error, calibration = scorer.model.probe_error(), scorer.model.calibration
+    if error <= (_PROBE_TOLERANCE_NF4 if nf4 else _PROBE_TOLERANCE):
+        return
+    if error * calibration.std > _PROBE_ROUNDING * (1 + abs(calibration.probe_score)):
         raise AssertionError(
             f"the reward model scores its probe {error:.3f} standard deviations off from when it was saved"
         )
+    rank_zero_warn(
+        f"the reward model's scores hardly differ (standard deviation {calibration.std:.2g}): rounding alone moves its "
+        f"probe by {error:.2f} of them; train it longer, or hold it in the precision it was trained in"
+    )
 
 
-def check_first_ratio(ratio: Tensor, tolerance: float) -> None:
-    """Old and new log-probabilities agree before anything has moved.
+def warn_equal_scores(moments: RunningMoments, scores: Tensor) -> None:
+    """Say where a first rollout holds nothing that a policy could learn from its scores.
+
+    Args:
+        moments: of the scores of all ranks.
+        scores: this rank's, `[B]`.
+    """
+    if not moments.has_spread:
+        rank_zero_warn(
+            f"all responses of the first rollout got the same score ({float(scores[0]):.4g}), so none is better than "
+            "another; if that stays so, raise rollout_batch_size, or let the reward tell more responses apart"
+        )
+
+
+def check_first_ratio(ratio: Tensor, exact: bool) -> None:
+    """Old and new log-probabilities agree before anything has moved, as far as rounding lets this be seen.
 
     Args:
         ratio: mean probability ratio of the first minibatch.
-        tolerance: nats per token.
+        exact: float32 all through.
 
     Raises:
         AssertionError: they differ.
     """
-    if abs(float(ratio) - 1) > tolerance:
-        raise AssertionError(f"before the first update the probability ratio is {float(ratio)}, not 1")
+    said = f"before the first update the probability ratio is {float(ratio)}, not 1"
+    _check_same(said, abs(float(ratio) - 1), exact)
 
 
-def check_first_gradient(grad_norm: Tensor) -> None:
-    """Something is learnt.
+def check_first_gradient(
+    module: pl.LightningModule, grad_norm: Tensor, minibatch: Experience, value_coef: float
+) -> None:
+    """Something is learnt where there is something to learn.
 
     Args:
+        module: the module that made the step; every process must call this.
         grad_norm: of the first minibatch.
+        minibatch: this rank's share of it.
+        value_coef: weight of the value loss.
 
     Raises:
-        AssertionError: the gradient is 0.
+        AssertionError: the gradient is 0 although advantages or value errors are not.
     """
-    if float(grad_norm) == 0:
-        raise AssertionError("the first update has no gradient: nothing would be learnt")
+    errors = minibatch.advantages.abs() + value_coef * (minibatch.returns - minibatch.values).abs()
+    to_learn = sum_over_ranks(module, masked_sum(errors, minibatch.response_mask))
+    if float(to_learn) > 0 and float(grad_norm) == 0:
+        raise AssertionError("the first update has no gradient, although there is something to learn from")
+
+
+def warn_own_reference(model: str) -> None:
+    """Say where a policy made by PPO is about to be compared with itself.
+
+    Args:
+        model: the policy's folder or hub id, which no reference was named beside.
+    """
+    card = Path(model).expanduser() / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    if "ppo_epochs:" in text and (start := _STARTED_FROM.search(text)):
+        rank_zero_warn(
+            f"'{model}' was trained by PPO from '{start[1]}': with no other reference its KL is that to itself, 0 by "
+            f"construction; pass --model.reference {start[1]} for the KL to where it started"
+        )

@@ -72,9 +72,8 @@ def both_sides(batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
 class RewardModule(pl.LightningModule):
     """Trains a reward model on pairs.
 
-    Expects batches like `PreferenceBatch`. Logs `loss`, `accuracy`, `chosen_score`, `rejected_score` and `margin` (raw
-    scores) under `train/` and `val/`, and `train/lr`, `train/grad_norm`, `train/tokens_per_second` and
-    `train/padding_share`. `predict` scores sequences (`ScoringBatch`).
+    Expects batches like `PreferenceBatch`. `docs/metrics.md` lists what is logged under `train/`, `val/` and `test/`.
+    `predict` scores sequences (`ScoringBatch`).
 
     Args:
         model_name_or_path: Hugging Face folder or hub id. A language model, usually the export of the SFT stage, gets a

@@ -52,9 +52,8 @@ _PROBE_TOKENS = 16
 class SFTModule(pl.LightningModule):
     """Teaches a language model to answer as the demonstrations do.
 
-    Expects batches like `InstructionBatch`. Logs `train/loss`, `train/perplexity`, `train/lr`, `train/grad_norm`,
-    `train/tokens_per_second`, `train/padding_share`, `val/loss` and `val/perplexity`. `predict` answers prompts
-    (`PromptBatch`).
+    Expects batches like `InstructionBatch`. `docs/metrics.md` lists what is logged under `train/`, `val/` and `test/`.
+    `predict` answers prompts (`PromptBatch`).
 
     Args:
         model_name_or_path: Hugging Face folder or hub id of the model to start from.
@@ -175,14 +174,17 @@ class SFTModule(pl.LightningModule):
         lr = learning_rates(self.optimizers())[0]
         grad_norm = accumulation.step(context=name_rows(batch.row_ids))
         num_tokens, padding_share = count_tokens(self, [piece.attention_mask for piece in pieces])
+        nll = sum_over_ranks(self, nll)
         metrics = {
-            "train/loss": accumulation.loss,
-            "train/perplexity": sum_over_ranks(self, nll).exp(),
+            "train/loss": nll,
+            "train/perplexity": nll.exp(),
             "train/lr": lr,
             "train/grad_norm": grad_norm,
             "train/tokens_per_second": num_tokens / (time.perf_counter() - start),
             "train/padding_share": padding_share,
         }
+        if self.label_smoothing:
+            metrics["train/smoothed_loss"] = accumulation.loss
         log_metrics(self, metrics, shown="train/loss", batch_size=len(batch.row_ids))
 
     def _evaluate(self, batch: InstructionBatch, stage: str) -> None:

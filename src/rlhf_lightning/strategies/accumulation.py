@@ -6,7 +6,7 @@ would also divide by the number of micro-batches, which is switched off.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -43,15 +43,24 @@ class GradientAccumulation:
         module: the LightningModule inside whose `training_step` this runs; it has one optimizer, and its attribute
             `gradient_clip_val` (a number, or None for no clipping) bounds the norm of the whole gradient.
         num_micro_batches: how often `backward` will be called before `step`; the same on every rank.
+        parts: parts of the module whose gradients are also measured each by itself.
+
+    Attributes:
+        part_norms: after `step`, the norm of each part's gradient before clipping, scalars, the same on every rank;
+            empty where the strategy keeps gradients in pieces or to itself (ZeRO, and DeepSpeed in bfloat16).
 
     Raises:
         UserError: on a strategy or precision that is not supported.
     """
 
-    def __init__(self, module: pl.LightningModule, num_micro_batches: int) -> None:
+    def __init__(
+        self, module: pl.LightningModule, num_micro_batches: int, parts: Mapping[str, nn.Module] | None = None
+    ) -> None:
         _refuse_unsupported(module.trainer)
         self._module = module
         self._left = num_micro_batches
+        self._parts = parts or {}
+        self.part_norms: dict[str, Tensor] = {}
         self._loss = torch.zeros((), device=module.device)
         on_deepspeed = isinstance(module.trainer.strategy, DeepSpeedStrategy)
         self._backend: _Backend = _DeepSpeedBackend(module) if on_deepspeed else _TorchBackend(module)
@@ -99,6 +108,8 @@ class GradientAccumulation:
         module, steps_before = self._module, self._module.trainer.global_step
         losses = module.all_gather(self.loss).reshape(-1)  # type: ignore[union-attr]  # [world_size]
         norm = self._backend.norm_before_step()
+        if norm is not None:
+            self.part_norms = {name: _norm(part.parameters()) for name, part in self._parts.items()}
         _refuse_non_finite(module, losses, norm, context)
         self._loss = losses.sum()
         norm = self._backend.clip_and_step(norm)

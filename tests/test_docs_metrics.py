@@ -1,0 +1,87 @@
+"""docs/metrics.md names what is logged: all of it, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.stages import (
+    MemoryLogger,
+    instruction_rows,
+    preference_rows,
+    prompt_rows,
+    save_llama,
+    save_reward_model,
+    share_of_letters,
+    trainer,
+)
+from rlhf_lightning import (
+    InstructionDataModule,
+    PPOModule,
+    PreferenceDataModule,
+    PromptDataModule,
+    RewardModule,
+    Sampling,
+    SFTModule,
+)
+
+PAGE = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
+
+
+def documented(section: str) -> set[str]:
+    """Names in the first column of a section's table."""
+    cells = re.findall(r"^\| (`[^|]*) \|", SECTIONS[section], re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`((?:train|val|test)/\w+)`", cell)}
+
+
+def logged(module: Any, data: Any) -> set[str]:
+    """Names that a run of two steps with a validation, and a test, log."""
+    logger = MemoryLogger()
+    running = trainer(logger=logger, max_steps=2)
+    running.fit(module, data)
+    running.test(module, data, verbose=False)
+    return {name for call in logger.calls for name in call} - {"epoch"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def reward_folder(folder, tmp_path_factory):
+    return save_reward_model(tmp_path_factory.mktemp("reward"), folder)
+
+
+def test_the_page_has_a_section_for_each_stage():
+    assert {"SFT", "Reward model", "PPO", "Texts"} == set(SECTIONS)
+    assert all(len(documented(stage)) > 9 for stage in ("SFT", "Reward model", "PPO"))
+
+
+@pytest.mark.parametrize(("smoothing", "missing"), [(0.1, set()), (0.0, {"train/smoothed_loss"})])
+def test_sft_logs_what_the_page_says(folder, smoothing, missing):
+    rows = instruction_rows(8)
+    data = InstructionDataModule(folder, rows, validation_data=rows, test_data=rows, batch_size=4, max_length=48)
+    assert logged(SFTModule(folder, label_smoothing=smoothing), data) == documented("SFT") - missing
+
+
+def test_reward_training_logs_what_the_page_says(folder):
+    rows = preference_rows(8)
+    data = PreferenceDataModule(folder, rows, validation_data=rows, test_data=rows, batch_size=4, max_length=48)
+    assert logged(RewardModule(folder), data) == documented("Reward model")
+
+
+@pytest.mark.parametrize("of_a_model", [True, False])
+def test_ppo_logs_what_the_page_says(folder, reward_folder, of_a_model):
+    rows = prompt_rows(8)
+    sizes = {"rollout_batch_size": 4, "minibatch_size": 4, "ppo_epochs": 1, "sampling": Sampling(max_new_tokens=4)}
+    module = PPOModule(folder, reward_folder if of_a_model else share_of_letters, **sizes)
+    data = PromptDataModule(
+        folder, rows, validation_data=rows, test_data=rows, rollout_batch_size=4, max_prompt_length=40
+    )
+    missing = set() if of_a_model else {"train/raw_score", "val/raw_score", "test/raw_score"}
+    assert logged(module, data) == documented("PPO") - missing
