@@ -176,15 +176,14 @@ class SFTModule(pl.LightningModule):
         num_tokens, padding_share = count_tokens(self, [piece.attention_mask for piece in pieces])
         nll = sum_over_ranks(self, nll)
         metrics = {
-            "train/loss": nll,
+            "train/loss": nll,  # as validation measures it
+            "train/objective": accumulation.loss,
             "train/perplexity": nll.exp(),
             "train/lr": lr,
             "train/grad_norm": grad_norm,
             "train/tokens_per_second": num_tokens / (time.perf_counter() - start),
             "train/padding_share": padding_share,
         }
-        if self.label_smoothing:
-            metrics["train/smoothed_loss"] = accumulation.loss
         log_metrics(self, metrics, shown="train/loss", batch_size=len(batch.row_ids))
 
     def _evaluate(self, batch: InstructionBatch, stage: str) -> None:
