@@ -8,8 +8,10 @@ import torch
 from helpers.models import table_lm, table_scalar, table_tokenizer, tiny_causal_lm, tiny_classifier
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.controllers import RunningMoments
 from rlhf_lightning.models.generation import Generation, Sampling, TransformersEngine
+from rlhf_lightning.models.reward_functions import ScoringFunction
 from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, Responses, TextScorer
 from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM
 from rlhf_lightning.ppo_settings import KLPenalty, Objective, ScoreShaping
@@ -45,7 +47,7 @@ GENERATION = Generation(
 
 
 def take(rows):
-    fields = [[field[row] for row in rows] if isinstance(field, list) else field[rows] for field in PROMPTS]
+    fields = [[field[row] for row in rows] if isinstance(field, list) else field[rows] for field in PROMPTS[:4]]
     return PromptBatch(*fields)
 
 
@@ -118,7 +120,7 @@ def test_functions_see_all_texts_at_once():
         seen.append((prompts, responses))
         return [float(len(response)) for response in responses]
 
-    scorer = FunctionScorer(function, "length")
+    scorer = FunctionScorer(ScoringFunction(function, "length"))
     measurements = measure(
         table_lm(P), table_lm(Q), scorer, None, PROMPTS, GENERATION, ["b", ""], 1.0, list(torch.arange(2).split(1))
     )
@@ -269,11 +271,11 @@ def test_raw_scores_are_those_before_calibration():
     scalar.calibration = Calibration(mean=3.0, std=2.0)
     ids = torch.tensor([[0, 1], [0, EOS]])
     responses = Responses(ids, torch.ones_like(ids).bool(), torch.tensor([True, True]), ["", ""], ["", ""])
-    for scorer in (ModelScorer(scalar), TextScorer(scalar, table_tokenizer())):
+    for scorer in (ModelScorer(scalar), TextScorer(scalar, ChatEncoder(table_tokenizer()))):
         calibrated = ModelScorer(scalar)(responses)
         assert calibrated.tolist() == [-1.0, 0.5]
         assert raw_score(scorer, calibrated)["raw_score"].tolist() == [1.0, 4.0]
-    assert raw_score(FunctionScorer(lambda prompts, responses: [0.0], "nothing"), calibrated) == {}
+    assert raw_score(FunctionScorer(ScoringFunction(lambda prompts, responses: [0.0], "nothing")), calibrated) == {}
 
 
 def test_metrics_of_two_equal_processes_are_those_of_one():

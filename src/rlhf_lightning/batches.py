@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from rlhf_lightning.chat.written import WrittenPrompt
+
 
 class InstructionBatch(NamedTuple):
     """Prompt and response as one sequence, or several such examples packed in a row; padded on the right.
@@ -62,14 +64,17 @@ class PromptBatch(NamedTuple):
     Attributes:
         prompt_ids: token ids, `[B, P]`, int64.
         prompt_mask: True for real tokens, `[B, P]`, bool.
-        prompts: the text of each prompt as it was tokenised, without special tokens; what reward functions see.
+        prompts: the text of each prompt as it was tokenised, without special tokens.
         row_ids: number of each prompt's row in its source, `[B]`, int64.
+        written: each prompt as its row wrote it, whole; what rewards are given. None where that is not known: they are
+            then given `prompts`.
     """
 
     prompt_ids: Tensor
     prompt_mask: Tensor
     prompts: list[str]
     row_ids: Tensor
+    written: list[WrittenPrompt] | None = None
 
 
 class ScoringBatch(NamedTuple):

@@ -145,15 +145,16 @@ def measure(
         if isinstance(scorer, nn.Module):
             chosen = index.tolist()
             asked, said = [prompts.prompts[i] for i in chosen], [texts[i] for i in chosen]
-            scores[index] = scorer(
-                Responses(rows, kept, generation.ended[index], asked, said, prompts.row_ids[index])
-            ).float()
+            written = None if prompts.written is None else [prompts.written[i] for i in chosen]
+            known = asked, said, prompts.row_ids[index], written
+            scores[index] = scorer(Responses(rows, kept, generation.ended[index], *known)).float()
         done += len(index)
         report(done, len(texts))
     if not isinstance(scorer, nn.Module):
         ids = torch.cat([prompts.prompt_ids, generation.response_ids], dim=1)
         kept = torch.cat([prompts.prompt_mask, mask], dim=1)
-        scores = scorer(Responses(ids, kept, generation.ended, prompts.prompts, texts, prompts.row_ids)).float()
+        known = prompts.prompts, texts, prompts.row_ids, prompts.written
+        scores = scorer(Responses(ids, kept, generation.ended, *known)).float()
     logprobs = logprobs if generation.logprobs is None else generation.logprobs
     return Measurements(logprobs, ref_logprobs, entropy, values, scores)
 

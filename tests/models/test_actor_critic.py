@@ -9,6 +9,7 @@ from torch import nn
 from helpers.models import save_folder, tiny_causal_lm
 from helpers.stages import same_weights, save_gpt2, save_llama, save_reward_model, share_of_letters, weights
 from helpers.tokenizers import tiny_tokenizer
+from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.actor_critic import ActorCriticSource, TrunkValue, logprobs_and_values, values_alone
 from rlhf_lightning.models.causal_lm import load_causal_lm, response_logprobs
@@ -33,7 +34,7 @@ def reward_folder(folder, tmp_path_factory):
 
 
 def load(folder, reward, **settings):
-    return ActorCriticSource(folder, reward, **settings).load(tiny_tokenizer())
+    return ActorCriticSource(folder, reward, **settings).load(ChatEncoder(tiny_tokenizer()))
 
 
 def storages(*modules):

@@ -5,6 +5,8 @@ import torch
 
 from helpers.models import save_folder, tiny_causal_lm, tiny_classifier
 from helpers.tokenizers import tiny_tokenizer
+from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, Responses, TextScorer, load_scorer
 from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM, load_reward_model
@@ -48,7 +50,7 @@ def scores_by_hand(folder, rows):
 def test_a_reward_model_with_the_policy_s_tokenizer_reads_ids(tmp_path, pad):
     folder = reward_folder(tmp_path, tiny_tokenizer())
     policy_tokenizer = tiny_tokenizer(pad=pad)
-    scorer = load_scorer(folder, policy_tokenizer)
+    scorer = load_scorer(folder, ChatEncoder(policy_tokenizer))
     assert isinstance(scorer, ModelScorer)
     batch = responses(policy_tokenizer)
     scores = scorer(batch)
@@ -64,7 +66,7 @@ def test_a_reward_model_with_another_tokenizer_reads_text(tmp_path, bos):
     theirs = tiny_tokenizer(bos=bos)
     theirs.add_tokens([" repair", "bread"])
     folder = reward_folder(tmp_path, theirs)
-    scorer = load_scorer(folder, tiny_tokenizer())
+    scorer = load_scorer(folder, ChatEncoder(tiny_tokenizer()))
     assert isinstance(scorer, TextScorer)
     scores = scorer(responses(tiny_tokenizer()))
     rows = []
@@ -78,10 +80,11 @@ def test_a_reward_model_with_another_tokenizer_reads_text(tmp_path, bos):
 
 def test_prompt_and_response_meet_in_one_place_only():
     tokenizer = tiny_tokenizer()
-    encode = TextScorer(ScalarLM(tiny_classifier()), tokenizer).encode
-    assert encode("bake", " it", ended=True) == tokenizer("bake").input_ids + tokenizer(" it").input_ids + [2]
-    assert encode("bake", "", ended=True) == [*tokenizer("bake").input_ids, 2]
-    assert encode("bake", " it", ended=False)[-1] != 2
+    encode = TextScorer(ScalarLM(tiny_classifier()), ChatEncoder(tokenizer)).encode
+    prompt = WrittenPrompt("bake")
+    assert encode(prompt, " it", ended=True) == tokenizer("bake").input_ids + tokenizer(" it").input_ids + [2]
+    assert encode(prompt, "", ended=True) == [*tokenizer("bake").input_ids, 2]
+    assert encode(prompt, " it", ended=False)[-1] != 2
 
 
 @pytest.fixture
@@ -101,7 +104,7 @@ def rewards_module(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("rewards_module")
 @pytest.mark.parametrize("path", ["my_rewards.length", "my_rewards:length"])
 def test_a_function_by_its_import_path(path):
-    scorer = load_scorer(path, tiny_tokenizer())
+    scorer = load_scorer(path, ChatEncoder(tiny_tokenizer()))
     assert isinstance(scorer, FunctionScorer)
     scores = scorer(responses(tiny_tokenizer()))
     assert scores.dtype == torch.float32
@@ -110,13 +113,13 @@ def test_a_function_by_its_import_path(path):
 
 @pytest.mark.parametrize("wrap", [list, tuple, torch.tensor, iter])
 def test_a_function_itself_with_any_sequence_of_numbers(wrap):
-    scorer = load_scorer(lambda prompts, answers: wrap([1.5, 2]), tiny_tokenizer())
+    scorer = load_scorer(lambda prompts, answers: wrap([1.5, 2]), ChatEncoder(tiny_tokenizer()))
     assert scorer(responses(tiny_tokenizer())).tolist() == [1.5, 2.0]
 
 
 @pytest.mark.usefixtures("rewards_module")
 def test_a_wrong_number_of_scores_is_refused():
-    scorer = load_scorer("my_rewards.one_too_few", tiny_tokenizer())
+    scorer = load_scorer("my_rewards.one_too_few", ChatEncoder(tiny_tokenizer()))
     with pytest.raises(
         UserError, match=r"^reward function 'my_rewards.one_too_few' returned 1 scores for 2 responses$"
     ):
@@ -140,23 +143,21 @@ def test_a_wrong_number_of_scores_is_refused():
 )
 def test_what_is_neither_a_model_nor_a_function_is_refused_in_one_line(reward, complaint):
     with pytest.raises(UserError) as error:
-        load_scorer(reward, tiny_tokenizer())
+        load_scorer(reward, ChatEncoder(tiny_tokenizer()))
     assert complaint in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.usefixtures("rewards_module")
 def test_the_limit_of_time_is_a_function_s_own(tmp_path):
-    assert load_scorer("my_rewards.length", tiny_tokenizer(), timeout=2.0).function.timeout == 2.0
-    with pytest.raises(UserError, match=r"reward_timeout \(0\) must be above 0, in seconds"):
-        load_scorer("my_rewards.length", tiny_tokenizer(), timeout=0)
+    assert load_scorer("my_rewards.length", ChatEncoder(tiny_tokenizer()), timeout=2.0).function.timeout == 2.0
     with pytest.raises(UserError, match=r"reward_timeout is a limit for functions, and .* is a reward model; leave it"):
-        load_scorer(reward_folder(tmp_path, tiny_tokenizer()), tiny_tokenizer(), timeout=2.0)
+        load_scorer(reward_folder(tmp_path, tiny_tokenizer()), ChatEncoder(tiny_tokenizer()), timeout=2.0)
 
 
 def test_a_wrong_score_is_named_by_its_row_in_the_data():
     batch = responses(tiny_tokenizer())
-    nones = load_scorer(lambda prompts, answers: [1.0, None], tiny_tokenizer())
+    nones = load_scorer(lambda prompts, answers: [1.0, None], ChatEncoder(tiny_tokenizer()))
     for rows, said in ((None, "row 1"), (torch.tensor([40, 7]), "row 7")):
         with pytest.raises(UserError, match=f"returned None for {said}; return one number per response"):
             nones(batch._replace(row_ids=rows))
@@ -165,4 +166,4 @@ def test_a_wrong_score_is_named_by_its_row_in_the_data():
 def test_a_language_model_is_no_reward(tmp_path):
     folder = save_folder(tmp_path, tiny_causal_lm(), tiny_tokenizer())
     with pytest.raises(UserError, match="no trained reward head"):
-        load_scorer(folder, tiny_tokenizer())
+        load_scorer(folder, ChatEncoder(tiny_tokenizer()))

@@ -22,10 +22,12 @@ from transformers import GenerationConfig
 
 from rlhf_lightning import __version__
 from rlhf_lightning.arguments import check_arguments
+from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import CALIBRATION_FILE, is_adapter
 from rlhf_lightning.models.finetune import HEAD, adapter_state, merged_state
-from rlhf_lightning.models.scalar_lm import CALIBRATION
+from rlhf_lightning.models.rewarding import rendering_of
+from rlhf_lightning.models.scalar_lm import CALIBRATION, RENDERING
 from rlhf_lightning.models.tokenizer import eos_ids
 from rlhf_lightning.strategies import consolidated_state_dict
 
@@ -137,6 +139,7 @@ class HFExport(Callback):
     def _write(self, trainer: pl.Trainer, pl_module: Any, weights: dict[str, Tensor], folder: Path) -> None:
         folder.mkdir(parents=True)
         model = pl_module.export_model
+        _record_rendering(trainer, pl_module)
         if _exports_adapter(pl_module):
             _write_adapter(model, _cast(adapter_state(model, weights), self.dtype), _base(pl_module), folder)
         else:
@@ -145,6 +148,16 @@ class HFExport(Callback):
                 _generation_config(model, pl_module.tokenizer).save_pretrained(folder)
         pl_module.tokenizer.save_pretrained(folder)
         (folder / _CARD).write_text(model_card(trainer, pl_module), encoding="utf-8")
+
+
+def _record_rendering(trainer: pl.Trainer, pl_module: Any) -> None:
+    """Let the folder say how its dialogues were written: the data's chat template, and a reward model's format."""
+    chat = getattr(getattr(trainer, "datamodule", None), "chat", None)
+    if isinstance(chat, ChatEncoder):
+        pl_module.tokenizer.chat_template = chat.tokenizer.chat_template
+    if hasattr(pl_module.export_model, HEAD):
+        # Null, too, is a record: what the model that training started from was trained on counts no more.
+        setattr(pl_module.export_model.config, RENDERING, rendering_of(chat) if isinstance(chat, ChatEncoder) else None)
 
 
 def _exports_adapter(pl_module: Any) -> bool:
@@ -168,7 +181,8 @@ def _write_adapter(model: Any, weights: dict[str, Tensor], base: str, folder: Pa
     config.save_pretrained(folder)
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     if calibration := getattr(model.config, CALIBRATION, None):
-        (folder / CALIBRATION_FILE).write_text(json.dumps(calibration, indent=2) + "\n", encoding="utf-8")
+        records = {**calibration, RENDERING: getattr(model.config, RENDERING, None)}
+        (folder / CALIBRATION_FILE).write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
 
 
 def _checkpoint_stamps(trainer: pl.Trainer) -> dict[str, int]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.batches import InstructionBatch, PreferenceBatch, PromptBatch, ScoringBatch
+from rlhf_lightning.chat.written import WrittenPrompt
 
 LossOn = Literal["response", "turns", "all"]
 Ids = Sequence[int] | np.ndarray
@@ -56,11 +57,12 @@ class EncodedPair(NamedTuple):
 
 
 class EncodedPrompt(NamedTuple):
-    """A prompt's ids, and its text without special tokens."""
+    """A prompt's ids, its text without special tokens, and how its row wrote it, where that is known."""
 
     ids: Ids
     text: str
     row_id: int
+    written: WrittenPrompt | None = None
 
 
 class EncodedSequence(NamedTuple):
@@ -192,7 +194,9 @@ def collate_prompts(examples: Sequence[EncodedPrompt], filler: int) -> PromptBat
         filler: id for the padding.
     """
     ids, mask = pad([example.ids for example in examples], filler, "left")
-    return PromptBatch(ids, mask, [example.text for example in examples], _row_ids(examples))
+    written = [example.written for example in examples if example.written is not None]
+    all_written = written if len(written) == len(examples) else None
+    return PromptBatch(ids, mask, [example.text for example in examples], _row_ids(examples), all_written)
 
 
 def collate_sequences(examples: Sequence[EncodedSequence], filler: int) -> ScoringBatch:

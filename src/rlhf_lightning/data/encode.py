@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf_lightning.chat.encoder import APART, ChatEncoder, Encoded
-from rlhf_lightning.chat.messages import RefusedTurnsError
+from rlhf_lightning.chat.messages import Prompt, RefusedTurnsError
 from rlhf_lightning.chat.writer import (
     ACTING,
     HIDDEN,
@@ -20,6 +20,7 @@ from rlhf_lightning.chat.writer import (
     Dialogue,
     Kind,
 )
+from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.data.collate import EncodedSequence, Ids
 from rlhf_lightning.data.limits import TokenLimits, cut_prompt
 from rlhf_lightning.data.rows import Row
@@ -89,10 +90,19 @@ def encode_rows(
     ]
 
 
+def whole_prompt(row: Row) -> Prompt:
+    """The prompt with its suffix."""
+    return row.prompt + row.suffix if isinstance(row.prompt, str) else row.prompt
+
+
+def written_prompt(row: Row) -> WrittenPrompt:
+    """The prompt as the row wrote it, whole."""
+    return WrittenPrompt(whole_prompt(row), row.tools)
+
+
 def _dialogue(row: Row, chat: ChatEncoder) -> Dialogue:
     """A row as it is to be written."""
-    prompt = row.prompt + row.suffix if isinstance(row.prompt, str) else row.prompt
-    responses = row.responses
+    prompt, responses = whole_prompt(row), row.responses
     if row.suffix and chat.kind(prompt) == "template":
         # The space after the suffix stands between two texts; an answer in a turn of its own does not begin with it.
         responses = tuple(text.removeprefix(" ") if isinstance(text, str) else text for text in responses)

@@ -13,7 +13,7 @@ from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.plain import HUMAN_ASSISTANT, PlainFormat
 from rlhf_lightning.data.base import TextDataModule
 from rlhf_lightning.data.collate import EncodedPrompt, collate_prompts
-from rlhf_lightning.data.encode import EncodedRow
+from rlhf_lightning.data.encode import EncodedRow, written_prompt
 from rlhf_lightning.data.limits import RANGES, TokenLimits, check_context
 from rlhf_lightning.data.preparing.filters import NO_FILTERS, Filters, Splits
 from rlhf_lightning.data.rows import Need, Row
@@ -161,7 +161,7 @@ class PromptDataModule(TextDataModule):
         return "prompts"
 
     def _predict_examples(self, row: Row, encoded: EncodedRow) -> list[EncodedPrompt]:
-        return [EncodedPrompt(encoded.prompt, "", row.row_id)]
+        return [EncodedPrompt(encoded.prompt, "", row.row_id, written_prompt(row))]
 
     def _predict_validation(self) -> Sequence[EncodedPrompt]:
         return self._part("validation")

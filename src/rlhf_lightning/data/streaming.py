@@ -18,7 +18,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt
-from rlhf_lightning.data.encode import EncodedRow
+from rlhf_lightning.data.encode import EncodedRow, written_prompt
 from rlhf_lightning.data.preparing.cache import find_or_build
 from rlhf_lightning.data.preparing.filters import Splits, hash_of_ids
 from rlhf_lightning.data.preparing.preparation import Preparation, ranked_pairs, say_counts
@@ -128,7 +128,9 @@ class StreamedExamples(IterableDataset[Any]):
             key = hash_of_ids(prompt)
             known = key in seen
             seen.add(key)
-            return ([], "prompt is a duplicate") if known else ([EncodedPrompt(prompt, "", row.row_id)], "")
+            if known:
+                return [], "prompt is a duplicate"
+            return [EncodedPrompt(prompt, "", row.row_id, written_prompt(row))], ""
         pairs = [
             EncodedPair(
                 np.concatenate([prompt, chosen]),

@@ -15,9 +15,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from rlhf_lightning.arguments import check_arguments
+from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.causal_lm import freeze, load_causal_lm, logprobs_from_hidden, response_hidden
 from rlhf_lightning.models.dtypes import linear_in_float32
@@ -25,7 +26,14 @@ from rlhf_lightning.models.finetune import FineTune, add_adapter, choose_trained
 from rlhf_lightning.models.folders import check_model_folder, same_model
 from rlhf_lightning.models.partitioned import is_partitioned
 from rlhf_lightning.models.reward_functions import RewardFunction
-from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer, find_reward, load_scorer
+from rlhf_lightning.models.rewarding import (
+    FunctionScorer,
+    ModelScorer,
+    TextScorer,
+    find_reward,
+    load_scorer,
+    model_scorer,
+)
 from rlhf_lightning.models.scalar_lm import (
     ScalarLM,
     attach_reward_adapter,
@@ -127,11 +135,11 @@ class ActorCriticSource:
             check_reward_model(self.value)
         find_reward(self.reward, self.reward_timeout)
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> ActorCritic:
+    def load(self, chat: ChatEncoder) -> ActorCritic:
         """Load all models.
 
         Args:
-            tokenizer: the policy's.
+            chat: writes dialogues as the policy reads them, with the policy's tokenizer.
 
         Raises:
             UserError: a model is missing or does not fit.
@@ -139,8 +147,8 @@ class ActorCriticSource:
         trust = self.trust_remote_code
         policy = load_causal_lm(self.policy, trust_remote_code=trust, nf4=self._nf4)
         choose_trained(policy, self.finetune)
-        reference = self._load_reference(policy, tokenizer)
-        value, scorer = self._value_and_scorer(policy, tokenizer)
+        reference = self._load_reference(policy, chat)
+        value, scorer = self._value_and_scorer(policy, chat)
         frozen = [model for model in (reference, scorer) if isinstance(model, nn.Module)]
         for model in frozen:
             freeze(model)
@@ -159,26 +167,27 @@ class ActorCriticSource:
         """Whether the policy is at first what it is held near."""
         return self.reference is None or same_model(self.reference, self.policy)
 
-    def _load_reference(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    def _load_reference(self, policy: PreTrainedModel, chat: ChatEncoder) -> PreTrainedModel:
         trust = self.trust_remote_code
         if self.starts_at_reference:
             return _frozen_twin(policy) or load_causal_lm(self.policy, trust_remote_code=trust)
         assert self.reference is not None
-        if not same_tokenizer(tokenizer, load_tokenizer(self.reference, trust)):
+        if not same_tokenizer(chat.tokenizer, load_tokenizer(self.reference, trust)):
             raise UserError(
                 f"reference '{self.reference}' reads other tokens than '{self.policy}'; name one that shares them"
             )
         return load_causal_lm(self.reference, trust_remote_code=trust, nf4=self._nf4)
 
     def _value_and_scorer(
-        self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+        self, policy: PreTrainedModel, chat: ChatEncoder
     ) -> tuple[ScalarLM | TrunkValue, ModelScorer | TextScorer | FunctionScorer]:
         trust, beside = self.trust_remote_code, self._is_adapter_of(policy)
         if beside:
             frozen = attach_reward_adapter(scalar_beside(policy).model, str(self.reward))
-            scorer: ModelScorer | TextScorer | FunctionScorer = ModelScorer(frozen)
+            own = load_tokenizer(str(self.reward), trust)
+            scorer: ModelScorer | TextScorer | FunctionScorer = model_scorer(frozen, own, chat)
         else:
-            scorer = load_scorer(self.reward, tokenizer, trust, self._nf4, self.reward_timeout)
+            scorer = load_scorer(self.reward, chat, trust, self._nf4, self.reward_timeout)
         if self.value_trunk == "policy":
             return TrunkValue(policy.get_output_embeddings().in_features), scorer
         if self.value is None and beside:
@@ -186,15 +195,15 @@ class ActorCriticSource:
             return value, scorer
         if self.value is not None:
             value = load_reward_model(self.value, trust_remote_code=trust, nf4=self._nf4)
-        elif isinstance(scorer, ModelScorer):
+        elif isinstance(scorer, ModelScorer) or (isinstance(scorer, TextScorer) and scorer.same_ids):
             value = scorer.model
         elif self.finetune.mode == "lora":
             value = scalar_beside(policy)
         else:
             value = new_scalar_lm(self.policy, head="zero", trust_remote_code=trust)
         choose_trained(value.model, self.finetune)
-        if isinstance(scorer, ModelScorer) and value is scorer.model:
-            scorer = ModelScorer(_frozen_twin(value) or load_reward_model(str(self.reward), trust_remote_code=trust))
+        if not isinstance(scorer, FunctionScorer) and value is scorer.model:
+            scorer.model = _frozen_twin(value) or load_reward_model(str(self.reward), trust_remote_code=trust)
         add_adapter(value.model, self.finetune, "value")
         return value, scorer
 

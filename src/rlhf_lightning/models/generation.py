@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -166,4 +166,6 @@ def decode_responses(tokenizer: PreTrainedTokenizerBase, generation: Generation)
         generation: what was generated.
     """
     rows = zip(generation.response_ids, generation.response_mask, strict=True)
-    return [str(tokenizer.decode(ids[mask], skip_special_tokens=True)) for ids, mask in rows]
+    # Not tidied up: what is scored is what was said.
+    options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return [str(tokenizer.decode(ids[mask], **options)) for ids, mask in rows]

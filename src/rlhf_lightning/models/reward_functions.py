@@ -178,7 +178,7 @@ def _number(item: Any) -> float | None:
         item = _plain(item[0])
     try:
         return float(item) if isinstance(item, Real | Decimal) else None
-    except OverflowError:  # an integer beyond any float
+    except (OverflowError, ValueError):  # an integer beyond any float, a signalling NaN
         return None
 
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-from typing import NamedTuple, Protocol
+from dataclasses import asdict
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_lightning.chat.encoder import ChatEncoder, DialogueFormat
+from rlhf_lightning.chat.messages import RefusedTurnsError
+from rlhf_lightning.chat.plain import PlainFormat
+from rlhf_lightning.chat.spacing import NO_SPACING, Spacing
+from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction, import_function, names_function
-from rlhf_lightning.models.scalar_lm import ScalarLM, check_reward_model, load_reward_model
+from rlhf_lightning.models.scalar_lm import CALIBRATION, RENDERING, ScalarLM, check_reward_model, load_reward_model
 from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer, same_tokenizer
 
 
@@ -23,9 +30,10 @@ class Responses(NamedTuple):
         sequences: prompts (padded on the left) and responses (padded on the right), `[B, P + R]`, int64.
         sequence_mask: True for real tokens, `[B, P + R]`, bool.
         ended: True where the response ended by itself, `[B]`, bool.
-        prompts: text of each prompt, without special tokens.
+        prompts: text of each prompt as the policy read it, without special tokens.
         responses: text of each response, without special tokens.
         row_ids: number of each prompt's row in its source, `[B]`, int64; named in error messages.
+        written: each prompt as its row wrote it; None where that is not known.
     """
 
     sequences: Tensor
@@ -34,6 +42,17 @@ class Responses(NamedTuple):
     prompts: list[str]
     responses: list[str]
     row_ids: Tensor | None = None
+    written: list[WrittenPrompt] | None = None
+
+    @property
+    def prompts_as_written(self) -> list[WrittenPrompt]:
+        """The prompts as they were written, or else what is left of them in the policy's text."""
+        return self.written or [WrittenPrompt(prompt) for prompt in self.prompts]
+
+    @property
+    def rows(self) -> list[int]:
+        """Number of each prompt's row, or else of its place."""
+        return list(range(len(self.prompts))) if self.row_ids is None else self.row_ids.tolist()
 
 
 class Scorer(Protocol):
@@ -60,38 +79,75 @@ class ModelScorer(nn.Module):
 
 
 class TextScorer(nn.Module):
-    """A frozen reward model with a tokenizer of its own: responses are handed over as text.
+    """A frozen reward model that reads other ids than the policy: dialogues are handed over as they were written.
+
+    It reads whole prompts, also where the policy's were cut, and loses their beginning only where prompt and response
+    exceed its own context.
 
     Args:
         model: the reward model.
-        tokenizer: the reward model's tokenizer.
+        chat: writes dialogues as in its training.
+        spacing: what the policy's format writes around responses.
+        same_ids: the policy's tokens mean the same to it, and only dialogues are written otherwise.
     """
 
-    def __init__(self, model: ScalarLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, model: ScalarLM, chat: ChatEncoder, spacing: Spacing = NO_SPACING, same_ids: bool = False
+    ) -> None:
         super().__init__()
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.chat, self.spacing, self.same_ids = model, chat, spacing, same_ids
+        self._context: int | None = getattr(model.model.config, "max_position_embeddings", None)
+        self._warned: set[str] = set()
 
-    def encode(self, prompt: str, response: str, ended: bool) -> list[int]:
-        """Ids as in reward training: prompt, then response, EOS only where the response ended by itself."""
-        ids: list[int] = self.tokenizer(prompt).input_ids
-        if ids and ids[-1] == self.tokenizer.eos_token_id:  # some tokenizers close every text they are given
-            ids = ids[:-1]
-        ids = ids + self.tokenizer(response, add_special_tokens=False).input_ids
-        return [*ids, self.tokenizer.eos_token_id] if ended else ids
+    def encode(self, written: WrittenPrompt, response: str, ended: bool) -> list[int]:
+        """Ids as in reward training, the end of the turn only where the response ended by itself.
+
+        Args:
+            written: the prompt.
+            response: as the policy said it.
+            ended: whether it ended by itself.
+        """
+        said = self.spacing.content(written, response, ended)
+        prompt, answer = self.chat.encode_dialogue(written.prompt, said, written.tools, ended)
+        whole: list[int] = [*prompt.tolist(), *answer.tolist()]
+        if self._context is None or len(whole) <= self._context:
+            return whole
+        self._warn_once(
+            f"prompts and responses of more than {self._context} tokens are too long for the reward model: such "
+            "prompts lose their beginning"
+        )
+        begun = self.chat.prefix
+        return [*begun, *whole[len(whole) - self._context + len(begun) :]]
 
     def forward(self, batch: Responses) -> Tensor:
-        """Calibrated score at the last real token, `[B]`."""
-        device = batch.sequences.device
-        texts = zip(batch.prompts, batch.responses, batch.ended.tolist(), strict=True)
-        rows = [self.encode(prompt, response, ended) for prompt, response, ended in texts]
+        """Calibrated score at the last real token, `[B]`.
+
+        Raises:
+            UserError: a dialogue that the reward model's template refuses.
+        """
+        if batch.written is None:
+            self._warn_once(
+                "the batches do not say how their prompts were written (PromptBatch.written), so the reward model, "
+                "which reads other ids than the policy, is given what is left of them without special tokens"
+            )
+        device, rows = batch.sequences.device, []
+        for i, (written, ended) in enumerate(zip(batch.prompts_as_written, batch.ended.tolist(), strict=True)):
+            try:
+                rows.append(self.encode(written, batch.responses[i], ended))
+            except RefusedTurnsError as error:
+                raise UserError(f"row {batch.rows[i]}: the reward model cannot read the prompt: {error}") from error
         lengths = torch.tensor([len(row) for row in rows], device=device)
         ids = nn.utils.rnn.pad_sequence(
             [torch.tensor(row, device=device) for row in rows],
             batch_first=True,
-            padding_value=filler_id(self.tokenizer),
+            padding_value=filler_id(self.chat.tokenizer),
         )
         return self.model.scores(ids, torch.arange(ids.shape[1], device=device) < lengths.unsqueeze(1))
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            rank_zero_warn(message)
+            self._warned.add(message)
 
 
 class FunctionScorer:
@@ -99,12 +155,11 @@ class FunctionScorer:
 
     Args:
         function: `(prompts, responses) -> scores`.
-        name: how error messages call it.
-        timeout: seconds that one call may take; None for no limit.
+        spacing: what the policy's format writes around responses.
     """
 
-    def __init__(self, function: RewardFunction, name: str, timeout: float | None = None) -> None:
-        self.function = ScoringFunction(function, name, timeout)
+    def __init__(self, function: ScoringFunction, spacing: Spacing = NO_SPACING) -> None:
+        self.function, self.spacing = function, spacing
 
     def __call__(self, batch: Responses) -> Tensor:
         """Scores of the function, `[B]`, float32.
@@ -112,13 +167,17 @@ class FunctionScorer:
         Raises:
             UserError: the function did not return one number per response.
         """
-        rows = range(len(batch.responses)) if batch.row_ids is None else batch.row_ids.tolist()
-        messages = [[{"role": "user", "content": prompt}] for prompt in batch.prompts]
-        scores = self.function(batch.prompts, batch.responses, messages, rows)
+        prompts, responses = batch.prompts, batch.responses
+        if batch.written is not None:
+            prompts = [written.text for written in batch.written]
+            answers = zip(batch.written, responses, batch.ended.tolist(), strict=True)
+            responses = [self.spacing.content(*answer) for answer in answers]
+        messages = [written.messages for written in batch.prompts_as_written]
+        scores = self.function(prompts, responses, messages, batch.rows)
         return torch.tensor(scores, dtype=torch.float32, device=batch.sequences.device)
 
 
-def find_reward(reward: str | RewardFunction, timeout: float | None = None) -> FunctionScorer | str:
+def find_reward(reward: str | RewardFunction, timeout: float | None = None) -> ScoringFunction | str:
     """The function that `reward` names, or the folder or hub id of a reward model; quick, no weights are read.
 
     Args:
@@ -128,12 +187,10 @@ def find_reward(reward: str | RewardFunction, timeout: float | None = None) -> F
     Raises:
         UserError: it names neither, or not what could be a reward.
     """
-    if timeout is not None and timeout <= 0:
-        raise UserError(f"reward_timeout ({timeout:g}) must be above 0, in seconds")
     if not isinstance(reward, str):
-        return FunctionScorer(reward, getattr(reward, "__name__", type(reward).__name__), timeout)
+        return ScoringFunction(reward, getattr(reward, "__name__", type(reward).__name__), timeout)
     if names_function(reward) and ".py" not in reward:
-        return FunctionScorer(import_function(reward), reward, timeout)
+        return ScoringFunction(import_function(reward), reward, timeout)
     if not os.path.isdir(reward) and re.search(r"\.py\b", reward):
         raise UserError(
             f"reward '{reward}' names a file: name the function in it, like `my_rewards.politeness` for my_rewards.py "
@@ -151,7 +208,7 @@ def find_reward(reward: str | RewardFunction, timeout: float | None = None) -> F
 
 def load_scorer(
     reward: str | RewardFunction,
-    policy_tokenizer: PreTrainedTokenizerBase,
+    policy_chat: ChatEncoder,
     trust_remote_code: bool = False,
     nf4: bool = False,
     timeout: float | None = None,
@@ -160,7 +217,7 @@ def load_scorer(
 
     Args:
         reward: folder or hub id of a reward model, import path of a function, or the function itself.
-        policy_tokenizer: decides whether a reward model can read the policy's ids.
+        policy_chat: writes dialogues as the policy reads them; decides whether a reward model can read the same ids.
         trust_remote_code: allow the folder to run Python code of its own.
         nf4: hold a reward model's linear layers in four bits.
         timeout: seconds that one call of a function may take; None for no limit.
@@ -169,8 +226,67 @@ def load_scorer(
         UserError: it names neither.
     """
     found = find_reward(reward, timeout)
-    if isinstance(found, FunctionScorer):
-        return found
+    if isinstance(found, ScoringFunction):
+        return FunctionScorer(found, Spacing.of(policy_chat))
     model = load_reward_model(found, trust_remote_code=trust_remote_code, nf4=nf4)
-    tokenizer = load_tokenizer(found, trust_remote_code)
-    return ModelScorer(model) if same_tokenizer(policy_tokenizer, tokenizer) else TextScorer(model, tokenizer)
+    return model_scorer(model, load_tokenizer(found, trust_remote_code), policy_chat)
+
+
+def model_scorer(
+    model: ScalarLM, tokenizer: PreTrainedTokenizerBase, policy_chat: ChatEncoder
+) -> ModelScorer | TextScorer:
+    """What scores by a reward model: the policy's ids if they are those of its training, otherwise the texts anew.
+
+    Args:
+        model: the reward model.
+        tokenizer: its own.
+        policy_chat: writes dialogues as the policy reads them.
+    """
+    chat = reward_chat(model, tokenizer)
+    same_ids = same_tokenizer(policy_chat.tokenizer, tokenizer)
+    if same_ids and _writing(chat) == _writing(policy_chat):
+        return ModelScorer(model)
+    return TextScorer(model, chat, Spacing.of(policy_chat), same_ids)
+
+
+def _writing(chat: ChatEncoder) -> dict[str, Any]:
+    """All that decides which text a dialogue becomes, and how it begins."""
+    said = {name: value for name, value in chat.describe().items() if not name.startswith("tokenizer")}
+    if said["template_hash"] is None:
+        said["dialogue_format"] = "plain"  # as is all that is not refused, where there is no template
+    return said | {"prefix": chat.prefix}
+
+
+def rendering_of(chat: ChatEncoder) -> dict[str, Any]:
+    """How dialogues are written, as a reward model's config records it; the template is the tokenizer's.
+
+    Args:
+        chat: of the data that the reward model is trained on.
+    """
+    return {"dialogue_format": chat.dialogue_format, "plain_format": asdict(chat.plain_format)}
+
+
+def reward_chat(model: ScalarLM, tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
+    """What writes dialogues as in a reward model's training.
+
+    Args:
+        model: its config may record how; if not, that is said in one line and guessed. One of this package without the
+            record is older than it, and was trained with the default of the data modules; one of others reads every
+            prompt through its template, or plain dialogues if there is none.
+        tokenizer: its own.
+
+    Raises:
+        UserError: a record that says nothing sound.
+    """
+    name = model.model.config.name_or_path
+    if record := getattr(model.model.config, RENDERING, None):
+        try:
+            recorded: DialogueFormat = record["dialogue_format"] if tokenizer.chat_template else "plain"
+            return ChatEncoder(tokenizer, recorded, plain_format=PlainFormat(**record["plain_format"]))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{RENDERING} in the config of '{name}' is not as it should be: {error!r}") from error
+    ours = getattr(model.model.config, CALIBRATION, None) is not None
+    guess: DialogueFormat = "plain" if not tokenizer.chat_template else "auto" if ours else "chat_template"
+    how = "in the plain Human and Assistant format" if guess == "plain" else "by its tokenizer's chat template"
+    rank_zero_info(f"reward model '{name}' does not record how its dialogues were written; they are written {how}")
+    return ChatEncoder(tokenizer, guess)

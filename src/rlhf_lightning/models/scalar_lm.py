@@ -54,6 +54,9 @@ HEAD_WEIGHT = "base_model.model.score.weight"
 CALIBRATION = "reward_calibration"
 """Key of `config.json` under which mean and standard deviation of the raw scores are recorded."""
 
+RENDERING = "dialogue_rendering"
+"""Key under which it says how the dialogues of reward training were written."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -153,7 +156,7 @@ def _adapted_classifier(name: str, trust_remote_code: bool) -> tuple[Any, set[st
     model, missing = _classifier(adapter_base(name), trust_remote_code)
     if is_reward_adapter(name):
         model = merge_adapter(model, name, trust_remote_code)
-        setattr(model.config, CALIBRATION, asdict(_saved_calibration(name)))
+        _restore_records(model.config, name)
         return model, set() if HEAD_WEIGHT in load_peft_weights(name, device="cpu") else missing
     merged = load_causal_lm(name, True, trust_remote_code)
     fit_tokenizer(model, name, trust_remote_code)
@@ -161,13 +164,18 @@ def _adapted_classifier(name: str, trust_remote_code: bool) -> tuple[Any, set[st
     return model.requires_grad_(True), {"score.weight"}
 
 
-def _saved_calibration(name: str) -> Calibration:
+def _restore_records(config: Any, name: str) -> None:
+    """Put into a config what an adapter folder, which has none, keeps in a file of its own."""
     path = Path(name) / CALIBRATION_FILE
+    setattr(config, CALIBRATION, None)
+    setattr(config, RENDERING, None)
     if not path.is_file():
-        return Calibration()
+        return
     try:
-        return Calibration(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as e:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        setattr(config, RENDERING, records.pop(RENDERING, None))
+        setattr(config, CALIBRATION, asdict(Calibration(**records)))
+    except (ValueError, TypeError, AttributeError) as e:
         raise UserError(f"'{path}' does not hold a calibration ({e}); export the reward model again") from e
 
 
@@ -335,7 +343,7 @@ def attach_reward_adapter(
         untyped.score.weight.copy_(head)
     untyped.score.requires_grad_(trainable)
     scalar = ScalarLM(model)
-    scalar.calibration = _saved_calibration(name)
+    _restore_records(model.config, name)
     return scalar
 
 

@@ -10,9 +10,11 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.arguments import AT_LEAST_1
 from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.master_weights import with_master_weights
 from rlhf_lightning.models.generation import Generation
@@ -160,6 +162,21 @@ def response_rows(prompts: PromptBatch, generation: Generation, texts: list[str]
     stripped = [text.strip() for text in texts]
     columns = (prompts.row_ids.tolist(), prompts.prompts, stripped, generation.ended.tolist(), lengths)
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def policy_chat(module: pl.LightningModule, tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
+    """What writes dialogues as the policy reads them: the data module's, or the default for other loaders.
+
+    Args:
+        module: the stage, attached to a trainer or not.
+        tokenizer: the policy's.
+    """
+    try:
+        trainer = module.trainer
+    except RuntimeError:  # not attached
+        return ChatEncoder(tokenizer)
+    chat = getattr(getattr(trainer, "datamodule", None), "chat", None)
+    return chat if isinstance(chat, ChatEncoder) else ChatEncoder(tokenizer)
 
 
 def run_seed(module: Any) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lightning.arguments import check_arguments
+from rlhf_lightning.arguments import POSITIVE, check_arguments
 from rlhf_lightning.batches import PromptBatch, length_sorted_pieces
 from rlhf_lightning.controllers import KLController, RunningMoments
 from rlhf_lightning.experience import Experience
@@ -43,6 +43,7 @@ from rlhf_lightning.modules.common import (
     load_run_state,
     log_metrics,
     name_rows,
+    policy_chat,
     response_rows,
     run_seed,
     save_run_state,
@@ -138,7 +139,7 @@ class PPOModule(pl.LightningModule):
         reference: str | None = None,
     ) -> None:
         super().__init__()
-        check_arguments(PPOModule, locals(), SIZES)
+        check_arguments(PPOModule, locals(), {**SIZES, "reward_timeout": POSITIVE})
         functions = ["reward"] if callable(reward) else []
         self.save_hyperparameters(ignore=["optimizer", "sampling", "kl", "score", "objective", "finetune", *functions])
         sizes = {"minibatch_size": minibatch_size, "micro_batch_size": micro_batch_size}
@@ -209,7 +210,7 @@ class PPOModule(pl.LightningModule):
         if self.policy is not None:
             return
         tokenizer = load_tokenizer(self.model_name_or_path, self.trust_remote_code)
-        models = self._source.load(tokenizer)
+        models = self._source.load(policy_chat(self, tokenizer))
         self.reference_model, self.scorer, self.value = models.reference, models.scorer, models.value
         if self.gradient_checkpointing:
             for model in (models.policy, *([models.value.model] if isinstance(models.value, ScalarLM) else [])):

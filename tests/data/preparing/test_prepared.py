@@ -111,7 +111,7 @@ def test_what_is_no_whole_folder_is_refused(tmp_path):
 
     manifest = tmp_path / "data" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 0}))
-    with pytest.raises(UserError, match="has layout 0, this version reads 1"):
+    with pytest.raises(UserError, match="has layout 0, this version reads 2"):
         PreparedFolder.open(tmp_path / "data")
     manifest.write_text("{")
     with pytest.raises(UserError, match="is no prepared folder"):

@@ -111,7 +111,7 @@ class LegacyPreparation:
                     counts["dropped: prompt is a duplicate"] += 1
                     continue
                 seen.add(key)
-                table.add(prompt, number, 0)
+                table.add(prompt, number, 0, None)
             elif not all(map(len, responses)):
                 counts["dropped: nothing is left of a response"] += 1
                 continue

@@ -16,7 +16,7 @@ import numpy as np
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from rlhf_lightning.chat.encoder import ChatEncoder
-from rlhf_lightning.data.encode import EncodedRow
+from rlhf_lightning.data.encode import EncodedRow, written_prompt
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.filters import (
     Filters,
@@ -287,7 +287,7 @@ class _Kept:
         if "finetune" in kinds:
             self._writer["finetune", part].add(encoded.prompt, encoded.turns, encoded.responses[0], *numbers)
         if "prompts" in kinds and not known:
-            self._writer["prompts", part].add(encoded.prompt, *numbers)
+            self._writer["prompts", part].add(encoded.prompt, *numbers, written_prompt(row))
         return None
 
     def account(self) -> Counter[str]:

@@ -4,7 +4,7 @@ One folder holds, for each kind of example it was made for, three files, which m
 
 * `finetune_train.arrow`, `finetune_validation.arrow`, `finetune_test.arrow`: prompt, turns, response
 * `preference_*.arrow`: prompt, chosen, rejected, margin, weight
-* `prompts_*.arrow`: prompt
+* `prompts_*.arrow`: prompt, and the prompt as its row wrote it, for rewards that do not read these ids
 * `args.json`, `example_prompt.json`, and `manifest.json`, which is written last and says what belongs to the folder
 
 Ids are int32; every row carries the number of its row in the data and of its source.
@@ -24,13 +24,14 @@ import numpy as np
 import pyarrow as pa
 
 from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.chat.written import from_json, to_json
 from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt
 from rlhf_lightning.data.rows import Need
 from rlhf_lightning.errors import UserError
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
-FORMAT = 1
+FORMAT = 2
 """Version of the layout; a folder of another version is not read."""
 MANIFEST = "manifest.json"
 
@@ -44,6 +45,8 @@ _NUMBERS: dict[Need, dict[str, Any]] = {
     "preference": {"margin": np.float32, "weight": np.float32, "row_id": np.int64, "source": np.int16},
     "prompts": {"row_id": np.int64, "source": np.int16},
 }
+_WRITTEN = "written"
+"""Column of the prompts that holds each as its row wrote it, as JSON; null where that is not known."""
 _FLUSH = 1000  # rows of one record batch
 
 
@@ -68,6 +71,7 @@ class TableWriter:
         self.path, self._need = path, need
         fields = [pa.field(name, pa.list_(pa.int32())) for name in _LISTS[need]]
         fields += [pa.field(name, pa.from_numpy_dtype(kind)) for name, kind in _NUMBERS[need].items()]
+        fields += [pa.field(_WRITTEN, pa.large_string())] if need == "prompts" else []
         self._schema = pa.schema(fields)
         self._writer = pa.ipc.new_file(str(path), self._schema)
         self._waiting: list[tuple[Any, ...]] = []
@@ -77,7 +81,7 @@ class TableWriter:
         """Write one row.
 
         Args:
-            values: the lists of ids and the numbers, in the order of the columns.
+            values: the lists of ids, the numbers, and of a prompt how it was written, in the order of the columns.
         """
         self._waiting.append(values)
         self.rows += 1
@@ -97,7 +101,9 @@ class TableWriter:
         arrays = [_list_array(column) for column in columns[: len(lists)]]
         self.tokens += sum(len(array.values) for name, array in zip(lists, arrays, strict=False) if name != "turns")
         kinds = _NUMBERS[self._need].values()
-        arrays += [pa.array(np.array(column, kind)) for column, kind in zip(columns[len(lists) :], kinds, strict=True)]
+        arrays += [pa.array(np.array(column, kind)) for column, kind in zip(columns[len(lists) :], kinds, strict=False)]
+        if self._need == "prompts":
+            arrays.append(pa.array([to_json(written) for written in columns[-1]], pa.large_string()))
         self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
         self._waiting = []
 
@@ -136,6 +142,7 @@ class TokenTable(Sequence[Any]):
             name: np.concatenate([np.zeros(0, kind), *(batch.column(name).to_numpy() for batch in batches)])
             for name, kind in _NUMBERS[need].items()
         }
+        self._written = [batch.column(_WRITTEN) for batch in batches] if need == "prompts" else []
         self.row_ids, self.sources = numbers["row_id"], numbers["source"]
         self.margins, self.weights = numbers.get("margin"), numbers.get("weight")
 
@@ -158,7 +165,8 @@ class TokenTable(Sequence[Any]):
             turns, response = others
             return EncodedExample(np.concatenate([prompt, response]), len(prompt), row_id, turns.copy())
         if self.need == "prompts":
-            return EncodedPrompt(prompt.copy(), "", row_id)
+            batch, i = self._place(row)
+            return EncodedPrompt(prompt.copy(), "", row_id, from_json(self._written[batch][i].as_py()))
         chosen, rejected = (np.concatenate([prompt, response]) for response in others)
         assert self.margins is not None
         assert self.weights is not None
@@ -170,10 +178,14 @@ class TokenTable(Sequence[Any]):
         Args:
             row: its number, from 0.
         """
-        batch = int(np.searchsorted(self._starts, row, side="right")) - 1
-        i = row - int(self._starts[batch])
+        batch, i = self._place(row)
         views = [batches[batch] for batches in self._lists.values()]
         return [values[offsets[i] : offsets[i + 1]] for offsets, values in views]
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """In which record batch a row lies, and where in it."""
+        batch = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return batch, row - int(self._starts[batch])
 
     def lengths(self, column: str) -> np.ndarray:
         """Tokens of every row in one column, `[N]`, int64.

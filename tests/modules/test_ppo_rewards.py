@@ -1,0 +1,265 @@
+"""What the reward of PPO is given: the ids of reward training, whatever the policy reads, or clean text."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.stages import fit, save_llama, save_reward_model, trainer
+from helpers.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
+from rlhf_lightning import (
+    FineTune,
+    HFExport,
+    PPOModule,
+    PreferenceDataModule,
+    PromptDataModule,
+    RewardModule,
+    Sampling,
+    UserError,
+)
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.chat.plain import PlainFormat
+from rlhf_lightning.models.generation import Generation, decode_responses
+from rlhf_lightning.models.rewarding import ModelScorer, Responses, TextScorer, load_scorer, rendering_of
+from rlhf_lightning.models.scalar_lm import RENDERING, load_reward_model
+
+SIZES = {"rollout_batch_size": 2, "minibatch_size": 2, "sampling": Sampling(max_new_tokens=4)}
+GEMMA_LIKE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+LLAMA2_LIKE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
+    "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+TOOLS_SHOWN = "{% if tools %}{{ tools[0]['function']['name'] }}\n{% endif %}" + CHAT_TEMPLATE
+REFUSES_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + CHAT_TEMPLATE
+)
+ANGLES = PlainFormat("<user> ", "<bot>", "<rules> ", " ", "")
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+ASKED = [{"role": "user", "content": "how do I bake bread?"}, {"role": "assistant", "content": "Slowly."}]
+LAST = {"role": "user", "content": "and faster?"}
+HH = "\n\nHuman: how do I bake bread?\n\nAssistant: Slowly.\n\nHuman: and faster?\n\nAssistant:"
+PROMPTS: list[Any] = [[SYSTEM, *ASKED, LAST], [LAST], HH]
+ANSWERS = ["With more yeast.", "Two things:\n\n1. wait\n2. bake", "Buy it!"]
+ROWS = [{"prompt": p, "chosen": a, "rejected": "No."} for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+TEXT_ROWS = [
+    {"prompt": prompt, "chosen": f"{answer} {i}", "rejected": "No."}
+    for i, (prompt, answer) in enumerate([(HH, "Buy it!"), ("Once upon a time", " there was"), ("1, 2,", " 3")])
+]
+
+
+def tokenizer_of(template=None, bos=False, more=()):
+    tokenizer = tiny_tokenizer(bos=bos)
+    tokenizer.chat_template = template
+    tokenizer.add_tokens(list(more))
+    return tokenizer
+
+
+def reward_folder(path, tokenizer, recorded=None, context=512):
+    """A reward model on `tokenizer`, as an export of this package if a format is to be recorded."""
+    base = save_llama(path / "base", tokenizer)
+    folder = save_reward_model(path / "reward", base, tokenizer)
+    model = load_reward_model(folder).model
+    model.config.max_position_embeddings = context
+    if recorded is not None:
+        setattr(model.config, RENDERING, rendering_of(recorded))
+    model.save_pretrained(folder)
+    return folder
+
+
+def batches(data, stage="fit"):
+    data.prepare_data()
+    data.setup(stage)
+    return data
+
+
+def trained_ids(tokenizer, rows, tmp_path, **options):
+    """The ids of the chosen side of each row in reward training."""
+    fixed = {"validation_split": 0.0, "batch_size": len(rows), "max_length": 400, "cache_dir": tmp_path}
+    batch = next(iter(batches(PreferenceDataModule(tokenizer, rows, **fixed | options)).train_dataloader()))
+    return {
+        int(row): ids[mask].tolist()
+        for row, ids, mask in zip(batch.row_ids, batch.chosen_ids, batch.chosen_mask, strict=True)
+    }
+
+
+def prompts_of(tokenizer, rows, tmp_path, **options):
+    fixed = {"validation_split": 0.0, "rollout_batch_size": len(rows), "max_prompt_length": 300, "cache_dir": tmp_path}
+    data = batches(PromptDataModule(tokenizer, rows, **fixed | options))
+    return data.chat, next(iter(data.train_dataloader()))
+
+
+def answered(chat, prompts: PromptBatch, rows, ended: bool):
+    """What a policy generates that says the chosen answers, cut before the end of the turn or not."""
+    said = [chat.encode_dialogue(rows[i]["prompt"], rows[i]["chosen"])[1] for i in prompts.row_ids.tolist()]
+    said = [torch.tensor(ids if ended else ids[:-1]).long() for ids in said]
+    ids = torch.nn.utils.rnn.pad_sequence(said, batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in said]).unsqueeze(1)
+    generation = Generation(ids, mask, torch.full((len(said),), ended))
+    return generation, decode_responses(chat.tokenizer, generation)
+
+
+def scored_ids(scorer, prompts, generation, texts):
+    """The ids that a scorer's model is shown, by row."""
+    shown = []
+    scorer.model.scores = lambda ids, mask: (
+        shown.extend(row[kept].tolist() for row, kept in zip(ids, mask, strict=True)) or torch.zeros(len(ids))
+    )
+    sequences = torch.cat([prompts.prompt_ids, generation.response_ids], dim=1)
+    kept = torch.cat([prompts.prompt_mask, generation.response_mask], dim=1)
+    known = generation.ended, prompts.prompts, texts, prompts.row_ids, prompts.written
+    scorer(Responses(sequences, kept, *known))
+    return dict(zip(prompts.row_ids.tolist(), shown, strict=True))
+
+
+PAIRS = {
+    "plain policy, templated reward": ((None, {}), (GEMMA_LIKE, True, {}), TEXT_ROWS),
+    "templated policy, plain reward": ((CHAT_TEMPLATE, {}), (None, False, {"dialogue_format": "plain"}), ROWS),
+    "two templates": ((CHAT_TEMPLATE, {}), (GEMMA_LIKE, True, {}), ROWS),
+    "spaces around answers": ((LLAMA2_LIKE, {}), (CHAT_TEMPLATE, False, {}), ROWS),
+    "spaces around answers of the reward": ((GEMMA_LIKE, {}), (LLAMA2_LIKE, False, {}), ROWS),
+    "two plain formats": (
+        (None, {"dialogue_format": "plain"}),
+        (None, False, {"dialogue_format": "plain", "plain_format": ANGLES}),
+        ROWS,
+    ),
+    "a template for every text": ((CHAT_TEMPLATE, {}), (GEMMA_LIKE, True, {"dialogue_format": "chat_template"}), ROWS),
+}
+
+
+@pytest.mark.parametrize("own_tokens", [True, False], ids=["own tokens", "the policy's tokens"])
+@pytest.mark.parametrize(("policy", "reward", "rows"), PAIRS.values(), ids=PAIRS)
+def test_ids_scored_are_those_of_reward_training(tmp_path, policy, reward, rows, own_tokens):
+    (template, options), (reward_template, bos, reward_options) = policy, reward
+    theirs = tokenizer_of(reward_template, bos and own_tokens, [" bread", "yeast"] if own_tokens else [])
+    expected = trained_ids(theirs, rows, tmp_path / "cache", **reward_options)
+    folder = reward_folder(tmp_path, theirs, ChatEncoder(theirs, **reward_options))
+
+    chat, prompts = prompts_of(tokenizer_of(template), rows, tmp_path / "cache", **options)
+    scorer = load_scorer(folder, chat)
+    assert isinstance(scorer, TextScorer)
+    assert scorer.same_ids != own_tokens
+    assert scored_ids(scorer, prompts, *answered(chat, prompts, rows, ended=True)) == expected
+    without_end = {row: ids[:-1] for row, ids in expected.items()}
+    assert scored_ids(scorer, prompts, *answered(chat, prompts, rows, ended=False)) == without_end
+
+
+def test_ids_are_handed_over_only_where_they_are_written_alike(tmp_path):
+    ours, theirs = tokenizer_of(CHAT_TEMPLATE), tokenizer_of(GEMMA_LIKE)
+    folder = reward_folder(tmp_path, ours, ChatEncoder(ours))
+    alike = [ChatEncoder(ours), ChatEncoder(tokenizer_of(CHAT_TEMPLATE), plain_format=ANGLES)]
+    other = [
+        ChatEncoder(theirs),
+        ChatEncoder(tokenizer_of()),
+        ChatEncoder(ours, "plain"),
+        ChatEncoder(ours, "chat_template"),
+    ]
+    assert all(isinstance(load_scorer(folder, chat), ModelScorer) for chat in alike)
+    assert all(isinstance(load_scorer(folder, chat), TextScorer) for chat in other)
+    plain = reward_folder(tmp_path / "plain", tokenizer_of(), ChatEncoder(tokenizer_of()))
+    assert isinstance(load_scorer(plain, ChatEncoder(theirs, "plain")), ModelScorer)
+    assert isinstance(load_scorer(plain, ChatEncoder(theirs, "plain", plain_format=ANGLES)), TextScorer)
+
+
+@pytest.mark.parametrize(
+    ("template", "ours", "dialogue_format", "how"),
+    [
+        (CHAT_TEMPLATE, True, "auto", "by its tokenizer's chat template"),
+        (CHAT_TEMPLATE, False, "chat_template", "by its tokenizer's chat template"),
+        (None, True, "plain", "in the plain Human and Assistant format"),
+        (None, False, "plain", "in the plain Human and Assistant format"),
+    ],
+)
+def test_a_reward_model_without_a_record_is_read_by_its_tokenizer_and_that_is_said(
+    tmp_path, monkeypatch, template, ours, dialogue_format, how
+):
+    folder = reward_folder(tmp_path, tokenizer_of(template, more=["yeast"]))
+    if not ours:
+        config = json.loads((Path(folder) / "config.json").read_text())
+        del config["reward_calibration"]
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+    lines = []
+    monkeypatch.setattr("rlhf_lightning.models.rewarding.rank_zero_info", lines.append)
+    scorer = load_scorer(folder, ChatEncoder(tokenizer_of(GEMMA_LIKE)))
+    assert scorer.chat.dialogue_format == dialogue_format
+    assert lines == [f"reward model '{folder}' does not record how its dialogues were written; they are written {how}"]
+
+
+def test_a_record_that_says_nothing_sound_is_refused(tmp_path):
+    folder = reward_folder(tmp_path, tokenizer_of(CHAT_TEMPLATE), ChatEncoder(tokenizer_of(CHAT_TEMPLATE)))
+    config = json.loads((Path(folder) / "config.json").read_text())
+    (Path(folder) / "config.json").write_text(json.dumps(config | {RENDERING: {"dialogue_format": "auto"}}))
+    with pytest.raises(UserError, match=f"^{RENDERING} in the config of '.*' is not as it should be: KeyError"):
+        load_scorer(folder, ChatEncoder(tokenizer_of()))
+
+
+def test_a_prompt_that_was_cut_for_the_policy_is_scored_whole_up_to_the_reward_model_s_own_context(tmp_path):
+    theirs = tokenizer_of(GEMMA_LIKE, bos=True)
+    asked = [[*before, {"role": "user", "content": f"faster, {i}?"}] for i, before in enumerate((ASKED, []))]
+    rows = [{"prompt": prompt, "chosen": "Buy it!", "rejected": "No."} for prompt in asked]
+    expected = trained_ids(theirs, rows, tmp_path / "cache")
+    chat, prompts = prompts_of(tokenizer_of(CHAT_TEMPLATE), rows, tmp_path / "cache", max_prompt_length=16)
+    assert prompts.prompt_ids.shape[1] == 16
+    answers = answered(chat, prompts, rows, ended=True)
+    whole = load_scorer(reward_folder(tmp_path, theirs, ChatEncoder(theirs)), chat)
+    assert scored_ids(whole, prompts, *answers) == expected
+
+    short = load_scorer(reward_folder(tmp_path / "short", theirs, ChatEncoder(theirs), context=90), chat)
+    with pytest.warns(UserWarning, match="more than 90 tokens are too long for the reward model"):
+        cut = scored_ids(short, prompts, *answers)
+    # The BOS, and the end of the dialogue.
+    assert cut == {row: ids if len(ids) <= 90 else [*ids[:1], *ids[-89:]] for row, ids in expected.items()}
+    assert [len(expected[row]) > 90 for row in range(2)] == [True, False]
+
+
+def test_a_dialogue_that_the_reward_model_s_template_refuses_is_named(tmp_path):
+    theirs = tokenizer_of(REFUSES_SYSTEM)
+    chat, prompts = prompts_of(tokenizer_of(CHAT_TEMPLATE), ROWS, tmp_path / "cache")
+    scorer = load_scorer(reward_folder(tmp_path, theirs, ChatEncoder(theirs)), chat)
+    with pytest.raises(UserError, match=r"^row 0: the reward model cannot read the prompt: .*no system turns"):
+        scored_ids(scorer, prompts, *answered(chat, prompts, ROWS, ended=True))
+
+
+def test_responses_are_scored_as_they_were_said(tmp_path):
+    tokenizer = tokenizer_of()
+    tokenizer.clean_up_tokenization_spaces = True
+    ids = torch.tensor([tokenizer("Wait , it is n't done .").input_ids])
+    generation = Generation(ids, torch.ones_like(ids).bool(), torch.tensor([False]))
+    assert decode_responses(tokenizer, generation) == ["Wait , it is n't done ."]
+
+
+@pytest.mark.parametrize("export", ["merged", "adapter"])
+def test_the_folder_of_reward_training_records_its_rendering_and_ppo_reads_by_it(tmp_path, monkeypatch, export):
+    base = save_llama(tmp_path / "base", tokenizer_of(more=["yeast"]))
+    settings = {} if export == "merged" else {"finetune": FineTune(mode="lora", export="adapter", rank=2)}
+    options = {"chat_template": LLAMA2_LIKE, "dialogue_format": "chat_template", "max_length": 60}
+    asked = [[{"role": "user", "content": f"faster, {i}?"}] for i in range(8)]
+    rows = [{"prompt": prompt, "chosen": "Buy it!", "rejected": "No."} for prompt in asked]
+    data = PreferenceDataModule(base, rows, batch_size=4, cache_dir=tmp_path / "cache", **options)
+    fit(RewardModule(base, **settings), data, max_steps=1, callbacks=[HFExport(str(tmp_path / "rm"))])
+    expected = {tuple(ids) for ids in trained_ids(base, rows, tmp_path / "cache", **options).values()}
+
+    shown, encode = [], TextScorer.encode
+
+    def spy(self, written, said, ended):
+        shown.append(encode(self, written, "Buy it!", True))
+        return encode(self, written, said, ended)
+
+    monkeypatch.setattr(TextScorer, "encode", spy)
+    policy = save_llama(tmp_path / "policy", tokenizer_of(CHAT_TEMPLATE))
+    module = PPOModule(policy, str(tmp_path / "rm"), **SIZES)
+    options = {"rollout_batch_size": 2, "max_prompt_length": 50, "validation_split": 0.5}
+    prompts = PromptDataModule(policy, rows, cache_dir=tmp_path / "cache", **options)
+    fit(module, prompts, max_steps=1)
+    trainer(max_steps=1).predict(module, prompts)
+    chat = module.scorer.chat
+    assert (chat.dialogue_format, chat.tokenizer.chat_template) == ("chat_template", LLAMA2_LIKE)
+    assert {tuple(ids) for ids in shown} <= expected
+    assert len(shown) > 4
