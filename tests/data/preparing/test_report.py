@@ -122,6 +122,12 @@ def test_what_is_not_used_is_counted_and_said_in_one_line_each(prepared):
     assert " column 'source' is not used: 1 rows hold something there\n" in text.getvalue()
 
 
+def test_what_is_not_used_is_counted_of_rows_that_are_kept(prepared):
+    folder = prepared([{"prompt": "hi", "source": "forum"}] * 3, kinds=("prompts",))
+    account = report_on(folder, tiny_tokenizer())["rows"]["data"]
+    assert (account["kept"], account["unused"]) == (1, {"column 'source'": 1})
+
+
 def test_an_account_that_does_not_add_up_is_an_error(tmp_path):
     folder = measured(tmp_path, {"prompts": [(3,)]})
     folder.manifest["sources"]["data"]["counts"]["rows"] += 1

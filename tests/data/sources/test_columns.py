@@ -2,6 +2,7 @@
 
 import itertools
 
+import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,6 +90,14 @@ def test_tools_go_beside_the_messages():
     assert refused({**row, "tools": "search"}) == "tools is no list of objects, nor JSON of one"
     assert refused({**row, "tools": [lambda: 1]}) == "tools is no list of objects, nor JSON of one"
     assert refused({**row, "tools": [{"name": {1, 2}}]}) == "tools holds something that JSON cannot"
+
+
+def test_labelled_rows_that_differ_in_their_tools_are_no_pair():
+    good = {"prompt": "p", "response": "r", "label": True, "tools": [TOOL]}
+    bad = {"prompt": "p", "response": "x", "label": False, "tools": [TOOL]}
+    assert Table([good, bad]).open().parse(0, "preference").responses == ("r", "x")
+    with pytest.raises(DroppedRow, match="no response with the other label"):
+        Table([good, bad | {"tools": []}]).open().parse(0, "preference")
 
 
 def test_calls_and_reasoning_stay_in_their_messages():
@@ -206,6 +215,103 @@ def test_a_dialogue_that_other_columns_answer_is_read_where_they_rank():
     row = {"conversations": [user("p")], "responses": ["x", "r"], "ranks": [2, 1]}
     assert read(row) == Row([user("p")], ("r",))
     assert read(row, "preference").responses == ("r", "x")
+
+
+# The schemas of public sets
+
+
+TURNS = [user("p"), assistant("r")]
+PUBLIC = {
+    "UltraChat": ({"prompt": "p", "prompt_id": "7f", "messages": TURNS}, [user("p")], ["prompt", "prompt_id"]),
+    "UltraFeedback": (
+        {
+            **{"prompt": "p", "prompt_id": "7f", "chosen": TURNS, "rejected": [user("p"), assistant("x")]},
+            **{"messages": TURNS, "score_chosen": 8.0, "score_rejected": 3.0},
+        },
+        [user("p")],
+        ["prompt_id", "messages", "score_chosen", "score_rejected"],
+    ),
+    "Tulu": ({"id": "a", "messages": TURNS, "source": "flan"}, [user("p")], ["id", "source"]),
+    "Magpie": (
+        {"uuid": "a", "instruction": "p", "response": "r", "conversations": TURNS, "gen_input_configs": {"top_p": 1.0}},
+        [user("p")],
+        ["uuid", "conversations", "gen_input_configs"],
+    ),
+    "Orca": (
+        {"id": "a", "system_prompt": "s", "question": "p", "response": "r"},
+        [system("s"), user("p")],
+        ["id"],
+    ),
+    "orca pairs": (
+        {"system": "", "question": "p", "chosen": "r", "rejected": "x"},
+        [user("p")],
+        [],
+    ),
+    "ShareGPT": (
+        {
+            "id": "a_0",
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "human", "value": "p"},
+                {"from": "gpt", "value": "r"},
+            ],
+        },
+        [system("s"), user("p")],
+        ["id"],
+    ),
+    "Alpaca": ({"instruction": "p", "input": "", "output": "r", "text": "Below is ..."}, [user("p")], ["text"]),
+    "HelpSteer": (
+        {"prompt": "p", "response": "r", "helpfulness": 4, "verbosity": 2},
+        "p",
+        ["helpfulness", "verbosity"],
+    ),
+    "KTO": ({"prompt": [user("p")], "completion": [assistant("r")], "label": True}, [user("p")], []),
+    "AlpacaFarm": (
+        {"instruction": "p", "input": "", "output_1": "x", "output_2": "r", "preference": 2, "raw_preference": 3},
+        [user("p")],
+        ["raw_preference"],
+    ),
+    "thinking": (
+        {"reasoning_language": "French", "messages": [system("s"), *TURNS]},
+        [system("s"), user("p")],
+        ["reasoning_language"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_rows_of_public_sets_are_read_whole(name):
+    row, prompt, unused = PUBLIC[name]
+    columns = {"prompt": "question"} if "question" in row else None
+    named = tuple(f"column {column!r}" for column in unused)
+    assert read(row, "finetune", columns) == Row(prompt, ("r",), unused=named)
+    assert read(row, "prompts", columns) == Row(prompt, unused=named)
+
+
+def test_rows_from_arrow_hold_what_was_written(tmp_path):
+    """Arrow gives every struct the fields of all others, as nulls."""
+    calls = [[{"function": {"name": "weather", "arguments": {place: "Rome"}}}] for place in ("city", "town")]
+    tools = [
+        [{"name": "weather", "parameters": {"properties": {place: {"type": "string"}}}}] for place in ("city", "town")
+    ]
+    written = [
+        {
+            "messages": [
+                user("p"),
+                assistant("", tool_calls=call),
+                {"role": "tool", "content": "4", "id": 1},
+                assistant("r"),
+            ]
+        }
+        | {"tools": tool}
+        for call, tool in zip(calls, tools, strict=True)
+    ]
+    datasets.Dataset.from_list(written).to_parquet(tmp_path / "rows.parquet")
+    plain = Table(written).open()
+    for rows in (Table(tmp_path / "rows.parquet").open(), Table(datasets.Dataset.from_list(written)).open()):
+        for i in range(2):
+            assert rows.parse(i, "finetune") == plain.parse(i, "finetune")
+        assert [row for _, row in rows.stream("finetune")] == [row for _, row in plain.stream("finetune")]
 
 
 # All forms

@@ -32,7 +32,9 @@ class _MappedRows(RawRows):
     def __getitem__(self, index: int) -> RawRow:
         part, within = find_part(self._ends, index)
         batch = self._batches[part]
-        return {name: batch.column(number)[within].as_py() for number, name in enumerate(batch.schema.names)}
+        return {
+            name: _without_nulls(batch.column(number)[within].as_py()) for number, name in enumerate(batch.schema.names)
+        }
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -83,7 +85,7 @@ class ParquetRows(_MappedRows):
         index = 0
         for batch in self._file.iter_batches(batch_size=_ROWS_A_BATCH):
             for row in batch.to_pylist():
-                yield self.place(index), row
+                yield self.place(index), {name: _without_nulls(value) for name, value in row.items()}
                 index += 1
 
     @cached_property
@@ -167,7 +169,14 @@ class StreamedDataset(RawRows):
     def stream(self) -> Iterator[tuple[str, RawRow | BadRowError]]:
         """Place and row, in the order of the hub."""
         for index, row in enumerate(self._dataset):
-            yield self.place(index), row
+            yield self.place(index), {name: _without_nulls(value) for name, value in row.items()}
 
     def _no_random_access(self) -> UserError:
         return UserError(f"{self._name} is streamed, so its rows can only be read in order; pass `streaming: false`")
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value whose structs have the fields that were written: Arrow gives each the fields of all others, as nulls."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(field) for key, field in value.items() if field is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
