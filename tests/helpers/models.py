@@ -168,7 +168,7 @@ class TableLM(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> Any:
         hidden = self.backbone(input_ids, attention_mask, use_cache=False).last_hidden_state
         return CausalLMOutputWithPast(logits=self.lm_head(hidden))
 

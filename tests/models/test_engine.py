@@ -61,9 +61,10 @@ def _ends(ids, model):
     return [row.index(True) if any(row) else len(row) for row in ends.tolist()]
 
 
-def read_as_rows(monkeypatch):
+def read_as_rows(monkeypatch, model):
     """Lengths of the prompts that each forward pass reads as one row."""
     read = []
+    run(model, Sampling(max_new_tokens=1))  # it is tried out before its first use
     original = decoding.read_row
     monkeypatch.setattr(
         decoding,
@@ -77,7 +78,7 @@ def read_as_rows(monkeypatch):
 @pytest.mark.usefixtures("small_parts")
 def test_prompts_read_as_one_row_are_continued_as_if_read_with_their_padding(name, monkeypatch):
     model, sampling = model_of(name), Sampling(max_new_tokens=9)
-    read = read_as_rows(monkeypatch)
+    read = read_as_rows(monkeypatch, model)
     found = run(model, sampling, with_logprobs=True, with_hidden=True)
     assert read == [[20], [17], [12, 9], [9, 6, 5, 4], [3, 2, 1, 1]]  # up to 24 tokens
     monkeypatch.setattr(decoding, "reads_rows", lambda *args: False)
@@ -91,8 +92,9 @@ def test_prompts_read_as_one_row_are_continued_as_if_read_with_their_padding(nam
     ("name", "lengths"), [("mistral-window", LENGTHS), ("gemma3", LENGTHS), ("qwen3-next", LENGTHS), ("llama", [4, 0])]
 )
 def test_windows_states_and_empty_prompts_are_read_with_their_padding(name, lengths, monkeypatch):
-    read = read_as_rows(monkeypatch)
-    assert run(model_of(name), Sampling(max_new_tokens=2), lengths).response_ids.shape[0] == len(lengths)
+    model = model_of(name)
+    read = read_as_rows(monkeypatch, model)
+    assert run(model, Sampling(max_new_tokens=2), lengths).response_ids.shape[0] == len(lengths)
     assert not read
 
 

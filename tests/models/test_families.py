@@ -11,11 +11,11 @@ from rlhf_lightning.functional import entropy
 from rlhf_lightning.models.causal_lm import (
     disable_dropout,
     hidden_states,
-    output_logits,
     response_hidden,
     response_logprobs,
 )
 from rlhf_lightning.models.generation import Sampling
+from rlhf_lightning.models.output_layer import output_logits
 
 PAD, EOS = 0, 2
 PROMPTS = [[31], [40, 41, 42, 43, 44, 45], [50, 51, 52]]

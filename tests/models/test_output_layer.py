@@ -7,8 +7,9 @@ from torch import nn
 
 from helpers.models import FAMILIES, tiny_causal_lm
 from rlhf_lightning.functional import cross_entropy_sum, entropy, linear_loss, token_logprobs
-from rlhf_lightning.models import causal_lm
-from rlhf_lightning.models.causal_lm import cross_entropy_at, hidden_states, output_logits, response_logprobs
+from rlhf_lightning.models import output_layer
+from rlhf_lightning.models.causal_lm import hidden_states, response_logprobs
+from rlhf_lightning.models.output_layer import cross_entropy_at, output_logits
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 IDS = torch.arange(30, 48).reshape(2, 9)
@@ -20,7 +21,7 @@ WEIGHTS = torch.linspace(-1, 2, 10).reshape(2, 5)  # a gradient of its own for e
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Three rows at once."""
-    for module in (linear_loss, causal_lm):
+    for module in (linear_loss, output_layer):
         monkeypatch.setattr(module, "rows_per_chunk", lambda vocab_size: 3)
 
 
@@ -81,6 +82,7 @@ class OtherLinear(nn.Linear):
 
 
 def with_counted_calls(model):
+    hidden_states(model, IDS, MASK)  # a model is tried out before its first use
     calls = []
     model.get_output_embeddings().register_forward_hook(
         lambda module, args, output: calls.append(args[0].shape[:-1].numel())

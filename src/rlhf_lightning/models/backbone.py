@@ -13,6 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+HEAD = "score"
+"""Name of a classifier's output layer."""
+
 
 def position_ids(attention_mask: Tensor) -> Tensor:
     """Positions that count real tokens only, so that padding on the left changes nothing.
@@ -45,6 +48,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def takes_positions(model: PreTrainedModel) -> bool:
     """Whether the backbone can be told each token's position."""
     return "position_ids" in inspect.signature(model.base_model.forward).parameters
+
+
+STATES = "cache_params"
+"""What backbones without attention call their cache."""
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What the backbone calls the cache that it is given."""
+    parameters = inspect.signature(model.base_model.forward).parameters
+    return STATES if STATES in parameters and "past_key_values" not in parameters else "past_key_values"
 
 
 def is_checkpointing(model: PreTrainedModel) -> bool:

@@ -1,34 +1,25 @@
-"""The policy and its frozen reference: loading, hidden states, logits where they are needed, log-probabilities.
+"""The policy and its frozen reference: loading, hidden states, log-probabilities.
 
-Notation: B batch, T padded length, R padded response length, D hidden size, V vocabulary.
+Notation: B batch, T padded length, R padded response length, D hidden size.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.functional import (
-    LogitScaling,
-    cross_entropy_sum,
-    entropy,
-    linear_cross_entropy_sum,
-    linear_token_logprobs,
-    rows_per_chunk,
-    token_logprobs,
-)
 from rlhf_lightning.models.adapters import adapter_base, is_adapter, is_reward_adapter, merge_adapter
+from rlhf_lightning.models.agreement import takes_left_padding
 from rlhf_lightning.models.backbone import position_ids, run_backbone
 from rlhf_lightning.models.dtypes import keep_tables
 from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
+from rlhf_lightning.models.output_layer import token_logprobs_at
 from rlhf_lightning.models.quantized import nf4_options, settle_nf4
 from rlhf_lightning.models.unpadded import applies, unpadded_hidden_states
 
@@ -140,7 +131,7 @@ def hidden_states(
     Returns:
         `[B, T, D]`; anything finite on padding.
     """
-    hidden = None
+    hidden, pads_left = None, takes_left_padding(model)
     if applies(model, input_ids.device):
         positions, lengths = packed_positions, None
         if positions is None:
@@ -150,7 +141,18 @@ def hidden_states(
             ends = torch.cat([starts[1:], attention_mask.sum().reshape(1)])
             lengths = (ends - starts).tolist()
         hidden = unpadded_hidden_states(model, input_ids, attention_mask, positions, lengths)
-    return padded_hidden_states(model, input_ids, attention_mask, packed_positions) if hidden is None else hidden
+    if hidden is not None:
+        return hidden
+    if not pads_left and packed_positions is None:
+        return _hidden_states_from_the_left(model, input_ids, attention_mask)
+    return padded_hidden_states(model, input_ids, attention_mask, packed_positions)
+
+
+def _hidden_states_from_the_left(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """As `hidden_states`, for models that read what stands on their left: all padding goes to the right."""
+    order = attention_mask.long().argsort(dim=1, descending=True, stable=True)
+    hidden = padded_hidden_states(model, input_ids.gather(1, order), attention_mask.gather(1, order))
+    return hidden.gather(1, order.argsort(dim=1).unsqueeze(2).expand_as(hidden))
 
 
 def padded_hidden_states(
@@ -163,124 +165,6 @@ def padded_hidden_states(
     # example of its own, which nobody else sees.
     output = model.base_model(input_ids=input_ids, attention_mask=None, position_ids=packed_positions, use_cache=False)
     return output.last_hidden_state
-
-
-def logit_scaling(model: PreTrainedModel) -> LogitScaling:
-    """What a model's own forward does to the products of its output layer.
-
-    Args:
-        model: a language model.
-    """
-    config = model.config
-    scale = getattr(config, "logit_scale", None)  # Cohere
-    divisor = getattr(config, "logits_scaling", None)  # Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    return LogitScaling((1.0 if scale is None else scale) / (divisor or 1.0), cap)
-
-
-def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits from hidden states, as the model's own forward computes them.
-
-    For a few positions: training and scoring use `cross_entropy_at` and `response_logprobs`, which never hold the
-    logits of all tokens.
-
-    Args:
-        model: a language model.
-        hidden: `[..., D]`.
-
-    Returns:
-        `[..., V]`.
-    """
-    scale, cap = logit_scaling(model)
-    logits = model.get_output_embeddings()(hidden)
-    if scale != 1.0:
-        logits = logits * scale
-    if cap is not None:
-        logits = torch.tanh(logits / cap) * cap
-    return logits
-
-
-def cross_entropy_at(
-    model: PreTrainedModel, hidden: Tensor, targets: Tensor, mask: Tensor, label_smoothing: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the targets that count, summed, without the logits.
-
-    Args:
-        model: a language model.
-        hidden: the hidden states from which the targets are predicted, `[B, T, D]`.
-        targets: `[B, T]`, int64.
-        mask: True for the targets that count, `[B, T]`, bool.
-        label_smoothing: share of each target spread evenly over the vocabulary.
-
-    Returns:
-        Two scalars in nats, float32: the loss, and the negative log-likelihood, which has no gradient.
-    """
-    hidden, targets = hidden[mask], targets[mask]
-
-    def fused(head: nn.Linear, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return linear_cross_entropy_sum(rows, head.weight, head.bias, targets, logit_scaling(model), label_smoothing)
-
-    def plain(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return cross_entropy_sum(logits, ids, label_smoothing), cross_entropy_sum(logits.detach(), ids)
-
-    if _has_plain_head(model):
-        return _inside_head(model, fused, hidden)
-    losses, nlls = zip(*_by_chunks(model, plain, hidden, targets), strict=True)
-    return torch.stack(losses).sum(), torch.stack(nlls).sum()
-
-
-def _logprobs_at(
-    model: PreTrainedModel, hidden: Tensor, token_ids: Tensor, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities and, when asked for, entropies, `[N]`, from hidden states `[N, D]`, without the logits."""
-
-    def fused(head: nn.Linear, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        scaling = logit_scaling(model)
-        return linear_token_logprobs(rows, head.weight, head.bias, token_ids, scaling, temperature, with_entropy)
-
-    def plain(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        return token_logprobs(logits, ids, temperature), entropy(logits, temperature) if with_entropy else None
-
-    if _has_plain_head(model):
-        return _inside_head(model, fused, hidden)
-    logprobs, entropies = zip(*_by_chunks(model, plain, hidden, token_ids), strict=True)
-    return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
-
-
-def _has_plain_head(model: PreTrainedModel) -> bool:
-    # A subclass (quantised, with an adapter) or a forward of its own may compute something else from the same weight.
-    head = model.get_output_embeddings()
-    return type(head) is nn.Linear and "forward" not in vars(head)
-
-
-def _inside_head(model: PreTrainedModel, compute: Callable[[nn.Linear, Tensor], Any], hidden: Tensor) -> Any:
-    """Call `compute(head, hidden)` as the forward of the output layer.
-
-    ZeRO-3 holds a layer's whole weight only while the layer is called, and for the backward pass of what the call
-    returned. All chunks share one call, since its gathering must happen equally often on every rank.
-    """
-    head: Any = model.get_output_embeddings()
-    head.forward = lambda rows: compute(head, rows)
-    try:
-        return head(hidden)
-    finally:
-        del head.forward
-
-
-def _by_chunks(
-    model: PreTrainedModel, compute: Callable[[Tensor, Tensor], Any], hidden: Tensor, token_ids: Tensor
-) -> list[Any]:
-    """`compute(logits, ids)` of each chunk of rows, for any output layer; backward computes the logits again."""
-
-    def of_rows(rows: Tensor, ids: Tensor) -> Any:
-        return compute(output_logits(model, rows), ids)
-
-    if any(hasattr(weight, "ds_id") for weight in model.get_output_embeddings().parameters()):
-        # Ranks have different numbers of rows, but under ZeRO-3 must call each layer equally often.
-        return [of_rows(hidden, token_ids)]
-    num_rows = rows_per_chunk(model.config.get_text_config().vocab_size)
-    pieces = zip(hidden.split(num_rows), token_ids.split(num_rows), strict=True)
-    return [checkpoint(of_rows, *piece, use_reentrant=False) for piece in pieces]
 
 
 def response_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
@@ -346,7 +230,7 @@ def logprobs_from_hidden(
     """
     # Only real response positions meet the output matrix, a chunk at a time.
     token_ids = sequences[:, -response_mask.shape[1] :][response_mask]
-    logprobs, entropies = _logprobs_at(model, hidden[response_mask], token_ids, temperature, with_entropy)
+    logprobs, entropies = token_logprobs_at(model, hidden[response_mask], token_ids, temperature, with_entropy)
     empty = torch.zeros(response_mask.shape, dtype=torch.float32, device=sequences.device)
     spread = empty if entropies is None else empty.masked_scatter(response_mask, entropies.float())
     return empty.masked_scatter(response_mask, logprobs.float()), spread

@@ -6,20 +6,27 @@ Notation: B prompts of the caller, N rows of this batch that are still in it, P 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional import token_logprobs
-from rlhf_lightning.models.backbone import position_ids, takes_positions
-from rlhf_lightning.models.causal_lm import output_logits
+from rlhf_lightning.models.agreement import TRIAL_ERRORS
+from rlhf_lightning.models.backbone import STATES, cache_argument, position_ids, takes_positions
+from rlhf_lightning.models.causal_lm import hidden_states, response_hidden
 from rlhf_lightning.models.compiled_step import CompiledStep
+from rlhf_lightning.models.decode_attention import attention_by_rows
+from rlhf_lightning.models.output_layer import output_logits
 from rlhf_lightning.models.rollout_cache import RolloutCache, rollout_cache
 from rlhf_lightning.models.sampling import Sampling, pick_tokens, uniforms
 from rlhf_lightning.models.tokenizer import eos_ids
+from rlhf_lightning.models.trials import made_up_tokens, typical_distance, typical_tolerance
 from rlhf_lightning.models.unpadded import read_row, reads_rows
 
 PREFILL_TOKENS = {"cpu": 512}
@@ -35,6 +42,10 @@ SPARE_TOKENS = 8
 STEPS_BETWEEN_LOOKS = {"cpu": 1}
 """By device, how often to look whether responses have ended: for a CPU that costs nothing."""
 STEPS_BETWEEN_LOOKS_ELSEWHERE = 8
+
+
+_TRIAL_PROMPT, _TRIAL_RESPONSE = 4, 3
+"""Tokens with which a model is tried out."""
 
 
 class Record:
@@ -99,6 +110,7 @@ class Decoding:
         record: the results are written here.
         synced: every rank runs the same number of forwards.
         compiled: reads the tokens of a step, where it can.
+        cached: keep keys, values and states of the tokens read; otherwise every step reads everything again.
     """
 
     def __init__(
@@ -112,6 +124,7 @@ class Decoding:
         record: Record,
         synced: bool,
         compiled: CompiledStep | None = None,
+        cached: bool = True,
     ) -> None:
         self.model, self.tokenizer, self.sampling, self.record, self.synced = model, tokenizer, sampling, record, synced
         self.rows = rows
@@ -125,11 +138,12 @@ class Decoding:
         self.finished = torch.zeros_like(rows, dtype=torch.bool)
         self.ends = torch.tensor(eos_ids(tokenizer, model.generation_config.eos_token_id), device=rows.device)
         capacity = self.mask.shape[1] - 1  # the last token is never read
-        self.cache = compiled.open(len(rows), self.width, capacity) if compiled is not None else None
+        self.cache = compiled.open(len(rows), self.width, capacity) if compiled is not None and cached else None
         self.compiled = None if self.cache is None else compiled
-        if self.cache is None:
+        if self.cache is None and cached:
             self.cache = rollout_cache(model.config, len(rows), self.width, capacity)
-        self.any_cache = DynamicCache(config=model.config) if self.cache is None else self.cache
+        self.any_cache = self.cache or (DynamicCache(config=model.config) if cached else None)
+        self.cache_argument = cache_argument(model)
         device = rows.device.type
         self.reads_rows = self.cache is not None and reads_rows(model, lengths)
         self.prefill_tokens = PREFILL_TOKENS.get(device, PREFILL_TOKENS_ELSEWHERE)
@@ -140,7 +154,8 @@ class Decoding:
     def prefill(self) -> None:
         """Read the prompts."""
         if self.cache is None:
-            self.hidden = self._read_batch(slice(0, len(self.rows)))
+            whole = slice(0, len(self.rows))
+            self.hidden = self._read_again(0) if self.any_cache is None else self._read_batch(whole)
             return
         read = self._read_row if self.reads_rows else self._read_batch
         self.hidden = torch.cat([read(group) for group in self._groups()])  # at their ends, [N, D]
@@ -193,6 +208,8 @@ class Decoding:
 
     def _continue(self, step: int) -> Tensor:
         """Read the tokens of a step; hidden states, `[N, D]`."""
+        if self.any_cache is None:
+            return self._read_again(step + 1)
         ids, positions = self.record.ids[self.rows, step], self.lengths + step
         hidden = None
         if self.compiled is not None:
@@ -211,11 +228,17 @@ class Decoding:
         mask = self.mask[:, first : self.width + step + 1]
         return self._read(ids.unsqueeze(1), mask, positions.unsqueeze(1))
 
+    def _read_again(self, tokens: int) -> Tensor:
+        """Read prompts and the tokens drawn so far; hidden states at their ends, `[N, D]`."""
+        ids = torch.cat([self.prompt_ids, self.record.ids[self.rows, :tokens]], dim=1)
+        return hidden_states(self.model, ids, self.mask[:, : ids.shape[1]].bool())[:, -1]
+
     def _read(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        kwargs = {"position_ids": positions} if self.takes_positions else {}
-        output = self.model.base_model(
-            input_ids=ids, attention_mask=mask, past_key_values=self.any_cache, use_cache=True, **kwargs
-        )
+        kwargs: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
+        kwargs[self.cache_argument] = self.any_cache
+        if self.cache_argument == STATES:  # only the new tokens may be hidden
+            mask = mask[:, -ids.shape[1] :]
+        output = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=True, **kwargs)
         return output.last_hidden_state[:, -1]
 
     def _pick(self, step: int, logits: Tensor) -> None:
@@ -261,7 +284,7 @@ class Decoding:
         """Take the rows that have ended out of the batch, if there are enough of them."""
         leaving = int(self.finished.sum())
         if (
-            self.cache is None
+            (self.cache is None and self.any_cache is not None)
             or self.synced
             or self.compiled is not None
             or leaving == 0
@@ -270,6 +293,60 @@ class Decoding:
             return
         kept = (~self.finished).nonzero().squeeze(1)
         self.widths = [self.widths[place] for place in kept.tolist()]
-        self.cache.keep(kept, self.widths)
+        if self.cache is not None:
+            self.cache.keep(kept, self.widths)
+        self.prompt_ids = self.prompt_ids[kept]
         self.rows, self.lengths, self.mask = self.rows[kept], self.lengths[kept], self.mask[kept]
         self.finished = self.finished[kept]
+
+
+_remembers: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def remembers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model goes on from our caches as if it had read everything again; tried out once.
+
+    What keeps a state in a way of its own would answer without memory, or read padding. If so, a line says what it
+    costs.
+
+    Args:
+        model: a language model in evaluation mode; every process asks equally often.
+        tokenizer: as for `Decoding`.
+    """
+    if model not in _remembers:
+        with torch.autocast(model.device.type, enabled=False):
+            try:
+                right = not _forgetfulness(model, tokenizer) > typical_tolerance(model)
+            except torch.OutOfMemoryError:
+                raise
+            except TRIAL_ERRORS as e:
+                if isinstance(e, UserError):
+                    raise
+                right = False
+        if not right:
+            rank_zero_warn(
+                f"{type(model).__name__} keeps what it has read in a way that is not known here: every token of a "
+                "response reads the whole text again, which is right but slow for long ones"
+            )
+        _remembers[model] = right
+    return _remembers[model]
+
+
+def _forgetfulness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    """How far the hidden states of two short responses are from those of a plain forward pass."""
+    device = model.device
+    width, length, short = _TRIAL_PROMPT, _TRIAL_RESPONSE, _TRIAL_PROMPT // 2
+    ids = made_up_tokens(model, 2 * width).view(2, width)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, : width - short] = False
+    sampling = Sampling(temperature=0.0, max_new_tokens=length, min_new_tokens=length)
+    record = Record(2, sampling, 0, None, device, with_logprobs=False, with_hidden=True)
+    decoding = Decoding(model, tokenizer, ids, mask, torch.arange(2, device=device), sampling, record, synced=False)
+    decoding.prefill()
+    with attention_by_rows(model, decoding.cache):
+        for _ in decoding:
+            pass
+    mask = torch.cat([mask, mask.new_ones(2, length)], dim=1)
+    expected = response_hidden(model, torch.cat([ids, record.ids], dim=1), mask, length)
+    assert record.hidden is not None
+    return typical_distance(list(record.hidden), list(expected))

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, SHARE_BELOW_1, check_arguments
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.backbone import HEAD
 from rlhf_lightning.models.fused_lora import fuse_adapters
 from rlhf_lightning.models.partitioned import is_partitioned, whole
 from rlhf_lightning.models.peft_library import (
@@ -28,9 +29,6 @@ from rlhf_lightning.models.peft_library import (
     inject_adapter_in_model,
 )
 from rlhf_lightning.rng import generator
-
-HEAD = "score"
-"""Name of a classifier's output layer."""
 
 _LINEAR = (nn.Linear, Conv1D)
 _FINAL_NORM = re.compile(r"(final_)?(layer_?)?norm|(ln|norm)_f")

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lightning.models.backbone import evaluation_mode
 from rlhf_lightning.models.compiled_step import CompiledStep
 from rlhf_lightning.models.decode_attention import attention_by_rows, attention_to_whole_cache
-from rlhf_lightning.models.decoding import Decoding, Record
+from rlhf_lightning.models.decoding import Decoding, Record, remembers
 from rlhf_lightning.models.few_rows import few_row_products
 from rlhf_lightning.models.merging import merged_adapters
 from rlhf_lightning.models.sampling import Sampling as Sampling
@@ -139,10 +139,10 @@ class TransformersEngine:
         # A graph that is replayed reads the weights where they were when it was recorded; merged ones lie elsewhere.
         merging = nullcontext() if step_of is not None and step_of.is_replayed else merged_adapters(self.model)
         with evaluation_mode(self.model), merging, few_row_products(self.model):
+            cached = remembers(self.model, self.tokenizer)
             for rows in order.split(self.batch_size or len(order)):
-                decoding = Decoding(
-                    self.model, self.tokenizer, prompt_ids, prompt_mask, rows, sampling, record, synced, step_of
-                )
+                fixed = sampling, record, synced, step_of, cached
+                decoding = Decoding(self.model, self.tokenizer, prompt_ids, prompt_mask, rows, *fixed)
                 decoding.prefill()
                 compiled = decoding.compiled is not None
                 whole = attention_to_whole_cache(self.model)

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.models.backbone import evaluation_mode
 from rlhf_lightning.models.causal_lm import hidden_states, padded_hidden_states
-from rlhf_lightning.models.trials import feels_window, relative_distance, tolerance, unusual_layers
+from rlhf_lightning.models.trials import feels_window, made_up_tokens, relative_distance, tolerance, unusual_layers
 from rlhf_lightning.models.unpadded import applies, unpadded_hidden_states
 
 _KERNELS = {"sdpa", "eager"}
@@ -232,7 +232,7 @@ def _sharing_error(model: PreTrainedModel) -> float:
 
     Made up, so that every process finds the same.
     """
-    tokens = (torch.arange(9, device=model.device) * 7919 + 11) % model.config.get_text_config().vocab_size
+    tokens = made_up_tokens(model, 9)
     ids = torch.stack([tokens[:6], torch.cat([tokens[:3], tokens[6:]])]).unsqueeze(0)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, 1, -1] = False

@@ -6,6 +6,8 @@ What can be looked up is looked up; then a few made-up tokens are computed both 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,6 +29,15 @@ def tolerance(model: PreTrainedModel) -> float:
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
     config = model.config.get_text_config()
     return allowed_rounding(dtype, config.hidden_size, 2 * config.num_hidden_layers, kind)
+
+
+def typical_tolerance(model: PreTrainedModel) -> float:
+    """As `tolerance`, where a mistake would refuse a model: many families normalise in float32 whatever they are in.
+
+    Args:
+        model: as for `tolerance`.
+    """
+    return max(tolerance(model), 1e-5)
 
 
 def allowed_rounding(dtype: torch.dtype, terms: int, sums: int = 1, device_type: str = "cpu") -> float:
@@ -74,6 +85,36 @@ def relative_distance(found: Tensor, expected: Tensor) -> float:
     dtype = torch.promote_types(expected.dtype, torch.float32)
     found, expected = found.to(dtype), expected.to(dtype)
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
+def typical_distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest, over sequences, of the median distance of their tokens' hidden states, relative to their norm.
+
+    Where the largest of all would be misled: rounding may choose another expert for some token.
+
+    Args:
+        found: of each sequence, `[T, D]`.
+        expected: as `found`.
+
+    Example:
+        >>> typical_distance([torch.tensor([[9.0], [2.0], [3.0]])], [torch.tensor([[1.0], [2.0], [4.0]])])
+        0.25
+    """
+    distances = [
+        ((a.float() - b.float()).norm(dim=-1) / b.float().norm(dim=-1)).median()
+        for a, b in zip(found, expected, strict=True)
+    ]
+    return float(torch.stack(distances).max())
+
+
+def made_up_tokens(model: PreTrainedModel, count: int) -> Tensor:
+    """Ids to try a model with, the same on every process, `[count]`, int64.
+
+    Args:
+        model: on whose device, and of whose vocabulary.
+        count: how many.
+    """
+    return (torch.arange(count, device=model.device) * 7919 + 11) % model.config.get_text_config().vocab_size
 
 
 def unusual_layers(model: PreTrainedModel) -> list[str]:

@@ -30,7 +30,7 @@ from rlhf_lightning.models.backbone import (
     run_backbone,
     takes_positions,
 )
-from rlhf_lightning.models.trials import feels_window, relative_distance, tolerance, unusual_layers
+from rlhf_lightning.models.trials import feels_window, made_up_tokens, relative_distance, tolerance, unusual_layers
 
 NAME = "rlhf_lightning_unpadded"
 """What transformers' configs call the attention while it is in use."""
@@ -178,8 +178,7 @@ def _can(model: PreTrainedModel) -> bool:
         return False
     if unusual_layers(model):
         return False
-    tokens = (torch.arange(10, device=model.device) * 7919 + 11) % config.vocab_size
-    ids, lengths = tokens.view(2, 5), [5, 3]
+    ids, lengths = made_up_tokens(model, 10).view(2, 5), [5, 3]
     mask = torch.arange(5, device=model.device) < torch.tensor(lengths, device=model.device).unsqueeze(1)
     try:
         with evaluation_mode(model), torch.no_grad(), torch.autocast(model.device.type, enabled=False):

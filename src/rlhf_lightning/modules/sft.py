@@ -21,10 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.arguments import SHARE_BELOW_1, check_arguments
 from rlhf_lightning.batches import InstructionBatch, PromptBatch, micro_batches
-from rlhf_lightning.models.causal_lm import cross_entropy_at, hidden_states, load_causal_lm
+from rlhf_lightning.models.causal_lm import hidden_states, load_causal_lm
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.models.finetune import FineTune, describe_trained, prepare_for_training
 from rlhf_lightning.models.generation import Sampling, TransformersEngine
+from rlhf_lightning.models.output_layer import cross_entropy_at
 from rlhf_lightning.models.packed import check_packing
 from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.modules.common import (

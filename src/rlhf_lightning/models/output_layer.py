@@ -1,0 +1,155 @@
+"""The output layer of a language model, applied where its logits are needed and without holding them all.
+
+Notation: B batch, T padded length, N tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from rlhf_lightning.functional import (
+    LogitScaling,
+    cross_entropy_sum,
+    entropy,
+    linear_cross_entropy_sum,
+    linear_token_logprobs,
+    rows_per_chunk,
+    token_logprobs,
+)
+
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma 2, RecurrentGemma, xLSTM
+
+
+def logit_scaling(model: PreTrainedModel) -> LogitScaling:
+    """What a model's own forward does to the products of its output layer.
+
+    Args:
+        model: a language model.
+    """
+    config = model.config
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    divisor = getattr(config, "logits_scaling", None)  # Granite
+    cap = next((value for name in _CAPS if (value := getattr(config, name, None)) is not None), None)
+    return LogitScaling((1.0 if scale is None else scale) / (divisor or 1.0), cap)
+
+
+def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits from hidden states, as the model's own forward computes them.
+
+    For a few positions: training and scoring use `cross_entropy_at` and `response_logprobs`, which never hold the
+    logits of all tokens.
+
+    Args:
+        model: a language model.
+        hidden: `[..., D]`.
+
+    Returns:
+        `[..., V]`.
+    """
+    scale, cap = logit_scaling(model)
+    logits = model.get_output_embeddings()(hidden)
+    if scale != 1.0:
+        logits = logits * scale
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def cross_entropy_at(
+    model: PreTrainedModel, hidden: Tensor, targets: Tensor, mask: Tensor, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the targets that count, summed, without the logits.
+
+    Args:
+        model: a language model.
+        hidden: the hidden states from which the targets are predicted, `[B, T, D]`.
+        targets: `[B, T]`, int64.
+        mask: True for the targets that count, `[B, T]`, bool.
+        label_smoothing: share of each target spread evenly over the vocabulary.
+
+    Returns:
+        Two scalars in nats, float32: the loss, and the negative log-likelihood, which has no gradient.
+    """
+    hidden, targets = hidden[mask], targets[mask]
+
+    def fused(head: nn.Linear, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_cross_entropy_sum(rows, head.weight, head.bias, targets, logit_scaling(model), label_smoothing)
+
+    def plain(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return cross_entropy_sum(logits, ids, label_smoothing), cross_entropy_sum(logits.detach(), ids)
+
+    if _has_plain_head(model):
+        return _inside_head(model, fused, hidden)
+    losses, nlls = zip(*_by_chunks(model, plain, hidden, targets), strict=True)
+    return torch.stack(losses).sum(), torch.stack(nlls).sum()
+
+
+def token_logprobs_at(
+    model: PreTrainedModel, hidden: Tensor, token_ids: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of tokens, without the logits.
+
+    Args:
+        model: a language model.
+        hidden: the hidden states from which the tokens are predicted, `[N, D]`.
+        token_ids: `[N]`, int64.
+        temperature: the sampling temperature.
+        with_entropy: also compute the entropy of each prediction.
+
+    Returns:
+        Log-probabilities in nats, `[N]`, and entropies, `[N]`, if asked for.
+    """
+
+    def fused(head: nn.Linear, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        scaling = logit_scaling(model)
+        return linear_token_logprobs(rows, head.weight, head.bias, token_ids, scaling, temperature, with_entropy)
+
+    def plain(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        return token_logprobs(logits, ids, temperature), entropy(logits, temperature) if with_entropy else None
+
+    if _has_plain_head(model):
+        return _inside_head(model, fused, hidden)
+    logprobs, entropies = zip(*_by_chunks(model, plain, hidden, token_ids), strict=True)
+    return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
+
+
+def _has_plain_head(model: PreTrainedModel) -> bool:
+    # A subclass (quantised, with an adapter) or a forward of its own may compute something else from the same weight.
+    head = model.get_output_embeddings()
+    return type(head) is nn.Linear and "forward" not in vars(head)
+
+
+def _inside_head(model: PreTrainedModel, compute: Callable[[nn.Linear, Tensor], Any], hidden: Tensor) -> Any:
+    """Call `compute(head, hidden)` as the forward of the output layer.
+
+    ZeRO-3 holds a layer's whole weight only while the layer is called, and for the backward pass of what the call
+    returned. All chunks share one call, since its gathering must happen equally often on every rank.
+    """
+    head: Any = model.get_output_embeddings()
+    head.forward = lambda rows: compute(head, rows)
+    try:
+        return head(hidden)
+    finally:
+        del head.forward
+
+
+def _by_chunks(
+    model: PreTrainedModel, compute: Callable[[Tensor, Tensor], Any], hidden: Tensor, token_ids: Tensor
+) -> list[Any]:
+    """`compute(logits, ids)` of each chunk of rows, for any output layer; backward computes the logits again."""
+
+    def of_rows(rows: Tensor, ids: Tensor) -> Any:
+        return compute(output_logits(model, rows), ids)
+
+    if any(hasattr(weight, "ds_id") for weight in model.get_output_embeddings().parameters()):
+        # Ranks have different numbers of rows, but under ZeRO-3 must call each layer equally often.
+        return [of_rows(hidden, token_ids)]
+    num_rows = rows_per_chunk(model.config.get_text_config().vocab_size)
+    pieces = zip(hidden.split(num_rows), token_ids.split(num_rows), strict=True)
+    return [checkpoint(of_rows, *piece, use_reentrant=False) for piece in pieces]
