@@ -50,6 +50,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     | {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1}
     | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
     "mixtral": _SHAPE | _EXPERTS,
+    "gpt_oss": _SHAPE | _EXPERTS | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "openai-gpt": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "afn": "gelu"},
     "bart": {"d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
     | {"max_position_embeddings": 64, "tie_word_embeddings": False},

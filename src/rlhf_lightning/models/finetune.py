@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -24,6 +26,7 @@ from rlhf_lightning.models.partitioned import is_partitioned, whole
 from rlhf_lightning.models.peft_library import (
     LoraConfig,
     LoraLayer,
+    ParamWrapper,
     cast_adapter_dtype,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -31,6 +34,7 @@ from rlhf_lightning.models.peft_library import (
 from rlhf_lightning.rng import generator
 
 _LINEAR = (nn.Linear, Conv1D)
+_WORTH_SAYING = 0.01
 _FINAL_NORM = re.compile(r"(final_)?(layer_?)?norm|(ln|norm)_f")
 
 
@@ -46,6 +50,8 @@ class FineTune:
         dropout: dropout in front of the adapters.
         target_modules: which layers get an adapter: `all-linear` for every linear layer but the output layer, a list of
             names such as [q_proj, v_proj], or a regular expression that matches whole names.
+        target_parameters: which weights that are no layers get an adapter as well: the ends of their names, such as
+            [experts.gate_up_proj, experts.down_proj] for the experts of a mixture, which are one weight together.
         use_dora: learn the magnitude of each row of a weight beside its direction (DoRA, Liu et al. 2024).
         use_rslora: multiply by alpha / sqrt(rank) instead (rsLoRA, Kalajdzievski 2023).
         export: `merged` exports a plain model, the adapters added to the weights; `adapter` only what was trained, as a
@@ -60,6 +66,7 @@ class FineTune:
     alpha: float = 32
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
+    target_parameters: list[str] = field(default_factory=list)
     use_dora: bool = False
     use_rslora: bool = False
     export: Literal["merged", "adapter"] = "merged"
@@ -69,8 +76,10 @@ class FineTune:
         check_arguments(FineTune, vars(self), ranges, "finetune.")
         if self.export == "adapter" and self.mode != "lora":
             raise UserError(f"finetune.export adapter needs finetune.mode lora, not {self.mode}: it makes no adapter")
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             raise UserError("finetune.target_modules is empty; use all-linear or a list of layer names")
+        if self.target_parameters and (self.use_dora or self.dropout):
+            raise UserError("finetune.target_parameters can have neither use_dora nor dropout: set dropout to 0")
         if isinstance(self.target_modules, str):
             try:
                 re.compile(self.target_modules)
@@ -141,7 +150,10 @@ def add_adapter(model: PreTrainedModel, finetune: FineTune, name: str = "default
         return
     if finetune.use_dora and is_partitioned(model):
         raise UserError("finetune.use_dora does not work on ZeRO-3: leave it out, or use stage 2")
+    if finetune.target_parameters and is_partitioned(model):
+        raise UserError("finetune.target_parameters does not work on ZeRO-3: leave it out, or use stage 2")
     trained = [p for p in model.parameters() if p.requires_grad]
+    _say_what_has_none(model, finetune)
     inject_adapter_in_model(lora_config(model, finetune), model, name)
     fuse_adapters(model)
     if not is_partitioned(model):  # DeepSpeed keeps its own copy in float32
@@ -168,6 +180,7 @@ def lora_config(model: PreTrainedModel, finetune: FineTune) -> LoraConfig:
         lora_alpha=finetune.alpha,  # type: ignore[arg-type]
         lora_dropout=finetune.dropout,
         target_modules=targets,
+        target_parameters=_target_parameters(model, finetune.target_parameters) or None,
         use_dora=finetune.use_dora,
         use_rslora=finetune.use_rslora,
         fan_in_fan_out=is_conv1d,
@@ -184,6 +197,11 @@ def _targets(model: PreTrainedModel, wanted: str | list[str]) -> tuple[str | lis
     matched: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
         found = {name for name, _ in model.named_modules() if _matches(target, name, isinstance(targets, str))}
+        if not found and not isinstance(targets, str) and (weights := _weights_called(model, target)):
+            raise UserError(
+                f"finetune.target_modules: '{target}' is no layer but a weight ({weights[0]}); name it in "
+                "finetune.target_parameters"
+            )
         if not found:
             hint = "; a string is a regular expression for whole names" if isinstance(targets, str) else ""
             raise UserError(
@@ -202,6 +220,52 @@ def _targets(model: PreTrainedModel, wanted: str | list[str]) -> tuple[str | lis
     return targets, kinds == {True}
 
 
+def _target_parameters(model: PreTrainedModel, wanted: list[str]) -> list[str]:
+    """The same names, once they are known to be weights that can have an adapter."""
+    others = sorted(_without_layer(model))
+    hint = f"there are {', '.join(_endings(others))}" if others else f"{type(model).__name__} has none"
+    for target in wanted:
+        found = _weights_called(model, target)
+        if not found:
+            raise UserError(f"finetune.target_parameters: no weight is called '{target}'; {hint}")
+        if unfit := [name for name in found if name not in others]:
+            raise UserError(f"finetune.target_parameters: '{unfit[0]}' belongs to a layer or is a vector; {hint}")
+    return wanted
+
+
+def _weights_called(model: nn.Module, target: str) -> list[str]:
+    return [name for name, _ in model.named_parameters() if _matches(target, name, is_pattern=False)]
+
+
+def _without_layer(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Matrices, one or several on top of each other, that belong to no layer of their own, such as fused experts."""
+    layers = (module for module in model.modules() if isinstance(module, (*_LINEAR, nn.Embedding, _ConvNd)))
+    of_layers = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
+    backbone = {id(p) for p in model.base_model.parameters()} - of_layers
+    shapes = ((name, p, getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if id(p) in backbone)
+    return {name: p for name, p, shape in shapes if len(shape) in (2, 3) and min(shape) > 1}
+
+
+def _endings(names: list[str]) -> list[str]:
+    """The last two parts of names, each once."""
+    return sorted({".".join(name.split(".")[-2:]) for name in names})
+
+
+def _say_what_has_none(model: PreTrainedModel, finetune: FineTune) -> None:
+    """Name the matrices that stay frozen without an adapter, where `all-linear` sounds as if there were none."""
+    if finetune.target_modules != "all-linear":
+        return
+    wanted = finetune.target_parameters
+    frozen = {name: p for name, p in _without_layer(model).items() if not any(_matches(t, name, False) for t in wanted)}
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    share = sum(getattr(p, "ds_numel", p.numel()) for p in frozen.values()) / sum(sizes.values())
+    if share >= _WORTH_SAYING:
+        rank_zero_warn(
+            f"finetune.target_modules all-linear leaves {share:.0%} of the weights frozen without an adapter, for they "
+            f"are no layers: {', '.join(_endings(list(frozen)))}; name them in finetune.target_parameters to adapt them"
+        )
+
+
 def _matches(target: str, name: str, is_pattern: bool) -> bool:
     # As in peft: a string matches whole names, an item of a list the last part of one.
     return bool(re.fullmatch(target, name)) if is_pattern else name == target or name.endswith(f".{target}")
@@ -216,7 +280,8 @@ def _draw(model: nn.Module, name: str) -> None:
     for _, layer in _lora_layers(model):
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         bound = layer.lora_A[name].in_features ** -0.5
-        drawn = (torch.rand(layer.r[name], layer.lora_A[name].in_features, generator=random) * 2 - 1) * bound
+        size = layer.lora_A[name].out_features, layer.lora_A[name].in_features  # experts have `rank` rows each
+        drawn = (torch.rand(size, generator=random) * 2 - 1) * bound
         with torch.no_grad(), whole(a, b):
             a.copy_(drawn)
             b.zero_()
@@ -300,12 +365,39 @@ def merged_state(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tens
     """
     merged = dict(weights)
     for name, layer in _lora_layers(model):
+        if isinstance(layer, ParamWrapper):
+            _merge_parameter(name, layer, weights, merged)
+            continue
         parts = {key.removeprefix(f"{name}."): merged.pop(key) for key in weights if key.startswith(f"{name}.")}
         for key, tensor in parts.items():
             if key.startswith("base_layer."):
                 merged[f"{name}.{key.removeprefix('base_layer.')}"] = tensor
         merged[f"{name}.weight"] = _merge(layer, parts)
     return merged
+
+
+def _merge_parameter(name: str, wrapper: Any, weights: dict[str, Tensor], merged: dict[str, Tensor]) -> None:
+    """Put a weight that is no layer, its adapters added, in its place; wrappers of one module stand in each other."""
+    for key in [key for key in merged if key.startswith(f"{name}.lora_")]:
+        del merged[key]
+    for key in [key for key in merged if key.startswith(f"{name}.base_layer.")]:
+        if ".lora_" not in key:
+            merged[key.replace(".base_layer", "")] = merged.pop(key)
+    inner, depth = wrapper, 0
+    while isinstance(inner, ParamWrapper):
+        inner, depth = inner.base_layer, depth + 1
+    base = weights[f"{name}{'.base_layer' * depth}.{wrapper.parameter_name}"]
+    dtype = torch.promote_types(base.dtype, torch.float32)
+    experts, weight = wrapper.num_experts, base.to(dtype)
+    for adapter in wrapper.active_adapters:
+        a, b = (weights[f"{name}.lora_{side}.{adapter}.weight"].to(dtype) for side in "AB")
+        a, b = a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts))
+        change = torch.einsum("ore,eri->eoi", b, a) * wrapper.scaling[adapter]
+        if base.dim() == 3 and getattr(inner, "is_transposed", False):  # [experts, in, out]
+            change = change.transpose(1, 2)
+        weight = weight + change.reshape(base.shape)
+    place = f"{name.replace('.base_layer', '')}.{wrapper.parameter_name}"
+    merged[place] = weight.to(base.dtype).contiguous()
 
 
 def _merge(layer: Any, parts: dict[str, Tensor]) -> Tensor:

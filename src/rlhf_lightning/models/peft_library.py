@@ -40,6 +40,7 @@ with without_bitsandbytes():
     from peft import LoraConfig, PeftConfig, PeftModel
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import Linear as LoraLinear
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import cast_adapter_dtype
     from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
@@ -49,6 +50,7 @@ __all__ = [
     "LoraConfig",
     "LoraLayer",
     "LoraLinear",
+    "ParamWrapper",
     "PeftConfig",
     "PeftModel",
     "cast_adapter_dtype",
