@@ -1,9 +1,11 @@
 """Tiny model folders, data and trainers on which whole stages run in a second."""
 
+import itertools
 import logging
 import random
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -187,6 +189,11 @@ def disturb_random_numbers(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def clock() -> SimpleNamespace:
+    """What a module may take for `time`: each look at it is two seconds after the one before."""
+    return SimpleNamespace(perf_counter=itertools.count(step=2).__next__)
 
 
 def sgd(lr: float) -> Any:

@@ -13,6 +13,7 @@ from helpers.compiling import count_compiling
 from helpers.stages import (
     adamw,
     assert_close_weights,
+    clock,
     disturb_random_numbers,
     fit,
     prompt_rows,
@@ -25,6 +26,7 @@ from helpers.stages import (
     trainer,
     weights,
 )
+from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import KLPenalty, Objective, PPOModule, PromptDataModule, Sampling, ScoreShaping
 
 ROLLOUT = {"score", "score_std", "reward", "kl", "kl_k3", "kl_coef", "entropy", "response_length", "eos_rate"}
@@ -411,3 +413,34 @@ def test_raw_and_calibrated_scores_are_told_apart(folder, reward_folder):
     for stage in ("train", "val"):
         score, raw = (log.series(f"{stage}/{name}")[0] for name in ("score", "raw_score"))
         assert raw == pytest.approx(score * 2 + 0.5, abs=1e-5)  # as the folder was calibrated
+
+
+def test_seconds_are_those_of_the_parts(folder, monkeypatch):
+    monkeypatch.setattr("rlhf_lightning.modules.ppo.time", clock())
+    log = run(ppo(folder, share_of_letters))
+    assert [log.series(f"train/seconds_{part}") for part in ("generating", "scoring", "updating")] == [[2.0]] * 3
+
+
+@pytest.mark.parametrize("of_a_model", [True, False])
+def test_validation_numbers_are_means_over_responses(folder, reward_folder, tmp_path, of_a_model):
+    """Against what `predict` says of each response; the batches are uneven."""
+    other = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(0.8)
+    other.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    certain = Sampling(top_k=1, max_new_tokens=8, stop_strings=list("aeiou"))  # no random number matters
+    reward = reward_folder if of_a_model else share_of_letters
+    rows = prompt_rows(5)
+    held_out = {"validation_data": rows, "test_data": rows, "predict_data": rows, "eval_batch_size": 2}
+    data = data_module(folder, 8, **held_out)
+    module = ppo(folder, reward, sampling=certain, reference=str(tmp_path))
+    answers = [row for batch in trainer().predict(module, data) for row in batch]
+    columns = {"score": "score", "kl": "kl", "eos_rate": "ended", "response_length": "tokens"}
+    expected = {name: statistics.mean(float(row[column]) for row in answers) for name, column in columns.items()}
+    assert abs(expected["kl"]) > 1e-3
+    if of_a_model:
+        expected["raw_score"] = expected["score"] * 2 + 0.5
+    (validated,), (tested,) = (getattr(trainer(), task)(module, data, verbose=False) for task in ("validate", "test"))
+    assert validated == pytest.approx({f"val/{name}": value for name, value in expected.items()}, abs=1e-5)
+    assert tested == pytest.approx({f"test/{name}": value for name, value in expected.items()}, abs=1e-5)

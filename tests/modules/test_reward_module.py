@@ -10,6 +10,7 @@ from helpers.stages import (
     MemoryLogger,
     adamw,
     assert_close_weights,
+    clock,
     disturb_random_numbers,
     fit,
     preference_rows,
@@ -294,17 +295,35 @@ def test_one_held_out_pair_gives_a_mean_but_no_deviation(folder):
 
 @pytest.mark.parametrize("task", ["validate", "test", "predict"])
 def test_a_head_that_nobody_trained_is_refused(folder, task):
-    data = data_module(folder, preference_rows(4), validation_data=preference_rows(4))
+    rows = preference_rows(4)
+    data = data_module(folder, rows, validation_data=rows, test_data=rows)
     with pytest.raises(UserError, match="has no trained reward head; pass the export folder of a reward model"):
         getattr(trainer(), task)(RewardModule(folder), data)
 
 
 @pytest.mark.parametrize("task", ["validate", "test", "predict"])
 def test_a_checkpoint_makes_the_head_a_trained_one(folder, tmp_path, task):
-    data = data_module(folder, preference_rows(4), validation_data=preference_rows(4))
+    rows = preference_rows(4)
+    data = data_module(folder, rows, validation_data=rows, test_data=rows)
     run = trainer()
     run.fit(RewardModule(folder), data)
     run.save_checkpoint(tmp_path / "trained.ckpt")
     module = RewardModule(folder)
     assert getattr(trainer(), task)(module, data, ckpt_path=tmp_path / "trained.ckpt", weights_only=True)
     assert module.scalar.calibration.std != 1
+
+
+def test_speed_norm_and_rate_by_hand(reward_folder, monkeypatch):
+    """One step of gradient descent without clipping: the gradient is what the weights moved by."""
+    rows = preference_rows(7)
+    (batch,) = batches(reward_folder, rows)
+    monkeypatch.setattr("rlhf_lightning.modules.reward.time", clock())
+    module = RewardModule(reward_folder, optimizer=sgd(0.1), gradient_clip_val=None, **CONSTANT)
+    module.configure_model()
+    before = weights(module.scalar)
+    log = fit(module, data_module(reward_folder, rows), max_steps=1)
+    moved = torch.stack([(weights(module.scalar)[name] - old).norm() for name, old in before.items()]).norm().item()
+    tokens = int(batch.chosen_mask.sum() + batch.rejected_mask.sum())
+    assert log.series("train/grad_norm") == pytest.approx([moved / 0.1], rel=1e-3)
+    assert log.series("train/lr") == pytest.approx([0.1])
+    assert log.series("train/tokens_per_second") == pytest.approx([tokens / 2])

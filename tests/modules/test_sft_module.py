@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from helpers.stages import (
     adamw,
     assert_close_weights,
+    clock,
     disturb_random_numbers,
     fit,
     instruction_rows,
@@ -193,3 +194,18 @@ def test_a_stream_without_end_has_no_schedule_to_follow(folder):
     endless = SFTModule(folder, optimizer=sgd(0.01), **CONSTANT)
     fit(endless, data_module(folder, data, batch_size=2))
     assert endless.trainer.global_step == 3
+
+
+def test_speed_norm_and_rate_by_hand(folder, monkeypatch):
+    """One step of gradient descent without clipping: the gradient is what the weights moved by."""
+    rows = instruction_rows(7)
+    (batch,) = batches(folder, rows)
+    monkeypatch.setattr("rlhf_lightning.modules.sft.time", clock())
+    module = SFTModule(folder, sgd(0.1), gradient_clip_val=None, **CONSTANT)
+    module.configure_model()
+    before = weights(module.model)
+    log = fit(module, data_module(folder, rows), max_steps=1)
+    moved = torch.stack([(weights(module.model)[name] - old).norm() for name, old in before.items()]).norm().item()
+    assert log.series("train/grad_norm") == pytest.approx([moved / 0.1], rel=1e-3)
+    assert log.series("train/lr") == pytest.approx([0.1])
+    assert log.series("train/tokens_per_second") == pytest.approx([int(batch.attention_mask.sum()) / 2])
