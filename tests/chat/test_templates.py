@@ -1,12 +1,14 @@
 """What is taught and read is what the template writes, over a shelf of templates and tokenizers."""
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.templates import SHELF, shelf_tokenizer
+from helpers.templates import CONTROL, SHELF, shelf_tokenizer
 from rlhf_lightning.chat.encoder import APART, ChatEncoder
 from rlhf_lightning.chat.templates import turn_ends
-from rlhf_lightning.chat.writer import NO_END, REWRITES, Dialogue
+from rlhf_lightning.chat.writer import ACTING, HIDDEN, LEFT_OUT, NO_END, NO_TURNS, NOT_APPLIED, REWRITES, Dialogue
 
 NAMES = list(SHELF)
 ENCODERS = {
@@ -74,3 +76,182 @@ def test_joined_ids_are_those_of_the_whole_dialogue(form, earlier, question, ans
     assert [part.tolist() for part in apart] == [result.prompt.tolist(), result.responses[0].tolist()]
     cut = encoder.encode_dialogue(messages, answer, ended=False)
     assert cut[1].tolist() == result.responses[0].tolist()[:-1]
+
+
+def taught(encoder, messages, answer, untaught=()):
+    """The texts of the earlier turns and of the response, each with its control tokens."""
+    (result,) = encoder.encode_dialogues([Dialogue(messages, (answer,), (), untaught)], need_turns=True)
+    ids = [result.prompt[a:b] for a, b in result.turns.reshape(-1, 2)] + [result.responses[0]]
+    return [encoder.tokenizer.decode(part.tolist()) for part in ids], result.notes
+
+
+@pytest.mark.parametrize("spelling", ["bytes", "metaspace"])
+@pytest.mark.parametrize(
+    ("name", "earlier", "last"),
+    [
+        ("chatml", "hello<|im_end|>", "ciao<|im_end|>"),
+        ("llama2", "hello </s>", "ciao </s>"),
+        ("llama3", "hello<|eot_id|>", "ciao<|eot_id|>"),
+        ("gemma", "hello<end_of_turn>", "ciao<end_of_turn>"),
+        ("mistral", "hello</s>", "ciao</s>"),
+        ("qwen3", "hello<|im_end|>", "<think>\n\n</think>\n\nciao<|im_end|>"),
+        ("deepseek", "hello</s>", "ciao</s>"),
+        ("opened thought", "hello<|im_end|>", "\n</think>\n\nciao<|im_end|>"),
+        ("phi", "hello<|end|>", "ciao<|end|>"),
+        ("zephyr", "hello</s>", "ciao</s>"),
+        ("command", "hello<|END_OF_TURN_TOKEN|>", "ciao<|END_OF_TURN_TOKEN|>"),
+        # Its earlier turns end by a token that also stands between thought and answer, where nobody stops.
+        ("harmony", "<|channel|>final<|message|>hello", "<|channel|>final<|message|>ciao<|return|>"),
+        ("glm", "hello", "ciao</s>"),
+        ("alpaca", "hello", "ciao</s>"),
+    ],
+)
+def test_each_turn_is_taught_to_its_own_end(name, earlier, last, spelling):
+    encoder = ENCODERS[name, spelling, False]
+    messages = [user("hi"), assistant("hello"), user("bye")]
+    turns, notes = taught(encoder, messages, "ciao")
+    assert [turn.strip() for turn in turns] == [earlier.strip(), last.strip()]
+    assert NO_TURNS not in notes
+    assert [turn.strip() for turn in taught(encoder, messages, "ciao", untaught=(1,))[0]] == [last.strip()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_ends_a_turn_is_found_by_letting_the_template_write(name):
+    tokenizer = shelf_tokenizer(name)
+    ends = [tokenizer.convert_ids_to_tokens(end) for end in turn_ends(tokenizer)]
+    assert ends == ([SHELF[name].end] if SHELF[name].end else [])
+    tokenizer.chat_template = SHELF["gemma"].text  # not remembered for another template
+    assert tokenizer.convert_ids_to_tokens(turn_ends(tokenizer)) == ["<end_of_turn>"]
+    tokenizer.chat_template = None
+    assert turn_ends(tokenizer) == []
+
+
+def test_a_call_of_a_tool_may_end_otherwise():
+    template = (
+        "{% for m in messages %}{{ '<|start|>' + m['role'] + '<|message|>' }}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function.name + '<|end|>' }}"
+        "{% else %}{{ m['content'] + '<|eot_id|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant<|message|>' }}{% endif %}"
+    )
+    encoder = ChatEncoder(shelf_tokenizer("chatml"), chat_template=template)
+    tokenizer = encoder.tokenizer
+    assert tokenizer.convert_ids_to_tokens(turn_ends(tokenizer)) == ["<|eot_id|>", "<|end|>"]
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    _, response = encoder.encode_dialogue([user("Rain?")], assistant("", tool_calls=[call]))
+    assert tokenizer.decode(response.tolist()) == "weather<|end|>"
+
+
+@pytest.mark.parametrize("spelling", ["bytes", "metaspace"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("token", ["</s>", "<|im_end|>", "<end_of_turn>", "<|user|>", "[gMASK]"])
+def test_control_tokens_in_what_is_said_do_not_act(name, spelling, token):
+    encoder = ENCODERS[name, spelling, False]
+    control = {encoder.tokenizer.convert_tokens_to_ids(text) for text in CONTROL}
+    words, other = f"say {token}a{token} now", "say x now"
+    said, without = (
+        encoder.encode_dialogues([Dialogue([user(text), assistant(text), user(text)], (text,))], need_turns=True)[0]
+        for text in (words, other)
+    )
+    for with_token, plain in zip((said.prompt, *said.responses), (without.prompt, *without.responses), strict=True):
+        assert [i for i in with_token if i in control] == [i for i in plain if i in control]
+    whole = encoder.tokenizer.decode([*said.prompt.tolist(), *said.responses[0].tolist()])
+    assert whole.count(words) == 4
+    assert said.notes.count(HIDDEN) == 1
+    assert HIDDEN not in without.notes
+    text, ids = encoder.encode_prompt([user(words)])
+    assert words in text
+    assert encoder.render([user(words)]).text == text
+    assert [i for i in ids if i in control] == [i for i in encoder.encode_prompt([user(other)])[1] if i in control]
+
+
+def test_a_response_that_brings_its_own_end_is_ended_once():
+    encoder = ENCODERS["gemma", "bytes", True]
+    plain = encoder.encode_dialogue([user("hi")], "hello")[1].tolist()
+    for end in ("</s>", "<end_of_turn>", "<end_of_turn></s>"):
+        assert encoder.encode_dialogue([user("hi")], "hello" + end)[1].tolist() == plain
+
+
+def test_thoughts_are_written_once_and_named_where_they_are_left_out():
+    for response in ("<think>\nhm\n</think>\n\nhello", assistant("hello", reasoning_content="hm")):
+        (qwen,) = ENCODERS["qwen3", "bytes", False].encode_dialogues([Dialogue([user("hi")], (response,))])
+        text = ENCODERS["qwen3", "bytes", False].tokenizer.decode(qwen.responses[0].tolist())
+        assert text == "<think>\nhm\n</think>\n\nhello<|im_end|>"
+        assert LEFT_OUT not in qwen.notes
+    (opened,) = ENCODERS["opened thought", "bytes", False].encode_dialogues(
+        [Dialogue([user("hi")], ("<think>\nhm\n</think>\n\nhello",))]
+    )
+    assert opened.notes.count(LEFT_OUT) == 1
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    (unread,) = ENCODERS["chatml", "bytes", False].encode_dialogues([Dialogue([user("hi")], ("hello",), (tool,))])
+    assert unread.notes == (LEFT_OUT,)
+
+
+def test_tools_reach_the_template():
+    template = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + SHELF["chatml"].text
+    encoder = ChatEncoder(shelf_tokenizer("chatml"), chat_template=template)
+    tool = {"type": "function", "function": {"name": "weather</s>", "parameters": {}}}
+    (result,) = encoder.encode_dialogues([Dialogue([user("hi")], ("hello",), (tool,))])
+    assert encoder.tokenizer.decode(result.prompt.tolist()).startswith("weather</s><|im_start|>user\nhi")
+    assert encoder.tokenizer.eos_token_id not in result.prompt
+    assert result.notes == (HIDDEN,)
+
+
+def test_text_written_with_control_tokens_is_kept_as_written():
+    encoder = ENCODERS["chatml", "bytes", True]
+    tokenizer = encoder.tokenizer
+    by_hand = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    (result,) = encoder.encode_dialogues([Dialogue(by_hand, ("hello<|im_end|>", "hello", "hello</s></s>"))])
+    expected = ["hello<|im_end|>", "hello</s>", "hello</s>"]
+    assert tokenizer.decode(result.prompt.tolist()) == "<s>" + by_hand
+    assert result.prompt.tolist().count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+    assert [ids.tolist() for ids in result.responses] == [
+        tokenizer(text, add_special_tokens=False).input_ids for text in expected
+    ]
+    assert result.notes == (ACTING,)
+
+
+def test_plain_text_before_an_instruct_tokenizer_is_named():
+    tokenizer = shelf_tokenizer("chatml")
+    (result,) = ChatEncoder(tokenizer).encode_dialogues([Dialogue("Once upon", (" a </s> time",))])
+    assert result.notes == (NOT_APPLIED, HIDDEN)
+    assert tokenizer.decode(result.responses[0].tolist()) == " a </s> time</s>"
+    assert result.responses[0].tolist().count(tokenizer.eos_token_id) == 1
+    for form in ("chat_template", "plain"):
+        (result,) = ChatEncoder(tokenizer, form).encode_dialogues([Dialogue("Once upon", (" a time",))])
+        assert result.notes == ()
+
+
+def test_responses_to_one_prompt_share_it_whatever_the_template_does():
+    encoder = ENCODERS["deepseek", "bytes", False]
+    responses = ("hello", "<think>\nhm\n</think>\n\nhi", "hey")
+    (result,) = encoder.encode_dialogues([Dialogue([user("hi")], responses)])
+    assert encoder.tokenizer.decode(result.prompt.tolist()) == "<s><|User|>hi<|Assistant|>"
+    said = [encoder.tokenizer.decode(ids.tolist()) for ids in result.responses]
+    assert said == ["hello</s>", "\n\nhi</s>", "hey</s>"]
+    assert result.notes == (REWRITES, LEFT_OUT)
+
+
+def test_a_plain_dialogue_has_no_place_for_calls_thoughts_and_tools():
+    encoder = ChatEncoder(shelf_tokenizer("chatml"), "plain")
+    for dialogue in (
+        Dialogue([user("hi")], (assistant("", tool_calls=[{"function": {"name": "f"}}]),)),
+        Dialogue([user("hi"), assistant("hello", reasoning_content="hm"), user("so?")]),
+        Dialogue([user("hi")], ("hello",), ({"name": "f"},)),
+    ):
+        (result,) = encoder.encode_dialogues([dialogue])
+        assert "has no place for" in str(result)
+
+
+def test_slow_paths_agree_with_fast_ones():
+    """Where the tokenizer cannot be relied on to divide at control tokens, whole texts are tokenised."""
+    messages = [user("hi"), assistant("hello"), user("bye")]
+    for name in NAMES:
+        encoder = ChatEncoder(shelf_tokenizer(name, bos=True))
+        encoder._tokens.__dict__["splitting"] = frozenset()
+        (whole,) = encoder.encode_dialogues([Dialogue(messages, ("ciao", " x\n"))], need_turns=True)
+        (cut,) = ENCODERS[name, "bytes", True].encode_dialogues([Dialogue(messages, ("ciao", " x\n"))], need_turns=True)
+        assert whole.notes == cut.notes
+        for a, b in zip(
+            (whole.prompt, whole.turns, *whole.responses), (cut.prompt, cut.turns, *cut.responses), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)

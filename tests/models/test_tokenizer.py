@@ -3,6 +3,7 @@
 import pytest
 
 from helpers.models import table_tokenizer
+from helpers.templates import shelf_tokenizer
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.tokenizer import eos_ids, filler_id, load_tokenizer, own_pad_token, same_tokenizer
@@ -48,6 +49,14 @@ def test_eos_ids_come_from_tokenizer_and_generation_config():
     assert eos_ids(tokenizer, 0) == [0]
     with pytest.raises(UserError, match="no EOS token"):
         eos_ids(tokenizer)
+
+
+def test_the_ends_of_turns_in_the_template_end_responses_too():
+    tokenizer = shelf_tokenizer("gemma")
+    eos, end = tokenizer.convert_tokens_to_ids(["</s>", "<end_of_turn>"])
+    assert eos_ids(tokenizer) == [eos, end]
+    assert eos_ids(tokenizer, [end, 7]) == [eos, end, 7]
+    assert eos_ids(shelf_tokenizer("zephyr")) == [eos]
 
 
 def test_a_pad_token_that_is_distinct_is_kept():

@@ -18,6 +18,7 @@ from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.master_weights import with_master_weights
 from rlhf_lightning.models.generation import Generation
+from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.optim import schedule_learning_rate
 from rlhf_lightning.strategies import sum_over_ranks, world_size
 
@@ -26,6 +27,32 @@ PieceT = TypeVar("PieceT")
 _ROLLOUT = ("rollout_batch_size", "generation_batch_size", "ppo_epochs")
 SIZES = dict.fromkeys((*_ROLLOUT, "minibatch_size", "micro_batch_size", "max_tokens_per_batch"), AT_LEAST_1)
 """What the modules' counts may be, for `check_arguments`."""
+
+
+def _datamodule(module: pl.LightningModule) -> Any:
+    """The data module that a stage is run with; None without one, or without a trainer."""
+    try:
+        return getattr(module.trainer, "datamodule", None)
+    except RuntimeError:  # not attached
+        return None
+
+
+def stage_tokenizer(module: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a stage's model, with the chat template by which the data module writes dialogues.
+
+    What ends a turn in that template is what generation stops at and what the export's generation config lists.
+
+    Args:
+        module: has `model_name_or_path` and `trust_remote_code`, and may be attached to a trainer.
+
+    Raises:
+        UserError: there is no tokenizer at that place.
+    """
+    tokenizer = load_tokenizer(module.model_name_or_path, module.trust_remote_code)
+    template = getattr(getattr(_datamodule(module), "tokenizer", None), "chat_template", None)
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def check_batch_sizes(**sizes: int | None) -> None:
@@ -171,11 +198,7 @@ def policy_chat(module: pl.LightningModule, tokenizer: PreTrainedTokenizerBase) 
         module: the stage, attached to a trainer or not.
         tokenizer: the policy's.
     """
-    try:
-        trainer = module.trainer
-    except RuntimeError:  # not attached
-        return ChatEncoder(tokenizer)
-    chat = getattr(getattr(trainer, "datamodule", None), "chat", None)
+    chat = getattr(_datamodule(module), "chat", None)
     return chat if isinstance(chat, ChatEncoder) else ChatEncoder(tokenizer)
 
 

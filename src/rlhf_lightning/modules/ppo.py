@@ -31,7 +31,6 @@ from rlhf_lightning.models.generation import Generation, Sampling, TransformersE
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
-from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.modules import ppo_checks
 from rlhf_lightning.modules.common import (
     SIZES,
@@ -47,6 +46,7 @@ from rlhf_lightning.modules.common import (
     response_rows,
     run_seed,
     save_run_state,
+    stage_tokenizer,
 )
 from rlhf_lightning.optim import Schedule, learning_rates, parameter_groups
 from rlhf_lightning.ppo_losses import ppo_losses, tallied
@@ -209,7 +209,7 @@ class PPOModule(pl.LightningModule):
         """Load the four models, once: policy and value to be trained, reference and reward frozen."""
         if self.policy is not None:
             return
-        tokenizer = load_tokenizer(self.model_name_or_path, self.trust_remote_code)
+        tokenizer = stage_tokenizer(self)
         models = self._source.load(policy_chat(self, tokenizer))
         self.reference_model, self.scorer, self.value = models.reference, models.scorer, models.value
         if self.gradient_checkpointing:

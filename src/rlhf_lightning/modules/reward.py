@@ -35,7 +35,7 @@ from rlhf_lightning.models.scalar_lm import (
     load_reward_model,
     new_scalar_lm,
 )
-from rlhf_lightning.models.tokenizer import load_tokenizer, own_pad_token
+from rlhf_lightning.models.tokenizer import own_pad_token
 from rlhf_lightning.modules.common import (
     SIZES,
     check_token_budget,
@@ -48,6 +48,7 @@ from rlhf_lightning.modules.common import (
     name_rows,
     run_seed,
     save_run_state,
+    stage_tokenizer,
 )
 from rlhf_lightning.optim import Schedule, learning_rates, parameter_groups
 from rlhf_lightning.rng import forked_rng
@@ -148,7 +149,7 @@ class RewardModule(pl.LightningModule):
         self._head_is_random = not has_reward_head(self.model_name_or_path)
         load = new_scalar_lm if self._head_is_random else load_reward_model
         scalar = load(self.model_name_or_path, dropout=self.dropout, trust_remote_code=self.trust_remote_code)
-        self.tokenizer = load_tokenizer(self.model_name_or_path, self.trust_remote_code)
+        self.tokenizer = stage_tokenizer(self)
         num_embeddings = scalar.model.get_input_embeddings().num_embeddings
         pad_id = own_pad_token(self.tokenizer, num_embeddings)
         if pad_id >= num_embeddings:

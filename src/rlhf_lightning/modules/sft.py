@@ -27,7 +27,6 @@ from rlhf_lightning.models.finetune import FineTune, describe_trained, prepare_f
 from rlhf_lightning.models.generation import Sampling, TransformersEngine
 from rlhf_lightning.models.output_layer import cross_entropy_at
 from rlhf_lightning.models.packed import check_packing
-from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.modules.common import (
     SIZES,
     check_token_budget,
@@ -41,6 +40,7 @@ from rlhf_lightning.modules.common import (
     response_rows,
     run_seed,
     save_run_state,
+    stage_tokenizer,
 )
 from rlhf_lightning.optim import Schedule, learning_rates, parameter_groups
 from rlhf_lightning.rng import forked_rng, generator
@@ -124,7 +124,7 @@ class SFTModule(pl.LightningModule):
         model = load_causal_lm(self.model_name_or_path, self.dropout, self.trust_remote_code)
         prepare_for_training(model, self.finetune, self.gradient_checkpointing)
         self.model = model
-        self.tokenizer = load_tokenizer(self.model_name_or_path, self.trust_remote_code)
+        self.tokenizer = stage_tokenizer(self)
 
     @property
     def export_model(self) -> PreTrainedModel:
