@@ -76,16 +76,16 @@ def test_what_a_format_writes_around_an_answer_is_taken_off(template, options, s
     for prompt in (DIALOGUE, TURNS) if template else (DIALOGUE,):
         _, ids = chat.encode_dialogue(prompt, "word")
         spacing, written = Spacing.of(chat), WrittenPrompt(prompt)
-        assert spacing.content(written, chat.decode([ids])[0], ended=True) == "word"
+        assert spacing.content(written, chat.decode([ids])[0]) == "word"
         cut = said.rstrip()
-        assert spacing.content(written, cut, ended=False) == "word"
+        assert spacing.content(written, cut) == "word"
         # What an answer itself begins and ends with stays.
-        assert spacing.content(written, said.replace("word", "\tword\n"), ended=True) == "\tword\n"
+        assert spacing.content(written, said.replace("word", "\tword\n")) == "\tword\n"
 
 
 def test_text_that_is_no_dialogue_is_continued_as_it_stands():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = SPACED
     written = WrittenPrompt("Once upon")
-    assert Spacing.of(ChatEncoder(tokenizer)).content(written, " a time", ended=True) == " a time"
-    assert Spacing.of(ChatEncoder(tokenizer, "chat_template")).content(written, " a time", ended=False) == "a time"
+    assert Spacing.of(ChatEncoder(tokenizer)).content(written, " a time") == " a time"
+    assert Spacing.of(ChatEncoder(tokenizer, "chat_template")).content(written, " a time") == "a time"

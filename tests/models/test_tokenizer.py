@@ -112,3 +112,6 @@ def test_other_ids_or_another_eos_make_another_tokenizer():
     grown = tiny_tokenizer()
     grown.add_tokens(["one", "two"])
     assert not same_tokenizer(tokenizer, grown)
+    one_more = tiny_tokenizer()
+    one_more.add_tokens(["yeast"])
+    assert not same_tokenizer(tokenizer, one_more)  # no pad token

@@ -22,24 +22,29 @@ from rlhf_lightning import (
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.plain import PlainFormat
+from rlhf_lightning.data.sources import Table
+from rlhf_lightning.models.actor_critic import ActorCriticSource
 from rlhf_lightning.models.generation import Generation, decode_responses
 from rlhf_lightning.models.rewarding import ModelScorer, Responses, TextScorer, load_scorer, rendering_of
 from rlhf_lightning.models.scalar_lm import RENDERING, load_reward_model
 
 SIZES = {"rollout_batch_size": 2, "minibatch_size": 2, "sampling": Sampling(max_new_tokens=4)}
+CHATML = CHAT_TEMPLATE.replace(" | trim", "")
 GEMMA_LIKE = (
     "{{ bos_token }}{% for m in messages %}"
     "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content'] + '<|end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
+GEMMA = GEMMA_LIKE.replace("<|end|>", "<end_of_turn>")
+"""Ends its turns by another token than the EOS."""
+THINKS = CHATML.replace("assistant\\n", "assistant\\n<think>\\n")
+"""Opens the thoughts before each answer in the prompt for generation."""
 LLAMA2_LIKE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
     "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
 )
-TOOLS_SHOWN = "{% if tools %}{{ tools[0]['function']['name'] }}\n{% endif %}" + CHAT_TEMPLATE
-REFUSES_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + CHAT_TEMPLATE
-)
+TOOLS_SHOWN = "{% if tools %}{{ tools[0]['function']['name'] }}\n{% endif %}" + CHATML
+REFUSES_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + CHATML
 ANGLES = PlainFormat("<user> ", "<bot>", "<rules> ", " ", "")
 
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -47,7 +52,7 @@ ASKED = [{"role": "user", "content": "how do I bake bread?"}, {"role": "assistan
 LAST = {"role": "user", "content": "and faster?"}
 HH = "\n\nHuman: how do I bake bread?\n\nAssistant: Slowly.\n\nHuman: and faster?\n\nAssistant:"
 PROMPTS: list[Any] = [[SYSTEM, *ASKED, LAST], [LAST], HH]
-ANSWERS = ["With more yeast.", "Two things:\n\n1. wait\n2. bake", "Buy it!"]
+ANSWERS = ["With more yeast.", "  Two things:\n\n1. wait\n2. bake\n", "Buy it!"]
 ROWS = [{"prompt": p, "chosen": a, "rejected": "No."} for p, a in zip(PROMPTS, ANSWERS, strict=True)]
 TEXT_ROWS = [
     {"prompt": prompt, "chosen": f"{answer} {i}", "rejected": "No."}
@@ -59,6 +64,7 @@ def tokenizer_of(template=None, bos=False, more=()):
     tokenizer = tiny_tokenizer(bos=bos)
     tokenizer.chat_template = template
     tokenizer.add_tokens(list(more))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
     return tokenizer
 
 
@@ -121,16 +127,19 @@ def scored_ids(scorer, prompts, generation, texts):
 
 PAIRS = {
     "plain policy, templated reward": ((None, {}), (GEMMA_LIKE, True, {}), TEXT_ROWS),
-    "templated policy, plain reward": ((CHAT_TEMPLATE, {}), (None, False, {"dialogue_format": "plain"}), ROWS),
-    "two templates": ((CHAT_TEMPLATE, {}), (GEMMA_LIKE, True, {}), ROWS),
-    "spaces around answers": ((LLAMA2_LIKE, {}), (CHAT_TEMPLATE, False, {}), ROWS),
+    "templated policy, plain reward": ((CHATML, {}), (None, False, {"dialogue_format": "plain"}), ROWS),
+    "two templates": ((CHATML, {}), (GEMMA_LIKE, True, {}), ROWS),
+    "spaces around answers": ((LLAMA2_LIKE, {}), (CHATML, False, {}), ROWS),
     "spaces around answers of the reward": ((GEMMA_LIKE, {}), (LLAMA2_LIKE, False, {}), ROWS),
+    "the policy's own end of turn": ((GEMMA, {}), (CHATML, False, {}), ROWS),
+    "the reward's own end of turn": ((CHATML, {}), (GEMMA, True, {}), ROWS),
+    "a policy that thinks": ((THINKS, {}), (GEMMA_LIKE, True, {}), ROWS),
     "two plain formats": (
         (None, {"dialogue_format": "plain"}),
         (None, False, {"dialogue_format": "plain", "plain_format": ANGLES}),
         ROWS,
     ),
-    "a template for every text": ((CHAT_TEMPLATE, {}), (GEMMA_LIKE, True, {"dialogue_format": "chat_template"}), ROWS),
+    "a template for every text": ((CHATML, {}), (GEMMA_LIKE, True, {"dialogue_format": "chat_template"}), ROWS),
 }
 
 
@@ -152,9 +161,9 @@ def test_ids_scored_are_those_of_reward_training(tmp_path, policy, reward, rows,
 
 
 def test_ids_are_handed_over_only_where_they_are_written_alike(tmp_path):
-    ours, theirs = tokenizer_of(CHAT_TEMPLATE), tokenizer_of(GEMMA_LIKE)
+    ours, theirs = tokenizer_of(CHATML), tokenizer_of(GEMMA_LIKE)
     folder = reward_folder(tmp_path, ours, ChatEncoder(ours))
-    alike = [ChatEncoder(ours), ChatEncoder(tokenizer_of(CHAT_TEMPLATE), plain_format=ANGLES)]
+    alike = [ChatEncoder(ours), ChatEncoder(tokenizer_of(CHATML), plain_format=ANGLES)]
     other = [
         ChatEncoder(theirs),
         ChatEncoder(tokenizer_of()),
@@ -171,8 +180,8 @@ def test_ids_are_handed_over_only_where_they_are_written_alike(tmp_path):
 @pytest.mark.parametrize(
     ("template", "ours", "dialogue_format", "how"),
     [
-        (CHAT_TEMPLATE, True, "auto", "by its tokenizer's chat template"),
-        (CHAT_TEMPLATE, False, "chat_template", "by its tokenizer's chat template"),
+        (CHATML, True, "auto", "by its tokenizer's chat template"),
+        (CHATML, False, "chat_template", "by its tokenizer's chat template"),
         (None, True, "plain", "in the plain Human and Assistant format"),
         (None, False, "plain", "in the plain Human and Assistant format"),
     ],
@@ -193,7 +202,7 @@ def test_a_reward_model_without_a_record_is_read_by_its_tokenizer_and_that_is_sa
 
 
 def test_a_record_that_says_nothing_sound_is_refused(tmp_path):
-    folder = reward_folder(tmp_path, tokenizer_of(CHAT_TEMPLATE), ChatEncoder(tokenizer_of(CHAT_TEMPLATE)))
+    folder = reward_folder(tmp_path, tokenizer_of(CHATML), ChatEncoder(tokenizer_of(CHATML)))
     config = json.loads((Path(folder) / "config.json").read_text())
     (Path(folder) / "config.json").write_text(json.dumps(config | {RENDERING: {"dialogue_format": "auto"}}))
     with pytest.raises(UserError, match=f"^{RENDERING} in the config of '.*' is not as it should be: KeyError"):
@@ -205,7 +214,7 @@ def test_a_prompt_that_was_cut_for_the_policy_is_scored_whole_up_to_the_reward_m
     asked = [[*before, {"role": "user", "content": f"faster, {i}?"}] for i, before in enumerate((ASKED, []))]
     rows = [{"prompt": prompt, "chosen": "Buy it!", "rejected": "No."} for prompt in asked]
     expected = trained_ids(theirs, rows, tmp_path / "cache")
-    chat, prompts = prompts_of(tokenizer_of(CHAT_TEMPLATE), rows, tmp_path / "cache", max_prompt_length=16)
+    chat, prompts = prompts_of(tokenizer_of(CHATML), rows, tmp_path / "cache", max_prompt_length=16)
     assert prompts.prompt_ids.shape[1] == 16
     answers = answered(chat, prompts, rows, ended=True)
     whole = load_scorer(reward_folder(tmp_path, theirs, ChatEncoder(theirs)), chat)
@@ -221,7 +230,7 @@ def test_a_prompt_that_was_cut_for_the_policy_is_scored_whole_up_to_the_reward_m
 
 def test_a_dialogue_that_the_reward_model_s_template_refuses_is_named(tmp_path):
     theirs = tokenizer_of(REFUSES_SYSTEM)
-    chat, prompts = prompts_of(tokenizer_of(CHAT_TEMPLATE), ROWS, tmp_path / "cache")
+    chat, prompts = prompts_of(tokenizer_of(CHATML), ROWS, tmp_path / "cache")
     scorer = load_scorer(reward_folder(tmp_path, theirs, ChatEncoder(theirs)), chat)
     with pytest.raises(UserError, match=r"^row 0: the reward model cannot read the prompt: .*no system turns"):
         scored_ids(scorer, prompts, *answered(chat, prompts, ROWS, ended=True))
@@ -253,7 +262,7 @@ def test_the_folder_of_reward_training_records_its_rendering_and_ppo_reads_by_it
         return encode(self, written, said, ended)
 
     monkeypatch.setattr(TextScorer, "encode", spy)
-    policy = save_llama(tmp_path / "policy", tokenizer_of(CHAT_TEMPLATE))
+    policy = save_llama(tmp_path / "policy", tokenizer_of(CHATML))
     module = PPOModule(policy, str(tmp_path / "rm"), **SIZES)
     options = {"rollout_batch_size": 2, "max_prompt_length": 50, "validation_split": 0.5}
     prompts = PromptDataModule(policy, rows, cache_dir=tmp_path / "cache", **options)
@@ -263,3 +272,63 @@ def test_the_folder_of_reward_training_records_its_rendering_and_ppo_reads_by_it
     assert (chat.dialogue_format, chat.tokenizer.chat_template) == ("chat_template", LLAMA2_LIKE)
     assert {tuple(ids) for ids in shown} <= expected
     assert len(shown) > 4
+
+
+def test_a_value_model_starts_from_a_reward_model_of_the_same_tokens(tmp_path):
+    ours, theirs = tokenizer_of(CHATML), tokenizer_of(GEMMA_LIKE)
+    folder = reward_folder(tmp_path, theirs, ChatEncoder(theirs))
+    policy = str(tmp_path / "base")
+    models = ActorCriticSource(policy, folder).load(ChatEncoder(ours))
+    assert isinstance(models.scorer, TextScorer)
+    assert models.value.model.score.weight.abs().sum() > 0
+    assert models.value is not models.scorer.model
+    torch.testing.assert_close(models.value.model.score.weight, models.scorer.model.model.score.weight)
+    other = tokenizer_of(GEMMA_LIKE, more=["yeast", " bread"])
+    models = ActorCriticSource(policy, reward_folder(tmp_path / "other", other)).load(ChatEncoder(ours))
+    assert models.value.model.score.weight.abs().sum() == 0
+
+
+TOOL = {"type": "function", "function": {"name": "oven", "description": "", "parameters": {}}}
+
+
+@pytest.mark.parametrize("how", ["cached", "given", "streamed"])
+def test_rewards_are_given_what_the_rows_say_wherever_prompts_come_from(tmp_path, monkeypatch, how):
+    given = []
+
+    def judge(prompts, responses, messages):
+        given.append((prompts, responses, messages))
+        return [float(i) for i in range(len(responses))]
+
+    turns = [{"role": "user", "content": f"faster, {i}?"} for i in range(8)]
+    rows = [{"prompt": [turn], "tools": [TOOL]} for turn in turns]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    policy = save_llama(tmp_path / "policy", tokenizer_of(TOOLS_SHOWN))
+    options = {
+        "rollout_batch_size": 2,
+        "max_prompt_length": 60,
+        "validation_split": 0.5,
+        "cache_dir": tmp_path / "cache",
+    }
+    data = {"cached": str(tmp_path / "rows.jsonl"), "given": rows}
+    if how == "streamed":
+        options |= {"validation_split": 0.0, "validation_data": rows[4:]}
+        data = {"streamed": Table(str(tmp_path / "rows.jsonl"), streaming=True)}
+    prompts = PromptDataModule(policy, data[how], predict_data=rows[:2], **options)
+    module = PPOModule(policy, judge, **SIZES)
+    fit(module, prompts, max_steps=2)
+    for stage in (trainer().validate, trainer().predict):
+        before = len(given)
+        stage(module, datamodule=prompts)
+        assert len(given) > before
+    for texts, responses, messages in given:
+        assert messages == [[{"role": "user", "content": text}] for text in texts]
+        assert {text in {turn["content"] for turn in turns} for text in texts} == {True}
+        assert not any("<|" in text for text in responses)
+
+    # And with their tools, to a reward model that reads other tokens.
+    theirs = tokenizer_of(TOOLS_SHOWN, more=["yeast"])
+    scorer = load_scorer(reward_folder(tmp_path, theirs, ChatEncoder(theirs)), prompts.chat)
+    batch = next(iter(prompts.train_dataloader()))
+    generation = Generation(*torch.ones(2, 2, 1).long().unbind(), torch.tensor([True, True]))
+    shown = scored_ids(scorer, batch, generation._replace(response_mask=generation.response_mask.bool()), ["yes", "no"])
+    assert all(theirs.decode(ids).startswith("oven") for ids in shown.values())

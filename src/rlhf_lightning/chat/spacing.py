@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.chat.messages import RefusedTurnsError
 from rlhf_lightning.chat.written import WrittenPrompt
 
 _ASKED, _SAID = "\n\nHuman: hi\n\nAssistant:", "word"
@@ -30,22 +31,23 @@ class Spacing(NamedTuple):
         Args:
             chat: writes dialogues as the policy reads and continues them.
         """
-        _, response = chat.encode_dialogue(_ASKED, _SAID)
+        try:
+            _, response = chat.encode_dialogue(_ASKED, _SAID)
+        except RefusedTurnsError:  # a template with demands of its own; what it writes is left to the reward
+            return cls()
         before, said, after = chat.decode([response])[0].partition(_SAID)
         return cls(before, after, chat.dialogue_format == "chat_template") if said else cls()
 
-    def content(self, prompt: WrittenPrompt, text: str, ended: bool) -> str:
+    def content(self, prompt: WrittenPrompt, text: str) -> str:
         """What was said, without the spacing.
 
         Args:
             prompt: what was answered; text that is no dialogue is continued as it stands.
-            text: the response, special tokens left out.
-            ended: whether it ended by itself.
+            text: the response, special tokens left out; one that was cut may lack what stands after.
         """
         if prompt.continues and not self.always:
             return text
-        text = text.removeprefix(self.before)
-        return text.removesuffix(self.after) if ended else text
+        return text.removeprefix(self.before).removesuffix(self.after)
 
 
 NO_SPACING = Spacing()

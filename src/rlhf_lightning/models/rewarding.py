@@ -96,6 +96,7 @@ class TextScorer(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.chat, self.spacing, self.same_ids = model, chat, spacing, same_ids
+        self.tokenizer = chat.tokenizer
         self._context: int | None = getattr(model.model.config, "max_position_embeddings", None)
         self._warned: set[str] = set()
 
@@ -107,7 +108,7 @@ class TextScorer(nn.Module):
             response: as the policy said it.
             ended: whether it ended by itself.
         """
-        said = self.spacing.content(written, response, ended)
+        said = self.spacing.content(written, response)
         prompt, answer = self.chat.encode_dialogue(written.prompt, said, written.tools, ended)
         whole: list[int] = [*prompt.tolist(), *answer.tolist()]
         if self._context is None or len(whole) <= self._context:
@@ -140,7 +141,7 @@ class TextScorer(nn.Module):
         ids = nn.utils.rnn.pad_sequence(
             [torch.tensor(row, device=device) for row in rows],
             batch_first=True,
-            padding_value=filler_id(self.chat.tokenizer),
+            padding_value=filler_id(self.tokenizer),
         )
         return self.model.scores(ids, torch.arange(ids.shape[1], device=device) < lengths.unsqueeze(1))
 
@@ -170,7 +171,7 @@ class FunctionScorer:
         prompts, responses = batch.prompts, batch.responses
         if batch.written is not None:
             prompts = [written.text for written in batch.written]
-            answers = zip(batch.written, responses, batch.ended.tolist(), strict=True)
+            answers = zip(batch.written, responses, strict=True)
             responses = [self.spacing.content(*answer) for answer in answers]
         messages = [written.messages for written in batch.prompts_as_written]
         scores = self.function(prompts, responses, messages, batch.rows)

@@ -100,6 +100,6 @@ def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bo
     """Whether ids of one mean the same in the other; a pad token that only one of them has is no difference."""
     if a.eos_token_id != b.eos_token_id:
         return False
-    ours, theirs = a.get_vocab(), b.get_vocab()
-    smaller, larger = sorted((ours, theirs), key=len)
-    return len(larger) - len(smaller) <= 1 and all(larger.get(token) == i for token, i in smaller.items())
+    smaller, larger = sorted((a, b), key=len)
+    few, many = smaller.get_vocab(), larger.get_vocab()
+    return many.keys() - few.keys() <= {larger.pad_token} and all(many.get(token) == i for token, i in few.items())
