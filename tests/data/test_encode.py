@@ -195,6 +195,17 @@ def test_turns_that_cannot_be_found_are_noted():
     )
 
 
+def test_silence_is_not_taught_in_place_of_a_call_that_the_template_leaves_out():
+    chat = ChatEncoder(letters(), chat_template=TEMPLATE)
+    call = {**assistant(""), "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    refused = "the dialogue format refuses the turns: the chat template leaves the answer out"
+    assert encoded(Row([user("a")], (call,)), chat=chat) == refused
+    _, turns, _, notes = encoded(Row([user("a"), call, user("b")], ("c",)), chat=chat, need_turns=True)
+    assert (turns, notes) == ([], ("template leaves something out",))
+    _, turns, _, _ = encoded(Row([user("a"), {**call, "content": "d"}, user("b")], ("c",)), chat=chat, need_turns=True)
+    assert len(turns) == 2
+
+
 SUFFIX = "\n\ntl:dr:"
 
 

@@ -206,7 +206,8 @@ class DialogueWriter:
             end = _end_of(template, whole, common)
             answers.append(whole[: end.place])
             ended.append(end.written)
-            if reply["content"].strip() and end.place - (end.written and len(end.token)) <= common:
+            says = reply["content"].strip() or reply.get("tool_calls")
+            if says and end.place - (end.written and len(end.token)) <= common:
                 raise RefusedTurnsError("the chat template leaves the answer out")
         if _leaves_out([text, *wholes], tools, messages, replies):
             notes += (LEFT_OUT,)
@@ -258,6 +259,8 @@ class DialogueWriter:
             after = text.find(end, after)
             if after < 0:
                 return None
+            if message.get("tool_calls") and not text[start:after].strip():
+                continue  # the template leaves the call out, and silence in its place is not to be taught
             spans.append((start, after + len(end) * (end in self._ends)))
         return spans
 
