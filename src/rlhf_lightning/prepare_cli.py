@@ -88,8 +88,10 @@ def prepare(
         plain_format: how dialogues are written that go through no template.
         chat_template: file or text of a Jinja chat template for the tokenizer.
         find_turns: note where the assistant spoke earlier, which `loss_on: turns` needs.
-        on_bad_row: stop at the first bad row, skip and count them all, or skip them up to 1% of the rows.
-        num_proc: processes that tokenise; the result does not depend on it.
+        on_bad_row: stop at the first bad row, skip and count them all, or skip them up to 1% of the rows. Only with
+            `skip` a run goes on of whose rows fewer than 10% serve what they are for.
+        num_proc: processes that may tokenise, where there is text enough for them to pay; the result does not depend on
+            it.
         num_examples: how many examples the report writes out.
         trust_remote_code: run tokenizer code that comes with the folder or hub model.
         overwrite: replace a prepared folder.

@@ -22,6 +22,7 @@ from rlhf_lightning.data.packing import PackedTable
 from rlhf_lightning.data.preparing.cache import find_or_build
 from rlhf_lightning.data.preparing.filters import Filters, Splits
 from rlhf_lightning.data.preparing.legacy import LegacyPreparation, is_legacy
+from rlhf_lightning.data.preparing.lengths import say_cuts
 from rlhf_lightning.data.preparing.preparation import Preparation, read_all, say_counts
 from rlhf_lightning.data.preparing.prepared import PARTS, PreparedFolder, TokenTable, is_prepared
 from rlhf_lightning.data.preparing.reading import Encoder
@@ -236,6 +237,9 @@ class TextDataModule(ResumableDataModule, ABC):
         for name, meaning in NOTES.items():
             if count := self.counts[name]:
                 rank_zero_info(f"{type(self).__name__}: {count:,} {meaning}")
+
+        for line in say_cuts(folder.manifest):
+            rank_zero_warn(line)
 
     def _folder(self) -> PreparedFolder:
         """The prepared folder: the user's, or the cache's, where it is made if it is not there."""

@@ -56,12 +56,14 @@ class EncodedRow(NamedTuple):
         turns: where the assistant spoke earlier in the prompt, int32: first token, token after the last, and so on.
         responses: ids of each response, int32, its end of turn included unless it was cut.
         notes: what is counted: `cut: prompt`, `cut: response` once for each response that was cut, and the encoder's.
+        whole_lengths: tokens of the prompt and of each response before anything was cut.
     """
 
     prompt: np.ndarray
     turns: np.ndarray
     responses: list[np.ndarray]
     notes: tuple[str, ...] = ()
+    whole_lengths: tuple[int, ...] = ()
 
 
 def encode_rows(
@@ -118,7 +120,8 @@ def _fit(row: Row, whole: Encoded, chat: ChatEncoder, limits: TokenLimits) -> En
     written, prompt, turns, responses, notes = whole
     if not row.prompt:
         prompt, responses = _whole_text(prompt, *responses)
-    room = limits.prompt_room([len(ids) for ids in responses])
+    whole_lengths = (len(prompt), *map(len, responses))
+    room = limits.prompt_room(whole_lengths[1:])
     if len(prompt) > room:
         if limits.long_prompts == "drop":
             return LONG_PROMPT
@@ -133,7 +136,7 @@ def _fit(row: Row, whole: Encoded, chat: ChatEncoder, limits: TokenLimits) -> En
         return SHORT_RESPONSE
     left = limits.max_length - len(prompt)
     notes += (CUT_RESPONSE,) * sum(len(ids) > left for ids in responses)
-    return EncodedRow(prompt, turns, [ids[:left] for ids in responses], notes)
+    return EncodedRow(prompt, turns, [ids[:left] for ids in responses], notes, whole_lengths)
 
 
 def _whole_text(prefix: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:

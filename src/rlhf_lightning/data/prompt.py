@@ -57,11 +57,13 @@ class PromptDataModule(TextDataModule):
         plain_format: how dialogues are written that go through no template, see `PlainFormat`.
         chat_template: file or text of a Jinja chat template for the tokenizer.
         on_bad_row: at a row that cannot be used (broken, or a field null, empty or no text): `skip` and count it, stop
-            with an `error`, or `auto`, which skips up to 1% of the rows and stops at more.
+            with an `error`, or `auto`, which skips up to 1% of the rows and stops at more. Only with `skip` a run goes
+            on of whose rows fewer than 10% serve what they are for.
         rollout_batch_size: prompts in a training batch of one process: those answered in one iteration of PPO.
         eval_batch_size: prompts in a batch of validation or prediction; by default `rollout_batch_size`.
         num_workers: processes that prepare batches.
-        num_proc: processes that tokenise the data, once; the tokens do not depend on it.
+        num_proc: processes that may tokenise the data, once, where there is text enough for them to pay; the tokens do
+            not depend on it.
         cache_dir: where prepared tokens are kept; by default `$RLHF_LIGHTNING_CACHE` or `~/.cache/rlhf_lightning`.
         seed: of the order of the training prompts.
         trust_remote_code: run tokenizer code that comes with the folder or hub model.

@@ -58,6 +58,10 @@ class DroppedRow(Exception):
     """A sound row that is of no use; `str()` is the reason it is counted under."""
 
 
+class LabelledRow(DroppedRow):
+    """A row that its own label keeps from one use, so that nothing is amiss."""
+
+
 def check_text(value: Any, name: str, empty: bool = False) -> str:
     r"""A field's text, if it is one that can be tokenised.
 

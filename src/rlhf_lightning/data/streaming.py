@@ -115,6 +115,7 @@ class StreamedExamples(IterableDataset[Any]):
                 reader.drop_kept(reason, choice, encoded)
             yield from examples
         reader.check()
+        reader.check_enough()
         if self._rank == 0:
             logger.info("epoch %d of the stream: %s", self.epoch, say_counts(reader.ordered_counts()))
 

@@ -5,12 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.preparing import build, row_ids
+from helpers.preparing import build, preparation, row_ids
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data import Blend, Table
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.filters import Filters, Splits
+from rlhf_lightning.data.preparing.lengths import say_cuts
 from rlhf_lightning.data.preparing.preparation import read_all
 from rlhf_lightning.data.preparing.prepared import PARTS
 from rlhf_lightning.data.preparing.reading import Encoder
@@ -368,9 +369,59 @@ def test_the_tokens_do_not_depend_on_the_number_of_processes(tmp_path, monkeypat
     settings = {"filters": Filters(shuffle=True, duplicates="exact"), "splits": Splits(0.2, 0.1), "max_length": 16}
     alone = build(tmp_path / "one", rows, **settings)
     monkeypatch.setattr("rlhf_lightning.data.preparing.reading._CHUNK", 30)
+    monkeypatch.setattr("rlhf_lightning.data.preparing.workers.WORTH_WORKERS", 1)
     together = build(tmp_path / "two", rows, num_proc=2, **settings)
 
     names = sorted(path.name for path in alone.path.iterdir())
     assert names == sorted(path.name for path in together.path.iterdir())
     for name in names:
         assert (alone.path / name).read_bytes() == (together.path / name).read_bytes(), name
+
+
+def unpaired(count):
+    """Labelled rows of which the first two make the only pair."""
+    rows = [{"prompt": f"question {i}", "completion": f"yes {i}", "label": i % 2 == 0} for i in range(count)]
+    return [rows[0], {**rows[1], "prompt": rows[0]["prompt"]}, *rows[2:]]
+
+
+def test_data_of_which_hardly_anything_serves_stop_the_run(tmp_path):
+    reason = r"\(no response with the other label answers the same prompt 298\)"
+    for kinds, hint in ((("preference",), ""), (None, ", or leave it out of `kinds`")):
+        with pytest.raises(
+            UserError,
+            match=rf"^only 1 of 299 rows of the list of rows serve preference {reason}; mend "
+            rf"the data or `columns`{hint}, or pass `on_bad_row: skip` to go on",
+        ):
+            build(tmp_path / str(kinds), unpaired(300), kinds=kinds)
+    folder = build(tmp_path / "skipped", unpaired(300), on_bad_row="skip")
+    assert len(folder.part("preference", "train")) == 1
+    paired = [{**row, "prompt": f"question {i // 2}"} for i, row in enumerate(unpaired(40))]
+    assert len(build(tmp_path / "paired", paired).part("preference", "train")) == 20
+
+
+def test_what_the_user_left_out_does_not_stop_the_run(tmp_path):
+    same = [{"prompt": "hi", "response": f"yes {i}"} for i in range(50)]
+    build(tmp_path / "a", [*same, *same], filters=Filters(remove_same_inputs=True), num_samples=51)
+    build(tmp_path / "b", same, kinds=("prompts",))
+    build(
+        tmp_path / "c",
+        [*PAIRS[:1], *({"prompt": "p", "chosen": "a b c", "rejected": "b"},) * 30],
+        minimum_response_length=2,
+        kinds=("preference",),
+    )
+    bad = [{"prompt": f"q{i}", "completion": "no", "label": False} for i in range(50)]
+    build(tmp_path / "d", [*bad, {"prompt": "q", "completion": "yes", "label": True}], kinds=("finetune",))
+
+
+def test_a_stream_of_which_hardly_anything_serves_stops_early():
+    rows = [{"prompt": "p", "chosen": "same", "rejected": "same"}] * 5000
+    _, stream = preparation(Table(rows, streaming=True), kinds=("preference",)).stream(0)
+    with pytest.raises(UserError, match=r"only 0 of 1000 rows of the list of rows serve preference"):
+        next(stream)
+
+
+def test_many_cut_responses_are_warned_of(tmp_path):
+    rows = [{"prompt": "p", "response": " k" * (80 if i < 2 else 3)} for i in range(20)]
+    for number, warned in ((19, True), (20, False)):
+        folder = build(tmp_path / str(number), rows[:number], kinds=("finetune",))
+        assert bool(say_cuts(folder.manifest)) == warned

@@ -10,16 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.data.encode import CUT_RESPONSE
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.filters import Splits
+from rlhf_lightning.data.preparing.lengths import WholeLengths
 from rlhf_lightning.data.preparing.preparation import Preparation
 from rlhf_lightning.data.preparing.prepared import FolderWriter, PreparedFolder
+from rlhf_lightning.data.preparing.reading import Encoder
 from rlhf_lightning.data.preparing.report import print_report, render, report_on, save_report
-from rlhf_lightning.data.rows import Need
+from rlhf_lightning.data.rows import Need, Row
 from rlhf_lightning.data.sources import Table
 
 LIMITS = TokenLimits.checked(64, None, None, "cut")
@@ -89,6 +94,7 @@ def test_every_row_is_accounted_for_by_reason(prepared):
     assert account["dropped"] == {"chosen is null": 1}
     assert account["lacking"] == {"chosen and rejected are the same": 1}
     assert account["cut"] == {"response": 1}
+    assert account["responses"] == 7  # two each, but one of those which are the same
     assert account["notes"] == {"prompt is a duplicate": 1}
     assert report["bad_rows"]["data"]["count"] == 1
     assert report["written"]["preference"] == {"train": 3, "validation": 0, "test": 0}
@@ -237,3 +243,47 @@ def test_held_out_parts_are_reported_too(prepared):
     assert sum(report["written"]["finetune"].values()) == 40
     save_report(folder, report)
     assert (folder.path / "lengths.png").is_file()
+
+
+def test_lengths_before_cutting_say_what_would_keep_the_responses(prepared):
+    rows = [{"prompt": "a b c", "response": " k" * (5 * i + 1)} for i in range(40)]
+    report = report_of(prepared(rows))
+    whole = report["whole_lengths"]["data"]
+    tokens = [len(tiny_tokenizer()("a b c" + row["response"])["input_ids"]) + 1 for row in rows]  # and the EOS
+    assert whole["columns"]["together"]["max"] == max(tokens) > LIMITS.max_length
+    assert report["rows"]["data"]["cut"]["response"] == sum(n > LIMITS.max_length for n in tokens)
+    assert sum(n <= whole["keeps_95"] for n in tokens) == 38
+    text = text_of(report, width=100)
+    words = " ".join(text.split())
+    cut = report["rows"]["data"]["cut"]["response"] / 40
+    assert f"responses cut, their end of turn with it {report['rows']['data']['cut']['response']} {cut:.1%}" in words
+    last = f"max_length {whole['keeps_95']} keeps 95% whole"
+    assert f"{cut:.0%} of the responses of rows are cut at max_length 64 and lose their end; {last}" in text
+    assert text.rindex("Examples") < text.index("rows in") < text.index("before cutting") < text.index(last)
+
+
+@settings(max_examples=15)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(1, 60), min_size=1, max_size=3)), min_size=1),
+    max_prompt_length=st.sampled_from([None, 4]),
+)
+def test_the_max_length_that_is_named_keeps_95_percent_of_the_responses(lengths, max_prompt_length):
+    rows = [Row("a" + " k" * p, tuple(" k" * r for r in responses)) for p, responses in lengths]
+    chat = ChatEncoder(tiny_tokenizer())
+
+    def encode(max_length):
+        limits = TokenLimits.checked(max_length, max_prompt_length, 1, "cut")
+        return Encoder(chat, limits).encode(rows)
+
+    whole = WholeLengths(max_prompt_length)
+    for row in encode(16):
+        whole.add(row.whole_lengths[0], row.whole_lengths[1:])
+    cut = sum(row.notes.count(CUT_RESPONSE) for row in encode(max(6, whole.describe()["keeps_95"])))
+    assert cut <= 0.05 * sum(len(responses) for _, responses in lengths)
+
+
+def test_rows_of_which_something_is_not_used_are_not_said_to_be_kept_whole(prepared):
+    folder = prepared([{"prompt": "a", "response": " b", "mood": "glad"}])
+    text = text_of(report_of(folder), width=120)
+    assert "= kept, not all of what they hold" in text
+    assert "mood" in text

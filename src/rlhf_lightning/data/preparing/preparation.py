@@ -59,7 +59,8 @@ class Preparation:
         num_samples: read only this many rows of `data`.
         on_bad_row: what to do at a row that cannot be used.
         find_turns: look for earlier turns of the assistant in the prompts of demonstrations.
-        num_proc: processes that tokenise; the result does not depend on it.
+        num_proc: processes that may tokenise, where there is text enough for them to pay; the result does not depend on
+            it.
     """
 
     data: Source
@@ -129,6 +130,7 @@ class Preparation:
                 name, counts = name_of_rows(self._rows[role]), say_counts(reader.ordered_counts())
                 own = "" if role in self._given else f"; give `{role}`, or name the one split of `data` to read"
                 raise UserError(f"{name} leaves nothing to {use} ({counts}){own}")
+            reader.check_enough()
         if replace(self).key() != self.key():
             raise UserError("the data changed while they were read; run again")
         writer.finish(self._manifest(readers), self.arguments(), self.chat)
@@ -213,6 +215,8 @@ class Preparation:
         for choice, encoded in reader.read(order, self._chooser(role, evaluation_prompts)):
             if reason := kept.write(choice, encoded):
                 reader.drop_kept(reason, choice, encoded)
+        if "preference" in self._kinds:
+            reader.unfit["preference"].update(kept.without_pairs)
         reader.check()
         return reader
 
@@ -246,6 +250,7 @@ class Preparation:
                 "source_names": list(rows.source_names),
                 "source_weights": list(rows.source_weights),
                 "counts": reader.ordered_counts(),
+                "whole_lengths": reader.whole_lengths.describe(),
                 "bad_rows": {"count": reader.num_bad, "first": reader.bad_rows},
             }
         return {"key": self.key(), "arguments": self.arguments(), "sources": roles}
@@ -260,6 +265,7 @@ class _Kept:
         self._prompts: set[int] = set()
         self._wanted: Counter[str] = Counter()
         self._more: Counter[str] = Counter()
+        self.without_pairs: Counter[str] = Counter()
 
     def write(self, choice: Choice, encoded: EncodedRow) -> str | None:
         """Write one row; the reason if nothing can come of it.
@@ -271,6 +277,7 @@ class _Kept:
         row, kinds, part, _ = choice
         pairs = ranked_pairs(row, encoded.responses, self._remove_same_responses) if "preference" in kinds else []
         if "preference" in kinds and not pairs:
+            self.without_pairs[_no_pairs(row)] += 1
             if kinds == ("preference",):
                 return _no_pairs(row)
             kinds = tuple(kind for kind in kinds if kind != "preference")
@@ -366,6 +373,7 @@ def read_all(
     reader = RowReader(rows, (need,), encoder, on_bad_row)
     kept = [(choice.row, ids) for choice, ids in reader.read(range(len(rows)), Choice)]
     reader.check()
+    reader.check_enough()
     return kept, Counter(reader.ordered_counts())
 
 

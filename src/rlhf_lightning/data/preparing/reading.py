@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -17,12 +12,16 @@ from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.messages import RefusedTurnsError
 from rlhf_lightning.data.encode import REFUSED, EncodedRow, encode_rows
 from rlhf_lightning.data.limits import TokenLimits
-from rlhf_lightning.data.rows import BadRowError, DroppedRow, Need, OnBadRow, Row
+from rlhf_lightning.data.preparing.lengths import WholeLengths
+from rlhf_lightning.data.preparing.workers import encode_chunks
+from rlhf_lightning.data.rows import BadRowError, DroppedRow, LabelledRow, Need, OnBadRow, Row
 from rlhf_lightning.data.sources import Rows
 from rlhf_lightning.errors import UserError
 
 BAD_SHARE = 0.01
 """Bad rows that `on_bad_row: auto` lets pass, as a share of the rows read."""
+FEW_SHARE = 0.1
+"""Rows that must serve what they are read for, as a share of those meant for it."""
 _CHUNK = 1000  # rows tokenised in one call
 _LISTED = 1000  # bad rows whose places are kept
 _STREAMED = 1000  # rows of a stream, whose end is not known, that the share is taken of at the least
@@ -103,16 +102,24 @@ class RowReader:
             kept, `lacking: reason` where they serve less than was asked for, and `unused: column 'x'` and the like.
         bad_rows: place and reason of the first bad rows.
         num_bad: all of them.
+        unfit: for each need the rows that do not serve it, by reason; not those that their own label keeps from it.
+        whole_lengths: of the rows that are tokenised, before they are cut.
     """
 
     def __init__(
         self, rows: Rows, needs: tuple[Need, ...], encoder: Encoder, on_bad_row: OnBadRow, num_proc: int = 1
     ) -> None:
         self.rows, self.needs, self.encoder = rows, needs, encoder
-        self.on_bad_row, self.num_proc = on_bad_row, num_proc
+        # A worker does not know what the script that runs here defines.
+        self.num_proc = 1 if type(encoder.chat.tokenizer).__module__ == "__main__" else num_proc
+        self.on_bad_row = on_bad_row
         self.counts: Counter[str] = Counter()
         self.bad_rows: list[tuple[str, str]] = []
         self.num_bad = 0
+        self.unfit: dict[Need, Counter[str]] = {need: Counter() for need in needs}
+        self.whole_lengths = WholeLengths(encoder.limits.max_prompt_length)
+        self._parsed = 0
+        self._not_meant: Counter[Need] = Counter()
         self._total: int | None = None
 
     def read(self, order: Sequence[int], choose: Choose) -> Iterator[tuple[Choice, EncodedRow]]:
@@ -140,7 +147,17 @@ class RowReader:
         Raises:
             UserError: as in `read`.
         """
-        return self._encoded(islice(self.rows.stream(self.needs[0], epoch), limit), choose)
+        return self._encoded(self._noted(islice(self.rows.stream(self.needs[0], epoch), limit)), choose)
+
+    def _noted(self, parsed: Iterable[Parsed]) -> Iterator[Parsed]:
+        """Rows of a stream, those that do not serve noted; it stops where hardly any of the first rows do."""
+        for where, row in parsed:
+            self._parsed += 1
+            if isinstance(row, BadRowError | DroppedRow):
+                self._note(self.needs[0], row)
+            if self._parsed == _STREAMED:
+                self.check_enough()
+            yield where, row
 
     def _encoded(self, parsed: Iterable[Parsed], choose: Choose) -> Iterator[tuple[Choice, EncodedRow]]:
         items = (_Item(where, _outcome(row, choose)) for where, row in parsed)
@@ -156,23 +173,21 @@ class RowReader:
                     continue
                 self.counts["kept"] += 1
                 self.counts.update(_notes(outcome, result))
+                self.whole_lengths.add(result.whole_lengths[0], result.whole_lengths[1:])
                 if outcome.lacking:
                     self.counts[f"lacking: {outcome.lacking}"] += 1
                 yield outcome, result
 
     def _encoded_chunks(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, Iterator[EncodedRow | str]]]:
         try:
-            for chunk, encoded in _encode(chunks, self.encoder, self.num_proc):
+            for chunk, encoded in encode_chunks(chunks, _rows, self.encoder, self.num_proc, self._total):
                 try:
                     results = encoded()
                 except UserError as error:
                     raise self._named(error, chunk) from error
                 yield chunk, iter(results)
         except BrokenProcessPool as error:
-            raise UserError(
-                "a process that tokenises died: memory ran out (lower `num_proc`), or a script that starts processes "
-                "lacks its `if __name__ == '__main__':`"
-            ) from error
+            raise UserError("a process that tokenises died, perhaps as memory ran out; lower `num_proc`") from error
 
     def drop_kept(self, reason: str, choice: Choice, encoded: EncodedRow) -> None:
         """Count the row given last as dropped after all.
@@ -200,14 +215,43 @@ class RowReader:
         assert counts["rows"] == counts["kept"] + dropped + counts["other stages"], counts
         assert self._total in (None, counts["rows"]), counts
 
+    def check_enough(self) -> None:
+        """Refuse to go on where hardly any row serves what it is read for, as where data are not what they seem.
+
+        Rows that the user left out, by filters, limits or labels, do not count.
+
+        Raises:
+            UserError: fewer than 10% do, and bad rows are not to be skipped.
+        """
+        for need, unfit in self.unfit.items():
+            meant = self._parsed - self._not_meant[need]
+            serve = meant - unfit.total()
+            if serve < FEW_SHARE * meant and self.on_bad_row != "skip":
+                reasons = ", ".join(f"{reason} {count}" for reason, count in unfit.most_common())
+                kinds = ", or leave it out of `kinds`" if len(self.needs) > 1 else ""
+                raise UserError(
+                    f"only {serve} of {meant} rows of {' + '.join(self.rows.source_names)} serve {need} ({reasons}); "
+                    f"mend the data or `columns`{kinds}, or pass `on_bad_row: skip` to go on with what there is"
+                )
+
+    def _note(self, need: Need, reason: BadRowError | DroppedRow) -> None:
+        if isinstance(reason, LabelledRow):
+            self._not_meant[need] += 1
+        else:
+            self.unfit[need][str(reason)] += 1
+
     def _parse(self, number: int) -> Row | _Lesser | BadRowError | DroppedRow:
         first: DroppedRow | None = None
-        for need in self.needs:
+        self._parsed += 1
+        for i, need in enumerate(self.needs):
             try:
                 row = self.rows.parse(number, need)
             except BadRowError as reason:
+                for lost in self.needs[i:]:
+                    self._note(lost, reason)
                 return first or reason
             except DroppedRow as reason:
+                self._note(need, reason)
                 first = first or reason
             else:
                 return row if first is None else _Lesser(row, str(first))
@@ -280,53 +324,5 @@ def _chunks(items: Iterator[_Item]) -> Iterator[Chunk]:
         yield chunk
 
 
-def _encode(
-    chunks: Iterator[Chunk], encoder: Encoder, num_proc: int
-) -> Iterator[tuple[Chunk, Callable[[], list[EncodedRow | str]]]]:
-    """Chunks in order, each with what gives its ids."""
-    if num_proc == 1:
-        for chunk in chunks:
-            yield chunk, partial(encoder.encode, _rows(chunk))
-        return
-    # Fresh processes: a forked one would inherit the locks of the tokenizer's threads.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_proc, context, _start_worker, (encoder,))
-    waiting: deque[tuple[Chunk, Future[list[EncodedRow | str]]]] = deque()
-    try:
-        for chunk in chunks:
-            waiting.append((chunk, pool.submit(_encode_here, _rows(chunk))))
-            if len(waiting) > 2 * num_proc:
-                chunk, future = waiting.popleft()
-                yield chunk, future.result
-        while waiting:
-            chunk, future = waiting.popleft()
-            yield chunk, future.result
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def _rows(chunk: Chunk) -> list[Row]:
     return [item.outcome.row for item in chunk if isinstance(item.outcome, Choice)]
-
-
-_worker: Encoder | None = None
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = encoder
-    # A worker whose parent is killed would wait for work for ever.
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode_here(rows: list[Row]) -> list[EncodedRow | str]:
-    assert _worker is not None
-    return _worker.encode(rows)

@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.data.collate import EncodedExample, taught_tokens
 from rlhf_lightning.data.encode import NOTES
 from rlhf_lightning.data.preparing.length_plot import draw_lengths
+from rlhf_lightning.data.preparing.lengths import PERCENTILES, say_cuts, statistics
 from rlhf_lightning.data.preparing.prepared import PARTS, Part, PreparedFolder, TokenTable, file_name, write_json
 from rlhf_lightning.data.rows import Need
 
-PERCENTILES = (5, 25, 50, 75, 95, 99)
 Tables = dict[tuple[Need, Part], TokenTable]
 ANSWERS: dict[Need, tuple[str, ...]] = {"finetune": ("response",), "preference": ("chosen", "rejected"), "prompts": ()}
 """The columns of each kind of example that hold responses."""
@@ -52,18 +52,23 @@ def report_on(folder: PreparedFolder, tokenizer: PreTrainedTokenizerBase, num_ex
 
     Returns:
         What `report.json` holds: `tokenizer`, `names` of the data, `rows` (`rows in`, `kept`, `dropped` and `cut` by
-        reason, `other stages`), `written` (rows by kind and part), `sources`, `lengths` in tokens,
-        `chosen_against_rejected` (shares of the pairs), `bad_rows` and `examples`.
+        reason, `other stages`, and how many `responses` were tokenised), `written` (rows by kind and part), `sources`,
+        `lengths` in tokens, `whole_lengths` before cutting, with the `max_length` that `keeps_95` percent of the
+        responses whole, `cuts` (what is to be said of them), `chosen_against_rejected` (shares of the pairs),
+        `bad_rows` and `examples`.
     """
     manifest = folder.manifest
+    sources = manifest["sources"]
     filled = filled_tables(folder)
     rows = {name: part["rows"] for name, part in manifest["parts"].items()}
     return {
         "tokenizer": manifest["chat"]["tokenizer"],
         "names": {role: source["name"] for role, source in manifest["sources"].items()},
-        "rows": {role: _account(source["counts"]) for role, source in manifest["sources"].items()},
+        "rows": {role: _account(source) for role, source in manifest["sources"].items()},
         "written": {need: {part: rows[file_name(need, part)] for part in PARTS} for need in manifest["kinds"]},
         "sources": _sources(manifest["sources"]["data"], filled),
+        "whole_lengths": {role: said["whole_lengths"] for role, said in sources.items() if "whole_lengths" in said},
+        "cuts": say_cuts(manifest),
         "lengths": {f"{need} {part}": _lengths(table) for (need, part), table in filled.items()},
         "chosen_against_rejected": {
             part: _compare(table) for (need, part), table in filled.items() if need == "preference"
@@ -97,13 +102,15 @@ def filled_tables(folder: PreparedFolder) -> Tables:
     return {place: table for place, table in tables.items() if len(table)}
 
 
-def _account(counts: dict[str, int]) -> dict[str, Any]:
+def _account(source: dict[str, Any]) -> dict[str, Any]:
     """Where the rows of one source went; they add up."""
+    counts = source["counts"]
     account: dict[str, Any] = {
         "rows in": counts["rows"],
         "dropped": _group(counts, "dropped: "),
         "other stages": counts.get("other stages", 0),
         "kept": counts.get("kept", 0),
+        "responses": source.get("whole_lengths", {}).get("responses", 0),
         "cut": _group(counts, "cut: "),
         "lacking": _group(counts, "lacking: "),
         "unused": _group(counts, "unused: "),
@@ -139,13 +146,7 @@ def _lengths(table: TokenTable) -> dict[str, dict[str, float]]:
     columns = {name: table.lengths(name) for name in ("prompt", *ANSWERS[table.need])}
     if len(columns) > 1:
         columns["together"] = table.total_lengths
-    return {name: _statistics(lengths) for name, lengths in columns.items()}
-
-
-def _statistics(lengths: np.ndarray) -> dict[str, float]:
-    percentiles = np.percentile(lengths, PERCENTILES)
-    named = {f"p{p}": float(value) for p, value in zip(PERCENTILES, percentiles, strict=True)}
-    return {"mean": float(lengths.mean()), **named, "max": int(lengths.max())}
+    return {name: statistics(lengths) for name, lengths in columns.items()}
 
 
 def _compare(table: TokenTable) -> dict[str, float]:
@@ -212,6 +213,9 @@ def print_report(console: Console, report: dict[str, Any], examples: bool = True
     for name, value in {"tokenizer": report["tokenizer"], **report["names"]}.items():
         console.print(Text(f"{name.replace('_', ' ')}: {value}"), soft_wrap=True)
     console.print()
+    if examples:  # first, so that the summary is what stands on the screen at the end
+        _print_examples(console, report["examples"])
+        console.print()
     console.print(_rows_table(report["rows"]))
     _print_bad_rows(console, report["bad_rows"])
     console.print(_written_table(report["written"]))
@@ -224,11 +228,17 @@ def print_report(console: Console, report: dict[str, Any], examples: bool = True
             console.print(Text(f" {what}{of} is not used: {count:,} rows hold something there"), soft_wrap=True)
     if len(report["sources"]) > 1:
         console.print(_sources_table(report["sources"]))
-    console.print(_lengths_table(report["lengths"]))
     if report["chosen_against_rejected"]:
         console.print(_compared_table(report["chosen_against_rejected"]))
-    if examples:
-        _print_examples(console, report["examples"])
+    console.print(_lengths_table("Lengths in tokens", report["lengths"]))
+    if whole := {role.replace("_", " "): said["columns"] for role, said in report["whole_lengths"].items()}:
+        console.print(_lengths_table("Lengths in tokens before cutting", whole))
+    for role, said in report["whole_lengths"].items():
+        if enough := said["keeps_95"]:
+            of = "" if role == "data" else f" of {role.replace('_', ' ')}"
+            console.print(f" max_length {enough} keeps 95% of the responses{of} whole", highlight=False)
+    for line in report["cuts"]:
+        console.print(Text(f" {line}", style="yellow"), soft_wrap=True)
 
 
 def _table(title: str, columns: Sequence[str], left: int = 1) -> Table:
@@ -242,10 +252,10 @@ def _rows_table(rows: dict[str, dict[str, Any]]) -> Table:
     columns = [column for role in rows for column in (role.replace("_", " "), "share")]
     table = _table("Rows", ["", *columns])
 
-    def add(name: str, numbers: Sequence[int], style: str = "") -> None:
+    def add(name: str, numbers: Sequence[int], style: str = "", of: str = "rows in") -> None:
         if not any(numbers):
             return
-        totals = [account["rows in"] for account in rows.values()]
+        totals = [account[of] or account["rows in"] for account in rows.values()]
         cells = [c for n, total in zip(numbers, totals, strict=True) for c in (f"{n:,}", f"{n / total:.1%}")]
         table.add_row(Text(name), *cells, style=style)
 
@@ -253,7 +263,12 @@ def _rows_table(rows: dict[str, dict[str, Any]]) -> Table:
     for reason in dict.fromkeys(reason for account in rows.values() for reason in account["dropped"]):
         add(f"- {reason}", [account["dropped"].get(reason, 0) for account in rows.values()])
     add("- of other stages", [account["other stages"] for account in rows.values()])
-    add("= kept", [account["kept"] for account in rows.values()], "bold")
+    in_part = any(account["unused"] for account in rows.values())
+    add(
+        "= kept, not all of what they hold" if in_part else "= kept",
+        [account["kept"] for account in rows.values()],
+        "bold",
+    )
     for reason in dict.fromkeys(reason for account in rows.values() for reason in account["lacking"]):
         add(
             f"  but not for all kinds: {reason}",
@@ -261,7 +276,8 @@ def _rows_table(rows: dict[str, dict[str, Any]]) -> Table:
             "dim",
         )
     for what in dict.fromkeys(what for account in rows.values() for what in account["cut"]):
-        add(_CUTS.get(what, f"{what} cut"), [account["cut"].get(what, 0) for account in rows.values()], "dim")
+        numbers = [account["cut"].get(what, 0) for account in rows.values()]
+        add(_CUTS.get(what, f"{what} cut"), numbers, "dim", "responses" if what == "response" else "rows in")
     return table
 
 
@@ -289,11 +305,11 @@ def _sources_table(sources: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _lengths_table(lengths: dict[str, dict[str, dict[str, float]]]) -> Table:
-    table = _table("Lengths in tokens", ["", "", "mean", *(f"{p}%" for p in PERCENTILES), "longest"], left=2)
+def _lengths_table(title: str, lengths: dict[str, dict[str, dict[str, float]]]) -> Table:
+    table = _table(title, ["", "", "mean", *(f"{p}%" for p in PERCENTILES), "longest"], left=2)
     for place, columns in lengths.items():
-        for i, (name, statistics) in enumerate(columns.items()):
-            mean, *others = statistics.values()
+        for i, (name, found) in enumerate(columns.items()):
+            mean, *others = found.values()
             cells = [f"{mean:,.1f}", *(f"{value:,.0f}" for value in others)]
             table.add_row("" if i else place, name, *cells, end_section=i == len(columns) - 1)
     return table

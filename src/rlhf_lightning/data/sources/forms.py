@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_lightning.chat.messages import Response, exact_text
-from rlhf_lightning.data.rows import BadRowError, DroppedRow, Need, Row, check_text
+from rlhf_lightning.data.rows import BadRowError, DroppedRow, LabelledRow, Need, Row, check_text
 from rlhf_lightning.data.sources.columns import BESIDE, CHOICE, NUMBERS, Columns
 from rlhf_lightning.data.sources.fields import (
     is_nothing,
@@ -178,7 +178,7 @@ class RowForm:
     def _liked(self, raw: RawRow) -> Row:
         row, good = self.label(raw)
         if not good:
-            raise DroppedRow("response is labelled as bad")
+            raise LabelledRow("response is labelled as bad")
         return row
 
     def _chosen(self, raw: RawRow) -> Row:
@@ -187,7 +187,7 @@ class RowForm:
     def _taught(self, raw: RawRow, name: str) -> Row:
         answer = self._read_answer(raw, name)
         if not answer.taught:
-            raise DroppedRow(UNTAUGHT)
+            raise LabelledRow(UNTAUGHT)
         return self._row(raw, self._asked(raw, name, answer.before), answer.response)
 
     def _pair(self, raw: RawRow) -> Row:
@@ -220,7 +220,7 @@ class RowForm:
         while turns and not (turns[-1].role == "assistant" and turns[-1].taught):
             turns = turns[:-1]
         if not turns:
-            raise DroppedRow(UNTAUGHT)
+            raise LabelledRow(UNTAUGHT)
         *before, last = turns
         if not before:
             raise BadRowError(f"{column} has no message before the assistant's")

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from rlhf_lightning.chat.messages import exact_text
-from rlhf_lightning.data.rows import BadRowError, DroppedRow, Need, Row
+from rlhf_lightning.data.rows import BadRowError, DroppedRow, LabelledRow, Need, Row
 from rlhf_lightning.data.sources.forms import SAME, RowForm
 from rlhf_lightning.data.sources.raw_rows import RawRow, RawRows
 from rlhf_lightning.errors import UserError
@@ -182,7 +182,7 @@ class TableRows(Rows):
         if partner is None:
             raise DroppedRow("no response with the other label answers the same prompt")
         if not good:
-            raise DroppedRow("response is the rejected one of another row's pair")
+            raise LabelledRow("response is the rejected one of another row's pair")
         other, _ = self._form.label(self._raw[partner])
         if exact_text(row.responses[0]).strip() == exact_text(other.responses[0]).strip():
             raise DroppedRow(SAME)
