@@ -19,6 +19,8 @@ FILES = {
     "top.yaml": "modle: 3\n",
     "inside.yaml": "model: {class_path: rlhf_lightning.SFTModule, init_args: {model_name_or_pth: lm}}\n",
     "nested.yaml": "model: {init_args: {sampling: {topk: 3}}}\n",
+    "classless.yaml": "model: {class_path: rlhf_lightning.SFTModule}\ndata: {init_args: {data: pairs.jsonl}}\n",
+    "path.yaml": "data: some/file.jsonl\n",
     "class.yaml": "model: {class_path: rlhf_lightning.SFTModul}\n",
     "module.yaml": "model: {class_path: nowhere.SFTModule}\n",
     "trainer.yaml": "trainer: {max_stepz: 3}\n",
@@ -53,7 +55,71 @@ CASES = [
     (["fit", "--config", "broken.yaml"], "config 'broken.yaml' line 3: broken YAML ("),
     (["fit", "--config", "list.yaml"], "config 'list.yaml' holds no 'key: value' lines"),
     (["fit", "--config", "lm/model.safetensors"], "config 'lm/model.safetensors' is no text file"),
-    (["fit"], "nothing says which model and data to use; pass --config with a recipe (data.yaml, "),
+    (
+        ["fit"],
+        "nothing says which model and data class to use; pass --config with a recipe (ppo.yaml, reward.yaml, sft",
+    ),
+    (["train"], "unknown command 'train'; did you mean `rlhf fit`?"),
+    (["reward"], "unknown command 'reward'; did you mean `rlhf fit --config reward.yaml`?"),
+    (["fit", "sft.yaml"], "unexpected word 'sft.yaml'; options begin with --; did you mean --config sft.yaml?"),
+    (
+        ["fit", "--config", "deepspeed_zero3"],
+        "config 'deepspeed_zero3' is neither in the working folder nor a recipe (",
+    ),
+    (["fit", "-config", "sft.yaml"], "unexpected word '-config'; options begin with two dashes: --config"),
+    (
+        ["fit", "--model.model_name_or_path=lm", "--data.data=pairs.jsonl"],
+        "nothing says which model and data class to use; pass --config with a recipe (",
+    ),
+    (["fit", "--config=classless.yaml"], "nothing says which data class to use; pass --config with a recipe ("),
+    (
+        [*BASE, "--data", "pairs.jsonl"],
+        "--data pairs.jsonl: --data names a class; did you mean --data.data pairs.jsonl?",
+    ),
+    ([*BASE, "--model=lm"], "--model lm: --model names a class; did you mean --model.model_name_or_path lm?"),
+    (
+        [*BASE, "--config=path.yaml"],
+        "--data some/file.jsonl: --data names a class; did you mean --data.data some/file.js",
+    ),
+    (
+        [*BASE, "--data.tokenizer=lm"],
+        "data.tokenizer: leave it out, the stages take that of --model.model_name_or_path",
+    ),
+    (
+        [*BASE, "--model.optimiser.lr=1e-4"],
+        "unknown key 'model.optimiser.lr': SFTModule has no such argument; did you mean 'model.optimizer.lr'?",
+    ),
+    (
+        [*BASE, "--model.finetune", "lora"],
+        "--model.finetune lora: model.finetune has settings of its own; did you mean --model.finetune.mode lora?",
+    ),
+    (
+        [*BASE, "--model.sampling=3"],
+        "--model.sampling 3: model.sampling has settings of its own; set --model.sampling.",
+    ),
+    (
+        [*BASE, "--trainer", "cpu"],
+        "--trainer cpu: trainer has settings of its own; did you mean --config trainer/cpu.ya",
+    ),
+    ([*BASE, "--lr", "3"], "unknown key 'lr'; did you mean 'model.optimizer.lr'?"),
+    ([*BASE, "--epochs=3"], "unknown key 'epochs'; did you mean 'trainer.max_epochs'?"),
+    ([*BASE, "--optimizer=torch.optim.SGD"], "unknown key 'optimizer'; did you mean 'model.optimizer'?"),
+    (
+        [*BASE, "--model.model-name-or-path=lm"],
+        "unknown key 'model.model-name-or-path': SFTModule has no such argument; did you mean 'model.model_name_or_p",
+    ),
+    ([*BASE, "--overwrite"], "--overwrite needs a value: --overwrite true"),
+    (
+        [*BASE, "--model.optimizer=adamw"],
+        "model.optimizer: there is no class 'adamw'; did you mean 'torch.optim.AdamW'?",
+    ),
+    (
+        [*BASE, "--trainer.callbacks=[{class_path: ModelCheckpiont}]"],
+        "trainer.callbacks: there is no class 'ModelCheckpiont'; did you mean 'pytorch_lightning.callbacks.ModelCheckp",
+    ),
+    (["prepare", "--data.data=pairs.jsonl"], "--data.data belongs to the stages; `rlhf prepare` takes --data"),
+    (["prepare", "--config=inside.yaml"], "config 'inside.yaml' is one of a stage; `rlhf prepare` takes data.yaml and"),
+    (["prepare", "--model=lm", "--data=pairs.jsonl", "--out=x"], "unknown key 'model'; did you mean 'tokenizer'?"),
     ([*BASE, "--config=top.yaml"], "unknown key 'modle'; did you mean 'model'?"),
     ([*BASE, "--config=trainer.yaml"], "unknown key 'trainer.max_stepz'; did you mean 'trainer.max_steps'?"),
     (

@@ -5,13 +5,13 @@ That is `stage_cli`, `prepare_cli` and `quickstart`.
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 
 from rlhf_lightning import __version__
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.recipes import recipe_names, resolve_recipes
+from rlhf_lightning.spelling import command_hint
 
 STAGE_COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -92,6 +92,5 @@ def _dispatch(command: str, options: list[str]) -> None:
 
         run_stage(command, resolved)
     else:
-        close = difflib.get_close_matches(command, [*STAGE_COMMANDS, "quickstart", "prepare"], n=1)
-        hint = f"did you mean `rlhf {close[0]}`?" if close else "see `rlhf --help`"
+        hint = command_hint(command, [*STAGE_COMMANDS, "quickstart", "prepare"])
         raise UserError(f"unknown command '{command}'; {hint}")

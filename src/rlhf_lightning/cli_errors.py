@@ -5,12 +5,22 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
-import rlhf_lightning
 from rlhf_lightning.recipes import recipe_names
+from rlhf_lightning.spelling import nearest
+
+_MOST_SHOWN = 10
+_HOMES = {
+    "model": "rlhf_lightning",
+    "data": "rlhf_lightning",
+    "callbacks": "pytorch_lightning.callbacks",
+    "logger": "pytorch_lightning.loggers",
+    "optimizer": "torch.optim",
+}
 
 _BOILERPLATE = (
     "Does not validate",
@@ -29,38 +39,64 @@ def _suggest(word: str, known: Iterable[str], shown: str = "{}") -> str:
     return f"; did you mean '{shown.format(close[0])}'?" if close else ""
 
 
-def _arguments_of(class_path: str) -> list[str]:
-    """Arguments of a class, those of its dataclass arguments after a dot."""
+def _nearest(word: str, known: Iterable[str]) -> str:
+    found = nearest(word, known)
+    return f"; did you mean '{found}'?" if found else ""
+
+
+def find_class(class_path: str) -> type:
+    """The class at an import path; a name alone is one of this package's.
+
+    Args:
+        class_path: `package.module.Class`, or `Class`.
+    """
     module_name, _, name = class_path.rpartition(".")
+    cls: type = getattr(importlib.import_module(module_name or "rlhf_lightning"), name)
+    return cls
+
+
+def arguments_of(class_path: Any, key: str) -> list[str]:
+    """Arguments of a class below a key, those of its dataclass arguments after a dot; none if there is no such class.
+
+    Args:
+        class_path: as for `find_class`.
+        key: where the class stands in the config.
+    """
     parser = ArgumentParser(add_help=False)
-    parser.add_class_arguments(getattr(importlib.import_module(module_name), name))
+    try:
+        parser.add_class_arguments(find_class(class_path), key)
+    except (ImportError, AttributeError, ValueError):
+        return []
     return [action.dest for action in parser._actions]
 
 
 def _unknown_key(message: str, path: str, known_keys: Iterable[str]) -> str | None:
     """A key or option that nothing takes, with the nearest one that exists."""
-    inside = re.search(r"Option '([\w.]+)' is not accepted", message)
-    group = re.search(r"(Group|Subcommand) '(\w+)' does not accept option '([\w.]+)'", message)
+    inside = re.search(r"Option '([\w.-]+)' is not accepted", message)
+    group = re.search(r"(Group|Subcommand) '(\w+)' does not accept option '([\w.-]+)'", message)
+    short = re.search(r"ambiguous option: --([^\s=]+)", message)
     option = re.search(r"[Uu]nrecognized arguments: (-*)([^\s=]+)", message)
     if inside:
         name = inside[1]
     elif group:
         name = f"{group[2]}.{group[3]}" if group[1] == "Group" else group[3]
+    elif short:
+        name = short[1]
     elif option:
         name = option[2]
         if not option[1]:
-            return f"unexpected word '{name}'; options begin with --"
+            hint = f"; did you mean --config {name}?" if name.endswith(".yaml") else ""
+            return f"unexpected word '{name}'; options begin with --{hint}"
     else:
         return None
     # The innermost class that the message names is the one that does not know the key.
     classes = re.findall(r"(?:class_path=|given class_path )'([\w.]+)'", message)
     if not classes:
-        return f"unknown key '{name}'{_suggest(name, known_keys)}"
-    owner = classes[-1]
-    return (
-        f"unknown key '{path}.{name}': {owner.rpartition('.')[2]} has no such argument"
-        f"{_suggest(name, _arguments_of(owner), path + '.{}')}"
-    )
+        name = f"{path}.{name}" if inside and path else name
+        return f"unknown key '{name}'{_nearest(name, known_keys)}"
+    owner, name = classes[-1], f"{path}.{name}"
+    known = {*arguments_of(owner, path), *known_keys}
+    return f"unknown key '{name}': {owner.rpartition('.')[2]} has no such argument{_nearest(name, known)}"
 
 
 def _unknown_class(message: str, path: str) -> str | None:
@@ -72,10 +108,32 @@ def _unknown_class(message: str, path: str) -> str | None:
     if module := re.search(r"No module named '([\w.]+)'", message):
         return f"{path}: there is no Python module '{module[1]}'"
     word = re.search(r"Expected a dot import path string: (\S+)", message)
-    if word and path in ("model", "data"):
-        hint = _suggest(word[1], rlhf_lightning.__all__, "rlhf_lightning.{}") or "; write package.module.Class"
-        return f"{path}: there is no class '{word[1]}'{hint}"
+    if word and (home := _HOMES.get(path.rpartition(".")[2])):
+        classes = {name.lower(): name for name in dir(importlib.import_module(home))}
+        close = difflib.get_close_matches(word[1].lower(), list(classes), n=1)
+        hint = f"did you mean '{home}.{classes[close[0]]}'?" if close else "write package.module.Class"
+        return f"{path}: there is no class '{word[1]}'; {hint}"
     return None
+
+
+def _value_for_a_group(message: str, path: str, known_keys: Sequence[str]) -> str | None:
+    """A value for something that has settings of its own."""
+    value = re.search(r"Unable to load config '(.*)'", message)
+    if value is None:
+        return None
+    inside = [key for key in known_keys if key.startswith(f"{path}.") and not key.endswith(".help")]
+    recipes = [recipe for recipe in recipe_names() if recipe in (value[1], f"{path}/{value[1]}.yaml")]
+    if path == "model.finetune":
+        hint = f"did you mean --model.finetune.mode {value[1]}?"
+    elif recipes:
+        hint = f"did you mean --config {recipes[0]}?"
+    else:
+        hint = f"set {_one_of([f'--{key}' for key in inside])}"
+    return f"--{path} {value[1]}: {path} has settings of its own; {hint}"
+
+
+def _one_of(options: Sequence[str]) -> str:
+    return f"one of them, such as {options[0]}" if len(options) > _MOST_SHOWN else " or ".join(options)
 
 
 def _readable(expected: str) -> str:
@@ -116,9 +174,17 @@ def one_line(message: str, known_keys: Iterable[str] = ()) -> str:
     if missing := re.search(r"""(?:Key|Option) ["']([\w.]+)["'] is required""", message):
         name = f"{path}.{missing[1]}" if path else missing[1]
         return f"{name} is missing; pass --{name}"
-    for found in (_unknown_key(message, path, known_keys), _unknown_class(message, path), _wrong_type(message, path)):
+    known = sorted(known_keys)
+    for found in (
+        _unknown_key(message, path, known),
+        _unknown_class(message, path),
+        _value_for_a_group(message, path, known),
+        _wrong_type(message, path),
+    ):
         if found:
             return found
+    if option := re.fullmatch(r"argument (--[\w.]+)(?:/\S+)?: expected one argument", message):
+        return f"{option[1]} needs a value" + (f": {option[1]} true" if option[1] == "--overwrite" else "")
     lines = [line.strip(" -") for line in message.splitlines()]
     telling = [line for line in lines if line and not line.startswith(_BOILERPLATE)] or lines[:1]
     return ": ".join(part for part in (path, "; ".join(dict.fromkeys(telling))) if part)

@@ -26,6 +26,7 @@ from rlhf_lightning.data.sources import DataSource, as_source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.quiet import hush
+from rlhf_lightning.recipes import config_paths, read_config
 from rlhf_lightning.stage_cli import OneLineParser, user_error
 
 
@@ -184,6 +185,15 @@ def _move(new: Path, out: Path, old: Path) -> None:
         raise
 
 
+def _check_words(options: Sequence[str]) -> None:
+    """Refuse what belongs to the stages."""
+    if any(word.partition("=")[0] == "--data.data" for word in options):
+        raise UserError("--data.data belongs to the stages; `rlhf prepare` takes --data")
+    for path in config_paths(options):
+        if "model" in read_config(path):
+            raise UserError(f"config '{path}' is one of a stage; `rlhf prepare` takes data.yaml and its like")
+
+
 def main(options: Sequence[str]) -> None:
     """Entry point of `rlhf prepare`: prepare, print the report, and say where everything is.
 
@@ -194,6 +204,7 @@ def main(options: Sequence[str]) -> None:
         UserError: something the user can mend.
     """
     hush()
+    _check_words(options)
     try:
         folder: PreparedFolder = auto_cli(
             prepare,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,10 @@ def find_recipe(name: str) -> str:
     for candidate in (Path(name), RECIPES / name):
         if candidate.is_file():
             return str(candidate)
-    raise UserError(f"config '{name}' is neither in the working folder nor a recipe ({', '.join(recipe_names())})")
+    stem, names = Path(name).with_suffix("").as_posix(), recipe_names()
+    close = [n for n in names if Path(n).stem == Path(stem).name] or difflib.get_close_matches(f"{stem}.yaml", names, 1)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    raise UserError(f"config '{name}' is neither in the working folder nor a recipe ({', '.join(names)}){hint}")
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -93,3 +98,25 @@ def config_paths(options: Sequence[str]) -> list[str]:
         ['sft.yaml', 'cpu.yaml']
     """
     return [word.removeprefix("--config=") for word in options if word.startswith("--config=")]
+
+
+def named_classes(options: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What configs and options say of the model and the data class: `class_path` and `init_args`, later ones win.
+
+    Args:
+        options: words of the command line, recipes resolved.
+
+    Example:
+        >>> named_classes(["--model=SFTModule", "--data", "my.Data"])
+        {'model': {'class_path': 'SFTModule'}, 'data': {'class_path': 'my.Data'}}
+    """
+    named: dict[str, dict[str, Any]] = {}
+    for path in config_paths(options):
+        for key, value in read_config(path).items():
+            if key in ("model", "data") and value:
+                named[key] = named.get(key, {}) | (value if isinstance(value, dict) else {"class_path": value})
+    for word, following in pairwise([*options, ""]):
+        name, _, value = word.partition("=")
+        if name in ("--model", "--data"):
+            named[name.removeprefix("--")] = {"class_path": value or following}
+    return named

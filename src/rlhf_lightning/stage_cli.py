@@ -6,13 +6,9 @@ rollout size are named once, one run lives in one folder, and mistakes get one l
 
 from __future__ import annotations
 
-import importlib
-import json
 import pickle
-import re
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,12 +21,14 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from rlhf_lightning.callbacks import ShortSummary, StageProgressBar
-from rlhf_lightning.cli_errors import one_line
+from rlhf_lightning.cli_errors import arguments_of, find_class, one_line
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folders import check_model_folder
 from rlhf_lightning.quiet import hush
-from rlhf_lightning.recipes import config_paths, read_config
+from rlhf_lightning.recipes import named_classes
 from rlhf_lightning.run_folder import RunFolder, checkpoint_folders
+from rlhf_lightning.spelling import check_words
+from rlhf_lightning.stacking import StackedConfig, as_configs
 
 LINKS = {
     "model.init_args.model_name_or_path": "data.init_args.tokenizer",
@@ -39,18 +37,34 @@ LINKS = {
 """What is named once, with the model, and handed to the data."""
 
 
-_NESTED = r"--(model|data)\.(?!optimizer\.|init_args\.)(\w+)\.(\w+)"
-
-
 class OneLineParser(LightningArgumentParser):
     """A parser whose errors are one line and exit code 2."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an argument; lists of a later `--config` take the place of earlier ones."""
+        if kwargs.get("action") in (ActionConfigFile, "config"):
+            kwargs["action"] = StackedConfig
+        return super().add_argument(*args, **kwargs)
+
+    def known_keys(self) -> set[str]:
+        """Every option, for suggestions."""
+        return _keys(self)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and leave; an inner parser raises, so that the outer one can say where."""
         if not self.exit_on_error:
             super().error(message, ex)
-        print(f"error: {one_line(message, _keys(self))}", file=sys.stderr)
+        print(f"error: {one_line(message, self.known_keys())}", file=sys.stderr)
         sys.exit(2)
+
+
+class StageParser(OneLineParser):
+    """One that knows the arguments of the classes that the command line names, too."""
+
+    def known_keys(self) -> set[str]:
+        """Every option, for suggestions."""
+        named = {key: config.get("class_path") for key, config in named_classes(sys.argv[1:]).items()}
+        return super().known_keys().union(*(arguments_of(path, key) for key, path in named.items()))
 
 
 def _keys(parser: ArgumentParser) -> set[str]:
@@ -65,7 +79,7 @@ class RLHFCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that takes `--config`."""
-        parser = OneLineParser(**kwargs)
+        parser = StageParser(**kwargs)
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="A recipe or YAML file; later ones win.")
         return parser
 
@@ -81,7 +95,7 @@ class RLHFCLI(LightningCLI):
         """Parse the command line."""
         command, *options = sys.argv[1:]
         # Checkpoints hold plain data only; loading one never runs code from it.
-        self.config = parser.parse_args([command, "--weights_only=true", *nulls_as_configs(options)])
+        self.config = parser.parse_args([command, "--weights_only=true", *as_configs(options)])
 
     def _parse_ckpt_path(self) -> None:
         """Take weights and progress from a checkpoint, and every setting from the command line.
@@ -141,34 +155,6 @@ def _any(kind: type, callbacks: Sequence[Any]) -> bool:
     return any(isinstance(callback, kind) for callback in callbacks)
 
 
-def nulls_as_configs(options: Sequence[str]) -> list[str]:
-    """Write `--model.score.clip null` as an inline config: jsonargparse takes a nested null for the word "None".
-
-    Args:
-        options: words of the command line.
-
-    Example:
-        >>> nulls_as_configs(["--model.score.clip", "null", "--data.seed=1"])
-        ['--config={"model": {"init_args": {"score": {"clip": null}}}}', '--data.seed=1']
-    """
-    joined: list[str] = []
-    for word in options:
-        if word in ("null", "None") and joined and re.fullmatch(_NESTED, joined[-1]):
-            joined[-1] += "=null"
-        else:
-            joined.append(word)
-    return [_null_as_config(word) for word in joined]
-
-
-def _null_as_config(word: str) -> str:
-    name, _, value = word.partition("=")
-    nested = re.fullmatch(_NESTED, name)
-    if nested is None or value not in ("null", "None"):
-        return word
-    part, group, key = nested.groups()
-    return "--config=" + json.dumps({part: {"init_args": {group: {key: None}}}})
-
-
 def refuse_trainer_options(config: Any) -> None:
     """Point to the module's own options for what the Trainer cannot do under manual optimisation.
 
@@ -217,32 +203,19 @@ def help_for_classes(options: Sequence[str]) -> str:
     Args:
         options: words of the command line, recipes resolved.
     """
-    named: dict[str, dict[str, Any]] = {}
-    for path in config_paths(options):
-        named |= {key: value for key, value in read_config(path).items() if key in ("model", "data")}
-    for word, following in pairwise([*options, ""]):
-        name, _, value = word.partition("=")
-        if name in ("--model", "--data"):
-            named[name.removeprefix("--")] = {"class_path": value or following}
     linked = {target.rpartition(".")[2] for target in LINKS.values()}
     texts = []
-    for key, config in named.items():
+    for key, config in named_classes(options).items():
         if "class_path" not in config:
             continue
         parser = ArgumentParser(prog="rlhf", usage="%(prog)s COMMAND [options]", add_help=False)
         skip = linked if key == "data" else set()
-        parser.add_class_arguments(_import(config["class_path"]), key, skip=skip)
+        parser.add_class_arguments(find_class(config["class_path"]), key, skip=skip)
         known = {action.dest for action in parser._actions}
         values = _flat(key, config.get("init_args") or {}, known)
         parser.set_defaults({name: value for name, value in values.items() if name in known})
         texts.append(parser.format_help().partition("\n\n")[2])
     return "\n".join(texts)
-
-
-def _import(class_path: str) -> type:
-    module_name, _, class_name = class_path.rpartition(".")
-    cls: type = getattr(importlib.import_module(module_name or "rlhf_lightning"), class_name)
-    return cls
 
 
 def _flat(key: str, values: dict[str, Any], known: set[str]) -> dict[str, Any]:
@@ -289,6 +262,7 @@ def run_stage(command: str, options: Sequence[str]) -> None:
         UserError: something the user can mend.
     """
     hush()
+    check_words(options)
     if {"--help", "-h"} & set(options) and (text := help_for_classes(options)):
         print(text)
     sys.argv = [sys.argv[0], command, *options]  # what LightningCLI reads, and the processes of a strategy run
@@ -300,6 +274,7 @@ def run_stage(command: str, options: Sequence[str]) -> None:
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=RunFolder,
+            auto_configure_optimizers=False,  # they are arguments of the modules
             parser_kwargs={"prog": "rlhf", **usage},
         )
     except (MisconfigurationException, ValueError, RuntimeError) as e:

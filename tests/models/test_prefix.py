@@ -31,6 +31,7 @@ SHAPE = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
+CLOSE = {"atol": 1e-10, "rtol": 1e-10}  # in float64, where rounding is below 1e-13 and a wrong layout is of order 1
 MORE_FAMILIES = ["mistral", "qwen2", "gemma3_text", "qwen3_next"]
 SHARING = ["llama", "gpt-neox", "gpt2", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "opt", "gpt-j", "falcon"]
 KERNELS = [*((family, None) for family in SHARING), *((family, "eager") for family in ("llama", "gpt2"))]
@@ -39,13 +40,13 @@ KERNELS = [*((family, None) for family in SHARING), *((family, "eager") for fami
 @cache
 def model(family, kernel=None, **settings_):
     if family in FAMILIES:
-        return tiny_causal_lm(family, **settings_, **({"attn_implementation": kernel} if kernel else {}))
+        return tiny_causal_lm(family, **settings_, **({"attn_implementation": kernel} if kernel else {})).double()
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         config = AutoConfig.for_model(family, **SHAPE, **settings_)
         made = AutoModelForCausalLM.from_config(config, attn_implementation=kernel).eval()
         spread_weights(made)
-    return made
+    return made.double()
 
 
 def padded(groups, pad=0):
@@ -71,14 +72,14 @@ def assert_same(lm, ids, mask, compute=as_rows):
     for way in (compute, separate):
         hidden = way(lm, ids, mask)
         assert torch.isfinite(hidden).all()
-        directions = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+        directions = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0), dtype=hidden.dtype)
         lm.zero_grad()
         (hidden * directions)[mask].mean().backward()
         found.append((hidden[mask], [p.grad.clone() for p in lm.parameters() if p.grad is not None]))
     (shared, shared_grads), (apart, apart_grads) = found
-    torch.testing.assert_close(shared, apart, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(shared, apart, **CLOSE)
     for a, b in zip(shared_grads, apart_grads, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a, b, **CLOSE)
 
 
 tokens = st.integers(0, 3)  # few, so that rests begin alike too, pads among them
@@ -151,7 +152,7 @@ def test_columns_of_padding_and_padding_ids_change_nothing():
     expected = as_rows(model("llama"), ids, mask)[mask]
     wide, wide_mask = torch.nn.functional.pad(ids, (0, 3)), torch.nn.functional.pad(mask, (0, 3))
     wide[~wide_mask] = 9
-    torch.testing.assert_close(as_rows(model("llama"), wide, wide_mask)[wide_mask], expected)
+    torch.testing.assert_close(as_rows(model("llama"), wide, wide_mask)[wide_mask], expected, **CLOSE)
 
 
 def test_what_is_shared_is_run_once():

@@ -27,6 +27,7 @@ SHAPE = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
+CLOSE = {"atol": 1e-10, "rtol": 1e-10}  # in float64, where rounding is below 1e-13 and a wrong layout is of order 1
 ABLE = ["llama", "gpt-neox", "gpt2", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "opt"]
 UNABLE = ["gemma2", "bloom", "falcon", "mamba", "qwen3_next"]
 
@@ -34,12 +35,12 @@ UNABLE = ["gemma2", "bloom", "falcon", "mamba", "qwen3_next"]
 @cache
 def model(family, **options):
     if family in FAMILIES:
-        return tiny_causal_lm(family, **options)
+        return tiny_causal_lm(family, **options).double()
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         made = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE, **options)).eval()
         spread_weights(made)
-    return made
+    return made.double()
 
 
 def batch(lengths, side="right"):
@@ -63,10 +64,10 @@ def test_hidden_states_and_gradients_are_those_of_the_padded_batch(family, lengt
     gradients = []
     for hidden in (without(lm, ids, mask), padded_hidden_states(lm, ids, mask)):
         lm.zero_grad()
-        weights = torch.randn(hidden[mask].shape, generator=torch.Generator().manual_seed(1))
+        weights = torch.randn(hidden[mask].shape, generator=torch.Generator().manual_seed(1), dtype=hidden.dtype)
         (hidden[mask] * weights).sum().backward()
         gradients.append((hidden.detach()[mask], [p.grad.clone() for p in lm.base_model.parameters()]))
-    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(*gradients, **CLOSE)
 
 
 @pytest.mark.parametrize("family", UNABLE)
@@ -74,7 +75,7 @@ def test_other_models_compute_their_padding(family):
     lm = model(family)
     ids, mask = batch([9, 2, 4])
     assert without(lm, ids, mask) is None
-    torch.testing.assert_close(hidden_states(lm, ids, mask)[mask], padded_hidden_states(lm, ids, mask)[mask])
+    torch.testing.assert_close(hidden_states(lm, ids, mask)[mask], padded_hidden_states(lm, ids, mask)[mask], **CLOSE)
 
 
 def test_packed_rows_are_computed_as_transformers_does():
@@ -84,7 +85,7 @@ def test_packed_rows_are_computed_as_transformers_does():
     ids = torch.arange(14).view(2, 7) + 20
     found = hidden_states(lm, ids, mask, positions)
     assert not found[:, -1].any()  # so the padding was not computed
-    torch.testing.assert_close(found[mask], padded_hidden_states(lm, ids, mask, positions)[mask])
+    torch.testing.assert_close(found[mask], padded_hidden_states(lm, ids, mask, positions)[mask], **CLOSE)
 
 
 def test_shared_rows_are_computed_as_with_their_mask():
@@ -93,7 +94,7 @@ def test_shared_rows_are_computed_as_with_their_mask():
     rows = share_rows(ids, ids > 0)
     found = rows.hidden_states(lm)
     assert not found[~rows.mask].any()
-    torch.testing.assert_close(found[rows.mask], rows.padded_hidden_states(lm)[rows.mask])
+    torch.testing.assert_close(found[rows.mask], rows.padded_hidden_states(lm)[rows.mask], **CLOSE)
 
 
 def test_a_window_that_would_be_felt_is_left_to_transformers():

@@ -1,0 +1,123 @@
+"""What people write for an option, and which one they mean."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.recipes import named_classes, recipe_names
+
+_ALSO_CALLED = {
+    "model.optimizer.lr": ["lr", "learning_rate"],
+    "model.optimizer": ["optimiser", "optim"],
+    "model.lr_schedule": ["lr_scheduler", "scheduler", "lr_scheduler_type"],
+    "model.finetune.mode": ["lora", "peft", "use_lora", "use_peft"],
+    "model.model_name_or_path": ["model", "name", "model_name", "model_path", "base_model", "path", "folder"],
+    "model.sampling.max_new_tokens": ["max_tokens"],
+    "data.data": ["file", "files", "path", "train_file", "train_data", "dataset", "dataset_name", "data_path"],
+    "data.max_length": ["max_seq_length", "max_seq_len", "cutoff_len"],
+    "data.batch_size": ["per_device_train_batch_size", "train_batch_size"],
+    "data.validation_split": ["val_split", "test_size", "val_size"],
+    "trainer.max_epochs": ["epoch", "epochs", "num_epochs", "num_train_epochs"],
+    "trainer.max_steps": ["steps", "num_steps", "train_steps"],
+    "trainer.default_root_dir": ["output_dir", "output", "out", "run_dir", "save_dir"],
+    "trainer.devices": ["gpus", "num_gpus", "n_gpus"],
+    "trainer.precision": ["bf16", "fp16", "dtype"],
+    "trainer.accelerator": ["device", "gpu", "cpu"],
+    "ckpt_path": ["ckpt", "checkpoint", "resume", "resume_from_checkpoint"],
+    "seed_everything": ["seed"],
+    "tokenizer": ["tokeniser", "model", "model_name_or_path"],  # of `rlhf prepare`
+}
+_MEANT_FOR = {"model": "model_name_or_path", "data": "data"}
+_CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_DATA_FILE = re.compile(r".+\.(jsonl?|csv|tsv|parquet|txt|gz)")
+_COMMANDS = {"train": "fit", "evaluate": "validate", "eval": "validate", "generate": "predict", "score": "predict"}
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The option that a word is most likely meant for.
+
+    Args:
+        word: as it was written, groups before dots.
+        known: the options that there are.
+
+    Example:
+        >>> options = ["model.optimizer", "data.batch_size", "trainer.max_epochs"]
+        >>> nearest("model.optimiser.lr", options), nearest("batch-size", options), nearest("trainer.epochs", options)
+        ('model.optimizer.lr', 'data.batch_size', 'trainer.max_epochs')
+    """
+    options = sorted({name for name in known if not name.endswith(".help")}, key=lambda name: (len(name), name))
+    word = word.replace("-", "_").replace(".init_args.", ".")
+    group, last = word.split(".")[0], word.rpartition(".")[2]
+    if word in options:
+        return word
+    meant = [name for name, others in _ALSO_CALLED.items() if last in others and _exists(name, options)]
+    same_name = [name for name in options if name.rpartition(".")[2] == last]
+    for found in (meant, same_name):
+        if found:
+            return next((name for name in found if name.split(".")[0] == group), found[0])
+    by_last = {name.rpartition(".")[2]: name for name in reversed(options) if name.split(".")[0] == group}
+    close = difflib.get_close_matches(last, by_last, n=1, cutoff=0.7) or difflib.get_close_matches(word, options, n=1)
+    return by_last.get(close[0], close[0]) if close else None
+
+
+def _stage_recipes() -> list[str]:
+    return [name for name in recipe_names() if "/" not in name and name != "data.yaml"]
+
+
+def _is_no_class(value: str) -> bool:
+    return not _CLASS.fullmatch(value) or Path(value).exists() or _DATA_FILE.fullmatch(value) is not None
+
+
+def _exists(name: str, options: Sequence[str]) -> bool:
+    """Also inside a class that is chosen by the user, such as an optimizer."""
+    return name in options or name.rpartition(".")[0] in options
+
+
+def command_hint(word: str, commands: Sequence[str]) -> str:
+    """What to write instead of a command that does not exist.
+
+    Args:
+        word: as it was written.
+        commands: those that there are.
+    """
+    recipe = word if word.endswith(".yaml") else f"{word}.yaml"
+    if recipe in recipe_names() or word.endswith(".yaml"):
+        return f"did you mean `rlhf {'prepare' if word.startswith('data') else 'fit'} --config {recipe}`?"
+    close = [_COMMANDS[word]] if word in _COMMANDS else difflib.get_close_matches(word, commands, n=1)
+    return f"did you mean `rlhf {close[0]}`?" if close else "see `rlhf --help`"
+
+
+def check_words(options: Sequence[str]) -> None:
+    """Refuse what would be read as something else than it is meant for.
+
+    Args:
+        options: the words after a stage's command, recipes resolved.
+
+    Raises:
+        UserError: says what to write instead.
+    """
+    if options and not options[0].startswith("-"):
+        hint = f"; did you mean --config {options[0]}?" if options[0].endswith((".yaml", ".yml")) else ""
+        raise UserError(f"unexpected word '{options[0]}'; options begin with --{hint}")
+    for word in options:
+        if re.fullmatch(r"-[A-Za-z][\w.-]+(=.*)?", word):
+            raise UserError(f"unexpected word '{word}'; options begin with two dashes: -{word}")
+    named = named_classes(options)
+    for key, argument in _MEANT_FOR.items():
+        value = named.get(key, {}).get("class_path")
+        if isinstance(value, str) and _is_no_class(value):
+            raise UserError(f"--{key} {value}: --{key} names a class; did you mean --{key}.{argument} {value}?")
+    in_config = "tokenizer" in (named.get("data", {}).get("init_args") or {})
+    if in_config or any(re.match(r"--data\.(init_args\.)?tokenizer(=|$)", word) for word in options):
+        raise UserError("data.tokenizer: leave it out, the stages take that of --model.model_name_or_path")
+    if {"--help", "-h"} & set(options):
+        return
+    if lacking := [key for key in _MEANT_FOR if "class_path" not in named.get(key, {})]:
+        raise UserError(
+            f"nothing says which {' and '.join(lacking)} class to use; pass --config with a recipe "
+            f"({', '.join(_stage_recipes())}), or write class_path and init_args below '{lacking[0]}:'"
+        )
