@@ -5,13 +5,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types format bench bench-arguments clean
+.PHONY: demo test test-numbers lint types format bench bench-arguments clean
 
 demo: $(READY)
 	$(BIN)/rlhf quickstart
 
 test: $(READY)
 	$(BIN)/pytest -n 2
+
+# The numerical tests under another instruction set than the machine's own; CAPABILITY=default for none at all.
+CAPABILITY ?= avx2
+NUMBERS = tests/functional tests/models tests/modules tests/test_experience.py tests/test_rollout.py \
+	tests/test_controllers.py tests/test_optim.py tests/test_master_weights.py
+test-numbers: $(READY)
+	ATEN_CPU_CAPABILITY=$(CAPABILITY) ONEDNN_MAX_CPU_ISA=$(if $(filter default,$(CAPABILITY)),SSE41,AVX2) \
+		$(BIN)/pytest -n 2 $(NUMBERS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

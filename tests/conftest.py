@@ -1,4 +1,7 @@
-"""What every test runs under: one thread, no network, the same examples each time."""
+"""What every test runs under: one thread, no network, the same examples each time.
+
+`HYPOTHESIS_PROFILE=random` draws new examples, and more of them where a test names no number.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
-settings.load_profile("reproducible")
+settings.register_profile("random", max_examples=500, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
+    LlamaModel,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -109,6 +110,28 @@ def tiny_classifier(family: str = "llama", seed: int = 0, **options: Any) -> Pre
         config = tiny_config(family, **{"num_labels": 1, **options})
         model = AutoModelForSequenceClassification.from_config(config).eval()
         spread_weights(model)
+    return model
+
+
+LAYOUTS = {"atol": 1e-5, "rtol": 1e-5}
+"""How close two layouts of the same rows must come on models in float64; a wrong layout is of order 1.
+
+transformers computes norms and rotary positions in float32 even then, so what is left is its epsilon, 1.2e-7,
+amplified: 1e-6 was the most. Of models in float32 two processors make 2e-5.
+"""
+
+
+class _BlindToPlaces(LlamaModel):
+    """Takes the places of tokens, and counts its own: examples packed into one row see each other."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Any = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids, attention_mask, **kwargs)
+
+
+def mixing_causal_lm() -> Any:
+    """A language model that mixes up the examples of a packed row, by construction."""
+    model: Any = tiny_causal_lm("llama")
+    model.model.__class__ = _BlindToPlaces
     return model
 
 

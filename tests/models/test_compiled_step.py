@@ -17,8 +17,16 @@ from rlhf_lightning.models.finetune import FineTune, add_adapter
 from rlhf_lightning.models.generation import Sampling, TransformersEngine
 
 GIVEN_UP = "compile_decoding: the decoding step cannot be compiled"
-EAGER = {"gpt-neo", "gpt-j", "gemma2"}
+# Of these some versions of transformers have no SDPA.
+EAGER = {name for name in ("gpt-neo", "gpt-j", "gemma2") if model_of(name).config._attn_implementation == "eager"}
 NOT_COMPILED = EAGER | {"bloom", "falcon-alibi", "gemma3", "mistral-window", "qwen3-next"}
+
+
+def test_a_model_whose_attention_is_not_sdpa_is_not_compiled():
+    model = model_of("llama")
+    model.set_attn_implementation("eager")
+    with pytest.warns(UserWarning, match=f"{GIVEN_UP}.*: its attention is eager, not sdpa"):
+        assert CompiledStep(model).reason
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers.models import FAMILIES, spread_weights, table_lm, tiny_causal_lm
+from helpers.models import FAMILIES, LAYOUTS, spread_weights, table_lm, tiny_causal_lm
 from rlhf_lightning.models import prefix
 from rlhf_lightning.models.causal_lm import padded_hidden_states
 from rlhf_lightning.models.prefix import (
@@ -31,7 +31,6 @@ SHAPE = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-CLOSE = {"atol": 1e-10, "rtol": 1e-10}  # in float64, where rounding is below 1e-13 and a wrong layout is of order 1
 MORE_FAMILIES = ["mistral", "qwen2", "gemma3_text", "qwen3_next"]
 SHARING = ["llama", "gpt-neox", "gpt2", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "opt", "gpt-j", "falcon"]
 KERNELS = [*((family, None) for family in SHARING), *((family, "eager") for family in ("llama", "gpt2"))]
@@ -46,7 +45,7 @@ def model(family, kernel=None, **settings_):
         config = AutoConfig.for_model(family, **SHAPE, **settings_)
         made = AutoModelForCausalLM.from_config(config, attn_implementation=kernel).eval()
         spread_weights(made)
-    return made.double()
+    return made if family == "qwen3_next" else made.double()  # whose experts have no float64
 
 
 def padded(groups, pad=0):
@@ -77,9 +76,9 @@ def assert_same(lm, ids, mask, compute=as_rows):
         (hidden * directions)[mask].mean().backward()
         found.append((hidden[mask], [p.grad.clone() for p in lm.parameters() if p.grad is not None]))
     (shared, shared_grads), (apart, apart_grads) = found
-    torch.testing.assert_close(shared, apart, **CLOSE)
+    torch.testing.assert_close(shared, apart, **LAYOUTS)
     for a, b in zip(shared_grads, apart_grads, strict=True):
-        torch.testing.assert_close(a, b, **CLOSE)
+        torch.testing.assert_close(a, b, **LAYOUTS)
 
 
 tokens = st.integers(0, 3)  # few, so that rests begin alike too, pads among them
@@ -152,7 +151,7 @@ def test_columns_of_padding_and_padding_ids_change_nothing():
     expected = as_rows(model("llama"), ids, mask)[mask]
     wide, wide_mask = torch.nn.functional.pad(ids, (0, 3)), torch.nn.functional.pad(mask, (0, 3))
     wide[~wide_mask] = 9
-    torch.testing.assert_close(as_rows(model("llama"), wide, wide_mask)[wide_mask], expected, **CLOSE)
+    torch.testing.assert_close(as_rows(model("llama"), wide, wide_mask)[wide_mask], expected, **LAYOUTS)
 
 
 def test_what_is_shared_is_run_once():

@@ -29,7 +29,7 @@ def test_it_follows_the_precision_that_a_model_is_computed_in():
     assert single == pytest.approx(256 * 2**-23 * (model.config.hidden_size * 2 * 2) ** 0.5)
     with torch.autocast("cpu", torch.bfloat16):
         assert tolerance(model) == 0.1
-    assert tolerance(tiny_causal_lm("llama").to(torch.float64)) < 1e-6 * single
+    assert tolerance(tiny_causal_lm("llama").to(torch.float64)) == single  # its norms are float32
     assert tolerance(tiny_causal_lm("llama").to(torch.float16)) == 0.1
 
 

@@ -275,7 +275,7 @@ class Blend(Source):
         return parts
 
 
-DataSource: TypeAlias = Data | Source
+DataSource: TypeAlias = Source | Data  # in this order, or a config would be saved with sources as text
 
 
 def as_source(data: DataSource, columns: Mapping[str, str] | None = None) -> Source:
