@@ -100,6 +100,7 @@ def taught(encoder, messages, answer, untaught=()):
         ("phi", "hello<|end|>", "ciao<|end|>"),
         ("zephyr", "hello</s>", "ciao</s>"),
         ("command", "hello<|END_OF_TURN_TOKEN|>", "ciao<|END_OF_TURN_TOKEN|>"),
+        ("command, closed", "hello<|end|><|END_OF_TURN_TOKEN|>", "ciao<|end|><|END_OF_TURN_TOKEN|>"),
         # Its earlier turns end by a token that also stands between thought and answer, where nobody stops.
         ("harmony", "<|channel|>final<|message|>hello", "<|channel|>final<|message|>ciao<|return|>"),
         ("glm", "hello", "ciao</s>"),
@@ -124,6 +125,15 @@ def test_what_ends_a_turn_is_found_by_letting_the_template_write(name):
     assert tokenizer.convert_ids_to_tokens(turn_ends(tokenizer)) == ["<end_of_turn>"]
     tokenizer.chat_template = None
     assert turn_ends(tokenizer) == []
+
+
+def test_a_template_that_leaves_answers_out_ends_none_and_is_refused():
+    """As those do that read a message's content as a list of parts."""
+    template = SHELF["chatml"].text.replace("m['content']", "(m['content'] if m['role'] == 'user' else '')")
+    encoder = ChatEncoder(shelf_tokenizer("chatml"), chat_template=template)
+    assert turn_ends(encoder.tokenizer) == []
+    (result,) = encoder.encode_dialogues([Dialogue([user("hi")], ("hello",))])
+    assert "leaves the answer out" in str(result)
 
 
 def test_a_call_of_a_tool_may_end_otherwise():

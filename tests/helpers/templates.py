@@ -111,6 +111,11 @@ ALPACA = "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + 
     "'### assistant:\n'"
 )
 
+COMMAND_CLOSED = COMMAND.replace(
+    "m['content'].strip() + '<|END", "(m['content'] + '<|end|>' if m['role'] == 'assistant' else m['content']) + '<|END"
+)
+"""Closes the answer by a token of its own before the turn."""
+
 SHELF = {
     "chatml": Shelved(CHATML, "<|im_end|>"),
     "llama2": Shelved(LLAMA2, "</s>"),
@@ -123,6 +128,7 @@ SHELF = {
     "phi": Shelved(PHI, "<|end|>"),
     "zephyr": Shelved(ZEPHYR, "</s>"),
     "command": Shelved(COMMAND, "<|END_OF_TURN_TOKEN|>"),
+    "command, closed": Shelved(COMMAND_CLOSED, "<|END_OF_TURN_TOKEN|>"),
     "harmony": Shelved(HARMONY, "<|return|>"),
     "glm": Shelved(GLM, ""),
     "alpaca": Shelved(ALPACA, ""),

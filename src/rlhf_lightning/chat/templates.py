@@ -41,7 +41,7 @@ class Tail(NamedTuple):
     """What a template writes after the words of an answer.
 
     Attributes:
-        text: all of it, up to the end or to what the user says next.
+        text: all of it.
         end: the token that ends the turn; "" where the template writes none.
         length: characters of the text up to and with that token; where there is none, without the white space that
             ends the text.
@@ -84,13 +84,34 @@ class ChatTemplate:
 
     @cached_property
     def last(self) -> Tail:
-        """What follows the answer that ends a dialogue."""
-        return self._tail([_assistant(_ANSWER)], "", answer=False)
+        """What follows the answer that ends a dialogue.
+
+        Of several control tokens in a row (one that closes the answer, one that closes the turn) the EOS ends the turn,
+        or else the last.
+        """
+        _, answered, text = self._try([_assistant(_ANSWER)]).rpartition(_ANSWER)
+        if not answered:
+            return Tail("", "", 0)
+        place, end = 0, ""
+        while (found := self._added.first(text[place:])) and not (end and found.start()):
+            place, end = place + found.end(), found[0]
+            if end == self.tokenizer.eos_token:
+                break
+        return Tail(text, end, place or len(text.rstrip()))
 
     @cached_property
-    def middle(self) -> Tail:
-        """What follows an answer that the user replies to."""
-        return self._tail([_assistant(_ANSWER), _user(_MORE)], _MORE, answer=True)
+    def leaves_answers_out(self) -> bool:
+        """Whether the assistant's words are not written at all, as where a template wants them in parts."""
+        text = self._try([_assistant(_ANSWER)])
+        return bool(text) and _ANSWER not in text
+
+    @cached_property
+    def middle_end(self) -> str:
+        """The token that ends an answer to which the user replies; "" where none does."""
+        text = self._try([_assistant(_ANSWER), _user(_MORE)]).rpartition(_ANSWER)[2].partition(_MORE)[0]
+        if not self.last.end or self.last.end in text:
+            return self.last.end
+        return next(iter(self._added.all(text)), "")
 
     @cached_property
     def ends(self) -> list[str]:
@@ -127,13 +148,6 @@ class ChatTemplate:
             if self.last.end and _TOOL in text and (tokens := self._added.all(text.rpartition(_TOOL)[2])):
                 return tokens[-1]
         return ""
-
-    def _tail(self, turns: list[Message], stop: str, answer: bool) -> Tail:
-        text = self._try(turns, answer).rpartition(_ANSWER)[2]
-        text = text.partition(stop)[0] if stop else text
-        if found := self._added.first(text):
-            return Tail(text, found[0], found.end())
-        return Tail(text, "", len(text.rstrip()))
 
     def _try(self, turns: list[Message], answer: bool = False) -> str:
         """A dialogue of a question and these turns as text, "" where the template refuses it."""

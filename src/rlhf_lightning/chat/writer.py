@@ -187,6 +187,8 @@ class DialogueWriter:
         messages = [self._safe(message) for message in messages]
         tools = [_everywhere(tool, self.tokens.control) for tool in dialogue.tools]
         text = template.write(messages, tools)
+        if dialogue.responses and template.leaves_answers_out:
+            raise RefusedTurnsError("the chat template leaves the answer out")
         replies = [self._reply(response, dialogue.prompt) for response in dialogue.responses]
         wholes = [template.write([*messages, reply], tools, answer=False) for reply in replies]
         notes = _hiding([text, *wholes])
@@ -249,8 +251,8 @@ class DialogueWriter:
             said = message["content"].strip()
             place = text.find(said, start) if said else -1
             after = start if place < 0 else place + len(said)
-            end = template.middle.end
-            if not template.last.end or not end:
+            end = template.middle_end
+            if not end:
                 if place < 0:
                     return None
                 in_words = template.last.text[: template.last.length]  # an end that is no token
