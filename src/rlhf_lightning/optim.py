@@ -13,6 +13,10 @@ from rlhf_lightning.errors import UserError
 
 Schedule = Literal["cosine", "linear", "constant"]
 
+# Defaults of the modules, written as in a config: unlike a lambda they can be saved, read again and pickled.
+ADAMW: Any = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.1}}
+PPO_ADAMW: Any = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2e-6, "eps": 1e-5, "weight_decay": 0.0}}
+
 
 def parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     """Split trainable parameters so that weight decay reaches matrices only, not biases and norms.

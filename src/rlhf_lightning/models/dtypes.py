@@ -8,7 +8,7 @@ far tokens by a wrong angle), and the sums of metrics (a count in bfloat16 stops
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -30,7 +30,7 @@ def keep_dtype(module: Kept) -> Kept:
         >>> keep_dtype(nn.Linear(1, 1)).to(torch.bfloat16).weight.dtype
         torch.float32
     """
-    module._apply = MethodType(_apply_but_keep_dtype, module)  # type: ignore[method-assign]
+    module._apply = partial(_apply_but_keep_dtype, module)  # type: ignore[method-assign]  # unlike a method, it pickles
     return module
 
 

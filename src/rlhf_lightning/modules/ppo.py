@@ -13,7 +13,6 @@ import time
 from functools import partial
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -48,7 +47,9 @@ from rlhf_lightning.modules.common import (
     save_run_state,
     stage_tokenizer,
 )
-from rlhf_lightning.optim import Schedule, learning_rates, parameter_groups
+from rlhf_lightning.modules.settings import as_config, from_config, optimizer_from_config
+from rlhf_lightning.modules.stage import Stage
+from rlhf_lightning.optim import PPO_ADAMW, Schedule, learning_rates, parameter_groups
 from rlhf_lightning.ppo_losses import ppo_losses, tallied
 from rlhf_lightning.ppo_settings import KLPenalty, Objective, ScoreShaping
 from rlhf_lightning.reporting import log_text, report_progress
@@ -67,7 +68,7 @@ from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks, sync
 _EVALUATED = ("score", "raw_score", "kl", "eos_rate", "response_length")
 
 
-class PPOModule(pl.LightningModule):
+class PPOModule(Stage):
     """Improves a policy by PPO.
 
     Expects batches like `PromptBatch`, one per iteration. `docs/metrics.md` lists what is logged under `train/`, `val/`
@@ -121,7 +122,7 @@ class PPOModule(pl.LightningModule):
         micro_batch_size: int | None = None,
         max_tokens_per_batch: int | None = None,
         ppo_epochs: int = 2,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-6, eps=1e-5, weight_decay=0.0),
+        optimizer: OptimizerCallable = PPO_ADAMW,
         value_lr: float | None = None,
         lr_schedule: Schedule = "linear",
         warmup_steps: float = 0,
@@ -139,15 +140,19 @@ class PPOModule(pl.LightningModule):
         reference: str | None = None,
     ) -> None:
         super().__init__()
+        sampling, kl = from_config(Sampling, sampling), from_config(KLPenalty, kl)
+        score, objective = from_config(ScoreShaping, score), from_config(Objective, objective)
+        finetune = from_config(FineTune, finetune)
         check_arguments(PPOModule, locals(), {**SIZES, "reward_timeout": POSITIVE})
-        functions = ["reward"] if callable(reward) else []
-        self.save_hyperparameters(ignore=["optimizer", "sampling", "kl", "score", "objective", "finetune", *functions])
+        groups = {"sampling": sampling, "kl": kl, "score": score, "objective": objective, "finetune": finetune}
+        plain = as_config(optimizer=optimizer, reward=reward, **groups)
+        self.save_hyperparameters(ignore=[*plain])
+        self.save_hyperparameters(plain)
         sizes = {"minibatch_size": minibatch_size, "micro_batch_size": micro_batch_size}
         check_batch_sizes(rollout_batch_size=rollout_batch_size, **sizes)
         check_batch_sizes(rollout_batch_size=rollout_batch_size, generation_batch_size=generation_batch_size)
         check_token_budget(micro_batch_size, max_tokens_per_batch)
         ppo_checks.check_temperature(sampling)
-        self.automatic_optimization = False
         self.strict_loading = False  # frozen weights are not in the checkpoint; load_run_state sees to the rest
         self.model_name_or_path = model_name_or_path
         self.reward = reward
@@ -159,7 +164,7 @@ class PPOModule(pl.LightningModule):
         self.micro_batch_size = micro_batch_size
         self.max_tokens_per_batch = max_tokens_per_batch
         self.ppo_epochs = ppo_epochs
-        self.optimizer = optimizer
+        self.optimizer = optimizer_from_config(optimizer)
         self.value_lr = value_lr
         self.lr_schedule: Schedule = lr_schedule
         self.warmup_steps = warmup_steps
@@ -243,8 +248,9 @@ class PPOModule(pl.LightningModule):
         for model in (self.export_model, self.reference_model):
             ppo_checks.check_context(model.config, prompt_limit, self.sampling.max_new_tokens)
 
-    def training_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """One PPO iteration."""
+    def training_step(self, prompts: PromptBatch, batch_idx: int) -> Tensor:
+        """One PPO iteration; returns the mean loss of its updates, detached, for callbacks."""
+        self.check_batch(prompts, PromptBatch, "PromptDataModule")
         ppo_checks.check_rollout_size(len(prompts.prompts), self.rollout_batch_size)
         experience, metrics = self.rollout(prompts)
         started = time.perf_counter()
@@ -255,11 +261,13 @@ class PPOModule(pl.LightningModule):
         for minibatch in experience.minibatches(self.ppo_epochs, self.minibatch_size, order):
             updates.append(self.update(minibatch, is_first=self.iteration == 0 and not updates))
             report_progress(self, "updating", len(updates), total)
+        loss = torch.stack([update.pop("loss") for update in updates]).mean()
         metrics |= {name: torch.stack([update[name] for update in updates]).mean() for name in updates[0]}
         metrics |= {"lr": lr[0], "value_lr": lr[-1], "seconds_updating": time.perf_counter() - started}
         shown = {f"train/{name}": value for name, value in metrics.items()}
         log_metrics(self, shown, shown="train/score", batch_size=self.rollout_batch_size)
         self.iteration += 1
+        return loss
 
     @torch.no_grad()
     def rollout(self, prompts: PromptBatch) -> tuple[Experience, dict[str, Any]]:
@@ -360,7 +368,7 @@ class PPOModule(pl.LightningModule):
             is_first: check that old and new log-probabilities agree, as they must before the first step.
 
         Returns:
-            What is logged of it, scalars over all ranks.
+            What is logged of it, and `loss`, scalars over all ranks.
         """
         num_tokens = sum_over_ranks(self, minibatch.response_mask.sum())
         limits = self._piece_size, self.max_tokens_per_batch
@@ -379,11 +387,13 @@ class PPOModule(pl.LightningModule):
             ppo_checks.check_first_ratio(result["ratio"], self._exact)
         result["grad_norm"] = accumulation.step(context=name_rows(minibatch.row_ids))
         result |= {f"grad_norm_{part}": norm for part, norm in accumulation.part_norms.items()}
+        result["loss"] = accumulation.loss
         if is_first:
             ppo_checks.check_first_gradient(self, result["grad_norm"], minibatch, self.objective.value_coef)
         return result
 
     def _evaluate(self, prompts: PromptBatch, batch_idx: int, stage: str) -> dict[str, Any]:
+        self.check_batch(prompts, PromptBatch, "PromptDataModule")
         random = generator(self.device, run_seed(self), stage, batch_idx, self.global_rank)
         generation, texts = self._respond(prompts, random)
         measured = self._measure(prompts, generation, texts, with_values=False)
@@ -415,6 +425,7 @@ class PPOModule(pl.LightningModule):
             For each prompt `row`, `prompt`, `response`, `ended`, `tokens`, `score` and `kl`, the k1 estimate of the KL
             to the reference in nats.
         """
+        self.check_batch(prompts, PromptBatch, "PromptDataModule")
         random = generator(self.device, run_seed(self), "predict", batch_idx, self.global_rank)
         generation, texts = self._respond(prompts, random)
         measured = self._measure(prompts, generation, texts, with_values=False)

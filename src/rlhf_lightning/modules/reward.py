@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import OptimizerCallable
 from pytorch_lightning.trainer.states import TrainerFn
@@ -50,7 +49,9 @@ from rlhf_lightning.modules.common import (
     save_run_state,
     stage_tokenizer,
 )
-from rlhf_lightning.optim import Schedule, learning_rates, parameter_groups
+from rlhf_lightning.modules.settings import as_config, from_config, optimizer_from_config
+from rlhf_lightning.modules.stage import Stage
+from rlhf_lightning.optim import ADAMW, Schedule, learning_rates, parameter_groups
 from rlhf_lightning.rng import forked_rng
 from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks
 
@@ -70,7 +71,7 @@ def both_sides(batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
     return ids, torch.stack([batch.chosen_mask, batch.rejected_mask], dim=1)
 
 
-class RewardModule(pl.LightningModule):
+class RewardModule(Stage):
     """Trains a reward model on pairs.
 
     Expects batches like `PreferenceBatch`. `docs/metrics.md` lists what is logged under `train/`, `val/` and `test/`.
@@ -101,9 +102,7 @@ class RewardModule(pl.LightningModule):
         self,
         model_name_or_path: str,
         loss: RewardLoss = "last_token",
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
-            params, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1
-        ),
+        optimizer: OptimizerCallable = ADAMW,
         lr_schedule: Schedule = "cosine",
         warmup_steps: float = 0.03,
         micro_batch_size: int | None = None,
@@ -116,14 +115,15 @@ class RewardModule(pl.LightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        finetune = from_config(FineTune, finetune)
         check_arguments(RewardModule, locals(), SIZES)
         self.save_hyperparameters(ignore=["optimizer", "finetune"])
+        self.save_hyperparameters(as_config(optimizer=optimizer, finetune=finetune))
         check_token_budget(micro_batch_size, max_tokens_per_batch)
-        self.automatic_optimization = False
         self.strict_loading = finetune.mode == "all"  # otherwise checkpoints lack what is frozen
         self.model_name_or_path = model_name_or_path
         self.loss: RewardLoss = loss
-        self.optimizer = optimizer
+        self.optimizer = optimizer_from_config(optimizer)
         self.lr_schedule: Schedule = lr_schedule
         self.warmup_steps = warmup_steps
         self.micro_batch_size = micro_batch_size
@@ -231,8 +231,9 @@ class RewardModule(pl.LightningModule):
         pieces = equally_many(self, lambda least: micro_batches(batch, size, max_tokens, least, lengths))
         return [(piece, share_rows(*both_sides(piece)) if shared else None) for piece in pieces]
 
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """One optimizer step on one batch."""
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """One optimizer step on one batch; returns its loss, detached, for callbacks."""
+        self.check_batch(batch, PreferenceBatch, "PreferenceDataModule")
         start = time.perf_counter()
         # As with the number of tokens elsewhere: of all micro-batches and ranks. Only pairs of weight 0 sum to 0.
         total_weight = sum_over_ranks(self, pair_weights(batch).sum()).clamp(min=torch.finfo(torch.float32).tiny)
@@ -262,8 +263,10 @@ class RewardModule(pl.LightningModule):
             "train/padding_share": padding_share,
         }
         log_metrics(self, metrics, shown="train/loss", batch_size=len(batch.row_ids))
+        return accumulation.loss
 
     def _evaluate(self, batch: PreferenceBatch, stage: str) -> None:
+        self.check_batch(batch, PreferenceBatch, "PreferenceDataModule")
         rows = share_rows(*both_sides(batch)) if self.shares_prefixes(batch) else None
         losses, pairs = self.pair_metrics(batch, rows)
         for name, values in {"loss": losses, **pairs}.items():
@@ -347,6 +350,7 @@ class RewardModule(pl.LightningModule):
         """
         assert self.scalar is not None
         self._refuse_random_head()
+        self.check_batch(batch, ScoringBatch, "PreferenceDataModule")
         raw = scores_at_end(self.scalar.raw(batch.input_ids, batch.attention_mask), batch.attention_mask)
         columns = (batch.row_ids, batch.roles, batch.prompts, batch.responses, self.scalar.calibrate(raw), raw)
         names = ("row", "role", "prompt", "response", "score", "raw_score")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import OptimizerCallable
 from pytorch_lightning.utilities import rank_zero_info
@@ -42,7 +41,9 @@ from rlhf_lightning.modules.common import (
     save_run_state,
     stage_tokenizer,
 )
-from rlhf_lightning.optim import Schedule, learning_rates, parameter_groups
+from rlhf_lightning.modules.settings import as_config, from_config, optimizer_from_config
+from rlhf_lightning.modules.stage import Stage
+from rlhf_lightning.optim import ADAMW, Schedule, learning_rates, parameter_groups
 from rlhf_lightning.rng import forked_rng, generator
 from rlhf_lightning.rollout import respond
 from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks, synced
@@ -50,7 +51,7 @@ from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks, sync
 _PROBE_TOKENS = 16
 
 
-class SFTModule(pl.LightningModule):
+class SFTModule(Stage):
     """Teaches a language model to answer as the demonstrations do.
 
     Expects batches like `InstructionBatch`. `docs/metrics.md` lists what is logged under `train/`, `val/` and `test/`.
@@ -78,9 +79,7 @@ class SFTModule(pl.LightningModule):
     def __init__(
         self,
         model_name_or_path: str,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
-            params, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1
-        ),
+        optimizer: OptimizerCallable = ADAMW,
         lr_schedule: Schedule = "cosine",
         warmup_steps: float = 0.03,
         label_smoothing: float = 0.0,
@@ -94,13 +93,14 @@ class SFTModule(pl.LightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        finetune, sampling = from_config(FineTune, finetune), from_config(Sampling, sampling)
         check_arguments(SFTModule, locals(), {**SIZES, "label_smoothing": SHARE_BELOW_1})
         self.save_hyperparameters(ignore=["optimizer", "finetune", "sampling"])
+        self.save_hyperparameters(as_config(optimizer=optimizer, finetune=finetune, sampling=sampling))
         check_token_budget(micro_batch_size, max_tokens_per_batch)
-        self.automatic_optimization = False
         self.strict_loading = finetune.mode == "all"  # otherwise checkpoints lack what is frozen
         self.model_name_or_path = model_name_or_path
-        self.optimizer = optimizer
+        self.optimizer = optimizer_from_config(optimizer)
         self.lr_schedule: Schedule = lr_schedule
         self.warmup_steps = warmup_steps
         self.label_smoothing = label_smoothing
@@ -159,8 +159,9 @@ class SFTModule(pl.LightningModule):
         targets, mask = batch.input_ids[:, 1:], batch.loss_mask[:, 1:]
         return cross_entropy_at(self.export_model, hidden[:, :-1], targets, mask, self.label_smoothing)
 
-    def training_step(self, batch: InstructionBatch, batch_idx: int) -> None:
-        """One optimizer step on one batch."""
+    def training_step(self, batch: InstructionBatch, batch_idx: int) -> Tensor:
+        """One optimizer step on one batch; returns its loss, detached, for callbacks."""
+        self.check_batch(batch, InstructionBatch, "InstructionDataModule")
         start = time.perf_counter()
         num_targets = sum_over_ranks(self, batch.loss_mask.sum()).clamp(min=1)
         size, max_tokens = self.micro_batch_size, self.max_tokens_per_batch
@@ -186,8 +187,10 @@ class SFTModule(pl.LightningModule):
             "train/padding_share": padding_share,
         }
         log_metrics(self, metrics, shown="train/loss", batch_size=len(batch.row_ids))
+        return accumulation.loss
 
     def _evaluate(self, batch: InstructionBatch, stage: str) -> None:
+        self.check_batch(batch, InstructionBatch, "InstructionDataModule")
         _, nll_sum = self.loss_sums(batch)
         num_targets = batch.loss_mask.sum()
         self.val_loss.update(nll_sum / num_targets.clamp(min=1), weight=num_targets)
@@ -216,6 +219,7 @@ class SFTModule(pl.LightningModule):
             For each prompt `row`, `prompt`, `response`, `ended` (False where it was cut at the limit) and `tokens`.
         """
         assert self.tokenizer is not None
+        self.check_batch(batch, PromptBatch, "InstructionDataModule")
         random = generator(self.device, run_seed(self), "predict", batch_idx, self.global_rank)
         engine = TransformersEngine(self.export_model, self.tokenizer)
         generation, texts = respond(engine, self.tokenizer, batch, self.sampling, random, synced(self))
