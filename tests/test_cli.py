@@ -99,6 +99,31 @@ def test_options_win_over_configs_wherever_they_stand(capsys):
     assert parsed["trainer"]["strategy"] == "ddp"
 
 
+@pytest.mark.parametrize(
+    ("module", "data", "options", "betas"),
+    [
+        ("SFTModule", "InstructionDataModule", [], [0.9, 0.95]),
+        ("RewardModule", "PreferenceDataModule", [], [0.9, 0.95]),
+        ("PPOModule", "PromptDataModule", ["--model.reward=builtins.len"], [0.9, 0.999]),
+    ],
+)
+def test_a_config_that_names_no_optimizer_can_be_read_again(tmp_path, capsys, module, data, options, betas):
+    def printed(*words):
+        with pytest.raises(SystemExit) as end:
+            main(["fit", *words, "--print_config"])
+        assert not end.value.code
+        return capsys.readouterr().out
+
+    classes = [f"--model=rlhf_lightning.{module}", f"--data=rlhf_lightning.{data}", "--data.data=rows.jsonl"]
+    first = printed(*classes, "--model.model_name_or_path=lm", "--model.optimizer.lr=3e-4", *options)
+    (tmp_path / "config.yaml").write_text(first)
+
+    assert printed(f"--config={tmp_path / 'config.yaml'}") == first
+    optimizer = yaml.safe_load(first)["model"]["init_args"]["optimizer"]
+    assert optimizer["class_path"] == "torch.optim.AdamW"
+    assert (optimizer["init_args"]["lr"], optimizer["init_args"]["betas"]) == (3e-4, betas)
+
+
 def test_help_documents_every_argument_with_the_values_of_the_recipe(capsys):
     with pytest.raises(SystemExit) as end:
         main(["fit", "--config", "ppo.yaml", "--help"])

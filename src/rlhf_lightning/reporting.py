@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
+from pytorch_lightning.loggers import CometLogger, MLFlowLogger, WandbLogger
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 
 @runtime_checkable
@@ -30,7 +33,10 @@ def report_progress(module: pl.LightningModule, stage: str, done: int, total: in
 
 
 def log_text(module: pl.LightningModule, key: str, text: str, step: int) -> None:
-    """Write a text to every logger that takes one: TensorBoard, and those with a `log_text` (W&B, Comet, MLflow).
+    """Write a text to every logger that takes one: TensorBoard, MLflow (a file), W&B (a table) and Comet.
+
+    Any other logger whose `experiment` has TensorBoard's `add_text` gets it too; for the rest one line says that texts
+    are left out.
 
     Args:
         module: a module attached to a trainer.
@@ -45,7 +51,16 @@ def log_text(module: pl.LightningModule, key: str, text: str, step: int) -> None
         experiment: Any = getattr(logger, "experiment", None)  # a logger of the user need not have one
         if hasattr(experiment, "add_text"):
             experiment.add_text(key, text, step)
-        elif isinstance(logger, pl.loggers.WandbLogger):
+        elif isinstance(logger, MLFlowLogger):
+            experiment.log_text(logger.run_id, text, f"{key}/step={step:08d}.md")
+        elif isinstance(logger, WandbLogger):
             logger.log_text(key, columns=["text"], data=[[text]], step=step)
-        elif hasattr(experiment, "log_text"):
-            experiment.log_text(text)
+        elif isinstance(logger, CometLogger):
+            experiment.log_text(text, step=step, metadata={"key": key})
+        else:
+            _say_left_out(type(logger).__name__)
+
+
+@lru_cache
+def _say_left_out(logger: str) -> None:
+    rank_zero_info(f"{logger} takes no texts: sampled answers are left out of it")

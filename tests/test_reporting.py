@@ -1,0 +1,79 @@
+"""Texts reach every logger that takes them, in the way that it takes them."""
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock, create_autospec
+
+import pytest
+from pytorch_lightning.loggers import (
+    CometLogger,
+    CSVLogger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from helpers.stages import MemoryLogger
+from rlhf_lightning import reporting
+from rlhf_lightning.reporting import log_text
+
+
+def log(*loggers: Any) -> None:
+    trainer = SimpleNamespace(is_global_zero=True, loggers=list(loggers))
+    log_text(SimpleNamespace(trainer=trainer), "train/sample", "# An answer", 3)
+
+
+class MlflowClient:
+    """As `mlflow.MlflowClient` has it: the run comes first."""
+
+    def log_text(self, run_id: str, text: str, artifact_file: str) -> None: ...
+
+
+class CometExperiment:
+    """As `comet_ml.CometExperiment` has it."""
+
+    def log_text(self, text: Any, step: Any = None, metadata: Any = None) -> None: ...
+
+
+def of_kind(kind: type, experiment: Any, **attributes: Any) -> Any:
+    """A logger of Lightning's whose package need not be installed."""
+    return type(kind.__name__, (kind,), {"__init__": lambda self: None, "experiment": experiment, **attributes})()
+
+
+def test_mlflow_gets_a_file_of_the_run():
+    client = create_autospec(MlflowClient, instance=True)
+    log(of_kind(MLFlowLogger, client, run_id="run 7"))
+    client.log_text.assert_called_once_with("run 7", "# An answer", "train/sample/step=00000003.md")
+
+
+def test_comet_gets_a_text_of_the_step():
+    experiment = create_autospec(CometExperiment, instance=True)
+    log(of_kind(CometLogger, experiment))
+    experiment.log_text.assert_called_once_with("# An answer", step=3, metadata={"key": "train/sample"})
+
+
+def test_wandb_gets_a_table():
+    table = MagicMock()
+    log(of_kind(WandbLogger, MagicMock(spec=[]), log_text=table))
+    table.assert_called_once_with("train/sample", columns=["text"], data=[["# An answer"]], step=3)
+
+
+def test_tensorboard_gets_a_text(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    log(logger)
+    logger.finalize("success")
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["tensors"] == ["train/sample/text_summary"]
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, MemoryLogger])
+def test_for_a_logger_without_texts_one_line_says_so_once(tmp_path, caplog, kind):
+    reporting._say_left_out.cache_clear()
+    logger = kind(tmp_path) if kind is CSVLogger else kind()
+    with caplog.at_level(logging.INFO, "pytorch_lightning"):
+        log(logger)
+        log(logger)
+    assert caplog.messages == [f"{kind.__name__} takes no texts: sampled answers are left out of it"]
