@@ -46,25 +46,15 @@ class Stage(pl.LightningModule):
             )
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Add none; refuse those of the trainer that cannot work, and options of the trainer likewise."""
+        """Add none, and see to those of the trainer.
+
+        Raises:
+            UserError: a callback, or another option of the trainer, does not go with manual optimisation.
+        """
         if self.trainer.state.fn == TrainerFn.FITTING:
             _check_trainer(self.trainer)
+            _let_checkpoints_save(self.trainer)
         return []
-
-    def setup(self, stage: str) -> None:
-        """Let the trainer's checkpoint callbacks save by time, and without asking for weights of before the step.
-
-        `ModelCheckpoint` has a branch for manual optimisation that never looks at `train_time_interval`, and tells at
-        its first checkpoint to rewrite `training_step`. Its other branch does what is wanted here, too.
-
-        Args:
-            stage: not used.
-        """
-        for callback in self.trainer.checkpoint_callbacks:
-            plain = type(callback).on_train_batch_end is ModelCheckpoint.on_train_batch_end
-            if isinstance(callback, ModelCheckpoint) and plain:
-                hook: Any = partial(_save_as_if_automatic, callback)
-                callback.on_train_batch_end = hook  # type: ignore[method-assign]
 
     def check_batch(self, batch: Any, kind: type, data: str) -> None:
         """Refuse a batch of another kind of data.
@@ -107,6 +97,19 @@ def _check_trainer(trainer: Any) -> None:
         for kind, advice in _CALLBACKS.items():
             if isinstance(callback, kind):
                 raise UserError(f"{type(callback).__name__} does not go with these modules: {advice}")
+
+
+def _let_checkpoints_save(trainer: pl.Trainer) -> None:
+    """Let `ModelCheckpoint` save by time, and without asking for weights of before the step.
+
+    It has a branch for manual optimisation that never looks at `train_time_interval`, and tells at its first checkpoint
+    to rewrite `training_step`. Its other branch does what is wanted here, too.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        plain = type(callback).on_train_batch_end is ModelCheckpoint.on_train_batch_end
+        if isinstance(callback, ModelCheckpoint) and plain:
+            hook: Any = partial(_save_as_if_automatic, callback)
+            callback.on_train_batch_end = hook  # type: ignore[method-assign]
 
 
 def _save_as_if_automatic(callback: ModelCheckpoint, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
