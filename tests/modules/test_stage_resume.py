@@ -170,6 +170,18 @@ def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(whole, folders, tmp_pa
         assert_same(resumed[name], end[name], name)
 
 
+def test_what_ends_training_is_made_up_for_after_a_cut_at_the_last_batch(folders, tmp_path):
+    module, data = reward(folders)
+    saver = KeepAll(tmp_path, 1)
+    fit(module, data, max_epochs=1, limit_val_batches=0, enable_checkpointing=True, callbacks=[saver])
+
+    module, data = reward(folders)
+    log = fit(module, data, max_epochs=1, ckpt_path=tmp_path / f"step={BATCHES}.ckpt")
+
+    assert log.series("train/loss") == []
+    assert module._calibrated_at == BATCHES
+
+
 def test_a_finished_run_goes_on_with_the_learning_rate_of_its_step_in_the_longer_one(whole, folders, tmp_path):
     stage, whole_log, _ = whole
     module, data = STAGES[stage][0](folders)

@@ -111,7 +111,7 @@ class _PlaceKeeper(pl.Callback):
         batches = counters["epoch_loop.batch_progress"]["total"]["processed"]
         steps = checkpoint["global_step"] if pl_module.automatic_optimization else batches
         accumulates = self._data.place[1] % trainer.accumulate_grad_batches != 0
-        _count_from(self._data.place, counters, batches, steps, accumulates)
+        _count_from(self._data.place, counters, batches, steps, accumulates, trainer.max_epochs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start a new epoch as such: with `max_steps` set, Lightning takes every resumed epoch for a started one."""
@@ -146,7 +146,9 @@ class _PlaceKeeper(pl.Callback):
         self._data.place = (trainer.current_epoch + 1, 0) if ended else (trainer.current_epoch, batch_idx + 1)
 
 
-def _count_from(place: tuple[int, int], counters: dict[str, Any], total: int, steps: int, accumulates: bool) -> None:
+def _count_from(
+    place: tuple[int, int], counters: dict[str, Any], total: int, steps: int, accumulates: bool, max_epochs: int | None
+) -> None:
     """Write Lightning's counters of a fit as it saves them itself after a batch, or before an epoch.
 
     Args:
@@ -155,18 +157,22 @@ def _count_from(place: tuple[int, int], counters: dict[str, Any], total: int, st
         total: batches of all epochs.
         steps: batches that ended in an optimizer step.
         accumulates: the last batch did not.
+        max_epochs: where the run ends. At that place the last epoch counts as one whose last batch has just been made:
+            then Lightning trains no more, but still runs the hooks of the end of training, which may not have run.
     """
     epoch, batches = place
-    within = batches > 0
+    ended = batches == 0 and 0 < epoch == max_epochs
+    started, finished = epoch + (batches > 0), epoch - ended
     # Within an epoch it is started, but not finished, and the hooks of its last batch are counted as still running.
-    epochs = {"ready": epoch + within, "started": epoch + within, "processed": epoch, "completed": epoch}
+    epochs = {"ready": started, "started": started, "processed": finished, "completed": finished}
+    running = started - finished
     seen = {
-        key: {"ready": n, "started": n, "processed": n, "completed": n - within}
-        for key, n in (("total", total), ("current", batches))
+        "total": {"ready": total, "started": total, "processed": total, "completed": total - running},
+        "current": {"ready": batches, "started": batches, "processed": batches, "completed": batches - (batches > 0)},
+        "is_last_batch": ended,
     }
     unseen = dict.fromkeys(("ready", "started", "processed", "completed"), 0)
-    validation = {"total": unseen, "current": {**unseen}, "is_last_batch": False}
     counters["epoch_progress"] = {"total": epochs, "current": {**epochs}}
-    counters["epoch_loop.batch_progress"] = {**seen, "is_last_batch": False}
-    counters["epoch_loop.val_loop.batch_progress"] = validation
-    counters["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - (within and not accumulates)
+    counters["epoch_loop.batch_progress"] = seen
+    counters["epoch_loop.val_loop.batch_progress"] = {"total": unseen, "current": {**unseen}, "is_last_batch": False}
+    counters["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - (batches > 0 and not accumulates)
