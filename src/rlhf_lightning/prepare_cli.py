@@ -16,7 +16,7 @@ from rich.console import Console
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.plain import PlainFormat
-from rlhf_lightning.data.limits import RANGES, TokenLimits, check_context
+from rlhf_lightning.data.limits import RANGES, TokenLimits, check_context, check_ids
 from rlhf_lightning.data.preparing.filters import Filters, Splits
 from rlhf_lightning.data.preparing.preparation import Preparation
 from rlhf_lightning.data.preparing.prepared import MANIFEST, PARTS, PreparedFolder, file_name, is_prepared
@@ -165,6 +165,8 @@ def _build_beside(preparation: Preparation, out: Path, num_examples: int, overwr
                 with Console(stderr=True).status("preparing"):
                     preparation.build(new)
                 folder = PreparedFolder.open(new)
+                tables = [folder.part(kind, part) for kind in KINDS if folder.has(kind) for part in PARTS]
+                check_ids(preparation.chat.tokenizer, lambda: max(table.largest_id for table in tables))
                 save_report(folder, report_on(folder, preparation.chat.tokenizer, num_examples))
                 _move(new, out, workplace / "old")
             finally:

@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.tokenizers import tiny_tokenizer
+from rlhf_lightning import InstructionDataModule
 from rlhf_lightning.data.limits import TokenLimits, check_context, cut_prompt
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.prepare_cli import prepare
 
 BOS = 1
 
@@ -92,3 +94,40 @@ def test_the_context_of_the_model_beside_the_tokenizer(tmp_path):
     check_context(loaded, "max_length", 64)
     with pytest.raises(UserError, match=r"max_length \(65\) is beyond the 64 positions of"):
         check_context(loaded, "max_length", 65)
+
+
+def test_gpt_2_calls_its_context_otherwise(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 64}))
+    with pytest.raises(UserError, match=r"max_length \(65\) is beyond the 64 positions of"):
+        check_context(type(tiny_tokenizer()).from_pretrained(tmp_path), "max_length", 65)
+
+
+@pytest.fixture
+def beyond(tmp_path):
+    """A model's folder whose tokenizer has two tokens more than the model has embeddings; a row with the first."""
+    tokenizer = tiny_tokenizer()
+    config = {"model_type": "llama", "vocab_size": len(tokenizer), "max_position_embeddings": 64}
+    tokenizer.add_tokens(["<tool>", "<other>"])
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+REFUSAL = r"the data hold the token '<tool>' \(id \d+\), but the model of .* has \d+ embeddings; .*resize_token_embed"
+NAMED = [{"prompt": "call", "response": f"{i} <tool>"} for i in range(4)]
+HARMLESS = [{"prompt": "call", "response": f"{i}"} for i in range(4)]
+
+
+def test_data_with_a_token_that_the_model_lacks_are_refused(beyond, tmp_path):
+    data = InstructionDataModule(beyond, NAMED, max_length=64, cache_dir=tmp_path / "cache")
+    with pytest.raises(UserError, match=REFUSAL):
+        data.setup("fit")
+    with pytest.raises(UserError, match=REFUSAL):
+        prepare(tmp_path / "out", beyond, NAMED, max_length=64)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_that_nothing_uses_are_no_obstacle(beyond, tmp_path):
+    InstructionDataModule(beyond, HARMLESS, max_length=64, cache_dir=tmp_path / "cache").setup("fit")
+    prepare(tmp_path / "out", beyond, HARMLESS, max_length=64)

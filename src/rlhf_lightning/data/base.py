@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.chat.encoder import ChatEncoder, DialogueFormat
 from rlhf_lightning.chat.plain import PlainFormat
 from rlhf_lightning.data.encode import NOTES, EncodedRow
-from rlhf_lightning.data.limits import TokenLimits, check_context
+from rlhf_lightning.data.limits import TokenLimits, check_context, check_ids
 from rlhf_lightning.data.packing import PackedTable
 from rlhf_lightning.data.preparing.cache import find_or_build
 from rlhf_lightning.data.preparing.filters import Filters, Splits
@@ -251,16 +251,22 @@ class TextDataModule(ResumableDataModule, ABC):
         elif is_legacy(self.data):
             folder = find_or_build(LegacyPreparation(self._given_folder(), self.need, self.chat), self.cache_dir)
         else:
-            return find_or_build(self._preparation(), self.cache_dir)
+            folder = find_or_build(self._preparation(), self.cache_dir)
+            self._check_ids(folder)
+            return folder
         self._check_folder(folder)
         longest = max(int(folder.part(self.need, part).total_lengths.max(initial=0)) for part in PARTS)
         check_context(self.tokenizer, f"the longest row of {folder.path}", longest)
+        self._check_ids(folder)
         if longest > self._row_limit:
             rank_zero_warn(
                 f"{folder.path} holds rows of up to {longest} tokens, more than the limit of {self._row_limit} given "
                 "here; a prepared folder is read as it is, prepare it again with that limit to have it obeyed"
             )
         return folder
+
+    def _check_ids(self, folder: PreparedFolder) -> None:
+        check_ids(self.tokenizer, lambda: max(folder.part(self.need, part).largest_id for part in PARTS))
 
     def _given_folder(self) -> Path:
         """`data` as the path of a prepared folder, which has parts of its own."""

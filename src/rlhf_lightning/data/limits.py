@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -12,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.arguments import AT_LEAST_1, SHARE_BELOW_1, check_arguments
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.capacity import RESIZE, context_length, folder_config
 
 LongPrompts = Literal["cut", "drop"]
 _COUNTS = ("max_length", "max_prompt_length", "response_room", "num_samples", "num_proc")
@@ -91,12 +90,31 @@ def check_context(tokenizer: PreTrainedTokenizerBase, name: str, length: int) ->
     Raises:
         UserError: the model has fewer positions than that.
     """
-    config = Path(tokenizer.name_or_path or "", "config.json")
-    if not config.is_file():
-        return
-    context = json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings")
+    config = folder_config(tokenizer.name_or_path or "")
+    context = None if config is None else context_length(config)
     if context is not None and length > context:
         raise UserError(f"{name} ({length}) is beyond the {context} positions of {tokenizer.name_or_path}; lower it")
+
+
+def check_ids(tokenizer: PreTrainedTokenizerBase, largest_id: Callable[[], int]) -> None:
+    """Refuse data with ids that the model in the tokenizer's folder, if one lies there, has no embedding for.
+
+    Args:
+        tokenizer: that made the data; with fewer tokens than the model has embeddings it cannot go wrong.
+        largest_id: looks for the largest id of the data.
+
+    Raises:
+        UserError: names the token.
+    """
+    config = folder_config(tokenizer.name_or_path or "")
+    rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+    if rows is None or len(tokenizer) <= rows or (found := largest_id()) < rows:
+        return
+    token = tokenizer.convert_ids_to_tokens(found)
+    raise UserError(
+        f"the data hold the token '{token}' (id {found}), but the model of {tokenizer.name_or_path} has {rows} "
+        f"embeddings; {RESIZE}"
+    )
 
 
 def cut_prompt(ids: np.ndarray, turns: np.ndarray, room: int, prefix: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

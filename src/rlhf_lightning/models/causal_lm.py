@@ -17,6 +17,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import adapter_base, is_adapter, is_reward_adapter, merge_adapter
 from rlhf_lightning.models.agreement import takes_left_padding
 from rlhf_lightning.models.backbone import position_ids, run_backbone
+from rlhf_lightning.models.capacity import explained_lookups
 from rlhf_lightning.models.dtypes import keep_tables
 from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
 from rlhf_lightning.models.output_layer import token_logprobs_at
@@ -131,7 +132,15 @@ def hidden_states(
     Returns:
         `[B, T, D]`; anything finite on padding.
     """
-    hidden, pads_left = None, takes_left_padding(model)
+    pads_left = takes_left_padding(model)
+    with explained_lookups(model, input_ids, attention_mask):
+        return _hidden_states(model, input_ids, attention_mask, packed_positions, pads_left)
+
+
+def _hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, packed_positions: Tensor | None, pads_left: bool
+) -> Tensor:
+    hidden = None
     if applies(model, input_ids.device):
         positions, lengths = packed_positions, None
         if positions is None:

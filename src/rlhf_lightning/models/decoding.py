@@ -19,6 +19,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional import token_logprobs
 from rlhf_lightning.models.agreement import TRIAL_ERRORS
 from rlhf_lightning.models.backbone import STATES, cache_argument, position_ids, takes_positions
+from rlhf_lightning.models.capacity import explained_lookups
 from rlhf_lightning.models.causal_lm import hidden_states, response_hidden
 from rlhf_lightning.models.compiled_step import CompiledStep
 from rlhf_lightning.models.decode_attention import attention_by_rows
@@ -197,7 +198,8 @@ class Decoding:
         lengths = self.widths[group]
         self.cache.prefill_row(group, lengths)
         ids = self.prompt_ids[group][self.mask[group, : self.width].bool()]
-        return read_row(self.model, ids, lengths, self.cache)
+        with explained_lookups(self.model, ids.unsqueeze(0), self.mask[group, : self.width]):
+            return read_row(self.model, ids, lengths, self.cache)
 
     def _read_batch(self, group: slice) -> Tensor:
         width = self.widths[group.start]
@@ -236,9 +238,10 @@ class Decoding:
     def _read(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         kwargs: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
         kwargs[self.cache_argument] = self.any_cache
-        if self.cache_argument == STATES:  # only the new tokens may be hidden
-            mask = mask[:, -ids.shape[1] :]
-        output = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=True, **kwargs)
+        with explained_lookups(self.model, ids, mask):
+            if self.cache_argument == STATES:  # only the new tokens may be hidden
+                mask = mask[:, -ids.shape[1] :]
+            output = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=True, **kwargs)
         return output.last_hidden_state[:, -1]
 
     def _pick(self, step: int, logits: Tensor) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.models.backbone import evaluation_mode
+from rlhf_lightning.models.capacity import explained_lookups
 from rlhf_lightning.models.causal_lm import hidden_states, padded_hidden_states
 from rlhf_lightning.models.trials import feels_window, made_up_tokens, relative_distance, tolerance, unusual_layers
 from rlhf_lightning.models.unpadded import applies, unpadded_hidden_states
@@ -65,6 +66,10 @@ class SharedRows(NamedTuple):
         Args:
             model: one that passes `sharing_obstacle`.
         """
+        with explained_lookups(model, self.ids, self.mask):
+            return self._hidden_states(model)
+
+    def _hidden_states(self, model: PreTrainedModel) -> Tensor:
         hidden = None
         if applies(model, self.ids.device):
             mask, lengths = self.sees(), self.mask.sum(dim=1).tolist()

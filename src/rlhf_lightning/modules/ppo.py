@@ -245,7 +245,9 @@ class PPOModule(Stage):
         self.export_model.train()
         self.value.train()
         prompt_limit = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_length", None)
-        for model in (self.export_model, self.reference_model):
+        others = (part.model.model for part in (self.scorer,) if isinstance(part, ModelScorer))  # reads the same ids
+        values = (part.model for part in (self.value,) if isinstance(part, ScalarLM))
+        for model in (self.export_model, self.reference_model, *others, *values):
             ppo_checks.check_context(model.config, prompt_limit, self.sampling.max_new_tokens)
 
     def training_step(self, prompts: PromptBatch, batch_idx: int) -> Tensor:

@@ -15,6 +15,7 @@ from rlhf_lightning.controllers import RunningMoments
 from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.experience import Experience
 from rlhf_lightning.functional import masked_sum
+from rlhf_lightning.models.capacity import context_length
 from rlhf_lightning.models.rewarding import ModelScorer, TextScorer
 from rlhf_lightning.models.sampling import Sampling
 from rlhf_lightning.models.trials import is_float32_exact
@@ -38,14 +39,14 @@ def check_context(config: Any, max_prompt_length: int | None, max_new_tokens: in
     """The longest prompt and response together fit the model.
 
     Args:
-        config: the policy's.
+        config: of a model that reads both.
         max_prompt_length: the data module's limit, in tokens; None if unknown.
         max_new_tokens: the longest response.
 
     Raises:
         UserError: they do not.
     """
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_length(config)
     if context and max_prompt_length and max_prompt_length + max_new_tokens > context:
         raise UserError(
             f"max_prompt_length ({max_prompt_length}) + sampling.max_new_tokens ({max_new_tokens}) exceed the context "

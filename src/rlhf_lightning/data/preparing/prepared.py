@@ -202,6 +202,12 @@ class TokenTable(Sequence[Any]):
         prompts = self.lengths("prompt")
         return prompts + np.maximum.reduce(responses) if responses else prompts
 
+    @property
+    def largest_id(self) -> int:
+        """The largest id of all rows, -1 without any; reads the whole file."""
+        ids = (values for name in self._lists if name != "turns" for _, values in self._lists[name])
+        return max((int(values.max(initial=-1)) for values in ids), default=-1)
+
     @cached_property
     def identity(self) -> str:
         """A hash of which rows these are, in which order, and how long each is; of their tokens none is read."""
