@@ -105,7 +105,7 @@ class DialogueWriter:
         if kind == "verbatim":
             return self._verbatim(str(dialogue.prompt), dialogue.responses)
         if kind == "plain":
-            return self._plain(messages, dialogue)
+            return self._plain(messages, dialogue, need_turns)
         assert self.template is not None
         return self._templated(self.template, messages, dialogue, need_turns)
 
@@ -146,7 +146,7 @@ class DialogueWriter:
         notes = (NOT_APPLIED,) if prompt and self.template is not None else ()
         return Written("verbatim", prompt, answers, [False] * len(answers), len(prompt), [], notes + _hiding(answers))
 
-    def _plain(self, messages: list[Message], dialogue: Dialogue) -> Written:
+    def _plain(self, messages: list[Message], dialogue: Dialogue, need_turns: bool) -> Written:
         said = [*messages, *(response for response in dialogue.responses if not isinstance(response, str))]
         extras = [name for name in ("tool_calls", "reasoning_content") if any(message.get(name) for message in said)]
         if extras := [*extras, *(["tools"] if dialogue.tools else [])]:
@@ -158,7 +158,7 @@ class DialogueWriter:
         taught = [
             _to_end(text[:end], start, self.tokenizer.eos_token)
             for i, (start, end) in zip(speakers, spans, strict=True)
-            if i not in dialogue.untaught
+            if need_turns and i not in dialogue.untaught
         ]
         answers = [
             self.plain_format.response + self._hidden(self._endless(content_of(response))).lstrip()
