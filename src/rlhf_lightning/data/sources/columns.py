@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from rlhf_lightning.data.rows import BadRowError
@@ -56,40 +57,40 @@ class Columns:
         """What the source calls one of our columns, for reasons too."""
         return self._optional.get(ours, ours)
 
-    @property
+    @cached_property
     def answer(self) -> str | None:
         """The column of a single response, where another says what it answers."""
         if not self.has("prompt") and not self.has("instruction"):
             return None
         return next((name for name in ("response", "output", "completion") if self.has(name)), None)
 
-    @property
+    @cached_property
     def turns(self) -> str | None:
         """The column of a dialogue."""
         return next((name for name in ("messages", "conversations") if self.has(name)), None)
 
-    @property
+    @cached_property
     def asks(self) -> str | None:
         """The column that says what is answered, where that is not the answer's."""
         return next((name for name in ("prompt", "instruction", self.turns) if name and self.has(name)), None)
 
-    @property
+    @cached_property
     def ranked(self) -> bool:
         """Whether the rows hold several responses and say which is better."""
         given = self.has("responses") and (self.has("ranks") or self.has("scores"))
         return self.asks is not None and (given or self.has(*CHOICE))
 
-    @property
+    @cached_property
     def only_turns(self) -> bool:
         """Whether the last turn is the answer."""
         return self.turns is not None and not (self.answer or self.ranked or self.has("chosen"))
 
-    @property
+    @cached_property
     def only_text(self) -> bool:
         """Whether the rows are whole texts."""
         return self.has("text") and self.asks is None and not self.has("chosen")
 
-    @property
+    @cached_property
     def labelled(self) -> bool:
         """Whether the rows hold one response each, with a label."""
         one = self.answer is not None or self.only_turns
@@ -110,7 +111,7 @@ class Columns:
             names += self.ranking_names
         return [name for name in names if name]
 
-    @property
+    @cached_property
     def ranking_names(self) -> tuple[str, ...]:
         """The columns of a ranking: the responses, and what says their order."""
         by = next((name for name in ("ranks", "scores") if self.has(name)), None)
