@@ -289,6 +289,13 @@ def test_prompt_and_response_must_fit_the_context(folder):
         run(PPOModule(folder, share_of_letters, **SIZES | {"sampling": sampling}), max_prompt_length=41)
 
 
+def test_and_the_context_of_the_reward_model(folder, reward_folder):
+    config = Path(reward_folder, "config.json")
+    config.write_text(config.read_text().replace('"max_position_embeddings": 64', '"max_position_embeddings": 40'))
+    with pytest.raises(UserError, match=r"exceed the context of '.*reward' \(40 tokens\)$"):
+        run(PPOModule(folder, reward_folder, **SIZES))
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
