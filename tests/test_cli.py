@@ -20,6 +20,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 import rlhf_lightning
 from helpers.cli_runs import SFT, save_model, save_pairs, short
+from helpers.stages import save_reward_model
 from rlhf_lightning.callbacks import ShortSummary, StageProgressBar
 from rlhf_lightning.cli import main
 from rlhf_lightning.recipes import recipe_names, resolve_recipes
@@ -146,9 +147,11 @@ def test_help_documents_every_argument_with_the_values_of_the_recipe(capsys):
 
 def test_the_model_and_the_rollout_size_are_named_once(inputs, tmp_path, started):
     data = [f"--data.data={inputs / 'pairs.jsonl'}", f"--trainer.default_root_dir={tmp_path}"]
-    model = f"--model.model_name_or_path={inputs / 'lm'}"
+    reward = save_reward_model(tmp_path / "reward", str(inputs / "lm"))
+    models = [f"--model.model_name_or_path={inputs / 'lm'}", f"--model.reward={reward}"]
     sizes = ["--model.rollout_batch_size=6", "--model.minibatch_size=3", "--model.micro_batch_size=1"]
-    main(["fit", "--config=ppo.yaml", model, *sizes, *data, "--trainer.accelerator=cpu", "--data.max_prompt_length=48"])
+    limits = ["--trainer.accelerator=cpu", "--data.max_prompt_length=48"]
+    main(["fit", "--config=ppo.yaml", *models, *sizes, *data, *limits])
     assert started["module"].rollout_batch_size == started["data"].batch_size == 6
     started["data"].setup("fit")
     assert started["data"].tokenizer.name_or_path == str(inputs / "lm")

@@ -35,7 +35,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     save_model(folder / "lm")
     save_pairs(folder / "pairs.jsonl")
-    save_rows(folder / "columns.jsonl", [{"text": "a", "label": 1}])
+    save_rows(folder / "columns.jsonl", [{"note": "a", "label": 1}])
     save_rows(folder / "null.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": None, "response": "b"}])
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     save_rows(folder / "messages.jsonl", [{"messages": turns}] * 4)
@@ -153,7 +153,7 @@ CASES = [
     ([*BASE, "--model.lr_schedule=cosin"], "model.lr_schedule: expected one of cosine, linear, constant, got cosin"),
     ([*BASE, "--data.batch_size=0"], "batch_size (0) must be at least 1"),
     ([*BASE, "--data.data=missing.jsonl"], "missing.jsonl does not exist"),
-    ([*BASE, "--data.data=columns.jsonl"], "columns.jsonl has columns text, label; needed: "),
+    ([*BASE, "--data.data=columns.jsonl"], "columns.jsonl has columns note, label; needed: "),
     ([*BASE, "--data.data=empty.jsonl"], "empty.jsonl has no rows"),
     ([*BASE, "--data.data=broken.jsonl"], "broken.jsonl line 1: broken JSON"),
     ([*BASE, "--data.data=null.jsonl"], "null.jsonl line 2: prompt is null"),
