@@ -94,6 +94,10 @@ def test_what_cannot_be_right_is_refused_in_one_line(family):
         with pytest.raises(UserError, match=REFUSED[family][1]) as error:
             hidden_states(model, ids, mask)
         assert "\n" not in str(error.value)
+    for shared in (False, True):
+        pairs = torch.tensor([[[31, 45, 77, 90, 60], [31, 45, 77, 91 if shared else 33, 33]]])
+        with pytest.raises(UserError, match=REFUSED[family][1]):
+            shared_hidden_states(model, pairs, torch.ones_like(pairs).bool())
     with pytest.raises(UserError, match=REFUSED[family][1]):
         generate(model, ids[:, :4], mask[:, :4], Sampling(max_new_tokens=2), tiny_tokenizer())
 

@@ -23,6 +23,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_lightning.models.agreement import takes_left_padding
 from rlhf_lightning.models.backbone import evaluation_mode
 from rlhf_lightning.models.capacity import explained_lookups
 from rlhf_lightning.models.causal_lm import hidden_states, padded_hidden_states
@@ -179,8 +180,8 @@ def shared_hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> T
 def sharing_pays(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
     """Whether the model can run these sequences as shared rows, and does so with less work than apart.
 
-    The first call for a model runs two more forward passes, on every process alike; if the model cannot share, it says
-    so.
+    The first call for a model tries it out on made-up tokens, on every process alike; if the model cannot share, it
+    says so.
 
     Args:
         model: a language model or a scalar model.
@@ -200,6 +201,7 @@ def sharing_pays(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
 
 def _shares(model: PreTrainedModel) -> bool:
     if model not in _can_share:
+        takes_left_padding(model)  # refuses what no layout makes right
         obstacle = sharing_obstacle(model)
         if obstacle is not None:
             rank_zero_info(f"{type(model).__name__} runs sequences that begin alike one by one: {obstacle}")
