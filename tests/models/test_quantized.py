@@ -11,6 +11,7 @@ from helpers.models import tiny_causal_lm
 from helpers.stages import save_llama, save_reward_model
 from rlhf_lightning import UserError, load_causal_lm, load_reward_model
 from rlhf_lightning.models.quantized import settle_nf4
+from rlhf_lightning.models.trials import tolerance
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
@@ -63,6 +64,22 @@ def test_a_layer_that_is_wrong_is_refused(folder, reward_folder, fault, monkeypa
             UserError, match=r"^frozen_dtype nf4 does not work on this processor \(.*_proj.*leave it out$"
         ):
             load(name, nf4=True)
+
+
+def test_too_little_memory_is_called_by_its_name(folder, monkeypatch):
+    def full(self, x):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Linear4bit, "forward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_causal_lm(folder, nf4=True)
+
+
+def test_what_trials_allow_follows_from_what_four_bits_are_computed_in(folder):
+    model = load_causal_lm(folder, nf4=True)
+    assert tolerance(model) == tolerance(load_causal_lm(folder))
+    model.config.quantization_config.bnb_4bit_compute_dtype = torch.bfloat16  # as on a GPU
+    assert tolerance(model) == 0.1
 
 
 def test_a_model_without_such_layers_is_left_as_it_is():

@@ -91,6 +91,8 @@ def _try_layer(name: str, layer: Any) -> None:
         with torch.enable_grad():
             output = layer(x.requires_grad_())
             (gradient,) = torch.autograd.grad(output.sum(), x)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError) as e:
         raise UserError(
             f"frozen_dtype nf4 does not work on this processor ({name}: {str(e)[:200]}); leave it out"

@@ -26,11 +26,18 @@ def tolerance(model: PreTrainedModel) -> float:
         model: the model that computed them, under the same autocast.
     """
     kind = model.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else _coarsest(model)
     if dtype == torch.float64:
         dtype = torch.float32  # transformers computes norms and rotary positions in it whatever the model is held in
     config = model.config.get_text_config()
     return allowed_rounding(dtype, config.hidden_size, 2 * config.num_hidden_layers, kind)
+
+
+def _coarsest(model: PreTrainedModel) -> torch.dtype:
+    """What a model is held in, or, if that is coarser, what its four-bit layers compute in."""
+    quantization = getattr(model.config, "quantization_config", None)
+    computes_in = getattr(quantization, "bnb_4bit_compute_dtype", None) or model.dtype
+    return max(model.dtype, computes_in, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def typical_tolerance(model: PreTrainedModel) -> float:
