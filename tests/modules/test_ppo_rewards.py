@@ -22,6 +22,7 @@ from rlhf_lightning import (
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.plain import PlainFormat
+from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.data.sources import Table
 from rlhf_lightning.models.actor_critic import ActorCriticSource
 from rlhf_lightning.models.generation import Generation, decode_responses
@@ -226,6 +227,19 @@ def test_a_prompt_that_was_cut_for_the_policy_is_scored_whole_up_to_the_reward_m
     # The BOS, and the end of the dialogue.
     assert cut == {row: ids if len(ids) <= 90 else [*ids[:1], *ids[-89:]] for row, ids in expected.items()}
     assert [len(expected[row]) > 90 for row in range(2)] == [True, False]
+
+
+def test_only_what_a_reward_model_has_no_room_for_is_cut(tmp_path, recwarn):
+    theirs = tokenizer_of(GEMMA_LIKE, bos=True)
+    folder = reward_folder(tmp_path, theirs, ChatEncoder(theirs), context=40)
+    cut = load_scorer(folder, ChatEncoder(tokenizer_of(CHATML)))
+    scaled = load_reward_model(folder)
+    scaled.model.config.rope_parameters = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
+    question = WrittenPrompt("why " * 60)
+    whole = TextScorer(scaled, cut.chat).encode(question, "so", ended=True)
+    assert len(whole) > 60
+    assert not recwarn.list
+    assert len(cut.encode(question, "so", ended=True)) == 40
 
 
 def test_a_dialogue_that_the_reward_model_s_template_refuses_is_named(tmp_path):

@@ -170,6 +170,13 @@ def test_a_lambda_cannot_come_back_from_a_checkpoint_and_is_asked_for(folders, t
     assert SFTModule.load_from_checkpoint(tmp_path / "end.ckpt", optimizer=torch.optim.SGD).optimizer is torch.optim.SGD
 
 
+@pytest.mark.parametrize("given", [lambda prompts, responses: [0.0] * len(prompts), partial(share_of_letters)])
+def test_a_reward_that_cannot_be_imported_is_asked_for(folders, given):
+    saved = ppo(folders, reward=given).hparams["reward"]
+    with pytest.raises(UserError, match=r"^reward was '.*<.*>', which cannot be imported: pass reward to load_from_ch"):
+        ppo(folders, reward=saved)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -18,6 +18,7 @@ from rlhf_lightning.chat.plain import PlainFormat
 from rlhf_lightning.chat.spacing import NO_SPACING, Spacing
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.capacity import context_length
 from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction, import_function, names_function
 from rlhf_lightning.models.scalar_lm import CALIBRATION, RENDERING, ScalarLM, check_reward_model, load_reward_model
 from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer, same_tokenizer
@@ -97,7 +98,7 @@ class TextScorer(nn.Module):
         super().__init__()
         self.model, self.chat, self.spacing, self.same_ids = model, chat, spacing, same_ids
         self.tokenizer = chat.tokenizer
-        self._context: int | None = getattr(model.model.config, "max_position_embeddings", None)
+        self._context = context_length(model.model.config)
         self._warned: set[str] = set()
 
     def encode(self, written: WrittenPrompt, response: str, ended: bool) -> list[int]:
@@ -192,6 +193,8 @@ def find_reward(reward: str | RewardFunction, timeout: float | None = None) -> S
         return ScoringFunction(reward, getattr(reward, "__name__", type(reward).__name__), timeout)
     if names_function(reward) and ".py" not in reward:
         return ScoringFunction(import_function(reward), reward, timeout)
+    if "<" in reward:  # what a checkpoint holds of it
+        raise UserError(f"reward was '{reward}', which cannot be imported: pass reward to load_from_checkpoint")
     if not os.path.isdir(reward) and re.search(r"\.py\b", reward):
         raise UserError(
             f"reward '{reward}' names a file: name the function in it, like `my_rewards.politeness` for my_rewards.py "

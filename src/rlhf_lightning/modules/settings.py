@@ -23,7 +23,7 @@ def as_config(**settings: Any) -> dict[str, Any]:
 
     Returns:
         Dataclasses as dicts; classes with arguments as `class_path` and `init_args`; functions as their import path,
-        which leads nowhere for those that are defined inside another function.
+        which leads nowhere for those that are defined inside another function and for objects that can be called.
 
     Example:
         >>> import torch
@@ -45,8 +45,9 @@ def _plain(value: Any) -> Any:
 
 
 def _path(named: Any) -> str:
-    kind = named if hasattr(named, "__qualname__") else type(named)
-    return f"{kind.__module__}.{kind.__qualname__}"
+    if hasattr(named, "__qualname__"):
+        return f"{named.__module__}.{named.__qualname__}"
+    return f"{type(named).__module__}.{type(named).__qualname__}.<instance>"
 
 
 def from_config(kind: type[SettingsT], settings: SettingsT | Mapping[str, Any]) -> SettingsT:
