@@ -49,6 +49,8 @@ def test_micro_batches_hold_each_row_once_longest_first_and_no_column_of_padding
     wide, narrow = experience.micro_batches(2)
     assert wide.sequences.tolist() == [[6, 7, 8, 3, 4, 2], [0, 9, 5, 2, 0, 0]]
     assert narrow.row_ids.tolist() == [0]
+    short = experience.select(torch.tensor([0, 2, 0])).micro_batches()[0]
+    assert short.sequences.tolist() == [[9, 5, 2], [0, 5, 2], [0, 5, 2]]  # as wide as its longest row, not as all rows
 
 
 def test_micro_batches_within_a_budget_count_both_paddings():

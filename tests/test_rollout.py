@@ -1,6 +1,8 @@
 """A rollout's parts, on models and numbers written by hand."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.controllers import RunningMoments
+from rlhf_lightning.functional.masked import identity
 from rlhf_lightning.models.generation import Generation, Sampling, TransformersEngine
 from rlhf_lightning.models.reward_functions import ScoringFunction
 from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, Responses, TextScorer
@@ -154,6 +157,27 @@ def test_answers_in_parts_are_joined(batch_size):
     assert progress == ([1, 6, 7] if batch_size == 1 else [1, 2])
 
 
+class Recorder:
+    """An engine that keeps what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def generate(self, *asked):
+        self.asked.append(asked)
+        return GENERATION
+
+
+def test_the_engine_is_asked_what_the_caller_asks():
+    engine, sampling, random = Recorder(), Sampling(max_new_tokens=2), torch.Generator()
+    for_all = PROMPTS.prompt_ids, PROMPTS.prompt_mask, sampling
+    asked = random, True, print, True, True
+    assert respond(engine, table_tokenizer(), PROMPTS, sampling, *asked) == (GENERATION, ["b", ""])
+    respond(engine, table_tokenizer(), PROMPTS, sampling, None)
+    for seen, expected in zip(engine.asked, [asked, (None, False, None, False, False)], strict=True):
+        assert all(a is b for a, b in zip(seen, (*for_all, *expected), strict=True))
+
+
 def test_scores_are_scaled_then_clipped_then_penalised():
     moments = RunningMoments()
     moments.update(torch.tensor([0.0, 4.0]))  # mean 2, standard deviation 2
@@ -166,7 +190,25 @@ def test_scores_are_scaled_then_clipped_then_penalised():
     assert shape_scores(scores, ended, moments, everything).tolist() == [1.0, 1.0, -2.0, -1.0]
 
 
-def by_hand(objective, estimator="k1"):
+def in_two_processes(work, shares):
+    """What `work(share, reduce)` returns in each of two threads, whose `reduce` sums over both."""
+    barrier, given = threading.Barrier(2, timeout=60), [None, None]
+
+    def run(rank):
+        def reduce(ours):
+            given[rank] = ours
+            barrier.wait()
+            total = given[0] + given[1]
+            barrier.wait()
+            return total
+
+        return work(shares[rank], reduce)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, range(2)))
+
+
+def by_hand(objective, estimator="k1", rows=(0, 1), reduce=identity):
     measurements = Measurements(
         logprobs=torch.tensor([[-1.0, -2.0], [-1.0, NAN]]),
         ref_logprobs=torch.tensor([[-2.0, -1.0], [-3.0, NAN]]),
@@ -174,8 +216,11 @@ def by_hand(objective, estimator="k1"):
         values=torch.tensor([[1.0, 2.0], [0.5, NAN]]),
         scores=torch.tensor([40.0, 50.0]),
     )
-    kl = KLPenalty(estimator=estimator)
-    return build_experience(PROMPTS, GENERATION, measurements, torch.tensor([4.0, 5.0]), kl, 0.5, objective)
+    kl, rows = KLPenalty(estimator=estimator), list(rows)
+    generation = Generation(*(field[rows] for field in GENERATION[:3]))
+    measurements = Measurements(*(field[rows] for field in measurements))
+    shaped = torch.tensor([4.0, 5.0])[rows]
+    return build_experience(take(rows), generation, measurements, shaped, kl, 0.5, objective, reduce)
 
 
 def test_experience_by_hand():
@@ -208,7 +253,13 @@ def test_advantages_are_whitened_over_all_tokens_and_returns_are_not():
     assert torch.equal(white.returns, plain.returns)
 
 
-def metrics_of(experience, reduce=lambda x: x, gamma=1.0):
+def test_advantages_are_whitened_over_all_processes():
+    together = by_hand(Objective()).advantages
+    apart = in_two_processes(lambda rows, reduce: by_hand(Objective(), rows=rows, reduce=reduce), [[0], [1]])
+    torch.testing.assert_close(torch.cat([share.advantages for share in apart]), together)
+
+
+def metrics_of(experience, reduce=identity, gamma=1.0):
     return {name: metric.item() for name, metric in experience_metrics(experience, reduce, gamma).items()}
 
 
@@ -278,6 +329,8 @@ def test_raw_scores_are_those_before_calibration():
     assert raw_score(FunctionScorer(ScoringFunction(lambda prompts, responses: [0.0], "nothing")), calibrated) == {}
 
 
-def test_metrics_of_two_equal_processes_are_those_of_one():
-    experience = by_hand(Objective())
-    assert metrics_of(experience, reduce=lambda x: 2 * x) == pytest.approx(metrics_of(experience))
+def test_metrics_of_two_processes_are_those_of_one():
+    experience = by_hand(Objective())._replace(ended=torch.tensor([True, False]))
+    shares = [experience.select(torch.tensor([row])) for row in range(2)]
+    for metrics in in_two_processes(metrics_of, shares):
+        assert metrics == pytest.approx(metrics_of(experience), rel=1e-5)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.data.collate import (
     EncodedExample,
     EncodedPair,
@@ -19,9 +20,11 @@ from rlhf_lightning.data.collate import (
     collate_sequences,
     pack_ids,
     pad,
+    taught_tokens,
 )
 
 T, F = True, False
+WRITTEN = WrittenPrompt("Hi.")
 
 
 def check(tensor, expected):
@@ -103,6 +106,15 @@ def test_pairs_share_one_length(filler):
     check(batch.weights, [1.0, 2.0])
 
 
+def test_pairs_of_which_the_chosen_side_is_the_longer():
+    batch = collate_pairs([EncodedPair([5, 6, 7, 2], [5, 2], 1, 0, margin=1, weight=2)], 0)
+    check(batch.chosen_mask, [[T, T, T, T]])
+    check(batch.rejected_ids, [[5, 2, 0, 0]])
+    check(batch.rejected_mask, [[T, T, F, F]])
+    check(batch.margins, [1.0])  # whole numbers in, floats out
+    check(batch.weights, [2.0])
+
+
 @pytest.mark.parametrize("filler", [0, 2])
 def test_prompts_are_padded_on_the_left(filler):
     o = filler
@@ -112,6 +124,12 @@ def test_prompts_are_padded_on_the_left(filler):
     check(batch.prompt_mask, [[T, T, T], [F, F, T]])
     assert batch.prompts == ["a", "b"]
     check(batch.row_ids, [0, 5])
+
+
+@pytest.mark.parametrize(("each", "together"), [([WRITTEN, WRITTEN], [WRITTEN, WRITTEN]), ([WRITTEN, None], None)])
+def test_prompts_as_their_rows_wrote_them_are_all_known_or_none(each, together):
+    prompts = [EncodedPrompt([5], "Hi.", row, written) for row, written in enumerate(each)]
+    assert collate_prompts(prompts, 0).written == together
 
 
 def test_sequences_to_score():
@@ -130,6 +148,22 @@ def test_padding_on_either_side():
         [[1, 9, 9], [2, 3, 9]],
         [[T, F, F], [T, T, F]],
     ]
+
+
+def test_sequences_without_a_token_have_no_width():
+    assert [x.shape for x in pad([[], []], 9, "right")] == [(2, 0), (2, 0)]
+
+
+def test_types_do_not_follow_what_came_in():
+    assert pack_ids([1, 2]).dtype == pack_ids(np.array([1, 2], np.int64)).dtype == np.int32
+    example = EncodedExample([5, 6, 2], 1, np.int32(7))
+    assert taught_tokens(example, "response").dtype == np.bool_
+    check(collate_instructions([example], 0).row_ids, [7])
+
+
+def test_a_turn_without_an_end_is_an_error():
+    with pytest.raises(ValueError, match="shorter"):
+        taught_tokens(EncodedExample([1, 5, 2], 2, 0, turns=[1]), "turns")
 
 
 def test_collate_functions_travel_to_workers():

@@ -66,6 +66,12 @@ def test_the_score_arrives_with_the_last_token():
     assert rewards.tolist() == [[-0.5, 1.0, 8.5], [-0.5, 19.5, 0.0], [28.0, 0.0, 0.0]]
 
 
+def test_rewards_lie_where_their_inputs_do():
+    mask = torch.ones(2, 3, dtype=torch.bool, device="meta")
+    rewards = kl_shaped_rewards(torch.zeros(2, device="meta"), torch.zeros(2, 3, device="meta"), mask, kl_coef=0.5)
+    assert rewards.device.type == "meta"
+
+
 @given(episodes(), st.floats(0, 1))
 def test_rewards_sum_to_score_minus_weighted_kl(episode, kl_coef):
     kl, scores, lengths = episode[0], episode[1][:, 0], episode[2]
@@ -85,6 +91,12 @@ def test_gae_by_hand():
     advantages, returns = gae(rewards, values, mask, gamma=0.5, gae_lambda=0.5)
     assert advantages.tolist() == [[0.0625, 0.25, -1.0], [0.5, 2.0, 0.0], [3.0, 0.0, 0.0]]
     assert returns.tolist() == [[1.0625, 2.25, 2.0], [1.5, 4.0, 0.0], [5.0, 0.0, 0.0]]
+
+
+def test_gae_undiscounted_with_lambda_095_where_nothing_is_said():
+    rewards, values, mask = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.25]]), torch.ones(1, 2, dtype=torch.bool)
+    advantages, _ = gae(rewards, values, mask)
+    torch.testing.assert_close(advantages, torch.tensor([[0.75 + 0.95 * 1.75, 1.75]]))
 
 
 @given(episodes(), st.floats(0, 1), st.floats(0, 1))
