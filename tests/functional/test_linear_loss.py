@@ -115,6 +115,22 @@ def test_bfloat16_comes_within_a_hundredth(with_bias, scaling, smoothing, temper
     check_logprobs(wide_layer(with_bias), torch.bfloat16, scaling, temperature, rows)
 
 
+def test_the_temperature_is_1_where_none_is_said():
+    *inputs, ids = wide_layer(rows=5, vocab=6, dtype=torch.float32)
+    expected = token_logprobs(plain_logits(*inputs, LogitScaling()), ids)
+    assert_close([linear_token_logprobs(*inputs, ids)[0]], [expected], torch.float32)
+
+
+def test_gradients_of_many_chunks_are_summed_in_float32():
+    hidden, ids = torch.ones(600, 1, dtype=torch.bfloat16), torch.ones(600, dtype=torch.long)
+    inputs = [torch.zeros(*shape, dtype=torch.bfloat16, requires_grad=True) for shape in [(2, 1), (2,)]]
+    loss, _ = linear_cross_entropy_sum(hidden, *inputs, ids, chunk_rows=1)
+    logprobs, _ = linear_token_logprobs(hidden, *inputs, ids, chunk_rows=1)
+    for grads in (gradients(loss, *inputs), gradients(-logprobs.sum(), *inputs)):
+        # A half and minus a half 600 times; a sum in bfloat16 comes no further than 128.
+        assert [grad.flatten().tolist() for grad in grads] == [[300, -300], [300, -300]]
+
+
 @pytest.mark.parametrize("scaling", [LogitScaling(), LogitScaling(2.0, 3.0)])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_gradients_are_those_of_finite_differences(scaling, with_bias):
