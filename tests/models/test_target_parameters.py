@@ -12,6 +12,7 @@ from helpers.other_families import other_causal_lm
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import FineTune
 from rlhf_lightning.callbacks.hf_export import _write_adapter
+from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.actor_critic import ActorCriticSource
 from rlhf_lightning.models.causal_lm import hidden_states, load_causal_lm
@@ -87,7 +88,7 @@ def test_merging_for_a_while_leaves_them_as_they_are(folder):
 
 def test_ppo_shares_the_base(folder):
     source = ActorCriticSource(folder, "helpers.stages.share_of_letters", finetune=LORA, value_trunk="policy")
-    models = source.load(tiny_tokenizer())
+    models = source.load(ChatEncoder(tiny_tokenizer()))
     assert torch.equal(logits(models.policy), logits(models.reference))
     tables = [
         {id(p) for name, p in m.named_parameters() if "experts" in name and "lora" not in name} for m in models[:2]

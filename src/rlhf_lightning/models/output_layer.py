@@ -39,6 +39,17 @@ def logit_scaling(model: PreTrainedModel) -> LogitScaling:
     return LogitScaling((1.0 if scale is None else scale) / (divisor or 1.0), cap)
 
 
+def is_tied(model: PreTrainedModel, output: nn.Module) -> bool:
+    """Whether a layer's weights are those of the input embeddings.
+
+    Args:
+        model: a language model or a classifier.
+        output: its output layer.
+    """
+    embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
+    return any(id(p) in embeddings for p in output.parameters())
+
+
 def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits from hidden states, as the model's own forward computes them.
 

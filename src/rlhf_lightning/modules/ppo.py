@@ -8,9 +8,7 @@ Left out, on purpose: an entropy bonus (Zheng et al. 2023 advise against it), a 
 
 from __future__ import annotations
 
-import math
 import time
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,17 +18,18 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.arguments import POSITIVE, check_arguments
-from rlhf_lightning.batches import PromptBatch, length_sorted_pieces
+from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.controllers import KLController, RunningMoments
 from rlhf_lightning.experience import Experience
 from rlhf_lightning.models.actor_critic import ActorCriticSource, FrozenDtype, TrunkValue, ValueTrunk
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.models.finetune import FineTune, enable_gradient_checkpointing
-from rlhf_lightning.models.generation import Generation, Sampling, TransformersEngine
+from rlhf_lightning.models.generation import Sampling, TransformersEngine
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
 from rlhf_lightning.modules import ppo_checks
+from rlhf_lightning.modules.answers import answer, measure_answers
 from rlhf_lightning.modules.common import (
     SIZES,
     check_batch_sizes,
@@ -54,16 +53,8 @@ from rlhf_lightning.ppo_losses import ppo_losses, tallied
 from rlhf_lightning.ppo_settings import KLPenalty, Objective, ScoreShaping
 from rlhf_lightning.reporting import log_text, report_progress
 from rlhf_lightning.rng import generator
-from rlhf_lightning.rollout import (
-    Measurements,
-    build_experience,
-    experience_metrics,
-    measure,
-    raw_score,
-    respond,
-    shape_scores,
-)
-from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks, synced, world_size
+from rlhf_lightning.rollout import build_experience, experience_metrics, raw_score, shape_scores
+from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks, world_size
 
 _EVALUATED = ("score", "raw_score", "kl", "eos_rate", "response_length")
 
@@ -202,7 +193,7 @@ class PPOModule(Stage):
         self.reference_model: PreTrainedModel | None = None
         self.scorer: ModelScorer | TextScorer | FunctionScorer | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        self._engine: TransformersEngine | None = None
+        self.engine: TransformersEngine | None = None
         self.eval_means = nn.ModuleDict({name: keep_dtype(MeanMetric()) for name in _EVALUATED})
 
     def setup(self, stage: str) -> None:
@@ -245,10 +236,8 @@ class PPOModule(Stage):
         self.export_model.train()
         self.value.train()
         prompt_limit = getattr(getattr(self.trainer, "datamodule", None), "max_prompt_length", None)
-        others = (part.model.model for part in (self.scorer,) if isinstance(part, ModelScorer))  # reads the same ids
-        values = (part.model for part in (self.value,) if isinstance(part, ScalarLM))
-        for model in (self.export_model, self.reference_model, *others, *values):
-            ppo_checks.check_context(model.config, prompt_limit, self.sampling.max_new_tokens)
+        for part in (self.export_model, self.reference_model, self.value, self.scorer):
+            ppo_checks.check_context(part, prompt_limit, self.sampling.max_new_tokens)
 
     def training_step(self, prompts: PromptBatch, batch_idx: int) -> Tensor:
         """One PPO iteration; returns the mean loss of its updates, detached, for callbacks."""
@@ -286,9 +275,9 @@ class PPOModule(Stage):
         """
         started = time.perf_counter()
         random = generator(self.device, run_seed(self), "rollout", self.iteration, self.global_rank)
-        generation, texts = self._respond(prompts, random, with_logprobs=self._on_policy)
+        generation, texts = answer(self, prompts, random, with_logprobs=self._on_policy)
         generated = time.perf_counter()
-        measured = self._measure(prompts, generation, texts)
+        measured = measure_answers(self, prompts, generation, texts, with_values=True)
         self.score_moments.update(measured.scores, self._reduce)
         scores = shape_scores(measured.scores, generation.ended, self.score_moments, self.score)
         kl_coef = self.kl_controller.coef
@@ -312,46 +301,8 @@ class PPOModule(Stage):
         log_text(self, "train/sample", sample, self.trainer.global_step)
         return experience, metrics
 
-    def _respond(
-        self, prompts: PromptBatch, random: torch.Generator, with_logprobs: bool = False
-    ) -> tuple[Generation, list[str]]:
-        assert self.tokenizer is not None
-        size = self.generation_batch_size
-        if self._engine is None:
-            self._engine = TransformersEngine(self.export_model, self.tokenizer, size, self.compile_decoding)
-        tokens = math.ceil(len(prompts.prompts) / size) * self.sampling.max_new_tokens
-
-        def on_token(done: int) -> None:
-            report_progress(self, "generating", done, tokens)
-
-        with_hidden = with_logprobs and isinstance(self.value, TrunkValue)
-        fixed = self.sampling, random, synced(self)
-        return respond(self._engine, self.tokenizer, prompts, *fixed, on_token, with_logprobs, with_hidden)
-
-    def _measure(
-        self, prompts: PromptBatch, generation: Generation, texts: list[str], with_values: bool = True
-    ) -> Measurements:
-        assert self.reference_model is not None
-        assert self.scorer is not None
-        lengths = torch.stack([prompts.prompt_mask.sum(dim=1), generation.response_mask.sum(dim=1)], dim=1)
-        limits = self._piece_size, self.max_tokens_per_batch
-        measured = measure(
-            self.export_model,
-            self.reference_model,
-            self.scorer,
-            self.value if with_values else None,
-            prompts,
-            generation,
-            texts,
-            self.sampling.temperature,
-            equally_many(self, lambda count: length_sorted_pieces(lengths, *limits, count)),
-            partial(report_progress, self, "scoring"),
-        )
-        ppo_checks.check_scores(self, measured.scores, prompts.row_ids)
-        return measured
-
     @property
-    def _piece_size(self) -> int | None:
+    def piece_size(self) -> int | None:
         """Responses that go through a model at once; None where tokens are counted instead."""
         return self.micro_batch_size or (None if self.max_tokens_per_batch else self.minibatch_size)
 
@@ -373,7 +324,7 @@ class PPOModule(Stage):
             What is logged of it, and `loss`, scalars over all ranks.
         """
         num_tokens = sum_over_ranks(self, minibatch.response_mask.sum())
-        limits = self._piece_size, self.max_tokens_per_batch
+        limits = self.piece_size, self.max_tokens_per_batch
         micro_batches = equally_many(self, lambda count: minibatch.micro_batches(*limits, count))
         assert self.value is not None
         parts = {"policy": self.export_model, "value": self.value}
@@ -397,8 +348,8 @@ class PPOModule(Stage):
     def _evaluate(self, prompts: PromptBatch, batch_idx: int, stage: str) -> dict[str, Any]:
         self.check_batch(prompts, PromptBatch, "PromptDataModule")
         random = generator(self.device, run_seed(self), stage, batch_idx, self.global_rank)
-        generation, texts = self._respond(prompts, random)
-        measured = self._measure(prompts, generation, texts, with_values=False)
+        generation, texts = answer(self, prompts, random)
+        measured = measure_answers(self, prompts, generation, texts)
         values = {
             "score": measured.scores,
             **raw_score(self.scorer, measured.scores),
@@ -429,8 +380,8 @@ class PPOModule(Stage):
         """
         self.check_batch(prompts, PromptBatch, "PromptDataModule")
         random = generator(self.device, run_seed(self), "predict", batch_idx, self.global_rank)
-        generation, texts = self._respond(prompts, random)
-        measured = self._measure(prompts, generation, texts, with_values=False)
+        generation, texts = answer(self, prompts, random)
+        measured = measure_answers(self, prompts, generation, texts)
         columns = response_rows(prompts, generation, texts), measured.scores.tolist(), measured.kl.tolist()
         return [{**row, "score": score, "kl": kl} for row, score, kl in zip(*columns, strict=True)]
 

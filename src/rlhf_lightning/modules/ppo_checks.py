@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlhf_lightning.controllers import RunningMoments
 from rlhf_lightning.errors import NonFiniteError, UserError
@@ -18,6 +19,7 @@ from rlhf_lightning.functional import masked_sum
 from rlhf_lightning.models.capacity import context_length
 from rlhf_lightning.models.rewarding import ModelScorer, TextScorer
 from rlhf_lightning.models.sampling import Sampling
+from rlhf_lightning.models.scalar_lm import ScalarLM
 from rlhf_lightning.models.trials import is_float32_exact
 from rlhf_lightning.modules.common import name_rows
 from rlhf_lightning.strategies import sum_over_ranks
@@ -35,22 +37,26 @@ _STARTED_FROM = re.compile(r"started from `([^`]+)`")
 """What the model card of an export says."""
 
 
-def check_context(config: Any, max_prompt_length: int | None, max_new_tokens: int) -> None:
+def check_context(part: Any, max_prompt_length: int | None, max_new_tokens: int) -> None:
     """The longest prompt and response together fit the model.
 
     Args:
-        config: of a model that reads both.
+        part: one of PPO's models; what does not read the policy's ids by itself passes.
         max_prompt_length: the data module's limit, in tokens; None if unknown.
         max_new_tokens: the longest response.
 
     Raises:
         UserError: they do not.
     """
-    context = context_length(config)
+    part = part.model if isinstance(part, ModelScorer) else part
+    model = part.model if isinstance(part, ScalarLM) else part
+    if not isinstance(model, PreTrainedModel):
+        return
+    context = context_length(model.config)
     if context and max_prompt_length and max_prompt_length + max_new_tokens > context:
         raise UserError(
             f"max_prompt_length ({max_prompt_length}) + sampling.max_new_tokens ({max_new_tokens}) exceed the context "
-            f"of '{config.name_or_path}' ({context} tokens)"
+            f"of '{model.config.name_or_path}' ({context} tokens)"
         )
 
 
