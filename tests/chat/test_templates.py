@@ -265,3 +265,37 @@ def test_slow_paths_agree_with_fast_ones():
             (whole.prompt, whole.turns, *whole.responses), (cut.prompt, cut.turns, *cut.responses), strict=True
         ):
             np.testing.assert_array_equal(a, b)
+
+
+def test_white_space_that_a_vocabulary_holds_as_a_token_ends_no_turn():
+    """As Gemma's vocabulary holds runs of line breaks, at which no answer of several paragraphs may stop."""
+    tokenizer = shelf_tokenizer("alpaca")
+    tokenizer.add_tokens(["\n\n", "  "])
+    encoder = ChatEncoder(tokenizer)
+    assert turn_ends(tokenizer) == []
+    (result,) = encoder.encode_dialogues([Dialogue([user("a\n\nb")], ("c\n\nd",))])
+    assert result.notes == (NO_END,)
+    (paragraphs,) = tokenizer("\n\n", add_special_tokens=False).input_ids
+    assert result.responses[0].tolist().count(paragraphs) == 1
+    assert result.responses[0][-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("turns", [[system("Be brief."), user("hi")], [user("hi"), {"role": "tool", "content": "4"}]])
+def test_turns_that_a_template_leaves_out_are_named(turns):
+    template = SHELF["chatml"].text.replace("in messages %}", "in messages if m['role'] in ('user', 'assistant') %}")
+    encoder = ChatEncoder(shelf_tokenizer("chatml"), chat_template=template)
+    for responses in ((), ("hello",)):
+        (result,) = encoder.encode_dialogues([Dialogue(turns, responses)])
+        assert result.notes == (LEFT_OUT,)
+    as_json = SHELF["chatml"].text.replace("+ m['content']", "+ (m['content'] | tojson)")
+    (result,) = ChatEncoder(shelf_tokenizer("chatml"), chat_template=as_json).encode_dialogues(
+        [Dialogue([user('say "a\nb"')])]
+    )
+    assert result.notes == ()
+
+
+def test_a_template_that_fails_refuses_the_turns():
+    template = SHELF["chatml"].text + "{% set _ = messages[0]['content'].index('hi') %}"
+    encoder = ChatEncoder(shelf_tokenizer("chatml"), chat_template=template)
+    (refused,) = encoder.encode_dialogues([Dialogue([user("bye")])])
+    assert "the chat template refuses the turns user" in str(refused)

@@ -184,7 +184,11 @@ def test_turns_that_cannot_be_found_are_noted():
     rewriting = "{% for m in messages %}{{ m['content'] if loop.last else m['content'][:1] }}{% endfor %}"
     chat = ChatEncoder(letters(), chat_template=rewriting)
     row = Row([user("ab"), assistant("bc"), user("cd")], ("ef",))
-    notes = ("template does not continue its prompt", "template writes no end of turn")
+    notes = (
+        "template does not continue its prompt",
+        "template leaves something out",
+        "template writes no end of turn",
+    )
     assert encoded(row, chat=chat, need_turns=True) == ([10, 11, 12], [], [[14, 15, 2]], (*notes, "turns not found"))
     assert encoded(row, chat=chat) == ([10, 11, 12], [], [[14, 15, 2]], notes)
     assert encoded(row._replace(prompt="a"), chat=chat, need_turns=True) == (

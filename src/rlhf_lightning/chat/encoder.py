@@ -52,6 +52,7 @@ class Encoded(NamedTuple):
         turns: where the assistant spoke earlier in the prompt, int32: first token, token after the last, and so on.
         responses: ids of each response, int32, its end of turn included.
         notes: what is to be counted.
+        asked: ids of the prompt that generation is given, int32; another where a template does not continue it.
     """
 
     written: Written
@@ -59,6 +60,7 @@ class Encoded(NamedTuple):
     turns: np.ndarray
     responses: list[np.ndarray]
     notes: tuple[str, ...]
+    asked: np.ndarray
 
 
 class ChatEncoder:
@@ -228,6 +230,7 @@ class ChatEncoder:
         """Ids of texts: all are tokenised in one call, and the few that must be taken apart in another."""
         cuts = [self._cut(one) for one in written]
         ids = _each_once(self._tokens.ids, (text for cut in cuts for text in (cut.head, cut.first, *cut.answers)))
+        asked = _each_once(self._tokens.ids, (one.asked for one in written if one.asked))
         joined = [_join(one, cut, ids) for one, cut in zip(written, cuts, strict=True)]
         apart = _each_once(self._tokens.ids, (text for _, parts in joined for text in parts if isinstance(text, str)))
         places = _each_once(self._tokens.placed, (cut.spanned for cut in cuts if cut.spanned))
@@ -243,7 +246,15 @@ class ChatEncoder:
                 for part, ended in zip(parts, one.ended, strict=True)
             ]
             notes = one.notes + (APART,) * sum(isinstance(part, str) for part in parts)
-            yield Encoded(one, _packed(prompt), _packed(turns), [_packed(response) for response in responses], notes)
+            packed = _packed(prompt)
+            yield Encoded(
+                one,
+                packed,
+                _packed(turns),
+                [_packed(response) for response in responses],
+                notes,
+                _packed(asked[one.asked]) if one.asked else packed,
+            )
 
     def _cut(self, one: Written) -> _Cut:
         """Where the texts of a dialogue are cut, so that what they have in common is tokenised once."""

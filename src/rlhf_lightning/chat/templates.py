@@ -77,7 +77,7 @@ class ChatTemplate:
             written = self.tokenizer.apply_chat_template(
                 list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=answer
             )
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise RefusedTurnsError(f"the chat template refuses the turns {roles}: {error}", str(error)) from error
         return str(written)

@@ -42,7 +42,7 @@ class ControlTokens:
     r"""Finds control tokens in texts, and writes them so that no tokenizer takes them for what they say.
 
     Args:
-        tokens: as texts; those of one character are text to us.
+        tokens: as texts; those of one character, and those of white space alone, are text to us.
 
     Example:
         >>> control = ControlTokens(["<|end|>"])
@@ -52,7 +52,9 @@ class ControlTokens:
     """
 
     def __init__(self, tokens: Iterable[str]) -> None:
-        longest_first = sorted((token for token in tokens if len(token) > 1), key=lambda token: (-len(token), token))
+        # Vocabularies add runs of spaces and line breaks for brevity; no turn ends at one of them.
+        meant = (token for token in tokens if len(token) > 1 and not token.isspace())
+        longest_first = sorted(meant, key=lambda token: (-len(token), token))
         self._tokens = _any_of(longest_first)
         self._hidden = _any_of([token[0] + MARK + token[1:] for token in longest_first])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -54,6 +55,7 @@ class Written(NamedTuple):
             template does not continue it.
         spans: where the assistant spoke earlier; None where that cannot be found.
         notes: what is to be counted.
+        asked: the prompt that generation is given, where the answers do not continue it.
     """
 
     kind: Kind
@@ -63,6 +65,7 @@ class Written(NamedTuple):
     common: int
     spans: Spans | None = None
     notes: tuple[str, ...] = ()
+    asked: str = ""
 
 
 class DialogueWriter:
@@ -193,9 +196,9 @@ class DialogueWriter:
         wholes = [template.write([*messages, reply], tools, answer=False) for reply in replies]
         notes = _hiding([text, *wholes])
         spans: Spans | None = self._turns(template, messages, tools, text, dialogue.untaught) if need_turns else []
-        common = len(text)
+        common, asked = len(text), ""
         if not all(whole.startswith(text) for whole in wholes):
-            notes += (REWRITES,)
+            notes, asked = (*notes, REWRITES), text
             first = template.write(messages, tools, answer=False)
             if shared_start([text, first, *wholes]) < len(first):
                 # Even the turns before the answer are written anew for it, so the text ends where answers differ.
@@ -214,7 +217,7 @@ class DialogueWriter:
         if _leaves_out([text, *wholes], tools, messages, replies):
             notes += (LEFT_OUT,)
         notes += (NO_END,) * (not all(ended)) + (NO_TURNS,) * (spans is None)
-        return Written("template", text, answers, ended, common, spans, notes)
+        return Written("template", text, answers, ended, common, spans, notes, asked)
 
     def _reply(self, response: Response, prompt: Prompt) -> Message:
         """The message that a response is."""
@@ -335,15 +338,21 @@ def _hiding(texts: Sequence[str]) -> tuple[str, ...]:
 def _leaves_out(
     texts: Sequence[str], tools: Sequence[dict[str, Any]], messages: Sequence[Message], replies: Sequence[Message]
 ) -> bool:
-    """Whether tools, calls of tools, or the thoughts before an answer stand in none of the texts.
+    """Whether turns that are not the assistant's, tools, calls of them, or thoughts before an answer stand in no text.
 
     Thoughts before earlier answers are left out by design.
     """
     said = [*_tool_names(tools), *(name for message in (*messages, *replies) for name in _called(message))]
+    said += [message["content"] for message in messages if message["role"] != "assistant"]
     for reply in replies:
         before, mark, _ = reply["content"].partition("</think>")
         said += [reply.get("reasoning_content") or "", before.partition("<think>")[2] if mark else ""]
-    return not all(any(thing.strip() in text for text in texts) for thing in said)
+    return not all(any(_stands_in(thing.strip(), text) for text in texts) for thing in said)
+
+
+def _stands_in(said: str, text: str) -> bool:
+    """Whether a text holds what was said, as it is or as JSON."""
+    return said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text
 
 
 def _called(message: Message) -> Iterator[str]:

@@ -33,10 +33,11 @@ CUT_RESPONSE = "cut: response"
 NOTES = {
     NO_TURNS: "dialogues whose earlier turns the template does not show",
     REWRITES: "dialogues in which the chat template does not continue the prompt that generation is given; what both "
-    "have in common is the prompt here, and all that follows is taught",
+    "have in common is the prompt of their responses, and all that follows is taught",
     APART: "responses tokenised apart, since one token would hold the end of their prompt and their beginning",
     NO_END: "dialogues whose chat template writes no token at the end of a turn; the EOS is taught there",
-    LEFT_OUT: "dialogues of which the chat template leaves out tools, calls of tools or the thoughts before an answer",
+    LEFT_OUT: "dialogues of which the chat template leaves out turns, tools, calls of tools or the thoughts before an "
+    "answer",
     NOT_APPLIED: "prompts given as text, to which the tokenizer's chat template is not applied; "
     "`dialogue_format: chat_template` writes each as a turn of the user",
     HIDDEN: "dialogues that hold control tokens in what is said, where they are text and do not act",
@@ -57,6 +58,7 @@ class EncodedRow(NamedTuple):
         responses: ids of each response, int32, its end of turn included unless it was cut.
         notes: what is counted: `cut: prompt`, `cut: response` once for each response that was cut, and the encoder's.
         whole_lengths: tokens of the prompt and of each response before anything was cut.
+        asked: ids of the prompt that generation is given, int32; None where it is `prompt`.
     """
 
     prompt: np.ndarray
@@ -64,6 +66,7 @@ class EncodedRow(NamedTuple):
     responses: list[np.ndarray]
     notes: tuple[str, ...] = ()
     whole_lengths: tuple[int, ...] = ()
+    asked: np.ndarray | None = None
 
 
 def encode_rows(
@@ -117,26 +120,39 @@ def _fit(row: Row, whole: Encoded, chat: ChatEncoder, limits: TokenLimits) -> En
     A response that does not fit loses its end of turn, so it is never taught as complete. All responses of a row stand
     behind the same prompt.
     """
-    written, prompt, turns, responses, notes = whole
+    written, prompt, turns, responses, notes, asked = whole
     if not row.prompt:
         prompt, responses = _whole_text(prompt, *responses)
     whole_lengths = (len(prompt), *map(len, responses))
     room = limits.prompt_room(whole_lengths[1:])
-    if len(prompt) > room:
+    if max(len(prompt), len(asked) if written.asked else 0) > room:
         if limits.long_prompts == "drop":
             return LONG_PROMPT
-        if row.suffix:
-            prompt, turns = cut_post(written.prompt, row.suffix, room, chat, written.kind), _NO_SPANS
-            if len(prompt) == 0:
-                return LONG_PROMPT
-        else:
-            prompt, turns = cut_prompt(prompt, turns, room, chat.beginning(prompt))
+        prompt, turns = _cut(prompt, turns, written.prompt, row.suffix, room, chat, written.kind)
+        asked, _ = _cut(asked, _NO_SPANS, written.asked, row.suffix, room, chat, written.kind)
+        if len(prompt) == 0 or (written.asked and len(asked) == 0):
+            return LONG_PROMPT
         notes += (CUT_PROMPT,)
     if any(len(ids) - 1 < limits.minimum_response_length for ids in responses):
         return SHORT_RESPONSE
     left = limits.max_length - len(prompt)
     notes += (CUT_RESPONSE,) * sum(len(ids) > left for ids in responses)
-    return EncodedRow(prompt, turns, [ids[:left] for ids in responses], notes, whole_lengths)
+    return EncodedRow(
+        prompt, turns, [ids[:left] for ids in responses], notes, whole_lengths, asked if written.asked else None
+    )
+
+
+def _cut(
+    ids: np.ndarray, turns: np.ndarray, text: str, suffix: str, room: int, chat: ChatEncoder, kind: Kind
+) -> tuple[np.ndarray, np.ndarray]:
+    """A prompt and its turns cut to the room, if that is needed; no ids where nothing before its suffix fits."""
+    if len(ids) <= room:
+        return ids, turns
+    return (
+        (cut_post(text, suffix, room, chat, kind), _NO_SPANS)
+        if suffix
+        else cut_prompt(ids, turns, room, chat.beginning(ids))
+    )
 
 
 def _whole_text(prefix: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:

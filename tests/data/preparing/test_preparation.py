@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.preparing import build, preparation, row_ids
+from helpers.templates import shelf_tokenizer
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data import Blend, Table
@@ -425,3 +426,18 @@ def test_many_cut_responses_are_warned_of(tmp_path):
     for number, warned in ((19, True), (20, False)):
         folder = build(tmp_path / str(number), rows[:number], kinds=("finetune",))
         assert bool(say_cuts(folder.manifest)) == warned
+
+
+@pytest.mark.parametrize("name", ["chatml", "deepseek", "opened thought"])
+def test_prompts_are_what_generation_is_given_whatever_else_the_rows_are_read_for(tmp_path, name):
+    tokenizer = shelf_tokenizer(name)
+    rows = [[{"role": "user", "content": f"question {i}"}] for i in range(20)]
+    data = [{"prompt": row, "chosen": f"yes {i}", "rejected": f"no {i}"} for i, row in enumerate(rows)]
+    expected = [ChatEncoder(tokenizer).encode_prompt(row)[1].tolist() for row in rows]
+    for kinds in (("prompts",), KINDS):
+        folder = build(tmp_path / str(len(kinds)), data, tokenizer=tokenizer, kinds=kinds)
+        prompts = folder.part("prompts", "train")
+        assert [prompts[i].ids.tolist() for i in range(len(prompts))] == expected
+    cut = build(tmp_path / "cut", data, tokenizer=tokenizer, kinds=KINDS, max_prompt_length=12).part("prompts", "train")
+    assert [cut[i].ids.tolist()[-6:] for i in range(20)] == [ids[-6:] for ids in expected]
+    assert max(len(cut[i].ids) for i in range(20)) <= 12

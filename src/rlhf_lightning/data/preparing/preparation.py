@@ -281,7 +281,8 @@ class _Kept:
             if kinds == ("preference",):
                 return _no_pairs(row)
             kinds = tuple(kind for kind in kinds if kind != "preference")
-        known = "prompts" in kinds and self._came_before(encoded.prompt)
+        asked = encoded.prompt if encoded.asked is None else encoded.asked
+        known = "prompts" in kinds and self._came_before(asked)
         if known and kinds == ("prompts",):
             return "prompt is a duplicate"
         if "preference" in choice.kinds and not pairs:
@@ -294,7 +295,7 @@ class _Kept:
         if "finetune" in kinds:
             self._writer["finetune", part].add(encoded.prompt, encoded.turns, encoded.responses[0], *numbers)
         if "prompts" in kinds and not known:
-            self._writer["prompts", part].add(encoded.prompt, *numbers, written_prompt(row))
+            self._writer["prompts", part].add(asked, *numbers, written_prompt(row))
         return None
 
     def account(self) -> Counter[str]:
