@@ -178,6 +178,22 @@ def test_a_function_gets_lists_of_its_own_and_no_gradients():
     assert (PROMPTS, ANSWERS) == (["a", "b", "c"], ["x", "yy", "zzz"])
 
 
+def test_a_function_computes_alike_with_and_without_a_time_limit(monkeypatch):
+    devices = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: devices.append((threading.current_thread(), device)))
+    threads = []
+
+    def product(prompts, responses):
+        threads.append(threading.current_thread())
+        return (torch.full((len(responses), 1), 1.001) @ torch.ones(1, 1)).squeeze(1)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert scores(product) == scores(product, 60.0) == [float(torch.tensor(1.001))] * 3
+    assert devices == [(threads[1], 3)]  # the process's own, where a new thread begins with the first
+
+
 def test_messages_are_given_to_those_who_ask_for_them():
     seen = []
 

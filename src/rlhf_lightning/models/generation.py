@@ -165,7 +165,7 @@ def decode_responses(tokenizer: PreTrainedTokenizerBase, generation: Generation)
         tokenizer: the policy's.
         generation: what was generated.
     """
-    rows = zip(generation.response_ids, generation.response_mask, strict=True)
+    rows = zip(generation.response_ids.cpu(), generation.response_mask.cpu(), strict=True)
     # Not tidied up: what is scored is what was said.
     options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     return [str(tokenizer.decode(ids[mask], **options)) for ids, mask in rows]

@@ -13,7 +13,8 @@ import queue
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
 from decimal import Decimal
 from itertools import islice
 from numbers import Real
@@ -89,8 +90,9 @@ class ScoringFunction:
         more = {"messages": messages} if self.takes_messages else {}
 
         def call() -> Any:
-            # Lists of its own, which the function may change; with grad off in whichever thread this runs.
-            with torch.no_grad():
+            # Lists of its own, which the function may change; computed alike in whichever thread this runs, without
+            # the trainer's autocast, of which a thread of its own knows nothing.
+            with torch.no_grad(), _without_autocast():
                 return _listed(self.function(list(prompts), list(responses), **more), len(responses))
 
         try:
@@ -124,6 +126,15 @@ class ScoringFunction:
         return UserError(f"reward function '{self.name}' {what}; {_WANTED}")
 
 
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 _LATE = "a reward function took too long"
 
 
@@ -137,8 +148,11 @@ def _in_time(call: Callable[[], Any], seconds: float) -> Any:
         TimeoutError: it is not done in time.
     """
     answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def run() -> None:
+        if device is not None:  # that of this process, for a new thread has the first
+            torch.cuda.set_device(device)
         try:
             answers.put((call(), None))
         except BaseException as error:

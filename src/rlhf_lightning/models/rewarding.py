@@ -138,13 +138,12 @@ class TextScorer(nn.Module):
                 rows.append(self.encode(written, batch.responses[i], ended))
             except RefusedTurnsError as error:
                 raise UserError(f"row {batch.rows[i]}: the reward model cannot read the prompt: {error}") from error
-        lengths = torch.tensor([len(row) for row in rows], device=device)
+        lengths = torch.tensor([len(row) for row in rows])
         ids = nn.utils.rnn.pad_sequence(
-            [torch.tensor(row, device=device) for row in rows],
-            batch_first=True,
-            padding_value=filler_id(self.tokenizer),
+            [torch.tensor(row) for row in rows], batch_first=True, padding_value=filler_id(self.tokenizer)
         )
-        return self.model.scores(ids, torch.arange(ids.shape[1], device=device) < lengths.unsqueeze(1))
+        mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
+        return self.model.scores(ids.to(device), mask.to(device))
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
