@@ -1,6 +1,7 @@
 """The stages inside Lightning: its callbacks, options, checkpoints and copies, and what does not go with them."""
 
 import copy
+import json
 import logging
 import pickle
 import sys
@@ -21,7 +22,9 @@ from pytorch_lightning.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
 
 from helpers.stages import (
     MemoryLogger,
@@ -36,6 +39,7 @@ from helpers.stages import (
     trainer,
     weights,
 )
+from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import (
     FineTune,
     InstructionDataModule,
@@ -48,6 +52,7 @@ from rlhf_lightning import (
     SFTModule,
     UserError,
 )
+from rlhf_lightning.models.tokenizer import check_same_words
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-3, betas=(0.8, 0.9))
 LORA = FineTune(mode="lora", rank=2, target_modules=["q_proj"])
@@ -214,6 +219,26 @@ def test_the_data_of_another_stage_are_refused(folders, stage, other, message):
     with pytest.raises(UserError, match=message) as error:
         fit(STAGES[stage](folders), data(other, folders))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_data_of_another_tokenizer_are_refused(folders, tmp_path, stage):
+    tokenizer = tiny_tokenizer()
+    words = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = words["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(words)), eos_token="<|end|>")
+    other.save_pretrained(tmp_path)
+    message = rf"^the data are tokenised by '{tmp_path}', in which id {vocab['a']} is 'a'; to the model of .* it is 'b'"
+    with pytest.raises(UserError, match=message):
+        fit(STAGES[stage](folders), data(stage, {"base": str(tmp_path)}))
+
+
+def test_tokens_that_were_added_to_the_data_s_tokenizer_are_no_other_words(tmp_path):
+    more = tiny_tokenizer()
+    more.add_tokens(["<tool>"])
+    check_same_words(tiny_tokenizer(pad="eos"), more)
+    check_same_words(more, tiny_tokenizer(pad="none"))
 
 
 def test_a_batch_that_is_a_dict_is_refused(folders):

@@ -96,6 +96,31 @@ def own_pad_token(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> in
     return int(tokenizer.pad_token_id)
 
 
+def check_same_words(model: PreTrainedTokenizerBase, data: PreTrainedTokenizerBase) -> None:
+    """Refuse data whose ids mean other words to the model; tokens that were added to either may differ.
+
+    Args:
+        model: the model's tokenizer.
+        data: the one that made the data.
+
+    Raises:
+        UserError: names an id.
+    """
+    if data is model:
+        return
+    added = model.get_added_vocab().keys() | data.get_added_vocab().keys()
+    mine, theirs = (
+        {number: token for token, number in tokenizer.get_vocab().items() if token not in added}
+        for tokenizer in (model, data)
+    )
+    for number, token in theirs.items():
+        if mine.get(number, token) != token:
+            raise UserError(
+                f"the data are tokenised by '{data.name_or_path}', in which id {number} is {token!r}; to the model of "
+                f"'{model.name_or_path}' it is {mine[number]!r}: give the data module the model's tokenizer"
+            )
+
+
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
     """Whether ids of one mean the same in the other; a pad token that only one of them has is no difference."""
     if a.eos_token_id != b.eos_token_id:

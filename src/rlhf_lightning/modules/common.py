@@ -18,7 +18,7 @@ from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.master_weights import with_master_weights
 from rlhf_lightning.models.generation import Generation
-from rlhf_lightning.models.tokenizer import load_tokenizer
+from rlhf_lightning.models.tokenizer import check_same_words, load_tokenizer
 from rlhf_lightning.optim import schedule_learning_rate
 from rlhf_lightning.strategies import sum_over_ranks, world_size
 
@@ -46,12 +46,14 @@ def stage_tokenizer(module: Any) -> PreTrainedTokenizerBase:
         module: has `model_name_or_path` and `trust_remote_code`, and may be attached to a trainer.
 
     Raises:
-        UserError: there is no tokenizer at that place.
+        UserError: there is no tokenizer at that place, or the data module's gives its ids to other words.
     """
     tokenizer = load_tokenizer(module.model_name_or_path, module.trust_remote_code)
-    template = getattr(getattr(_datamodule(module), "tokenizer", None), "chat_template", None)
-    if template is not None:
-        tokenizer.chat_template = template
+    theirs = getattr(_datamodule(module), "tokenizer", None)
+    if isinstance(theirs, PreTrainedTokenizerBase):
+        check_same_words(tokenizer, theirs)
+        if theirs.chat_template is not None:
+            tokenizer.chat_template = theirs.chat_template
     return tokenizer
 
 
