@@ -187,12 +187,14 @@ class DialogueWriter:
     def _templated(
         self, template: ChatTemplate, messages: list[Message], dialogue: Dialogue, need_turns: bool
     ) -> Written:
+        # The turns of a dialogue that is text are stripped, and so is its answer; other text is one turn as it stands.
+        as_text = isinstance(dialogue.prompt, str) and messages[0]["content"] != dialogue.prompt
         messages = [self._safe(message) for message in messages]
         tools = [_everywhere(tool, self.tokens.control) for tool in dialogue.tools]
         text = template.write(messages, tools)
         if dialogue.responses and template.leaves_answers_out:
             raise RefusedTurnsError("the chat template leaves the answer out")
-        replies = [self._reply(response, dialogue.prompt) for response in dialogue.responses]
+        replies = [self._reply(response, as_text) for response in dialogue.responses]
         wholes = [template.write([*messages, reply], tools, answer=False) for reply in replies]
         notes = _hiding([text, *wholes])
         spans: Spans | None = self._turns(template, messages, tools, text, dialogue.untaught) if need_turns else []
@@ -219,13 +221,11 @@ class DialogueWriter:
         notes += (NO_END,) * (not all(ended)) + (NO_TURNS,) * (spans is None)
         return Written("template", text, answers, ended, common, spans, notes, asked)
 
-    def _reply(self, response: Response, prompt: Prompt) -> Message:
+    def _reply(self, response: Response, strip: bool) -> Message:
         """The message that a response is."""
         message = {"role": "assistant", "content": response} if isinstance(response, str) else dict(response)
         content = self._endless(message["content"])
-        if isinstance(prompt, str) and parse_dialogue(prompt) is not None:
-            content = content.strip()  # as the turns of its prompt are
-        return self._safe({**message, "content": content})
+        return self._safe({**message, "content": content.strip() if strip else content})
 
     def _safe(self, message: Message) -> Message:
         """A message whose control tokens are hidden."""

@@ -103,6 +103,10 @@ class RowForm:
         self._source = source
         self._columns = Columns(columns, names or {}, source)
         self.labelled = self._columns.labelled
+        # Asked of every row, so looked up once.
+        self._stands_beside = any(self._columns.has(name) for name in BESIDE)
+        answers = (self._columns.answer, "chosen", "rejected", *self._columns.ranking_names)
+        self._answers = [self._columns.name(name) for name in answers if name and self._columns.has(name)]
         readers = {"finetune": self._finetune_reader(), "preference": self._preference_reader()}
         readers["prompts"] = self._prompts_reader()
         self._readers = {need: reader for need, reader in readers.items() if reader is not None}
@@ -296,10 +300,9 @@ class RowForm:
 
     def _speaks(self, raw: RawRow) -> bool:
         """Whether a prompt that is text is a turn of the user, whatever the row is read for."""
-        if any(self._columns.has(name) or not is_nothing(self._columns.beside(raw, name)) for name in BESIDE):
+        if self._stands_beside or any(not is_nothing(self._columns.beside(raw, name)) for name in BESIDE):
             return True
-        names = (self._columns.answer, "chosen", "rejected", *self._columns.ranking_names)
-        values = [raw.get(self._columns.name(name)) for name in names if name and self._columns.has(name)]
+        values = [value for value in map(raw.get, self._answers) if not isinstance(value, str)]
         lists = [value for value in values if isinstance(value, list)]
         return any(isinstance(value, dict) for value in (*values, *(item for items in lists for item in items)))
 
