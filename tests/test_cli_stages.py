@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,16 @@ from helpers.cli_runs import (
     working_folder,
 )
 from rlhf_lightning.cli import main
+
+FROM_PYTHON = """
+import pytorch_lightning as pl
+from rlhf_lightning import InstructionDataModule, Sampling, SFTModule
+
+module = SFTModule("lm", sampling=Sampling(max_new_tokens=4))
+data = InstructionDataModule("lm", "pairs.jsonl", max_length=64, batch_size=4, validation_split=0.25)
+options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+pl.Trainer(max_steps=2, default_root_dir="python", **options).fit(module, data)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +87,17 @@ def test_a_run_says_only_what_concerns_the_user(stages, stage):
     assert len(lines) == len(expected), done[stage].stderr
     for line, part in zip(lines, expected, strict=True):
         assert part in line
+
+
+def test_a_run_from_python_says_no_more(stages):
+    root, done = stages
+    words = [sys.executable, "-c", FROM_PYTHON]
+    result = subprocess.run(words, capture_output=True, text=True, cwd=root, env=environment(), check=False)
+    assert result.returncode == 0, result.stderr
+    said = [line for line in done["sft"].stderr.splitlines() if "Seed set" not in line and "exported to" not in line]
+    # What the command line's default callback says and a plain Trainer has no callback for.
+    said = [line for line in said if not line.startswith("models: ")]
+    assert result.stderr.splitlines() == said
 
 
 def test_the_saved_config_parses_and_trains_to_the_same_weights(stages, monkeypatch):

@@ -36,18 +36,30 @@ class _NoReportOfNewHead(logging.Filter):
         return rows != ["Key", "score.weight"]
 
 
+_FILTERS: dict[str, logging.Filter] = {
+    "transformers.modeling_utils": _NoReportOfNewHead(),
+    "pytorch_lightning.utilities.rank_zero": _NoChatter(),
+    "lightning_fabric.utilities.rank_zero": _NoChatter(),
+    "DeepSpeed": _NoChatter(),
+}
+"""By logger, made once: a logger takes the same filter once only."""
+
+_WARNINGS = (
+    r".*isinstance\(treespec, LeafSpec\).* is deprecated",
+    r".*does not have many workers which may be a bottleneck",
+    r"Found \d+ module\(s\) in eval mode",  # those that are frozen
+    r"Checkpoint directory .* exists and is not empty",
+)
+
+
 def hush() -> None:
-    """Silence chatter, for the whole process."""
+    """Silence chatter, for the whole process; once more changes nothing.
+
+    The command line calls it, and every module and data module as it is made: importing the package changes nothing.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warn in every data worker
     disable_progress_bar()
-    logging.getLogger("transformers.modeling_utils").addFilter(_NoReportOfNewHead())
-    for name in (
-        "pytorch_lightning.utilities.rank_zero",
-        "lightning_fabric.utilities.rank_zero",
-        "DeepSpeed",
-    ):
-        logging.getLogger(name).addFilter(_NoChatter())
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).* is deprecated")
-    warnings.filterwarnings("ignore", message=r".*does not have many workers which may be a bottleneck")
-    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # those that are frozen
-    warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
+    for name, chatter in _FILTERS.items():
+        logging.getLogger(name).addFilter(chatter)
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)

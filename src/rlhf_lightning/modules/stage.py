@@ -19,6 +19,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.quiet import hush
 
 _ACCUMULATION = (
     "the stages accumulate by themselves; set the data's batch size to the whole batch and the module's "
@@ -38,6 +39,7 @@ class Stage(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
+        hush()
         self.automatic_optimization = False
         if "lightning.pytorch" in sys.modules:
             rank_zero_warn(

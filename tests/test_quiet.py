@@ -1,0 +1,49 @@
+"""Chatter is dropped once and for all, and nothing else is."""
+
+import logging
+import warnings
+
+import pytest
+
+from rlhf_lightning import InstructionDataModule, SFTModule
+from rlhf_lightning.quiet import hush
+
+LOGGERS = ["transformers.modeling_utils", "pytorch_lightning.utilities.rank_zero", "DeepSpeed"]
+
+
+def state():
+    return [list(logging.getLogger(name).filters) for name in LOGGERS], list(warnings.filters)
+
+
+@pytest.fixture
+def talkative(monkeypatch):
+    """Loggers and warnings as they are before anything of ours is made."""
+    for name in LOGGERS:
+        monkeypatch.setattr(logging.getLogger(name), "filters", [])
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        yield
+
+
+@pytest.mark.usefixtures("talkative")
+def test_once_more_changes_nothing():
+    before = state()
+    hush()
+    once = state()
+    hush()
+    assert state() == once != before
+
+
+@pytest.mark.usefixtures("talkative")
+@pytest.mark.parametrize("make", [lambda: SFTModule(""), lambda: InstructionDataModule("", [])], ids=["module", "data"])
+def test_modules_and_data_modules_are_as_quiet_as_the_command_line(make, caplog):
+    make()
+    logger = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    logger.propagate = True
+    with caplog.at_level(logging.INFO), warnings.catch_warnings(record=True) as warned:
+        logger.info("💡 Tip: buy this")
+        logger.info("`Trainer.fit` stopped")
+        warnings.warn("The 'train_dataloader' does not have many workers which may be a bottleneck", stacklevel=1)
+        warnings.warn("the loss is nan", stacklevel=1)
+    assert "buy this" not in caplog.text
+    assert [str(warning.message) for warning in warned] == ["the loss is nan"]
