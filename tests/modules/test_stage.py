@@ -229,7 +229,7 @@ def test_data_of_another_tokenizer_are_refused(folders, tmp_path, stage):
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(words)), eos_token="<|end|>")
     other.save_pretrained(tmp_path)
-    message = rf"^the data are tokenised by '{tmp_path}', in which id {vocab['a']} is 'a'; to the model of .* it is 'b'"
+    message = rf"^the data are tokenised by '{tmp_path}', in which id {vocab['b']} is 'b'; to the model of .* it is 'a'"
     with pytest.raises(UserError, match=message):
         fit(STAGES[stage](folders), data(stage, {"base": str(tmp_path)}))
 

@@ -113,7 +113,7 @@ def check_same_words(model: PreTrainedTokenizerBase, data: PreTrainedTokenizerBa
         {number: token for token, number in tokenizer.get_vocab().items() if token not in added}
         for tokenizer in (model, data)
     )
-    for number, token in theirs.items():
+    for number, token in sorted(theirs.items()):
         if mine.get(number, token) != token:
             raise UserError(
                 f"the data are tokenised by '{data.name_or_path}', in which id {number} is {token!r}; to the model of "
