@@ -158,6 +158,16 @@ def test_identical_sides_cost_log_2(kind):
     assert pairwise_loss(**batch([(PAIR[0], PAIR[0])]), kind=kind).item() == pytest.approx(math.log(2))
 
 
+def test_the_last_token_counts_where_no_kind_is_said():
+    assert torch.equal(pairwise_loss(**batch([PAIR])), pairwise_loss(**batch([PAIR]), kind="last_token"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_lie_where_their_inputs_do(kind):
+    elsewhere = {name: tensor.to("meta") for name, tensor in batch([PAIR]).items()}
+    assert pairwise_loss(**elsewhere, kind=kind).device.type == "meta"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_real_tokens_only(kind):
     tensors = batch([PAIR], extra=2)
