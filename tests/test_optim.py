@@ -84,11 +84,11 @@ def test_every_step_of_a_run_learns_and_the_rate_rises_then_falls(kind, warmup, 
     assert ending == pytest.approx(1 if kind == "constant" else floor)
 
 
-def rates(warmup_steps, kind="linear", total_steps=10, steps=10):
+def rates(warmup_steps, kind="linear", total_steps=10, steps=10, **options):
     """Learning rates of two groups at each optimizer step."""
     weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": [w], "lr": lr} for w, lr in zip(weights, (1.0, 0.1), strict=True)])
-    scheduler = schedule_learning_rate(optimizer, kind, warmup_steps, total_steps)
+    scheduler = schedule_learning_rate(optimizer, kind, warmup_steps, total_steps, **options)
     seen = []
     for _ in range(steps):
         seen.append(learning_rates(optimizer))
@@ -120,6 +120,12 @@ def test_a_run_without_an_end_cannot_decay(kind, warmup):
 
 def test_a_constant_rate_needs_no_end():
     assert [pair[0] for pair in rates(2, "constant", math.inf, 4)] == [0.5, 1.0, 1.0, 1.0]
+    for at_once in (0, 1):
+        assert [pair[0] for pair in rates(at_once, "constant", math.inf, 2)] == [1.0, 1.0]
+
+
+def test_a_rate_that_ends_above_0():
+    assert [pair[0] for pair in rates(0, "linear", 2, 4, min_factor=0.5)] == [1.0, 0.75, 0.5, 0.5]
 
 
 def test_an_unknown_schedule_is_none_of_the_known_ones():

@@ -116,6 +116,22 @@ def test_measuring_in_parts_changes_nothing():
     assert progress == [(7, 7), (3, 7), (6, 7), (7, 7)]
 
 
+class WidthScorer(torch.nn.Module):
+    """Scores each response by the number of columns that it is shown in."""
+
+    def forward(self, responses):
+        return torch.full((len(responses.sequences),), float(responses.sequences.shape[1]))
+
+
+def test_a_part_is_as_wide_as_its_longest_prompt_and_response():
+    lengths = torch.tensor([[1, 2], [2, 1], [4, 1], [2, 3]])  # prompt and response
+    prompts = PromptBatch(torch.ones(4, 4).long(), torch.arange(4) >= 4 - lengths[:, :1], ["x"] * 4, torch.arange(4))
+    generation = Generation(torch.ones(4, 3).long(), torch.arange(3) < lengths[:, 1:], torch.ones(4).bool())
+    pieces = list(torch.arange(4).split(2))
+    models = table_lm(P), table_lm(Q), WidthScorer(), None
+    assert measure(*models, prompts, generation, ["x"] * 4, 1.0, pieces).scores.tolist() == [4, 4, 7, 7]
+
+
 def test_functions_see_all_texts_at_once():
     seen = []
 
@@ -282,6 +298,8 @@ def test_metrics_by_hand():
         },
         rel=1e-5,
     )
+    undiscounted = experience_metrics(experience)["explained_variance"]
+    assert undiscounted == metrics_of(experience, gamma=1.0)["explained_variance"]
 
 
 def test_explained_variance_of_a_perfect_and_of_a_constant_value():
@@ -311,10 +329,16 @@ def test_values_that_know_nothing_of_the_score_explain_nothing_of_it():
         assert explained == pytest.approx(-(strength**2), abs=0.05)  # they only add their own variance
 
 
-@pytest.mark.parametrize("score", [0.0, 0.1, 1e4])
+@pytest.mark.parametrize("score", [0.0, 0.1, -3.0, 1e4, 10_000.1])
 def test_there_is_nothing_to_explain_where_all_outcomes_are_alike(score):
     experience = random_experience(torch.full((7,), score), torch.randn(7, 3))
     assert metrics_of(experience)["explained_variance"] == 0
+
+
+def test_little_is_explained_too_where_it_is_more_than_rounding():
+    scores = 1e4 + torch.tensor([-0.1, 0.0, 0.1])
+    experience = random_experience(scores, scores.unsqueeze(1).repeat(1, 3))
+    assert metrics_of(experience)["explained_variance"] == 1
 
 
 def test_raw_scores_are_those_before_calibration():

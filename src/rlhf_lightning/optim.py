@@ -72,8 +72,7 @@ class StepSchedule(LambdaLR):
         Args:
             state_dict: from `state_dict`.
         """
-        own = {"base_lrs": self.base_lrs, "lr_lambdas": state_dict["lr_lambdas"]}
-        super().load_state_dict({**state_dict, **own})
+        super().load_state_dict({**state_dict, "base_lrs": self.base_lrs})
         for group, base, factor in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
             group["lr"] = base * factor(self.last_epoch)
         self._last_lr = [*learning_rates(self.optimizer)]

@@ -32,6 +32,10 @@ def test_sum_mean_and_moments_by_hand():
     assert variance.item() == pytest.approx((4 + 0 + 4) / 3)
 
 
+def test_one_entry_is_its_own_mean():
+    assert [moment.item() for moment in masked_moments(VALUES[1], MASK[1])] == [1, 5.0, 0.0]
+
+
 def test_the_mean_of_nothing_is_zero():
     nothing = torch.zeros(2, 3, dtype=torch.bool)
     assert masked_moments(VALUES, nothing)[2].item() == 0.0

@@ -85,6 +85,7 @@ def test_value_loss_by_hand():
     loss, metrics = ppo_value_loss(values, old_values, returns, mask, clip_range=0.2)
     assert loss.item() == pytest.approx(0.5 * (3.24 + 4.0 + 1.0 + 1.21))
     assert metrics["clip_fraction"].item() == 1.0
+    assert torch.equal(ppo_value_loss(values, old_values, returns, mask)[0], loss)  # 0.2 where nothing is said
     unclipped, metrics = ppo_value_loss(values, old_values, returns, mask, clip_range=None)
     assert unclipped.item() == pytest.approx(0.5 * (1.0 + 4.0 + 1.0 + 1.21))
     assert metrics["clip_fraction"].item() == 0.0
