@@ -213,6 +213,42 @@ def test_ids_are_those_of_the_tokenizer_itself(texts):
         assert ids.dtype == np.int32
 
 
+def test_each_way_in_hands_the_tools_on():
+    template = "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}" + CHAT_TEMPLATE
+    encoder = ChatEncoder(tiny_tokenizer(), chat_template=template)
+    tools = [{"type": "function", "function": {"name": "find"}}]
+    text, ids = encoder.encode_prompt(MESSAGES, tools)
+    assert text == encoder.render(MESSAGES, tools).text == "find" + TEMPLATED
+    assert ids.tolist() == encoder.encode_dialogue(MESSAGES, "so long", tools)[0].tolist()
+
+
+def test_what_a_prompt_is_written_as_is_known_without_writing_it():
+    assert [TEMPLATE_ENCODER.kind(prompt) for prompt in ("hi", PLAIN, MESSAGES)] == ["verbatim", "template", "template"]
+    assert [PLAIN_ENCODER.kind(prompt) for prompt in ("hi", PLAIN, MESSAGES)] == ["verbatim", "plain", "plain"]
+
+
+def test_a_response_that_was_cut_has_no_end():
+    for encoder in (PLAIN_ENCODER, TEMPLATE_ENCODER):
+        whole, cut = (encoder.encode_dialogue(PLAIN, "so long", ended=ended)[1].tolist() for ended in (True, False))
+        assert cut == whole[:-1]
+        assert whole[-1] == encoder.tokenizer.eos_token_id
+
+
+def test_the_beginning_of_a_prompt_is_its_bos_wherever_it_comes_from():
+    adds_none = tiny_tokenizer()
+    adds_none.bos_token = "<|bos|>"  # as a template may write it
+    bos = adds_none.bos_token_id
+    for encoder in (ENCODER, ChatEncoder(adds_none)):
+        assert [encoder.beginning(np.array(ids)) for ids in ([bos, 9], [9, bos], [])] == [[bos], [], []]
+    assert PLAIN_ENCODER.beginning(np.array([bos, 9])) == []
+    alone = ENCODER.encode_text("hi", "template").tolist()
+    assert ENCODER.encode_text("hi", "verbatim").tolist() == ENCODER.encode_text("hi", "plain").tolist() == [bos, *alone]
+
+
+def test_what_the_first_tokens_of_a_text_say_control_tokens_included():
+    assert [ENCODER.text_of_first("a<|end|>b", tokens) for tokens in (1, 2, 9)] == ["a", "a<|end|>", "a<|end|>b"]
+
+
 def test_no_token_spans_the_border():
     encoder = ChatEncoder(tiny_tokenizer())
     whole = encoder.tokenizer("Assistant", add_special_tokens=False).input_ids
