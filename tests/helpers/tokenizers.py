@@ -1,4 +1,4 @@
-"""A tiny real tokenizer, trained in memory."""
+"""A tiny real tokenizer, trained in memory, and one in Python."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import cache
 from typing import Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, PythonBackend
 
 SENTENCES = [
     "\n\nHuman: how do i bake bread?\n\nAssistant: Mix flour, water, salt and yeast, then wait and bake it.",
@@ -66,3 +66,24 @@ def _trained() -> str:
     )
     tokenizer.train_from_iterator(SENTENCES * 3, trainer)
     return tokenizer.to_str()
+
+
+class Slow(PythonBackend):
+    """A tokenizer in Python: one id for each of three letters."""
+
+    def __init__(self):
+        super().__init__(eos_token="c")
+
+    vocab_size = 3
+
+    def get_vocab(self):
+        return {"a": 0, "b": 1, "c": 2}
+
+    def _tokenize(self, text):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.get_vocab().get(token, 0)
+
+    def _convert_id_to_token(self, index):
+        return "abc"[index]
