@@ -121,6 +121,14 @@ def test_the_temperature_is_1_where_none_is_said():
     assert_close([linear_token_logprobs(*inputs, ids)[0]], [expected], torch.float32)
 
 
+def test_rows_of_very_different_size_share_a_chunk():
+    inputs, ids = [torch.tensor([[0.0], [1.0]]), torch.tensor([[200.0], [0.0]])], torch.tensor([0, 0])
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    loss, _ = linear_cross_entropy_sum(*inputs, None, ids)
+    expected = cross_entropy_sum(plain_logits(*inputs, None, LogitScaling()), ids)
+    assert_close([loss, *gradients(loss, *inputs)], [expected, *gradients(expected, *inputs)], torch.float32)
+
+
 def test_gradients_of_many_chunks_are_summed_in_float32():
     hidden, ids = torch.ones(600, 1, dtype=torch.bfloat16), torch.ones(600, dtype=torch.long)
     inputs = [torch.zeros(*shape, dtype=torch.bfloat16, requires_grad=True) for shape in [(2, 1), (2,)]]
