@@ -11,8 +11,10 @@ from helpers.models import table_lm, table_scalar, table_tokenizer, tiny_causal_
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.controllers import RunningMoments
 from rlhf_lightning.functional.masked import identity
+from rlhf_lightning.models.actor_critic import TrunkValue
 from rlhf_lightning.models.generation import Generation, Sampling, TransformersEngine
 from rlhf_lightning.models.reward_functions import ScoringFunction
 from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, Responses, TextScorer
@@ -116,11 +118,51 @@ def test_measuring_in_parts_changes_nothing():
     assert progress == [(7, 7), (3, 7), (6, 7), (7, 7)]
 
 
-class WidthScorer(torch.nn.Module):
-    """Scores each response by the number of columns that it is shown in."""
+class Witness:
+    """Scores each response by the number of columns that it is shown in, and keeps what it was shown."""
 
-    def forward(self, responses):
+    def __init__(self):
+        super().__init__()
+        self.shown = []
+
+    def __call__(self, responses):
+        self.shown.append([field.tolist() if isinstance(field, torch.Tensor) else field for field in responses])
         return torch.full((len(responses.sequences),), float(responses.sequences.shape[1]))
+
+
+class WitnessModel(Witness, torch.nn.Module):
+    """The same, as a model."""
+
+
+def test_scorers_are_shown_what_was_asked_and_said():
+    written = [WrittenPrompt("a", ({"name": "find"},)), WrittenPrompt("ab")]
+    prompts = PROMPTS._replace(written=written)
+    generation = GENERATION._replace(ended=torch.tensor([True, False]))
+    function, model = Witness(), WitnessModel()
+    for scorer in (function, model):
+        pieces = [torch.tensor([1]), torch.tensor([0])]
+        measure(table_lm(P), table_lm(Q), scorer, None, prompts, generation, ["b", ""], 1.0, pieces)
+    sequences, mask = [[0, 1, 2, EOS], [1, 2, EOS, 0]], [[False, True, True, True], [True, True, True, False]]
+    assert function.shown == [[sequences, mask, [True, False], ["a", "ab"], ["b", ""], [10, 11], written]]
+    cut = [[1, 2, EOS]], [[True] * 3]  # both without their padding
+    assert model.shown == [
+        [*cut, [False], ["ab"], [""], [11], written[1:]],
+        [*cut, [True], ["a"], ["b"], [10], written[:1]],
+    ]
+
+
+def test_a_value_head_reads_kept_hidden_states_or_the_policy_s_own():
+    policy, value = tiny_causal_lm(), TrunkValue(tiny_causal_lm().config.hidden_size)
+    torch.nn.init.normal_(value.score.weight, generator=torch.Generator().manual_seed(0))
+    others = tiny_causal_lm(seed=2), Witness(), value, PROMPTS
+    whole = [torch.arange(2)]
+    expected = measure(policy, *others, GENERATION, ["", ""], 1.0, whole).values
+    assert expected[GENERATION.response_mask].all()
+    told = GENERATION._replace(logprobs=torch.zeros(2, 2))
+    torch.testing.assert_close(measure(policy, *others, told, ["", ""], 1.0, whole).values, expected)
+    hidden = torch.randn(2, 2, policy.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    values = measure(policy, *others, told._replace(hidden=hidden), ["", ""], 1.0, whole).values
+    torch.testing.assert_close(values, value(hidden) * GENERATION.response_mask)
 
 
 def test_a_part_is_as_wide_as_its_longest_prompt_and_response():
@@ -128,7 +170,7 @@ def test_a_part_is_as_wide_as_its_longest_prompt_and_response():
     prompts = PromptBatch(torch.ones(4, 4).long(), torch.arange(4) >= 4 - lengths[:, :1], ["x"] * 4, torch.arange(4))
     generation = Generation(torch.ones(4, 3).long(), torch.arange(3) < lengths[:, 1:], torch.ones(4).bool())
     pieces = list(torch.arange(4).split(2))
-    models = table_lm(P), table_lm(Q), WidthScorer(), None
+    models = table_lm(P), table_lm(Q), WitnessModel(), None
     assert measure(*models, prompts, generation, ["x"] * 4, 1.0, pieces).scores.tolist() == [4, 4, 7, 7]
 
 

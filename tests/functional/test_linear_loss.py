@@ -192,6 +192,7 @@ def test_autocast_multiplies_in_bfloat16_and_reduces_in_float32(scaling):
         assert value.dtype == torch.float32
         assert torch.equal(value, expected)
         assert [grad.dtype for grad in ours] == [torch.float32] * 3
+        assert torch.equal(ours[0], ours[0].bfloat16().float())  # a product in bfloat16 in the backward pass too
         assert_close([g.bfloat16() for g in ours], gradients(expected, *low), torch.bfloat16)
 
 
