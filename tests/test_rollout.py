@@ -1,13 +1,12 @@
 """A rollout's parts, on models and numbers written by hand."""
 
 import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from helpers.models import table_lm, table_scalar, table_tokenizer, tiny_causal_lm, tiny_classifier
+from helpers.threads import in_two_threads
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.chat.encoder import ChatEncoder
@@ -248,24 +247,6 @@ def test_scores_are_scaled_then_clipped_then_penalised():
     assert shape_scores(scores, ended, moments, everything).tolist() == [1.0, 1.0, -2.0, -1.0]
 
 
-def in_two_processes(work, shares):
-    """What `work(share, reduce)` returns in each of two threads, whose `reduce` sums over both."""
-    barrier, given = threading.Barrier(2, timeout=60), [None, None]
-
-    def run(rank):
-        def reduce(ours):
-            given[rank] = ours
-            barrier.wait()
-            total = given[0] + given[1]
-            barrier.wait()
-            return total
-
-        return work(shares[rank], reduce)
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(run, range(2)))
-
-
 def by_hand(objective, estimator="k1", rows=(0, 1), reduce=identity):
     measurements = Measurements(
         logprobs=torch.tensor([[-1.0, -2.0], [-1.0, NAN]]),
@@ -313,7 +294,7 @@ def test_advantages_are_whitened_over_all_tokens_and_returns_are_not():
 
 def test_advantages_are_whitened_over_all_processes():
     together = by_hand(Objective()).advantages
-    apart = in_two_processes(lambda rows, reduce: by_hand(Objective(), rows=rows, reduce=reduce), [[0], [1]])
+    apart = in_two_threads(lambda rows, reduce: by_hand(Objective(), rows=rows, reduce=reduce), [[0], [1]])
     torch.testing.assert_close(torch.cat([share.advantages for share in apart]), together)
 
 
@@ -398,5 +379,5 @@ def test_raw_scores_are_those_before_calibration():
 def test_metrics_of_two_processes_are_those_of_one():
     experience = by_hand(Objective())._replace(ended=torch.tensor([True, False]))
     shares = [experience.select(torch.tensor([row])) for row in range(2)]
-    for metrics in in_two_processes(metrics_of, shares):
+    for metrics in in_two_threads(metrics_of, shares):
         assert metrics == pytest.approx(metrics_of(experience), rel=1e-5)

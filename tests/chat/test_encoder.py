@@ -246,6 +246,18 @@ def test_what_the_first_tokens_of_a_text_say_control_tokens_included():
     assert [ENCODER.text_of_first("a<|end|>b", tokens) for tokens in (1, 2, 9)] == ["a", "a<|end|>", "a<|end|>b"]
 
 
+def test_decoding_leaves_spaces_alone():
+    tokenizer = tiny_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True
+    encoder = ChatEncoder(tokenizer)
+    assert encoder.decode([encoder.encode_text("so , it is n't .", "verbatim")]) == ["so , it is n't ."]
+
+
+def test_a_reason_is_short_and_on_one_line():
+    assert RefusedTurnsError("first\n second").reason == "first second"
+    assert RefusedTurnsError("long", "x" * 200).reason == "x" * 100
+
+
 def test_no_token_spans_the_border():
     encoder = ChatEncoder(tiny_tokenizer())
     whole = encoder.tokenizer("Assistant", add_special_tokens=False).input_ids

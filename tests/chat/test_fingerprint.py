@@ -32,6 +32,8 @@ def test_a_fingerprint_stands_for_what_makes_the_ids(tmp_path):
 
     other_bos = tiny_tokenizer()
     other_bos.bos_token = "<|start|>"
+    another_bos = tiny_tokenizer()
+    another_bos.bos_token = "<|bos|>"
     other_eos = tiny_tokenizer(chat_template=True)
     other_eos.eos_token = "<|pad|>"
     more_words = tiny_tokenizer(chat_template=True)
@@ -42,6 +44,7 @@ def test_a_fingerprint_stands_for_what_makes_the_ids(tmp_path):
         ChatEncoder(more_words),
         ChatEncoder(tiny_tokenizer(), chat_template=BOS_CHAT_TEMPLATE),
         ChatEncoder(other_bos, chat_template=CHAT_TEMPLATE),  # which a template may write, if no post-processor does
+        ChatEncoder(another_bos, chat_template=CHAT_TEMPLATE),
         ChatEncoder(tiny_tokenizer()),
         ChatEncoder(tiny_tokenizer(), plain_format=PlainFormat("<user> ")),
         ChatEncoder(tiny_tokenizer(), "plain"),
