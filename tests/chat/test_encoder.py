@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from helpers.tokenizers import BOS_CHAT_TEMPLATE, CHAT_TEMPLATE, Slow, tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder
-from rlhf_lightning.chat.messages import RefusedTurnsError
+from rlhf_lightning.chat.messages import RefusedTurnsError, exact_text
 from rlhf_lightning.chat.plain import PlainFormat, parse_dialogue, render_plain
 from rlhf_lightning.chat.tokens import TextTokens, default_prefix, token_spans
 from rlhf_lightning.chat.writer import NO_TURNS, Dialogue
@@ -251,6 +251,17 @@ def test_decoding_leaves_spaces_alone():
     tokenizer.clean_up_tokenization_spaces = True
     encoder = ChatEncoder(tokenizer)
     assert encoder.decode([encoder.encode_text("so , it is n't .", "verbatim")]) == ["so , it is n't ."]
+
+
+def test_what_a_plain_dialogue_has_no_place_for_is_the_reason():
+    with pytest.raises(RefusedTurnsError) as error:
+        render_plain([{"role": "tool", "content": "12"}])
+    assert error.value.reason == "role 'tool'"
+
+
+def test_prompts_are_equal_where_they_say_exactly_the_same():
+    assert exact_text("hi") == "hi"
+    assert exact_text(MESSAGES) == exact_text([dict(m) for m in MESSAGES]) != exact_text(MESSAGES[:1])
 
 
 def test_a_reason_is_short_and_on_one_line():

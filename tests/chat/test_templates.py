@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.templates import CONTROL, SHELF, shelf_tokenizer
+from helpers.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
 from rlhf_lightning.chat.encoder import APART, ChatEncoder
-from rlhf_lightning.chat.templates import turn_ends
+from rlhf_lightning.chat.messages import RefusedTurnsError
+from rlhf_lightning.chat.templates import ChatTemplate, turn_ends
 from rlhf_lightning.chat.writer import ACTING, HIDDEN, LEFT_OUT, NO_END, NO_TURNS, NOT_APPLIED, REWRITES, Dialogue
 
 NAMES = list(SHELF)
@@ -149,6 +151,53 @@ def test_a_call_of_a_tool_may_end_otherwise():
     call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
     _, response = encoder.encode_dialogue([user("Rain?")], assistant("", tool_calls=[call]))
     assert tokenizer.decode(response.tolist()) == "weather<|end|>"
+
+
+def template_of(text):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = text
+    return ChatTemplate(tokenizer)
+
+
+def test_what_is_found_out_about_a_template():
+    found = template_of(CHAT_TEMPLATE)
+    assert found.last == ("<|end|>\n", "<|end|>", len("<|end|>"))
+    assert (found.middle_end, found.ends, found.anchor) == ("<|end|>", ["<|end|>"], "<|start|>")
+    assert (found.written, found.leaves_answers_out) == ({"<|start|>", "<|end|>"}, False)
+
+
+def test_a_template_may_write_no_control_token():
+    found = template_of("{% for m in messages %}{{ m.content + ' STOP\n' }}{% endfor %}")
+    assert found.last == (" STOP\n", "", len(" STOP"))
+    assert (found.middle_end, found.ends, found.anchor, found.written) == ("", [], "", set())
+
+
+def test_tokens_that_only_the_beginning_of_an_answer_has_are_written_too():
+    found = template_of("{% for m in messages %}{{ m.content }}{% endfor %}{{ '<|start|>' if add_generation_prompt }}")
+    assert (found.written, found.anchor, found.last.end) == ({"<|start|>"}, "<|start|>", "")
+
+
+def test_a_template_that_asks_for_a_system_message_is_found_out_with_one():
+    demanding = "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    found, plain = template_of(demanding + CHAT_TEMPLATE), template_of(CHAT_TEMPLATE)
+    assert (found.last, found.middle_end, found.anchor) == (plain.last, plain.middle_end, plain.anchor)
+
+
+def test_nothing_is_found_out_about_a_template_that_refuses_all():
+    found = template_of("{{ raise_exception('never') }}")
+    assert (found.last, found.ends, found.anchor) == (("", "", 0), [], "")
+    assert (found.leaves_answers_out, found.written) == (False, set())
+    with pytest.raises(RefusedTurnsError, match=r"refuses the turns user, assistant: never$") as error:
+        found.write([user("hi"), assistant("ho")])
+    assert error.value.reason == "never"
+
+
+def test_an_answer_apart_is_written_after_its_prompt_and_tools():
+    found = template_of("{% for t in tools or [] %}{{ t.name }}{% endfor %}" + CHAT_TEMPLATE)
+    text = found.writes_answer_apart([user("hi")], [{"name": "find"}])
+    head, answer = text.split("<|start|>assistant\n")
+    assert head == "find<|start|>user\nhi<|end|>\n"
+    assert answer.endswith("<|end|>\n")
 
 
 @pytest.mark.parametrize("spelling", ["bytes", "metaspace"])
