@@ -84,6 +84,11 @@ def test_measurements_by_hand():
     assert not any(field.requires_grad for field in measurements)
 
 
+def test_the_kl_of_a_response_is_the_sum_over_its_tokens():
+    log = math.log
+    assert measured().kl.tolist() == pytest.approx([log(0.3 / 0.2) + log(0.6 / 0.4), log(0.6 / 0.4)])
+
+
 def test_without_a_value_model_values_are_0():
     assert not measured(value=False).values.any()
 

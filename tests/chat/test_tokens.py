@@ -2,7 +2,9 @@
 
 import pytest
 
-from rlhf_lightning.chat.tokens import MARK, ControlTokens, is_thought, shared_start
+from helpers.models import table_tokenizer
+from helpers.tokenizers import Slow
+from rlhf_lightning.chat.tokens import MARK, ControlTokens, TextTokens, is_thought, shared_start
 
 
 def test_of_tokens_that_begin_alike_the_longest_is_found():
@@ -26,6 +28,16 @@ def test_hidden_tokens_are_marked_behind_their_first_character_and_shown_again()
 def test_tokens_around_thoughts_are_known_by_name(token):
     assert is_thought(token)
     assert not is_thought("<|end|>")
+
+
+@pytest.mark.parametrize("tokenizer", [table_tokenizer(), Slow()])
+def test_a_tokenizer_that_takes_a_mark_into_a_token_is_given_the_pieces(tokenizer):
+    tokens = TextTokens(tokenizer, ["ab"])
+    a, ba, b = (tokenizer(piece, add_special_tokens=False).input_ids for piece in ("a", "ba", "b"))
+    texts = [tokens.control.hide("ab"), "b", tokens.control.hide("abab")]
+    assert tokens.ids(texts) == [a + b, b, a + ba + b]
+    if tokenizer.is_fast:
+        assert tokens.placed(texts[:1]) == [(a + b, [(0, 1), (2, 3)])]  # the mark is at 1
 
 
 def test_no_tokens_are_found_where_there_are_none():
