@@ -1,6 +1,7 @@
 """The chat template that the data are written by is the one that modules generate by and exports carry."""
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -27,14 +28,24 @@ class Always(LogitsProcessor):
         return torch.full_like(scores, -100.0).index_fill(1, torch.tensor([self.token]), 0.0)
 
 
+class Seen(pl.Callback):
+    """Keeps the template of the module's tokenizer when training begins, long before an export."""
+
+    template: str | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.template = pl_module.tokenizer.chat_template
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_modules_and_exports_know_the_template_that_the_data_module_sets(stage, tmp_path):
     folder = save_llama(tmp_path / "lm")
     module, data = STAGES[stage](folder, 1, save_reward_model(tmp_path / "reward", folder))
     data.chat_template, data.cache_dir = TEMPLATE, tmp_path / "cache"
-    trainer(max_steps=1, limit_val_batches=0, callbacks=[HFExport(str(tmp_path / "export"))]).fit(module, data)
+    seen = Seen()
+    trainer(max_steps=1, limit_val_batches=0, callbacks=[seen, HFExport(str(tmp_path / "export"))]).fit(module, data)
 
-    assert module.tokenizer.chat_template == TEMPLATE
+    assert seen.template == TEMPLATE
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
     assert tokenizer.chat_template == TEMPLATE
     if stage == "reward":
