@@ -24,7 +24,8 @@ assert peft.import_utils.is_bnb_available()  # whoever asks from outside
 
 from peft.tuners.lora.bnb import Linear4bit
 adapter = FineTune(mode="lora", rank=2, export="adapter")
-module = PPOModule(sys.argv[1], reward=len, frozen_dtype="nf4", finetune=adapter)
+lengths = lambda prompts, responses: [len(response) for response in responses]
+module = PPOModule(sys.argv[1], reward=lengths, frozen_dtype="nf4", finetune=adapter)
 module.configure_model()
 assert any(isinstance(layer, Linear4bit) for layer in module.policy.modules())
 """
