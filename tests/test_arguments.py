@@ -130,7 +130,7 @@ def test_a_word_is_no_yes_or_no(taker, name, wrapped):
         (lambda: rlhf_lightning.ScoreShaping(clip=-1), "score.clip (-1) must be above 0"),
         (lambda: rlhf_lightning.Objective(gamma=9), "objective.gamma (9) must be at least 0 and at most 1"),
         (lambda: PPOModule("a", "operator.eq", ppo_epochs=0), "ppo_epochs (0) must be at least 1"),
-        (lambda: PPOModule("a", "operator.eq", kl={"coef": 1.0}), "kl ({'coef': 1.0}) must be a KLPenalty"),
+        (lambda: PPOModule("a", "operator.eq", kl=1.0), "kl (1.0) must be a KLPenalty"),
         (lambda: Sampling(stop_strings="abc"), "stop_strings ('abc') must be a list"),
         (lambda: Sampling(max_new_tokens=2.5), "max_new_tokens (2.5) must be a whole number at least 1"),
         (lambda: FineTune(mode=None), "finetune.mode None is unknown; use all, last_layer or lora"),

@@ -24,6 +24,9 @@ IDS = torch.tensor([[40, 41, 42, 43, 44]])
 MASK = torch.ones_like(IDS).bool()
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 LORA = FineTune("lora", rank=2, target_parameters=EXPERTS)
+MERGED = {"atol": 1e-3, "rtol": 0.0}
+"""Of logits of order 1. Experts are multiplied in float32 only, and merged weights are rounded once more: about 340 of its
+epsilons, 1.2e-7, were the most that was seen. What a wrong export changes is above 0.1."""
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +72,13 @@ def test_what_is_exported_says_what_was_trained(tmp_path, targets, family):
     assert (logits(model) - logits(load_causal_lm(folder))).abs().max() > 0.1
     load_causal_lm(folder).save_pretrained(tmp_path / "m", state_dict=merged_state(model, model.state_dict()))
     for load in (load_causal_lm, AutoModelForCausalLM.from_pretrained):
-        torch.testing.assert_close(logits(load(tmp_path / "m")), logits(model), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits(load(tmp_path / "m")), logits(model), **MERGED)
 
     (tmp_path / "a").mkdir()
     _write_adapter(model, adapter_state(model, model.state_dict()), folder, tmp_path / "a")
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "a")
     for loaded in (plain, load_causal_lm(tmp_path / "a")):
-        torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits(loaded), logits(model), **MERGED)
 
 
 def test_merging_for_a_while_leaves_them_as_they_are(folder):

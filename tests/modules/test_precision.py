@@ -38,6 +38,7 @@ from rlhf_lightning import (
 from rlhf_lightning.cli import main
 from rlhf_lightning.master_weights import MasterWeights
 from rlhf_lightning.modules import common
+from rlhf_lightning.modules import ppo as ppo_stage
 
 PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
 """Each precision and the type of its weights."""
@@ -86,14 +87,16 @@ STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
 class Watch:
     """Notes the type of every loss and of every number that a stage logs or hands on."""
 
-    def __init__(self, module):
+    def __init__(self, module, monkeypatch):
         self.seen = {}
         backward, log = module.manual_backward, module.log
         module.manual_backward = lambda loss, **options: (self.note(loss=loss), backward(loss, **options))[1]
         module.log = lambda name, value, **options: (self.note(**{name: value}), log(name, value, **options))[1]
-        for name in ("loss_sums", "pair_scores", "pair_metrics", "rollout", "_measure", "_respond"):
+        for name in ("loss_sums", "pair_scores", "pair_metrics", "rollout"):
             if hasattr(module, name):
                 setattr(module, name, self.watched(name, getattr(module, name)))
+        for name in ("answer", "measure_answers"):
+            monkeypatch.setattr(ppo_stage, name, self.watched(name, getattr(ppo_stage, name)))
 
     def watched(self, name, function):
         def call(*args, **kwargs):
@@ -123,17 +126,23 @@ class Watch:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_losses_and_all_that_is_measured_are_float32(stage, precision, folders):
+def test_losses_and_all_that_is_measured_are_float32(stage, precision, folders, monkeypatch):
     disturb_random_numbers(0)
     module, data = STAGES[stage](folders)
-    watch = Watch(module)
+    watch = Watch(module, monkeypatch)
     fit(module, data, precision=precision, max_epochs=1)
 
     assert {name: types for name, types in watch.seen.items() if types != {torch.float32}} == {}
     expected = {
         "sft": {"loss", "loss_sums.0", "loss_sums.1", "train/loss", "train/perplexity", "val/perplexity"},
         "reward": {"loss", "pair_scores.0", "pair_metrics.0", "train/margin", "train/loss"},
-        "ppo": {"loss", "_measure.values", "_measure.scores", "rollout.0.advantages", "rollout.0.ref_logprobs"}
+        "ppo": {
+            "loss",
+            "measure_answers.values",
+            "measure_answers.scores",
+            "rollout.0.advantages",
+            "rollout.0.ref_logprobs",
+        }
         | {"rollout.0.logprobs", "rollout.0.returns", "rollout.1.kl", "train/score", "train/kl"},
     }
     assert expected[stage] <= watch.seen.keys()
@@ -143,15 +152,15 @@ def test_losses_and_all_that_is_measured_are_float32(stage, precision, folders):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_what_the_rollout_knows_already_is_float32_too(precision, folders):
+def test_what_the_rollout_knows_already_is_float32_too(precision, folders, monkeypatch):
     """One update on the whole rollout takes the log-probabilities of generation; the values are a head's."""
     disturb_random_numbers(0)
     module, data = ppo(folders, minibatch_size=4, ppo_epochs=1, value_trunk="policy")
-    watch = Watch(module)
+    watch = Watch(module, monkeypatch)
     fit(module, data, precision=precision, max_epochs=1)
-    assert watch.seen.pop("_respond.0.hidden") == {PRECISIONS[precision]}  # activations, which the head reads
+    assert watch.seen.pop("answer.0.hidden") == {PRECISIONS[precision]}  # activations, which the head reads
     assert {name: types for name, types in watch.seen.items() if types != {torch.float32}} == {}
-    assert {"_respond.0.logprobs", "rollout.0.logprobs", "rollout.0.values", "loss"} <= watch.seen.keys()
+    assert {"answer.0.logprobs", "rollout.0.logprobs", "rollout.0.values", "loss"} <= watch.seen.keys()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -205,7 +205,7 @@ def test_labelled_rows_are_paired_by_prompt():
     ]
     opened = Table(rows).open()
     opened.check("preference")
-    rejected = "DroppedRow: response is the rejected one of another row's pair"
+    rejected = "LabelledRow: response is the rejected one of another row's pair"
     alone = "DroppedRow: no response with the other label answers the same prompt"
 
     assert [said(one(opened, i, "preference")) for i in range(len(rows))] == [
@@ -220,7 +220,7 @@ def test_labelled_rows_are_paired_by_prompt():
         rejected,
     ]
     assert outcomes(Table(rows), "finetune")[:2] == [
-        "DroppedRow: response is labelled as bad",
+        "LabelledRow: response is labelled as bad",
         Row("a", ("good a",), row_id=1),
     ]
     with pytest.raises(UserError, match="pairs cannot be sought in a stream"):
