@@ -1,6 +1,7 @@
 """Control tokens in texts: which count, and how they are hidden and shown again."""
 
 import pytest
+from tokenizers import processors
 
 from helpers.models import table_tokenizer
 from helpers.tokenizers import Slow
@@ -30,7 +31,15 @@ def test_tokens_around_thoughts_are_known_by_name(token):
     assert not is_thought("<|end|>")
 
 
-@pytest.mark.parametrize("tokenizer", [table_tokenizer(), Slow()])
+def adding_unasked():
+    """A tokenizer of whole words that puts a token before each text."""
+    tokenizer = table_tokenizer()
+    first = processors.TemplateProcessing(single="_ $A", special_tokens=[("_", 0)])
+    tokenizer.backend_tokenizer.post_processor = first
+    return tokenizer
+
+
+@pytest.mark.parametrize("tokenizer", [adding_unasked(), Slow()])
 def test_a_tokenizer_that_takes_a_mark_into_a_token_is_given_the_pieces(tokenizer):
     tokens = TextTokens(tokenizer, ["ab"])
     a, ba, b = (tokenizer(piece, add_special_tokens=False).input_ids for piece in ("a", "ba", "b"))
