@@ -250,7 +250,7 @@ def test_decoding_leaves_spaces_alone():
     tokenizer = tiny_tokenizer()
     tokenizer.clean_up_tokenization_spaces = True
     encoder = ChatEncoder(tokenizer)
-    assert encoder.decode([encoder.encode_text("so , it is n't .", "verbatim")]) == ["so , it is n't ."]
+    assert encoder.decode([encoder.encode_text("so , it is n't .", "verbatim"), []]) == ["so , it is n't .", ""]
 
 
 def test_what_a_plain_dialogue_has_no_place_for_is_the_reason():
@@ -262,6 +262,7 @@ def test_what_a_plain_dialogue_has_no_place_for_is_the_reason():
 def test_prompts_are_equal_where_they_say_exactly_the_same():
     assert exact_text("hi") == "hi"
     assert exact_text(MESSAGES) == exact_text([dict(m) for m in MESSAGES]) != exact_text(MESSAGES[:1])
+    assert len({exact_text(MESSAGES), exact_text(MESSAGES[:1])}) == 2
 
 
 def test_a_reason_is_short_and_on_one_line():

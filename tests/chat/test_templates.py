@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from helpers.templates import CONTROL, SHELF, shelf_tokenizer
 from helpers.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
@@ -192,6 +193,41 @@ def test_nothing_is_found_out_about_a_template_that_refuses_all():
     assert error.value.reason == "never"
 
 
+def test_what_is_found_out_does_not_depend_on_words_written_twice():
+    found = template_of("{% for m in messages %}{{ m.content + '<|bos|>' + m.content + '<|end|>' }}{% endfor %}")
+    assert found.last == ("<|end|>", "<|end|>", len("<|end|>"))
+    apart = template_of(
+        "{% for m in messages %}{{ m.content + '<|bos|>' + m.content }}"
+        "{{ '<|start|>' if not loop.last else '<|end|>' }}{% endfor %}"
+    )
+    assert (apart.last.end, apart.middle_end) == ("<|end|>", "<|start|>")
+
+
+def test_turns_may_end_by_a_token_only_where_the_dialogue_ends():
+    found = template_of(
+        "{{ '<|bos|>' if not add_generation_prompt }}{% for m in messages %}{{ '\\n' + m.content }}{% endfor %}"
+        "{{ '<|start|>' if add_generation_prompt else eos_token }}"
+    )
+    assert (found.last.end, found.middle_end, found.ends) == ("<|end|>", "", ["<|end|>"])
+    assert found.written == {"<|bos|>", "<|start|>", "<|end|>"}
+
+
+def test_a_template_may_demand_all_that_a_call_and_a_message_have():
+    """As Mistral's demands ids of nine letters, and others that a call stands alone."""
+    demanding = (
+        "{% if messages[0].role != 'system' or not messages[0].content %}{{ raise_exception('system') }}{% endif %}"
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+        "{% if c.id | length != 9 or c.type != 'function' or m.content %}{{ raise_exception('call') }}{% endif %}"
+        "{{ c.function.name + c.function.arguments | tojson + '<|start|>' }}"
+        "{% else %}{{ m.content + '<|end|>' }}{% endfor %}{% endfor %}"
+    )
+    assert template_of(demanding).ends == ["<|end|>", "<|start|>"]
+    spoken = demanding.replace("{{ c.function", "{{ m.content + c.function")
+    assert template_of(spoken).ends == ["<|end|>", "<|start|>"]
+    unended = demanding.replace("+ '<|start|>'", "+ '<|start|>' + c.function.name")
+    assert template_of(unended).ends == ["<|end|>"]
+
+
 def test_an_answer_apart_is_written_after_its_prompt_and_tools():
     found = template_of("{% for t in tools or [] %}{{ t.name }}{% endfor %}" + CHAT_TEMPLATE)
     text = found.writes_answer_apart([user("hi")], [{"name": "find"}])
@@ -348,3 +384,24 @@ def test_a_template_that_fails_refuses_the_turns():
     encoder = ChatEncoder(shelf_tokenizer("chatml"), chat_template=template)
     (refused,) = encoder.encode_dialogues([Dialogue([user("bye")])])
     assert "the chat template refuses the turns user" in str(refused)
+
+
+def test_where_an_answer_opens_by_another_token_than_it_was_asked_for_with():
+    template = (
+        "{% for m in messages %}{{ ('<|user|>' if m.role == 'user' else '<|system|>') + m.content + '</s>' }}"
+        "{% endfor %}{{ '<|assistant|>' if add_generation_prompt }}"
+    )
+    encoder = ChatEncoder(shelf_tokenizer("chatml"), chat_template=template)
+    (result,) = encoder.encode_dialogues([Dialogue([user("hi")], ("hello", "hey"))])
+    ids = [part.tolist() for part in (result.asked, result.prompt, *result.responses)]
+    texts = ["<|user|>hi</s><|assistant|>", "<|user|>hi</s>", "<|system|>hello</s>", "<|system|>hey</s>"]
+    assert ids == [encoder.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    assert result.notes == (REWRITES,)
+
+
+def test_an_opening_token_that_takes_the_space_before_it_is_no_place_to_cut():
+    tokenizer = shelf_tokenizer("chatml")
+    tokenizer.add_tokens([AddedToken("<bot>", lstrip=True, normalized=False)])
+    encoder = ChatEncoder(tokenizer, chat_template=SHELF["alpaca"].text.replace("### assistant:", " <bot>"))
+    _, ids = encoder.encode_prompt([user("hi")])
+    assert ids.tolist() == tokenizer("### user:\nhi\n\n <bot>\n", add_special_tokens=False).input_ids

@@ -1,11 +1,11 @@
 """Control tokens in texts: which count, and how they are hidden and shown again."""
 
 import pytest
-from tokenizers import processors
+from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
 from helpers.models import table_tokenizer
-from helpers.tokenizers import Slow
-from rlhf_lightning.chat.tokens import MARK, ControlTokens, TextTokens, is_thought, shared_start
+from helpers.tokenizers import Slow, tiny_tokenizer
+from rlhf_lightning.chat.tokens import MARK, ControlTokens, TextTokens, is_thought, shared_start, token_spans
 
 
 def test_of_tokens_that_begin_alike_the_longest_is_found():
@@ -23,6 +23,8 @@ def test_hidden_tokens_are_marked_behind_their_first_character_and_shown_again()
     assert control.shown(hidden) == "say <|a|> or ab"
     own = f"a mark {MARK} of one's own"
     assert (control.hide(own), control.shown(own), control.marks(own)) == (own, own, [])
+    marked = ControlTokens([f"<a{MARK}b>"])
+    assert marked.shown(marked.hide(f"<a{MARK}b>")) == f"<a{MARK}b>"
 
 
 @pytest.mark.parametrize("token", ["<think>", "</THINK>", "<|begin_of_thought|>", "[reasoning]"])
@@ -55,3 +57,61 @@ def test_no_tokens_are_found_where_there_are_none():
 
 def test_what_sequences_begin_with_alike():
     assert [shared_start(pair) for pair in (["ab", "abc"], ["ab", "ac"], ["b", "a"], [[1], [1]])] == [2, 1, 0, 1]
+
+
+def test_which_tokens_may_stand_in_what_is_said():
+    tokenizer = tiny_tokenizer()  # names two of its four special tokens
+    tokenizer.add_tokens(["<plain>"])
+    tokens = TextTokens(tokenizer, ["<more>", "</think>"])
+    text = "<|pad|><|bos|><|end|><|start|><plain><more></think>"
+    assert tokens.control.all(text) == ["<|pad|>", "<|bos|>", "<|end|>", "<|start|>", "<more>", "</think>"]
+    assert tokens.control_of_answers.all(text) == ["<|pad|>", "<|bos|>", "<|end|>", "<|start|>", "<more>"]
+
+
+@pytest.mark.parametrize("normalizer", [None, normalizers.Lowercase()])
+def test_at_which_tokens_a_text_is_divided_first(normalizer):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    kinds = {
+        "<left>": AddedToken("<left>", normalized=False, lstrip=True),
+        "<word>": AddedToken("<word>", normalized=False, single_word=True),
+        "<norm>": AddedToken("<norm>", normalized=True),
+        "<right>": AddedToken("<right>", normalized=False, rstrip=True),
+    }
+    tokenizer.add_tokens(list(kinds.values()))
+    divided = {"<right>", *(["<norm>"] if normalizer is None else [])}
+    assert TextTokens(tokenizer).splitting & kinds.keys() == divided
+    assert TextTokens(Slow()).splitting == frozenset()
+
+
+class Beginning(Slow):
+    """Puts a token before each text unasked."""
+
+    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
+        return [2, *token_ids_0]
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(bos=True), Beginning()])
+def test_nothing_is_added_unasked(tokenizer):
+    tokenizer.model_max_length = 2
+    assert tokenizer("a").input_ids != tokenizer("a", add_special_tokens=False).input_ids
+    tokens = TextTokens(tokenizer, ["ab"])
+    a, b, whole = (tokenizer(text, add_special_tokens=False).input_ids for text in ("a", "b", "bba"))
+    tokenizer.deprecation_warnings.clear()
+    assert tokens.ids(["bba", tokens.control.hide("ab"), "bba"]) == [whole, a + b, whole]
+    assert not tokenizer.deprecation_warnings  # of lengths, which are not the tokenizer's concern
+
+
+def test_a_token_that_begins_with_a_mark_holds_it():
+    tokenizer = table_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("a", "isolated")
+    tokens = TextTokens(tokenizer, ["ab"])
+    assert tokens.placed([tokens.control.hide("ab")]) == [([1, 2], [(0, 1), (2, 3)])]
+
+
+def test_parts_of_a_text_in_tokens():
+    offsets = [(0, 2), (2, 4), (4, 5)]
+    assert token_spans(offsets, [(0, 2), (2, 5)], 0) == [0, 1, 1, 3]
+    assert token_spans(offsets, [(0, 3), (3, 5)], 7) == [7, 8, 9, 10]  # not the token across the border
+    assert token_spans(offsets, [(2, 3), (5, 9)], 7) == []
+    assert token_spans([], [(0, 2)], 7) == []

@@ -16,7 +16,7 @@ TURNS = [
     {"role": "assistant", "content": "hello"},
     {"role": "user", "content": "bye"},
 ]
-CALLS = [{"function": {"name": "add", "arguments": {"a": 1}}}]
+CALLS = [{"function": {"name": "add", "arguments": {"a": "é"}}}]
 SPACED = (
     "{% for m in messages %}{{ '[' + m['role'] + ']' + ' ' + m['content'] + ' ' + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -48,8 +48,10 @@ def test_what_is_kept_in_a_file_is_what_was_written(written):
                 TURNS[0],
                 {"role": "assistant", "content": "", "tool_calls": CALLS},
                 {"role": "tool", "content": "2", "name": "add"},
+                {"role": "assistant", "content": "again", "tool_calls": CALLS},
             ],
-            'Human: hi\n\nAssistant: [{"function": {"name": "add", "arguments": {"a": 1}}}]\n\nTool: 2',
+            'Human: hi\n\nAssistant: [{"function": {"name": "add", "arguments": {"a": "é"}}}]\n\nTool: 2\n\n'
+            'Assistant: again\n[{"function": {"name": "add", "arguments": {"a": "é"}}}]',
             None,
         ),
     ],
