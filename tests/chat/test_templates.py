@@ -210,6 +210,11 @@ def test_turns_may_end_by_a_token_only_where_the_dialogue_ends():
     )
     assert (found.last.end, found.middle_end, found.ends) == ("<|end|>", "", ["<|end|>"])
     assert found.written == {"<|bos|>", "<|start|>", "<|end|>"}
+    twice = template_of(
+        "{% for m in messages %}{{ m.content + ('<|start|>' + m.content if m.role == 'user' else '') }}{% endfor %}"
+        "{{ eos_token if not add_generation_prompt }}"
+    )
+    assert (twice.last.end, twice.middle_end) == ("<|end|>", "")
 
 
 def test_a_template_may_demand_all_that_a_call_and_a_message_have():
@@ -374,7 +379,7 @@ def test_turns_that_a_template_leaves_out_are_named(turns):
         assert result.notes == (LEFT_OUT,)
     as_json = SHELF["chatml"].text.replace("+ m['content']", "+ (m['content'] | tojson)")
     (result,) = ChatEncoder(shelf_tokenizer("chatml"), chat_template=as_json).encode_dialogues(
-        [Dialogue([user('say "a\nb"')])]
+        [Dialogue([user('say "é\nb"')])]
     )
     assert result.notes == ()
 
@@ -388,13 +393,14 @@ def test_a_template_that_fails_refuses_the_turns():
 
 def test_where_an_answer_opens_by_another_token_than_it_was_asked_for_with():
     template = (
-        "{% for m in messages %}{{ ('<|user|>' if m.role == 'user' else '<|system|>') + m.content + '</s>' }}"
-        "{% endfor %}{{ '<|assistant|>' if add_generation_prompt }}"
+        "{% for m in messages %}{{ ('<|user|>' if m.role == 'user' else 'bot<|system|>') + m.content + '</s>\n' }}"
+        "{% endfor %}{{ 'model<|assistant|>' if add_generation_prompt }}"
     )
     encoder = ChatEncoder(shelf_tokenizer("chatml"), chat_template=template)
     (result,) = encoder.encode_dialogues([Dialogue([user("hi")], ("hello", "hey"))])
     ids = [part.tolist() for part in (result.asked, result.prompt, *result.responses)]
-    texts = ["<|user|>hi</s><|assistant|>", "<|user|>hi</s>", "<|system|>hello</s>", "<|system|>hey</s>"]
+    begun = "<|user|>hi</s>\n"
+    texts = [begun + "model<|assistant|>", begun, "bot<|system|>hello</s>", "bot<|system|>hey</s>"]
     assert ids == [encoder.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     assert result.notes == (REWRITES,)
 

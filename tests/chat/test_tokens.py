@@ -1,5 +1,7 @@
 """Control tokens in texts: which count, and how they are hidden and shown again."""
 
+from types import SimpleNamespace
+
 import pytest
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
@@ -66,6 +68,8 @@ def test_which_tokens_may_stand_in_what_is_said():
     text = "<|pad|><|bos|><|end|><|start|><plain><more></think>"
     assert tokens.control.all(text) == ["<|pad|>", "<|bos|>", "<|end|>", "<|start|>", "<more>", "</think>"]
     assert tokens.control_of_answers.all(text) == ["<|pad|>", "<|bos|>", "<|end|>", "<|start|>", "<more>"]
+    bare = SimpleNamespace(all_special_tokens=["<e>"])  # lists no tokens that were added
+    assert TextTokens(bare).control.all("a <e>") == ["<e>"]
 
 
 @pytest.mark.parametrize("normalizer", [None, normalizers.Lowercase()])

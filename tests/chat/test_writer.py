@@ -96,6 +96,8 @@ def test_turns_that_are_written_anew_for_the_answer():
     assert written.answers == [head + "<|start|>assistant\nso long<|end|>"]
     assert written.prompt[: written.common] == head + "<|start|>assistant\n"
     assert (written.spans, written.notes) == (None, (REWRITES, NO_TURNS))
+    without = writer(before).write(Dialogue(MESSAGES, ("so long",), (TOOL,)))
+    assert (without.spans, without.notes) == ([], (REWRITES,))
     assert written.asked.startswith("find <|start|><|start|>user\n")
     nothing = "{% if not add_generation_prompt %}{{ messages[-1].content }}{% endif %}{{ messages[0].content }}"
     with pytest.raises(RefusedTurnsError, match=r"^the chat template writes nothing of the prompt before the answer$"):
@@ -151,6 +153,19 @@ def test_a_call_that_is_left_out_hides_no_later_turn():
     assert (said(written), written.notes) == (["well<|end|>"], (LEFT_OUT,))
 
 
+def test_a_call_that_is_left_out_is_no_answer():
+    with pytest.raises(RefusedTurnsError, match=r"^the chat template leaves the answer out$"):
+        writer(CHAT_TEMPLATE).write(Dialogue([user("hi")], (assistant("", tool_calls=[CALL]),)))
+    # Silence that was meant is one.
+    written = writer(CHAT_TEMPLATE).write(Dialogue([user("hi")], ("",)))
+    assert (written.answers, written.ended) == ([written.prompt + "<|end|>"], [True])
+
+
+def test_turns_are_looked_for_on_demand():
+    written = writer(CHAT_TEMPLATE).write(Dialogue(MESSAGES, ("so long",)))
+    assert (written.spans, written.notes, written.asked) == ([], (), "")
+
+
 def test_turns_are_found_behind_tools():
     written = writer(TOOLS + CHAT_TEMPLATE).write(Dialogue(MESSAGES, (), (TOOL,)), need_turns=True)
     assert said(written) == ["hello<|end|>"]
@@ -165,6 +180,9 @@ def test_what_is_left_out_of_an_answer_is_named():
     one = writer(CHAT_TEMPLATE)
     assert one.write(Dialogue([user("hi")], (assistant("ho", reasoning_content="hm"),))).notes == (LEFT_OUT,)
     assert one.write(Dialogue([user("hi")], ("ho",), ({"function": {"parameters": {}}},))).notes == ()  # no name
+    spoken = CHAT_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
+    earlier = [user("hi"), assistant("<think>a</think>hello"), user("bye")]
+    assert writer(spoken).write(Dialogue(earlier, ("ho",))).notes == ()  # thoughts before earlier answers by design
     last = CHAT_TEMPLATE.replace("message['content']", "message['content'].split('<think>')[-1]")
     twice = Dialogue([user("hi")], ("<think>a<think>b</think>c",))
     assert writer(last).write(twice).notes == (LEFT_OUT,)

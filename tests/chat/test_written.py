@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.plain import PlainFormat
-from rlhf_lightning.chat.spacing import Spacing
+from rlhf_lightning.chat.spacing import NO_SPACING, Spacing
 from rlhf_lightning.chat.written import WrittenPrompt, from_json, to_json
 
 DIALOGUE = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:"
@@ -83,6 +83,11 @@ def test_what_a_format_writes_around_an_answer_is_taken_off(template, options, s
         assert spacing.content(written, cut) == "word"
         # What an answer itself begins and ends with stays.
         assert spacing.content(written, said.replace("word", "\tword\n")) == "\tword\n"
+
+
+def test_nothing_is_taken_off_where_a_format_writes_answers_otherwise():
+    chat = ChatEncoder(tiny_tokenizer(), chat_template=SPACED.replace("m['content']", "m['content'] | upper"))
+    assert Spacing.of(chat) == NO_SPACING
 
 
 def test_text_that_is_no_dialogue_is_continued_as_it_stands():
