@@ -86,7 +86,7 @@ def test_what_a_format_writes_around_an_answer_is_taken_off(template, options, s
 
 
 def test_nothing_is_taken_off_where_a_format_writes_answers_otherwise():
-    chat = ChatEncoder(tiny_tokenizer(), chat_template=SPACED.replace("m['content']", "m['content'] | upper"))
+    chat = ChatEncoder(tiny_tokenizer(), chat_template=SPACED.replace("m['content']", "m['content'] | capitalize"))
     assert Spacing.of(chat) == NO_SPACING
 
 
