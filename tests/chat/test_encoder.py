@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.templates import shelf_tokenizer
 from helpers.tokenizers import BOS_CHAT_TEMPLATE, CHAT_TEMPLATE, Slow, tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.messages import RefusedTurnsError, exact_text
@@ -350,3 +351,15 @@ PLAIN_ENCODER = ChatEncoder(tiny_tokenizer(), "plain")
 TEMPLATE_ENCODER = ChatEncoder(tiny_tokenizer(chat_template=True))
 BOS_ENCODER = ChatEncoder(tiny_tokenizer(bos=True, chat_template=True))
 ENCODER = ChatEncoder(tiny_tokenizer(bos=True))
+
+
+def test_an_earlier_turn_that_begins_like_the_generation_prompt_is_taught_whole():
+    chat = ChatEncoder(shelf_tokenizer("deepseek"))  # asks with an opened thought, and writes earlier turns without
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "<b>hello</b>"},
+        {"role": "user", "content": "bye"},
+    ]
+    (encoded,) = chat.encode_dialogues([Dialogue(turns, ("ciao",))], need_turns=True)
+    start, end = encoded.turns.tolist()
+    assert chat.tokenizer.decode(encoded.prompt[start:end].tolist()) == "<b>hello</b></s>"

@@ -280,9 +280,10 @@ class DialogueWriter:
             if text.startswith(header):
                 return len(header)
             first = template.write(before, tools, answer=False)
+            other = template.writes_answer_apart(before, tools)  # else the turn's own beginning may be taken for shared
         except RefusedTurnsError:
             return None
-        return shared_start([header, text]) if text.startswith(first) else None
+        return shared_start([header, text, other]) if text.startswith(first) else None
 
 
 def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
