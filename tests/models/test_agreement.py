@@ -12,6 +12,7 @@ from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.agreement import takes_left_padding
 from rlhf_lightning.models.causal_lm import hidden_states, response_logprobs
+from rlhf_lightning.models.decoding import remembers
 from rlhf_lightning.models.generation import Sampling
 from rlhf_lightning.models.packed import packing_error
 from rlhf_lightning.models.prefix import shared_hidden_states
@@ -108,6 +109,12 @@ def test_a_model_is_tried_out_once_and_left_in_its_mode(monkeypatch):
     assert model.training
     monkeypatch.setattr(model.base_model, "forward", None)
     assert takes_left_padding(model)
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba", "jamba", "qwen3_next", "lfm2", "mixtral"])
+def test_a_state_that_goes_from_token_to_token_is_kept(family):
+    """Also where no layer attends, and a mask of the earlier tokens would be taken for one of the new."""
+    assert remembers(other_causal_lm(family), tiny_tokenizer())
 
 
 def test_a_model_that_forgets_is_read_again_with_a_line_that_says_so():

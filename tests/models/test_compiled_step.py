@@ -1,5 +1,6 @@
 """A compiled decoding step says what the plain one says, and is compiled no more often than it must be."""
 
+from inspect import Signature, signature
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from helpers.compiling import count_compiling, use_backend
 from helpers.models import FAMILIES
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.models import compiled_step, decode_attention
+from rlhf_lightning.models.backbone import cache_argument
 from rlhf_lightning.models.compiled_step import COLUMNS, CompiledStep
 from rlhf_lightning.models.finetune import FineTune, add_adapter
 from rlhf_lightning.models.generation import Sampling, TransformersEngine
@@ -128,6 +130,29 @@ def test_in_mixed_precision_it_is_compared_by_that_precision():
         found, expected = answer(compiled), answer(plain)
     assert compiled.compiled_step.trusted
     assert found.response_ids[:, 0].equal(expected.response_ids[:, 0])
+
+
+def renamed(model):
+    """A model that calls its cache as another version of transformers does: `cache` for `past_key_values`."""
+    usual = cache_argument(model)
+    other = {"past_key_values": "cache", "cache": "past_key_values"}[usual]
+    plain = model.model.forward
+
+    def forward(**kwargs):
+        assert kwargs.get(usual) is None
+        return plain(**kwargs | {usual: kwargs.pop(other, None)})
+
+    parameters = signature(plain).parameters.values()
+    forward.__signature__ = Signature([p.replace(name=other) if p.name == usual else p for p in parameters])
+    model.model.forward = forward
+    return model
+
+
+def test_a_cache_is_given_by_the_name_that_the_model_has_for_it(counter):
+    plain = engines(model_of("llama-grouped"))[0]
+    for engine in engines(renamed(model_of("llama-grouped"))):
+        assert_same(answer(engine), answer(plain))
+    assert engine.compiled_step.trusted
 
 
 def test_heads_that_share_a_key_are_not_copied(counter, monkeypatch):

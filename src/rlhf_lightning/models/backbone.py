@@ -50,14 +50,19 @@ def takes_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(model.base_model.forward).parameters
 
 
-STATES = "cache_params"
-"""What backbones without attention call their cache."""
+_CACHE_NAMES = ("past_key_values", "cache", "cache_params")
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """What the backbone calls the cache that it is given."""
+    """What the backbone calls the cache that it is given; transformers 5.24 calls every one `cache`."""
     parameters = inspect.signature(model.base_model.forward).parameters
-    return STATES if STATES in parameters and "past_key_values" not in parameters else "past_key_values"
+    return next((name for name in _CACHE_NAMES if name in parameters), _CACHE_NAMES[0])
+
+
+def attends(model: PreTrainedModel) -> bool:
+    """Whether any layer looks at earlier tokens. Where each keeps a state instead, a mask is of the new tokens."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None)
+    return set(kinds or []) != {"linear_attention"} and cache_argument(model) != "cache_params"
 
 
 def is_checkpointing(model: PreTrainedModel) -> bool:
@@ -76,7 +81,7 @@ def run_backbone(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
         model: any Hugging Face model with a backbone and a head.
         input_ids: `[B, T]`, int64.
         attention_mask: True for real tokens, `[B, T]`, bool; longer than T when a cache is passed.
-        **kwargs: handed to the backbone, for instance `past_key_values` and `use_cache`.
+        **kwargs: handed to the backbone, for instance `use_cache`.
 
     Returns:
         The backbone's output; its `last_hidden_state` is `[B, T, D]`.

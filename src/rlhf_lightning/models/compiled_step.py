@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lightning.models.backbone import takes_positions
+from rlhf_lightning.models.backbone import cache_argument, takes_positions
 from rlhf_lightning.models.partitioned import is_partitioned
 from rlhf_lightning.models.rollout_cache import RolloutCache, rollout_cache
 from rlhf_lightning.models.trials import relative_distance, tolerance, unusual_layers
@@ -46,6 +46,7 @@ class CompiledStep:
         self.cache: RolloutCache | None = None
         self.num_rows, self.capacity = num_rows, 0
         self.checks_left = 0
+        self.cache_argument = cache_argument(model)
         self.reason = _obstacle(model)
         if self.reason:
             self._warn()
@@ -164,8 +165,9 @@ class CompiledStep:
         self.column = torch.zeros(1, dtype=torch.long, device=device)
 
     def _run(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        cache = {self.cache_argument: self.cache}
         output = self.model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache
         )
         hidden: Tensor = output.last_hidden_state[:, -1]
         return hidden

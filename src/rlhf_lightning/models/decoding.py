@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional import token_logprobs
 from rlhf_lightning.models.agreement import TRIAL_ERRORS
-from rlhf_lightning.models.backbone import STATES, cache_argument, position_ids, takes_positions
+from rlhf_lightning.models.backbone import attends, cache_argument, position_ids, takes_positions
 from rlhf_lightning.models.capacity import explained_lookups
 from rlhf_lightning.models.causal_lm import hidden_states, response_hidden
 from rlhf_lightning.models.compiled_step import CompiledStep
@@ -144,7 +144,7 @@ class Decoding:
         if self.cache is None and cached:
             self.cache = rollout_cache(model.config, len(rows), self.width, capacity)
         self.any_cache = self.cache or (DynamicCache(config=model.config) if cached else None)
-        self.cache_argument = cache_argument(model)
+        self.cache_argument, self.attends = cache_argument(model), attends(model)
         device = rows.device.type
         self.reads_rows = self.cache is not None and reads_rows(model, lengths)
         self.prefill_tokens = PREFILL_TOKENS.get(device, PREFILL_TOKENS_ELSEWHERE)
@@ -239,7 +239,7 @@ class Decoding:
         kwargs: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
         kwargs[self.cache_argument] = self.any_cache
         with explained_lookups(self.model, ids, mask):
-            if self.cache_argument == STATES:  # only the new tokens may be hidden
+            if not self.attends:
                 mask = mask[:, -ids.shape[1] :]
             output = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=True, **kwargs)
         return output.last_hidden_state[:, -1]

@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_lightning.models.attention import UNUSUAL, attention_function
 from rlhf_lightning.models.backbone import (
+    cache_argument,
     evaluation_mode,
     is_checkpointing,
     position_ids,
@@ -131,7 +132,7 @@ def read_row(model: PreTrainedModel, ids: Tensor, lengths: Sequence[int], cache:
         Hidden states at their ends, `[prompts, D]`.
     """
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
-    hidden = _run_row(model, ids, positions, lengths, None, past_key_values=cache, use_cache=True)
+    hidden = _run_row(model, ids, positions, lengths, None, use_cache=True, **{cache_argument(model): cache})
     return hidden[torch.tensor(lengths, device=ids.device).cumsum(dim=0) - 1]
 
 
