@@ -177,6 +177,20 @@ def test_what_weights_and_optimizer_state_are(stage, precision, folders):
     assert {moment.dtype for moment in moments} == {torch.float32}
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_in_double_precision_trains_as_in_single(stage, folders):
+    logs = []
+    for precision in ("64-true", "32-true"):
+        disturb_random_numbers(0)
+        module, data = STAGES[stage](folders)
+        logs.append(fit(module, data, precision=precision, max_steps=8, max_epochs=-1, limit_val_batches=0))
+    names = {"sft": ["loss", "grad_norm"], "reward": ["loss", "grad_norm"], "ppo": ["score", "kl", "grad_norm_policy"]}
+    for name in names[stage]:
+        double, single = (log.series(f"train/{name}") for log in logs)
+        assert double == pytest.approx(single, rel=1e-3, abs=1e-5)
+        assert double != single
+
+
 def changed(before, after):
     """Share of the numbers of two state dicts that differ."""
     differ = sum(int((before[name] != after[name]).sum()) for name in before)

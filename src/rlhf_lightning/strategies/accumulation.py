@@ -97,7 +97,8 @@ class GradientAccumulation:
             context: names this rank's examples, such as `rows 3, 7, 9`; goes into the error message.
 
         Returns:
-            Euclidean norm of the whole gradient before clipping, scalar float32, the same on every rank.
+            Euclidean norm of the whole gradient before clipping, scalar float32 (float64 for
+            float64 gradients), the same on every rank.
 
         Raises:
             NonFiniteError: on every rank, with the weights untouched, if the loss of any rank or the gradient is NaN
@@ -202,7 +203,8 @@ class _DeepSpeedBackend:
 
 
 def _norm(parameters: Any) -> Tensor:
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
