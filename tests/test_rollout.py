@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from helpers.models import table_lm, table_scalar, table_tokenizer, tiny_causal_lm, tiny_classifier
+from helpers.models import LAYOUTS, table_lm, table_scalar, table_tokenizer, tiny_causal_lm, tiny_classifier
 from helpers.threads import in_two_threads
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.batches import PromptBatch
@@ -101,8 +101,8 @@ def test_a_temperature_changes_both_log_probabilities():
 
 def test_measuring_in_parts_changes_nothing():
     tokenizer = tiny_tokenizer()
-    policy, reference = tiny_causal_lm(seed=1), tiny_causal_lm(seed=2)
-    scorer, value = ModelScorer(ScalarLM(tiny_classifier(seed=3))), ScalarLM(tiny_classifier(seed=4))
+    policy, reference = tiny_causal_lm(seed=1).double(), tiny_causal_lm(seed=2).double()
+    scorer, value = (ScalarLM(tiny_classifier(seed=seed).double()) for seed in (3, 4))
     ids, lengths = torch.arange(40, 75).view(7, 5), torch.tensor([1, 2, 3, 4, 5, 5, 3]).unsqueeze(1)
     prompts = PromptBatch(ids, torch.arange(5) >= 5 - lengths, ["x"] * 7, torch.arange(7))
     random = torch.Generator().manual_seed(0)
@@ -113,12 +113,21 @@ def test_measuring_in_parts_changes_nothing():
     order = torch.tensor([6, 0, 3, 5, 1, 2, 4])
     whole, parts = (
         measure(
-            policy, reference, scorer, value, prompts, generation, texts, 0.7, pieces, lambda *d: progress.append(d)
+            policy,
+            reference,
+            ModelScorer(scorer),
+            value,
+            prompts,
+            generation,
+            texts,
+            0.7,
+            pieces,
+            lambda *d: progress.append(d),
         )
         for pieces in ([torch.arange(7)], list(order.split(3)))
     )
     for a, b in zip(whole, parts, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a, b, **LAYOUTS)
     assert progress == [(7, 7), (3, 7), (6, 7), (7, 7)]
 
 

@@ -121,6 +121,23 @@ amplified: 1e-6 was the most. Of models in float32 two processors make 2e-5.
 """
 
 
+_NAN_IN_FLOAT64 = {"bloom", "gemma2"}
+"""Their softmax is computed in float32, where the most negative number of float64 is -inf: padding becomes NaN."""
+
+
+def precise(model: PreTrainedModel) -> PreTrainedModel:
+    """A model in float64, if its family can be run so."""
+    return model if model.config.model_type in _NAN_IN_FLOAT64 else model.double()
+
+
+def closeness(model: PreTrainedModel) -> dict[str, float]:
+    """How close two ways to compute the same must come on a model as `precise` returns it.
+
+    In float32 what is added is its epsilon for each of a few dozen roundings of numbers up to 10.
+    """
+    return LAYOUTS if model.dtype is torch.float64 else {"atol": 1e-4, "rtol": 1e-4}
+
+
 class _BlindToPlaces(LlamaModel):
     """Takes the places of tokens, and counts its own: examples packed into one row see each other."""
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 
 from helpers.answers import EOS, LENGTHS, OTHERS, model_of, prompts, responses
-from helpers.models import FAMILIES, tiny_causal_lm
+from helpers.models import FAMILIES, LAYOUTS, closeness, precise, tiny_causal_lm
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models import decode_attention, decoding, rollout_cache
@@ -77,15 +77,15 @@ def read_as_rows(monkeypatch, model):
 @pytest.mark.parametrize("name", ["llama-grouped", "qwen2", "qwen3"])
 @pytest.mark.usefixtures("small_parts")
 def test_prompts_read_as_one_row_are_continued_as_if_read_with_their_padding(name, monkeypatch):
-    model, sampling = model_of(name), Sampling(max_new_tokens=9)
+    model, sampling = model_of(name).double(), Sampling(max_new_tokens=9)
     read = read_as_rows(monkeypatch, model)
     found = run(model, sampling, with_logprobs=True, with_hidden=True)
     assert read == [[20], [17], [12, 9], [9, 6, 5, 4], [3, 2, 1, 1]]  # up to 24 tokens
     monkeypatch.setattr(decoding, "reads_rows", lambda *args: False)
     expected = run(model, sampling, with_logprobs=True, with_hidden=True)
     assert torch.equal(found.response_ids, expected.response_ids)
-    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-4)
-    torch.testing.assert_close(found.hidden, expected.hidden, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, **LAYOUTS)
+    torch.testing.assert_close(found.hidden, expected.hidden, **LAYOUTS)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_greedy_answers_do_not_depend_on_the_order():
     ids=["never leave", "leave at once", "looked for seldom", "read one by one", "library's cache", "library's mask"],
 )
 def test_when_rows_leave_does_not_matter(patch, monkeypatch):
-    model = model_of("llama-grouped")
+    model = model_of("llama-grouped").double()
     model.generation_config.eos_token_id = list(range(2, 60))
     sampling = Sampling(max_new_tokens=20, temperature=1.5, stop_strings=["e"])
     plain = run(model, sampling, with_logprobs=True)
@@ -166,7 +166,7 @@ def test_when_rows_leave_does_not_matter(patch, monkeypatch):
     other = run(model, sampling, with_logprobs=True)
     assert responses(other) == responses(plain)
     assert torch.equal(other.ended, plain.ended)
-    torch.testing.assert_close(other.logprobs, plain.logprobs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(other.logprobs, plain.logprobs, **LAYOUTS)
 
 
 def test_nothing_holds_on_to_the_cache_afterwards(monkeypatch):
@@ -210,20 +210,20 @@ def test_random_numbers_consumed_do_not_depend_on_the_answers():
 )
 @pytest.mark.parametrize("name", ["llama-grouped", "gemma3", "gpt2", "cohere", "gemma2"])
 def test_logprobs_are_those_of_response_logprobs(name, sampling):
-    model = model_of(name)
+    model = precise(model_of(name))
     model.generation_config.eos_token_id = list(range(2, 60))
     generation = run(model, sampling, batch_size=7, with_logprobs=True, with_hidden=True)
     (ids, mask), temperature = prompts(), sampling.temperature or 1.0
     whole = torch.cat([ids, generation.response_ids], dim=1), torch.cat([mask, generation.response_mask], dim=1)
     expected, _ = response_logprobs(model, *whole, generation.response_mask, temperature)
     assert generation.logprobs.dtype is torch.float32
-    torch.testing.assert_close(generation.logprobs, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(generation.logprobs, expected, **closeness(model))
     assert not generation.logprobs[~generation.response_mask].any()
 
     hidden = response_hidden(model, *whole, generation.response_mask.shape[1])
     assert not generation.hidden[~generation.response_mask].any()
     torch.testing.assert_close(
-        generation.hidden[generation.response_mask], hidden[generation.response_mask], atol=1e-4, rtol=1e-4
+        generation.hidden[generation.response_mask], hidden[generation.response_mask], **closeness(model)
     )
 
 
@@ -321,7 +321,7 @@ def test_merging_adapters_changes_nothing_and_leaves_no_trace(options, monkeypat
     monkeypatch.setattr("rlhf_lightning.models.merging._mergeable", lambda _: [])
     apart = run(model, sampling, with_logprobs=True)
     assert responses(merged) == responses(apart)
-    torch.testing.assert_close(merged.logprobs, apart.logprobs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merged.logprobs, apart.logprobs, **LAYOUTS)
 
 
 def test_adapters_are_merged_inside_and_apart_after_an_error():

@@ -5,7 +5,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from helpers.answers import generate
-from helpers.models import FAMILIES, WITHOUT_CLASSIFIER, spread_weights, tiny_causal_lm, with_dropout
+from helpers.models import (
+    FAMILIES,
+    WITHOUT_CLASSIFIER,
+    closeness,
+    precise,
+    spread_weights,
+    tiny_causal_lm,
+    with_dropout,
+)
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.functional import entropy
 from rlhf_lightning.models.causal_lm import (
@@ -39,7 +47,7 @@ def naive_logprobs(model, temperature):
     """One response at a time, without any padding, from the logits of the model's own forward."""
     logprobs, entropies = [], []
     for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
-        logits = model(torch.tensor([prompt + response])).logits[0].float() / temperature
+        logits = model(torch.tensor([prompt + response])).logits[0] / temperature
         rows = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
         logprobs.append([rows[r, token].item() for r, token in enumerate(response)])
         entropies.append(entropy(rows).tolist())
@@ -50,26 +58,26 @@ def naive_logprobs(model, temperature):
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
 def test_logits_from_hidden_states_are_the_model_s_own(family, tied):
-    model = tiny_causal_lm(family, tie_word_embeddings=tied)
+    model = precise(tiny_causal_lm(family, tie_word_embeddings=tied))
     ids, mask, _ = sequences()
     ours = output_logits(model, hidden_states(model, ids, mask))[mask]
     for row, prompt in enumerate(PROMPTS):
         whole = model(torch.tensor([prompt + RESPONSES[row]])).logits[0]
         lengths = mask.sum(dim=1)
         mine = ours[lengths[:row].sum() : lengths[: row + 1].sum()]
-        torch.testing.assert_close(mine, whole, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(mine, whole, **closeness(model))
 
 
 @EVERY_FAMILY
 @torch.no_grad()
 def test_response_logprobs_are_those_of_each_response_alone(family):
-    model = tiny_causal_lm(family)
+    model = precise(tiny_causal_lm(family))
     ids, mask, response_mask = sequences()
     logprobs, entropies = response_logprobs(model, ids, mask, response_mask, temperature=0.7, with_entropy=True)
     expected = naive_logprobs(model, temperature=0.7)
     for row, response in enumerate(RESPONSES):
-        assert logprobs[row, : len(response)].tolist() == pytest.approx(expected[0][row], abs=1e-5)
-        assert entropies[row, : len(response)].tolist() == pytest.approx(expected[1][row], abs=1e-5)
+        assert logprobs[row, : len(response)].tolist() == pytest.approx(expected[0][row], abs=closeness(model)["atol"])
+        assert entropies[row, : len(response)].tolist() == pytest.approx(expected[1][row], abs=closeness(model)["atol"])
         assert not logprobs[row, len(response) :].any()
         assert not entropies[row, len(response) :].any()
 
@@ -77,11 +85,11 @@ def test_response_logprobs_are_those_of_each_response_alone(family):
 @EVERY_FAMILY
 @torch.no_grad()
 def test_padding_on_either_side_changes_nothing(family):
-    model = tiny_causal_lm(family)
+    model = precise(tiny_causal_lm(family))
     plain, _ = response_logprobs(model, *sequences())
     for pad_id in (PAD, EOS, 99):
         padded, _ = response_logprobs(model, *sequences(left=3, right=2, pad_id=pad_id))
-        torch.testing.assert_close(padded[:, : plain.shape[1]], plain, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(padded[:, : plain.shape[1]], plain, **closeness(model))
         assert not padded[:, plain.shape[1] :].any()
 
 
@@ -113,7 +121,7 @@ def test_disable_dropout_leaves_nothing_to_chance(family, kind):
     asked_for = config.to_dict()
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        model = kind.from_config(config).train()
+        model = precise(kind.from_config(config)).train()
         spread_weights(model)
         ids, mask, _ = sequences()
         assert not torch.equal(hidden_states(model, ids, mask), hidden_states(model, ids, mask))
@@ -121,7 +129,7 @@ def test_disable_dropout_leaves_nothing_to_chance(family, kind):
         disable_dropout(model)
         once, again = hidden_states(model, ids, mask), hidden_states(model, ids, mask)
     assert torch.equal(once, again)
-    torch.testing.assert_close(once[mask], hidden_states(model.eval(), ids, mask)[mask], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(once[mask], hidden_states(model.eval(), ids, mask)[mask], **closeness(model))
     saved = model.config.to_dict()
     assert {k: v for k, v in saved.items() if "drop" in k} == {k: v for k, v in asked_for.items() if "drop" in k}
 

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from helpers.models import FAMILIES, tiny_causal_lm
+from helpers.models import FAMILIES, LAYOUTS, tiny_causal_lm
 from rlhf_lightning.functional import cross_entropy_sum, entropy, linear_loss, token_logprobs
 from rlhf_lightning.models import output_layer
 from rlhf_lightning.models.causal_lm import hidden_states, response_logprobs
@@ -39,10 +39,10 @@ def assert_logprobs_are_plain(model):
     ours, entropies = response_logprobs(model, IDS, MASK, RESPONSE_MASK, temperature=0.7, with_entropy=True)
     logits = plain_logits(model)
     theirs = token_logprobs(logits, IDS[:, -5:], 0.7) * RESPONSE_MASK
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(entropies, entropy(logits, 0.7) * RESPONSE_MASK, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours, theirs, **LAYOUTS)
+    torch.testing.assert_close(entropies, entropy(logits, 0.7) * RESPONSE_MASK, **LAYOUTS)
     mine, plain = gradients(model, (WEIGHTS * ours).sum()), gradients(model, (WEIGHTS * theirs).sum())
-    torch.testing.assert_close(mine, plain, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mine, plain, **LAYOUTS)
 
 
 def assert_cross_entropy_is_plain(model, smoothing):
@@ -50,27 +50,27 @@ def assert_cross_entropy_is_plain(model, smoothing):
     loss, nll = cross_entropy_at(model, hidden, IDS[:, -5:], RESPONSE_MASK, smoothing)
     logits, targets = plain_logits(model)[RESPONSE_MASK], IDS[:, -5:][RESPONSE_MASK]
     expected = cross_entropy_sum(logits, targets, smoothing)
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(nll, cross_entropy_sum(logits, targets).detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss.double(), expected.double(), **LAYOUTS)
+    torch.testing.assert_close(nll.double(), cross_entropy_sum(logits, targets).detach().double(), **LAYOUTS)
     assert not nll.requires_grad
-    torch.testing.assert_close(gradients(model, loss), gradients(model, expected), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gradients(model, loss), gradients(model, expected), **LAYOUTS)
 
 
 @EVERY_FAMILY
 @pytest.mark.parametrize("tied", [True, False])
 def test_logprobs_and_their_gradients_are_those_of_the_logits(family, tied):
-    assert_logprobs_are_plain(tiny_causal_lm(family, tie_word_embeddings=tied))
+    assert_logprobs_are_plain(tiny_causal_lm(family, tie_word_embeddings=tied).double())
 
 
 @EVERY_FAMILY
 def test_cross_entropy_and_its_gradients_are_those_of_the_logits(family):
-    assert_cross_entropy_is_plain(tiny_causal_lm(family), smoothing=0.1)
+    assert_cross_entropy_is_plain(tiny_causal_lm(family).double(), smoothing=0.1)
 
 
 @pytest.mark.parametrize("family", ["phi", "gemma2"])
 def test_an_adapter_on_the_output_layer_is_not_passed_by(family):
     config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
-    model = get_peft_model(tiny_causal_lm(family, tie_word_embeddings=False), config).base_model.model.eval()
+    model = get_peft_model(tiny_causal_lm(family, tie_word_embeddings=False), config).base_model.model.double().eval()
     assert type(model.get_output_embeddings()) is not nn.Linear
     assert_logprobs_are_plain(model)
     assert_cross_entropy_is_plain(model, smoothing=0.1)
@@ -107,7 +107,7 @@ def test_any_other_output_layer_is_called_chunk_by_chunk_and_again_in_the_backwa
 
 
 def test_a_forward_that_somebody_put_there_is_used_and_stays():
-    model = tiny_causal_lm("llama", tie_word_embeddings=False)
+    model = tiny_causal_lm("llama", tie_word_embeddings=False).double()
     head = model.get_output_embeddings()
 
     def doubled(hidden):
@@ -129,7 +129,7 @@ def test_double_precision_is_handed_back_in_float32():
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_partitioned_output_layer_is_called_once_however_many_rows(plain):
-    model = tiny_causal_lm("llama", tie_word_embeddings=False)
+    model = tiny_causal_lm("llama", tie_word_embeddings=False).double()
     head = model.get_output_embeddings() if plain else other_head(model)
     head.weight.ds_id = 7  # as DeepSpeed marks what ZeRO-3 splits
     calls = with_counted_calls(model)

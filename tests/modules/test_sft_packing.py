@@ -5,7 +5,15 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers.models import FAMILIES, VOCAB_SIZE, mixing_causal_lm, spread_weights, tiny_causal_lm
+from helpers.models import (
+    FAMILIES,
+    VOCAB_SIZE,
+    closeness,
+    mixing_causal_lm,
+    precise,
+    spread_weights,
+    tiny_causal_lm,
+)
 from helpers.stages import assert_close_weights, fit, instruction_rows, save_llama, sgd, trainer, weights
 from rlhf_lightning import InstructionDataModule, SFTModule, UserError
 from rlhf_lightning.batches import InstructionBatch
@@ -43,15 +51,15 @@ PACKED = [[0, 1], [3, 2]]
 
 def tiny_model(family):
     if family == "mixing":
-        return mixing_causal_lm()
+        return mixing_causal_lm().double()
     if family in FAMILIES:
-        return tiny_causal_lm(family)
+        return precise(tiny_causal_lm(family))
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         config = AutoConfig.for_model(family, **MORE_FAMILIES[family], bos_token_id=1, eos_token_id=2)
         model = AutoModelForCausalLM.from_config(config).eval()
         spread_weights(model)
-    return model
+    return model.double()
 
 
 def targets(length, prompt_length):
@@ -95,22 +103,22 @@ def test_packed_and_unpacked_losses_and_gradients_agree(family):
     apart_loss, apart = loss_and_gradients(model, apart_batch())
     packed_loss, packed = loss_and_gradients(model, packed_batch())
 
-    assert packed_loss == pytest.approx(apart_loss, abs=1e-5)
-    assert_close_weights(packed, apart)
+    assert packed_loss == pytest.approx(apart_loss, abs=closeness(model)["atol"])
+    assert_close_weights(packed, apart, closeness(model)["atol"])
     assert max(gradient.abs().max() for gradient in apart.values()) > 0.01
 
     model.set_attn_implementation("eager")
     eager_loss, eager = loss_and_gradients(model, packed_batch())
-    assert eager_loss == pytest.approx(apart_loss, abs=1e-5)
-    assert_close_weights(eager, apart)
+    assert eager_loss == pytest.approx(apart_loss, abs=closeness(model)["atol"])
+    assert_close_weights(eager, apart, closeness(model)["atol"])
 
 
 def test_company_and_order_in_a_row_change_nothing():
     model = tiny_model("gemma2")
     loss, gradients = loss_and_gradients(model, packed_batch([[2, 1], [0], [3]]))
     expected, apart = loss_and_gradients(model, apart_batch())
-    assert loss == pytest.approx(expected, abs=1e-5)
-    assert_close_weights(gradients, apart)
+    assert loss == pytest.approx(expected, abs=closeness(model)["atol"])
+    assert_close_weights(gradients, apart, closeness(model)["atol"])
 
 
 @pytest.mark.parametrize("family", MIX_UP)
@@ -130,8 +138,8 @@ def test_other_families_are_refused_or_right(family):
         packed_loss, packed = loss_and_gradients(model, packed_batch())
     except UserError:
         return
-    assert packed_loss == pytest.approx(apart_loss, abs=1e-5)
-    assert_close_weights(packed, apart)
+    assert packed_loss == pytest.approx(apart_loss, abs=closeness(model)["atol"])
+    assert_close_weights(packed, apart, closeness(model)["atol"])
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -168,7 +176,7 @@ def folder(tmp_path_factory):
 
 def train(folder, batches, **settings):
     module = SFTModule(folder, sgd(0.5), lr_schedule="constant", warmup_steps=0, **settings)
-    log = fit(module, DataLoader(batches, batch_size=None), max_epochs=2)
+    log = fit(module, DataLoader(batches, batch_size=None), max_epochs=2, precision="64-true")
     return weights(module.model), log
 
 
@@ -182,8 +190,9 @@ def test_training_on_packed_rows_is_training_on_their_examples(folder, micro_bat
 
 
 def test_validation_may_be_packed(folder):
-    (apart,) = trainer().validate(SFTModule(folder), DataLoader([apart_batch()], batch_size=None), verbose=False)
-    (packed,) = trainer().validate(SFTModule(folder), DataLoader([packed_batch()], batch_size=None), verbose=False)
+    double = trainer(precision="64-true")
+    (apart,) = double.validate(SFTModule(folder), DataLoader([apart_batch()], batch_size=None), verbose=False)
+    (packed,) = double.validate(SFTModule(folder), DataLoader([packed_batch()], batch_size=None), verbose=False)
     assert packed == {name: pytest.approx(value, abs=1e-5) for name, value in apart.items()}
 
 
@@ -208,7 +217,8 @@ def test_a_data_module_that_packs_teaches_the_same(folder):
     losses, shares = [], []
     for packing in (False, True):
         data = InstructionDataModule(folder, rows, max_length=64, validation_split=0.0, packing=packing, batch_size=12)
-        log = fit(SFTModule(folder, sgd(0.5), lr_schedule="constant", warmup_steps=0), data, max_epochs=2)
+        module = SFTModule(folder, sgd(0.5), lr_schedule="constant", warmup_steps=0)
+        log = fit(module, data, max_epochs=2, precision="64-true")
         losses += log.series("train/loss")
         shares += log.series("train/padding_share")
     assert len(losses) == 4
