@@ -30,6 +30,14 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     del os.environ["RLHF_LIGHTNING_CACHE"]
 
 
+@pytest.fixture
+def double_precision() -> Iterator[None]:
+    """Whatever is loaded or drawn is float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(autouse=True)
 def _no_seed_left_behind() -> Iterator[None]:
     """`seed_everything` writes the seed into the environment, whence the processes of later tests would take it."""

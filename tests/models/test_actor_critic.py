@@ -59,6 +59,7 @@ def logprobs_of(model):
     return response_logprobs(model, IDS, MASK, ANSWERED)[0]
 
 
+@pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("mode", ["all", "last_layer", "lora"])
 def test_models_start_as_their_folders_and_the_frozen_ones_stay_so(folder, reward_folder, mode):
     models = load(folder, reward_folder, finetune=FineTune(mode=mode))
@@ -88,6 +89,7 @@ def test_what_is_frozen_is_held_once(folder, reward_folder):
     assert held("lora") < 1.1 * (base + reward)
 
 
+@pytest.mark.usefixtures("double_precision")
 def test_a_reward_adapter_on_the_policys_base_makes_one_base_carry_all_four(folder, tmp_path):
     trained = new_scalar_lm(folder)
     choose_trained(trained.model, LORA)

@@ -27,12 +27,7 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 LORA = FineTune("lora", rank=2, target_parameters=EXPERTS)
 
 
-@pytest.fixture(autouse=True)
-def double_precision():
-    """Of everything that is loaded or drawn."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 @pytest.fixture(scope="module")
