@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.answers import generate
-from helpers.models import tiny_causal_lm
+from helpers.models import DROPOUT, tiny_causal_lm
 from helpers.other_families import REFUSED, RIGHT, other_causal_lm
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
@@ -104,7 +104,7 @@ def test_what_cannot_be_right_is_refused_in_one_line(family):
 
 
 def test_a_model_is_tried_out_once_and_left_in_its_mode(monkeypatch):
-    model = tiny_causal_lm().train()
+    model = tiny_causal_lm("gpt2", **DROPOUT["gpt2"]).train()  # the trial itself leaves nothing out
     assert takes_left_padding(model)
     assert model.training
     monkeypatch.setattr(model.base_model, "forward", None)
