@@ -183,9 +183,20 @@ def test_what_is_left_out_of_an_answer_is_named():
     spoken = CHAT_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
     earlier = [user("hi"), assistant("<think>a</think>hello"), user("bye")]
     assert writer(spoken).write(Dialogue(earlier, ("ho",))).notes == ()  # thoughts before earlier answers by design
+    assert writer(spoken).write(Dialogue(MESSAGES, ("<think>one</think>ho",))).notes == (LEFT_OUT,)
+    # As the families do that take the first thought and what follows the last.
+    outer = "message['content'].split('</think>')[0] + '</think>' + message['content'].split('</think>')[-1]"
+    twice = Dialogue([user("hi")], ("<think>one</think>two</think>three",))
+    assert writer(CHAT_TEMPLATE.replace("message['content']", outer)).write(twice).notes == (LEFT_OUT,)
     last = CHAT_TEMPLATE.replace("message['content']", "message['content'].split('<think>')[-1]")
-    twice = Dialogue([user("hi")], ("<think>a<think>b</think>c",))
-    assert writer(last).write(twice).notes == (LEFT_OUT,)
+    assert writer(last).write(Dialogue([user("hi")], ("<think>one<think>two</think>three",))).notes == (LEFT_OUT,)
+    assert writer(last).write(Dialogue([user("hi")], ("one<think>two",))).notes == (LEFT_OUT,)  # never ended
+
+
+def test_an_earlier_answer_that_is_left_out_is_named():
+    silent = CHAT_TEMPLATE.replace("message['content']", "('' if message.tool_calls else message['content'])")
+    earlier = [user("hi"), assistant("let me look", tool_calls=[CALL]), user("so?")]
+    assert writer(TOOLS + silent).write(Dialogue(earlier, ("ho",), (TOOL,))).notes == (LEFT_OUT,)
 
 
 def test_tokens_that_only_the_template_writes_are_hidden_in_what_is_said():

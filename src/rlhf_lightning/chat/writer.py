@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +25,7 @@ LEFT_OUT = "template leaves something out"
 NOT_APPLIED = "chat template not applied"
 HIDDEN = "control tokens in text"
 ACTING = "control tokens as written"
+_THINK = re.compile("</?think>")
 
 
 class Dialogue(NamedTuple):
@@ -339,15 +341,16 @@ def _hiding(texts: Sequence[str]) -> tuple[str, ...]:
 def _leaves_out(
     texts: Sequence[str], tools: Sequence[dict[str, Any]], messages: Sequence[Message], replies: Sequence[Message]
 ) -> bool:
-    """Whether turns that are not the assistant's, tools, calls of them, or thoughts before an answer stand in no text.
+    """Whether anything that is said, thought or called, or a tool, stands in no text.
 
     Thoughts before earlier answers are left out by design.
     """
     said = [*_tool_names(tools), *(name for message in (*messages, *replies) for name in _called(message))]
-    said += [message["content"] for message in messages if message["role"] != "assistant"]
+    for message in messages:
+        content = message["content"]
+        said.append(content.rpartition("</think>")[2] if message["role"] == "assistant" else content)
     for reply in replies:
-        before, mark, _ = reply["content"].partition("</think>")
-        said += [reply.get("reasoning_content") or "", before.partition("<think>")[2] if mark else ""]
+        said += [reply.get("reasoning_content") or "", *_THINK.split(reply["content"])]
     return not all(any(_stands_in(thing.strip(), text) for text in texts) for thing in said)
 
 

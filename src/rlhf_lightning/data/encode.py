@@ -36,7 +36,7 @@ NOTES = {
     "have in common is the prompt of their responses, and all that follows is taught",
     APART: "responses tokenised apart, since one token would hold the end of their prompt and their beginning",
     NO_END: "dialogues whose chat template writes no token at the end of a turn; the EOS is taught there",
-    LEFT_OUT: "dialogues of which the chat template leaves out turns, tools, calls of tools or the thoughts before an "
+    LEFT_OUT: "dialogues of which the chat template leaves out turns, tools, calls of tools or the thoughts of an "
     "answer",
     NOT_APPLIED: "prompts given as text, to which the tokenizer's chat template is not applied; "
     "`dialogue_format: chat_template` writes each as a turn of the user",
