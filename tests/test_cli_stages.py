@@ -183,7 +183,7 @@ def test_ctrl_c_ends_with_one_line_and_the_run_resumes(stages, monkeypatch):
         assert process.stdout is not None
         assert process.stdout.readline() == "checkpoint written\n", process.communicate()[1]
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 130, err
         last_line = err.strip().splitlines()[-1]
         assert "Traceback" not in out + err

@@ -18,7 +18,7 @@ from typing import Any
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def run_in_processes(function: str, world_size: int = 2, timeout: float = 300, **kwargs: Any) -> list[Any]:
+def run_in_processes(function: str, world_size: int = 2, timeout: float = 1200, **kwargs: Any) -> list[Any]:
     """Call `function(**kwargs)` in `world_size` processes.
 
     Args:

@@ -54,7 +54,7 @@ def test_a_script_without_a_guard_runs_once_and_to_its_end(tmp_path):
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == ["the script runs", "done"]
