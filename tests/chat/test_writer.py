@@ -171,6 +171,13 @@ def test_turns_are_found_behind_tools():
     assert said(written) == ["hello<|end|>"]
 
 
+def test_a_turn_is_taught_from_where_the_generation_prompt_ends_as_the_last_one_is():
+    named = THINKS.replace("'<|bos|>' + m.content", "'<|bos|>A: ' + m.content")
+    written = writer(named).write(Dialogue(MESSAGES, ("ciao",)), need_turns=True)
+    assert said(written) == ["A: hello<|end|>"]
+    assert written.answers[0][written.common :] == "A: ciao<|end|>"
+
+
 def test_turns_behind_what_later_turns_change_are_not_found():
     counted = "{{ messages | length }}" + CHAT_TEMPLATE
     assert writer(counted).write(Dialogue(MESSAGES), need_turns=True).spans is None
@@ -180,6 +187,11 @@ def test_what_is_left_out_of_an_answer_is_named():
     one = writer(CHAT_TEMPLATE)
     assert one.write(Dialogue([user("hi")], (assistant("ho", reasoning_content="hm"),))).notes == (LEFT_OUT,)
     assert one.write(Dialogue([user("hi")], ("ho",), ({"function": {"parameters": {}}},))).notes == ()  # no name
+    assert one.write(Dialogue([user("hi")], (assistant("ho", tool_calls=[CALL]),))).notes == (LEFT_OUT,)
+    assert one.write(Dialogue([user("hi")], ("ho",), (TOOL,))).notes == (LEFT_OUT,)
+    marks = "message['content'].replace('<think>', '(').replace('</think>', ')')"
+    thought = Dialogue([user("hi")], ("<think>one</think>ho",))
+    assert writer(CHAT_TEMPLATE.replace("message['content']", marks)).write(thought).notes == ()
     spoken = CHAT_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
     earlier = [user("hi"), assistant("<think>a</think>hello"), user("bye")]
     assert writer(spoken).write(Dialogue(earlier, ("ho",))).notes == ()  # thoughts before earlier answers by design

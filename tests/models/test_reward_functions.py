@@ -260,14 +260,14 @@ def working_folder(tmp_path, monkeypatch):
         "needs_its_neighbour": "from my_rewards_here import nothing\n",
         "unfinished": "def polite(prompts, responses:\n",
         "leaves": "import sys\nsys.exit(4)\n",
-        "json": "raise RuntimeError('this file is not the library')\n",
+        "tabnanny": "raise RuntimeError('this file is not the library')\n",
     }
     for name, text in modules.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    for name in modules.keys() - {"json"}:
+    for name in modules.keys() - {"tabnanny"}:
         sys.modules.pop(name, None)
 
 
@@ -278,7 +278,7 @@ def test_a_module_of_the_working_folder_is_found(working_folder, path):
 
 
 def test_a_file_of_the_working_folder_does_not_stand_in_for_a_library(working_folder):
-    assert import_function("json.dumps").__module__ == "json"
+    assert import_function("tabnanny.check").__module__ == "tabnanny"  # which nothing has imported yet
 
 
 @pytest.mark.parametrize(
