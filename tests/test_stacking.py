@@ -92,6 +92,15 @@ def test_so_do_lists_of_loggers_and_of_sources(parsed):
         assert not source["init_args"]["columns"]
 
 
+def test_a_list_of_sources_on_the_command_line_replaces_that_of_a_config(parsed):
+    given = "--data.data.init_args.sources=[{class_path: rlhf_lightning.Table, init_args: {path: b.jsonl}}]"
+    (source,) = parsed(BLEND % "a.jsonl, columns: {prompt: q}", options=[given])["data"]["init_args"]["data"][
+        "init_args"
+    ]["sources"]
+    assert source["init_args"]["path"] == "b.jsonl"
+    assert not source["init_args"]["columns"]
+
+
 def test_an_option_still_changes_one_setting_of_a_list_and_adds_to_it(parsed):
     changed = described(parsed(CALLBACKS, options=["--trainer.callbacks.dirpath=x"])["trainer"]["callbacks"])
     assert len(changed) == 3
