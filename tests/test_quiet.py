@@ -4,6 +4,7 @@ import logging
 import warnings
 
 import pytest
+from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
 
 from rlhf_lightning import InstructionDataModule, SFTModule
 from rlhf_lightning.quiet import hush
@@ -47,3 +48,24 @@ def test_modules_and_data_modules_are_as_quiet_as_the_command_line(make, caplog)
         warnings.warn("the loss is nan", stacklevel=1)
     assert "buy this" not in caplog.text
     assert [str(warning.message) for warning in warned] == ["the loss is nan"]
+
+
+REPORT = "LlamaForSequenceClassification LOAD REPORT from: lm\nKey          | Status  |\n-------------+---------+-\n%s"
+
+
+@pytest.mark.usefixtures("talkative")
+@pytest.mark.parametrize(("rows", "said"), [(["score.weight"], False), (["score.weight", "model.norm.weight"], True)])
+def test_only_a_reward_model_s_new_head_may_be_missing_without_a_word(rows, said, caplog):
+    hush()
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(caplog.handler)
+    logger.warning(REPORT, "\n".join(f"{row} | MISSING |" for row in rows))
+    logger.removeHandler(caplog.handler)
+    assert ("LOAD REPORT" in caplog.text) == said
+
+
+@pytest.mark.usefixtures("talkative")
+def test_reading_weights_draws_no_bar():
+    enable_progress_bar()
+    hush()
+    assert not is_progress_bar_enabled()
