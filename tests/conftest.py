@@ -24,10 +24,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What the tests prepare stays out of the user's cache, and processes that they start find it."""
-    os.environ["RLHF_LIGHTNING_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """What the tests prepare and compile stays out of the user's caches, and processes that they start find it.
+
+    A process that is killed while it compiles leaves a lock there, for which all later ones wait.
+    """
+    for name in ("RLHF_LIGHTNING_CACHE", "TORCH_EXTENSIONS_DIR"):
+        os.environ[name] = str(tmp_path_factory.mktemp(name.lower()))
     yield
-    del os.environ["RLHF_LIGHTNING_CACHE"]
+    for name in ("RLHF_LIGHTNING_CACHE", "TORCH_EXTENSIONS_DIR"):
+        del os.environ[name]
 
 
 @pytest.fixture
