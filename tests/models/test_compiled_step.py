@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from helpers.answers import LENGTHS, OTHERS, model_of, prompts, responses
 from helpers.compiling import count_compiling, use_backend
-from helpers.models import FAMILIES, LAYOUTS
+from helpers.models import FAMILIES, LAYOUTS, precise
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.models import compiled_step, decode_attention
 from rlhf_lightning.models.backbone import cache_argument
@@ -54,7 +54,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("name", [name for name in [*FAMILIES, *OTHERS] if name not in NOT_COMPILED])
 def test_answers_are_those_of_the_plain_step(name, counter):
-    plain, compiled = engines(model_of(name), batch_size=5)
+    plain, compiled = engines(precise(model_of(name)), batch_size=5)
     assert_same(answer(compiled), answer(plain))
     assert compiled.compiled_step.trusted
     assert counter.frame_count == 1
@@ -62,7 +62,7 @@ def test_answers_are_those_of_the_plain_step(name, counter):
 
 @pytest.mark.parametrize("name", sorted(NOT_COMPILED))
 def test_models_of_other_kinds_answer_as_without_it_and_say_so_once(name, counter, monkeypatch):
-    model, warned = model_of(name), []
+    model, warned = precise(model_of(name)), []
     monkeypatch.setattr(compiled_step, "rank_zero_warn", warned.append)
     plain, compiled = engines(model)
     for _ in range(2):
@@ -79,7 +79,7 @@ def test_models_of_other_kinds_answer_as_without_it_and_say_so_once(name, counte
 )
 def test_batches_of_any_size_share_the_step_until_one_is_larger(batches, new, monkeypatch):
     counter = count_compiling(monkeypatch)
-    model, sampling = model_of("llama-grouped"), Sampling(max_new_tokens=new)
+    model, sampling = model_of("llama-grouped").double(), Sampling(max_new_tokens=new)
     model.generation_config.eos_token_id = list(range(2, 60))  # some end early, and stay in the batch
     plain, compiled = engines(model)
     step, sizes = compiled.compiled_step, set()
@@ -108,7 +108,7 @@ def test_the_usual_number_of_prompts_is_allocated_at_once(counter):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_validation_between_rollouts_leaves_nothing_that_training_cannot_write(first, counter):
-    plain, compiled = engines(model_of("llama-grouped"))
+    plain, compiled = engines(model_of("llama-grouped").double())
     for inference in (first, not first, first):
         with torch.inference_mode(inference):
             assert_same(answer(compiled), answer(plain))
@@ -119,7 +119,7 @@ def test_distributed_training_does_not_cut_the_graph(counter, monkeypatch):
     buckets = SimpleNamespace(bucket_bytes_cap=100)
     monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 100)
     monkeypatch.setattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", buckets)
-    plain, compiled = engines(model_of("llama-grouped"))
+    plain, compiled = engines(model_of("llama-grouped").double())
     assert_same(answer(compiled), answer(plain))
     assert counter.frame_count == 1
 
@@ -149,8 +149,8 @@ def renamed(model):
 
 
 def test_a_cache_is_given_by_the_name_that_the_model_has_for_it(counter):
-    plain = engines(model_of("llama-grouped"))[0]
-    for engine in engines(renamed(model_of("llama-grouped"))):
+    plain = engines(model_of("llama-grouped").double())[0]
+    for engine in engines(renamed(model_of("llama-grouped").double())):
         assert_same(answer(engine), answer(plain))
     assert engine.compiled_step.trusted
 
@@ -178,7 +178,7 @@ def test_a_cache_that_is_too_short_grows_by_half(counter):
 
 
 def test_generated_code_says_the_same():
-    model = model_of("llama-grouped")
+    model = model_of("llama-grouped").double()
     plain, compiled = engines(model)
     for lengths in (LENGTHS, LENGTHS[:4]):
         assert_same(answer(compiled, lengths), answer(plain, lengths))
@@ -186,7 +186,7 @@ def test_generated_code_says_the_same():
 
 
 def test_weights_and_adapters_are_those_of_the_moment(counter):
-    model = model_of("llama-grouped")
+    model = model_of("llama-grouped").double()
     add_adapter(model, FineTune(mode="lora", rank=4))
     plain, compiled = engines(model)
     answers = []
@@ -202,7 +202,7 @@ def test_weights_and_adapters_are_those_of_the_moment(counter):
 
 @pytest.mark.parametrize("is_replayed", [False, True])
 def test_adapters_are_not_merged_where_a_graph_is_replayed(is_replayed, counter, monkeypatch):
-    model = model_of("llama-grouped")
+    model = model_of("llama-grouped").double()
     add_adapter(model, FineTune(mode="lora", rank=4))
     merged = []
     with monkeypatch.context() as patch:
@@ -223,7 +223,7 @@ def _is_merged(model):
 def test_a_step_that_says_something_else_is_not_used(counter, monkeypatch):
     original = CompiledStep._run
     monkeypatch.setattr(CompiledStep, "_run", lambda self, *inputs: original(self, *inputs) + 1)
-    plain, compiled = engines(model_of("llama-grouped"))
+    plain, compiled = engines(model_of("llama-grouped").double())
     with pytest.warns(UserWarning, match=r"it changes the hidden states by \d+.\d% of their norm"):
         found = answer(compiled)
     assert_same(found, answer(plain))
@@ -232,7 +232,7 @@ def test_a_step_that_says_something_else_is_not_used(counter, monkeypatch):
 
 def test_one_that_says_nothing_is_not_used_either(counter, monkeypatch):
     monkeypatch.setattr(CompiledStep, "_read", lambda self: torch.full((self.num_rows, 32), float("nan")))
-    plain, compiled = engines(model_of("llama-grouped"))
+    plain, compiled = engines(model_of("llama-grouped").double())
     with pytest.warns(UserWarning, match=r"it changes the hidden states by nan%"):
         found = answer(compiled)
     assert_same(found, answer(plain))
@@ -248,7 +248,7 @@ def test_a_failure_after_the_cache_has_grown_is_survived(monkeypatch):
         return graph.forward
 
     use_backend(monkeypatch, second_fails)
-    plain, compiled = engines(model_of("llama-grouped"))
+    plain, compiled = engines(model_of("llama-grouped").double())
     assert_same(answer(compiled), answer(plain))
     assert compiled.compiled_step.trusted
     with pytest.warns(UserWarning, match="no compiler any more"):
@@ -262,7 +262,7 @@ def test_a_failing_compiler_is_named_and_done_without(monkeypatch):
         raise OSError("no compiler here")
 
     use_backend(monkeypatch, broken)
-    plain, compiled = engines(model_of("llama-grouped"))
+    plain, compiled = engines(model_of("llama-grouped").double())
     with pytest.warns(UserWarning, match=f"{GIVEN_UP}.*no compiler here"):
         found = answer(compiled)
     assert_same(found, answer(plain))
