@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import rlhf_lightning
 from rlhf_lightning import FineTune, PPOModule, RewardModule, Sampling, SFTModule, UserError
 from rlhf_lightning.arguments import NOT_NEGATIVE, SHARE, Range, check_arguments
-from rlhf_lightning.prepare_cli import prepare
+from rlhf_lightning.cli.prepare import prepare
 
 NEEDED = {
     "model_name_or_path": "nowhere",

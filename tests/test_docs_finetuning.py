@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from helpers.stages import save_llama
-from rlhf_lightning.cli import main
+from rlhf_lightning.cli.main import main
 
 PAGE = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+) ?(\S*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

@@ -191,9 +191,7 @@ def test_training_is_the_same_with_and_without_samples(model, tmp_path):
 
 
 def test_an_answer_cannot_break_out_of_its_fence(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "rlhf_lightning.callbacks.sample_texts.respond", lambda *_, **__: (None, ["## Step 9\n````\n", "b"])
-    )
+    monkeypatch.setattr("rlhf_lightning.callbacks.samples.respond", lambda *_, **__: (None, ["## Step 9\n````\n", "b"]))
     fit(model, tmp_path, SampleTexts(PROMPTS), steps=1)
     assert "`````text\n## Step 9\n````\n`````" in (tmp_path / "samples.md").read_text()
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning.cli import main
+from rlhf_lightning.cli.main import main
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import InstructionDataModule
+from rlhf_lightning.cli.prepare import prepare
 from rlhf_lightning.data.limits import TokenLimits, check_context, cut_prompt
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.prepare_cli import prepare
 
 BOS = 1
 

@@ -35,7 +35,7 @@ from rlhf_lightning import (
     SFTModule,
     UserError,
 )
-from rlhf_lightning.cli import main
+from rlhf_lightning.cli.main import main
 from rlhf_lightning.master_weights import MasterWeights
 from rlhf_lightning.modules import common
 from rlhf_lightning.modules import ppo as ppo_stage

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-from rlhf_lightning.data.toy.words import (
+from rlhf_lightning.cli.quickstart.toy.words import (
     ALTERNATIVES,
     DECLINES,
     DETAILS,

@@ -12,9 +12,8 @@ import yaml
 
 from rlhf_lightning.errors import UserError
 
-RECIPES = next(
-    folder for folder in (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs") if folder.is_dir()
-)
+_PACKAGE = Path(__file__).parents[1]
+RECIPES = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parents[1] / "configs") if folder.is_dir())
 """The recipes: inside the installed package, or at the top of a checkout."""
 
 

@@ -25,7 +25,7 @@ from helpers.cli_runs import (
     short,
     working_folder,
 )
-from rlhf_lightning.cli import main
+from rlhf_lightning.cli.main import main
 
 FROM_PYTHON = """
 import pytorch_lightning as pl

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from rlhf_lightning.data.toy import (
+from rlhf_lightning.cli.quickstart.toy import (
     ToyPaths,
     build_toy_tokenizer,
     gold_margin,
@@ -21,7 +21,14 @@ from rlhf_lightning.data.toy import (
     write_toy_data,
     write_toy_model,
 )
-from rlhf_lightning.data.toy.grammar import Request, Traits, draw_answer, draw_prompt, parse_answer, parse_request
+from rlhf_lightning.cli.quickstart.toy.grammar import (
+    Request,
+    Traits,
+    draw_answer,
+    draw_prompt,
+    parse_answer,
+    parse_request,
+)
 from rlhf_lightning.errors import UserError
 
 BICYCLE = "\n\nHuman: Hello! How do I repair my sister's old bicycle? I am a bit nervous.\n\nAssistant:"

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from rlhf_lightning.cli import main
+from rlhf_lightning.cli.main import main
 
 CALLBACKS = """\
 trainer:

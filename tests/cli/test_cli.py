@@ -22,8 +22,8 @@ import rlhf_lightning
 from helpers.cli_runs import SFT, save_model, save_pairs, short
 from helpers.stages import save_reward_model
 from rlhf_lightning.callbacks import ShortSummary, StageProgressBar
-from rlhf_lightning.cli import main
-from rlhf_lightning.recipes import recipe_names, resolve_recipes
+from rlhf_lightning.cli.main import main
+from rlhf_lightning.cli.recipes import recipe_names, resolve_recipes
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_the_version_is_printed(capsys):
 
 def test_what_needs_no_model_imports_no_torch():
     code = (
-        "import sys; from rlhf_lightning.cli import main\n"
+        "import sys; from rlhf_lightning.cli.main import main\n"
         "for args in (['--help'], ['ift'], ['fit', '--config', 'nope.yaml']):\n"
         "    try: main(args)\n"
         "    except SystemExit: pass\n"

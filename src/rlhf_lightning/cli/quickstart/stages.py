@@ -12,8 +12,8 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from rlhf_lightning.callbacks import HFExport, SampleTexts, StageProgressBar
+from rlhf_lightning.cli.quickstart.toy import ToyPaths, gold_score
 from rlhf_lightning.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
-from rlhf_lightning.data.toy import ToyPaths, gold_score
 from rlhf_lightning.models.generation import Sampling
 from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
 from rlhf_lightning.ppo_settings import KLPenalty, ScoreShaping

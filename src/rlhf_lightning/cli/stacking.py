@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile
 
-from rlhf_lightning.recipes import read_config
+from rlhf_lightning.cli.recipes import read_config
 
 _NESTED = r"--(model|data)\.(?!optimizer\.|init_args\.)(\w+)\.(\w+)"
 _OPTION = re.compile(r"--(\w[\w.]*)")

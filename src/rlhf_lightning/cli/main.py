@@ -1,6 +1,6 @@
 """The command line: what answers at once. What needs torch is imported when it runs.
 
-That is `stage_cli`, `prepare_cli` and `quickstart`.
+That is `stages`, `prepare` and `quickstart`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from rlhf_lightning import __version__
+from rlhf_lightning.cli.recipes import recipe_names, resolve_recipes
+from rlhf_lightning.cli.spelling import command_hint
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.recipes import recipe_names, resolve_recipes
-from rlhf_lightning.spelling import command_hint
 
 STAGE_COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -76,19 +76,19 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _dispatch(command: str, options: list[str]) -> None:
     if command == "quickstart":
-        from rlhf_lightning.quickstart import main as quickstart
+        from rlhf_lightning.cli.quickstart import main as quickstart
 
         quickstart(options)
     elif command == "prepare":
         resolved = resolve_recipes(options)
 
-        from rlhf_lightning.prepare_cli import main as prepare
+        from rlhf_lightning.cli.prepare import main as prepare
 
         prepare(resolved)
     elif command in STAGE_COMMANDS:
         resolved = resolve_recipes(options)
 
-        from rlhf_lightning.stage_cli import run_stage
+        from rlhf_lightning.cli.stages import run_stage
 
         run_stage(command, resolved)
     else:

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 import rlhf_lightning
-from rlhf_lightning.cli import main
-from rlhf_lightning.recipes import RECIPES, recipe_names
+from rlhf_lightning.cli.main import main
+from rlhf_lightning.cli.recipes import RECIPES, recipe_names
 
 STAGES = [name for name in recipe_names() if "model" in yaml.safe_load((RECIPES / name).read_text())]
 TRAINERS = [name for name in recipe_names() if name.startswith("trainer/")]

@@ -14,10 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.rule import Rule
 
-from rlhf_lightning.data.toy import build_toy_tokenizer, toy_texts, write_toy_data, write_toy_model
+from rlhf_lightning.cli.quickstart.report import plot_curves, print_answers, print_table, summarise, win_rate
+from rlhf_lightning.cli.quickstart.stages import answer, gold_accuracy, train_ppo, train_reward, train_sft
+from rlhf_lightning.cli.quickstart.toy import build_toy_tokenizer, toy_texts, write_toy_data, write_toy_model
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.quickstart.report import plot_curves, print_answers, print_table, summarise, win_rate
-from rlhf_lightning.quickstart.stages import answer, gold_accuracy, train_ppo, train_reward, train_sft
 from rlhf_lightning.quiet import hush
 
 RESULTS = "results.json"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from helpers.cli_runs import PPO, REWARD, SFT, dialogue, run, save_model, save_pairs, save_rows, short
-from rlhf_lightning.cli import main
-from rlhf_lightning.cli_errors import one_line
+from rlhf_lightning.cli.errors import one_line
+from rlhf_lightning.cli.main import main
 
 BASE = ["fit", *SFT, *short("lm", "pairs.jsonl", "run")]
 PPO_RUN = ["fit", *PPO, *short("lm", "pairs.jsonl", "run")]

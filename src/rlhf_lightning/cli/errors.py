@@ -10,8 +10,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from rlhf_lightning.recipes import recipe_names
-from rlhf_lightning.spelling import nearest
+from rlhf_lightning.cli.recipes import recipe_names
+from rlhf_lightning.cli.spelling import nearest
 
 _MOST_SHOWN = 10
 _HOMES = {

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from rlhf_lightning.cli.recipes import named_classes, recipe_names
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.recipes import named_classes, recipe_names
 
 _ALSO_CALLED = {
     "model.optimizer.lr": ["lr", "learning_rate"],

@@ -16,6 +16,8 @@ from rich.console import Console
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.plain import PlainFormat
+from rlhf_lightning.cli.recipes import config_paths, read_config
+from rlhf_lightning.cli.stages import OneLineParser, user_error
 from rlhf_lightning.data.limits import RANGES, TokenLimits, check_context, check_ids
 from rlhf_lightning.data.preparing.filters import Filters, Splits
 from rlhf_lightning.data.preparing.preparation import Preparation
@@ -26,8 +28,6 @@ from rlhf_lightning.data.sources import DataSource, as_source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.quiet import hush
-from rlhf_lightning.recipes import config_paths, read_config
-from rlhf_lightning.stage_cli import OneLineParser, user_error
 
 
 def prepare(

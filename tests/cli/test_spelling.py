@@ -2,8 +2,8 @@
 
 import pytest
 
-from rlhf_lightning.cli_errors import arguments_of
-from rlhf_lightning.spelling import nearest
+from rlhf_lightning.cli.errors import arguments_of
+from rlhf_lightning.cli.spelling import nearest
 
 KNOWN = [
     "config",

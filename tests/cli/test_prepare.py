@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from helpers.cli_runs import save_pairs
 from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning.cli import main
+from rlhf_lightning.cli.main import main
 from rlhf_lightning.data.preparing.preparation import Preparation
 from rlhf_lightning.data.preparing.prepared import PreparedFolder
 
@@ -70,7 +70,7 @@ def test_settings_of_the_recipe_are_overridden_one_by_one(words, capsys):
         main([*words, "--filters.duplicates=keep", "--stage_split={sft: 0.5, ppo: 0.5}", "--print_config"])
     assert end.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    recipe = yaml.safe_load(Path(__file__).parents[1].joinpath("configs", "data.yaml").read_text())
+    recipe = yaml.safe_load(Path(__file__).parents[2].joinpath("configs", "data.yaml").read_text())
     assert set(recipe) <= set(printed)
     assert printed["filters"] == recipe["filters"] | {"duplicates": "keep", "shuffle": False, "seed": 42} | {
         "remove_evaluation_prompts": False

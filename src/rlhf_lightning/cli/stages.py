@@ -21,14 +21,14 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from rlhf_lightning.callbacks import ShortSummary, StageProgressBar
-from rlhf_lightning.cli_errors import arguments_of, find_class, one_line
+from rlhf_lightning.callbacks.run_folder import RunFolder, checkpoint_folders
+from rlhf_lightning.cli.errors import arguments_of, find_class, one_line
+from rlhf_lightning.cli.recipes import named_classes
+from rlhf_lightning.cli.spelling import check_words
+from rlhf_lightning.cli.stacking import StackedConfig, as_configs
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folders import check_model_folder
 from rlhf_lightning.quiet import hush
-from rlhf_lightning.recipes import named_classes
-from rlhf_lightning.run_folder import RunFolder, checkpoint_folders
-from rlhf_lightning.spelling import check_words
-from rlhf_lightning.stacking import StackedConfig, as_configs
 
 LINKS = {
     "model.init_args.model_name_or_path": "data.init_args.tokenizer",

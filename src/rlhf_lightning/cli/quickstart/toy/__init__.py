@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_lightning.data.toy.grammar import (
+from rlhf_lightning.cli.quickstart.toy.grammar import (
     Request,
     Sentence,
     Traits,

@@ -1,0 +1,1 @@
+"""The command line `rlhf`: LightningCLI over the stages, data preparation, and the quickstart."""
