@@ -16,8 +16,7 @@ test: $(READY)
 # The numerical tests under another instruction set than the machine's own; CAPABILITY=default for none at all.
 # torch.compile keeps generated code by the model, not by the instruction set, so that its cache is left out.
 CAPABILITY ?= avx2
-NUMBERS = tests/functional tests/models tests/modules tests/test_experience.py tests/test_rollout.py \
-	tests/test_controllers.py tests/test_optim.py tests/test_master_weights.py
+NUMBERS = tests/functional tests/models tests/algorithms tests/test_optim.py tests/test_master_weights.py
 test-numbers: $(READY)
 	ATEN_CPU_CAPABILITY=$(CAPABILITY) ONEDNN_MAX_CPU_ISA=$(if $(filter default,$(CAPABILITY)),SSE41,AVX2) \
 		TORCHINDUCTOR_FX_GRAPH_CACHE=0 $(BIN)/pytest -n 2 $(NUMBERS)

@@ -6,6 +6,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from rlhf_lightning.algorithms import PPOModule as PPOModule
+    from rlhf_lightning.algorithms import RewardModule as RewardModule
+    from rlhf_lightning.algorithms import SFTModule as SFTModule
+    from rlhf_lightning.algorithms.ppo.settings import KLPenalty as KLPenalty
+    from rlhf_lightning.algorithms.ppo.settings import Objective as Objective
+    from rlhf_lightning.algorithms.ppo.settings import ScoreShaping as ScoreShaping
     from rlhf_lightning.callbacks import HFExport as HFExport
     from rlhf_lightning.callbacks import PredictionWriter as PredictionWriter
     from rlhf_lightning.callbacks import SampleTexts as SampleTexts
@@ -27,12 +33,6 @@ if TYPE_CHECKING:
     from rlhf_lightning.models.generation import Sampling as Sampling
     from rlhf_lightning.models.scalar_lm import ScalarLM as ScalarLM
     from rlhf_lightning.models.scalar_lm import load_reward_model as load_reward_model
-    from rlhf_lightning.modules import PPOModule as PPOModule
-    from rlhf_lightning.modules import RewardModule as RewardModule
-    from rlhf_lightning.modules import SFTModule as SFTModule
-    from rlhf_lightning.ppo_settings import KLPenalty as KLPenalty
-    from rlhf_lightning.ppo_settings import Objective as Objective
-    from rlhf_lightning.ppo_settings import ScoreShaping as ScoreShaping
     from rlhf_lightning.strategies import DeepSpeedStrategy as DeepSpeedStrategy
 
 _HOMES = {
@@ -53,8 +53,8 @@ _HOMES = {
     "models.finetune": ("FineTune",),
     "models.generation": ("Sampling",),
     "models.scalar_lm": ("ScalarLM", "load_reward_model"),
-    "modules": ("PPOModule", "RewardModule", "SFTModule"),
-    "ppo_settings": ("KLPenalty", "Objective", "ScoreShaping"),
+    "algorithms": ("PPOModule", "RewardModule", "SFTModule"),
+    "algorithms.ppo.settings": ("KLPenalty", "Objective", "ScoreShaping"),
     "strategies": ("DeepSpeedStrategy",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

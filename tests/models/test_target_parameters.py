@@ -12,10 +12,10 @@ from helpers.models import LAYOUTS, save_folder
 from helpers.other_families import other_causal_lm
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import FineTune
+from rlhf_lightning.algorithms.ppo.models import ActorCriticSource
 from rlhf_lightning.callbacks.hf_export import _write_adapter
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.actor_critic import ActorCriticSource
 from rlhf_lightning.models.causal_lm import hidden_states, load_causal_lm
 from rlhf_lightning.models.finetune import adapter_state, add_adapter, choose_trained, merged_state
 from rlhf_lightning.models.merging import merged_adapters

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
+from rlhf_lightning.algorithms.ppo.rollout import respond
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data.collate import EncodedPrompt, collate_prompts, pack_ids
@@ -18,7 +19,6 @@ from rlhf_lightning.models.generation import Sampling, TransformersEngine
 from rlhf_lightning.models.tokenizer import filler_id
 from rlhf_lightning.reporting import log_text
 from rlhf_lightning.rng import generator
-from rlhf_lightning.rollout import respond
 from rlhf_lightning.strategies import synced
 
 

@@ -11,12 +11,12 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
+from rlhf_lightning.algorithms import PPOModule, RewardModule, SFTModule
+from rlhf_lightning.algorithms.ppo.settings import KLPenalty, ScoreShaping
 from rlhf_lightning.callbacks import HFExport, SampleTexts, StageProgressBar
 from rlhf_lightning.cli.quickstart.toy import ToyPaths, gold_score
 from rlhf_lightning.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
 from rlhf_lightning.models.generation import Sampling
-from rlhf_lightning.modules import PPOModule, RewardModule, SFTModule
-from rlhf_lightning.ppo_settings import KLPenalty, ScoreShaping
 
 SAMPLING = Sampling(temperature=0.7, max_new_tokens=72)
 MAX_LENGTH = 160

@@ -8,18 +8,9 @@ import torch
 from helpers.models import LAYOUTS, table_lm, table_scalar, table_tokenizer, tiny_causal_lm, tiny_classifier
 from helpers.threads import in_two_threads
 from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning.batches import PromptBatch
-from rlhf_lightning.chat.encoder import ChatEncoder
-from rlhf_lightning.chat.written import WrittenPrompt
-from rlhf_lightning.controllers import RunningMoments
-from rlhf_lightning.functional.masked import identity
-from rlhf_lightning.models.actor_critic import TrunkValue
-from rlhf_lightning.models.generation import Generation, Sampling, TransformersEngine
-from rlhf_lightning.models.reward_functions import ScoringFunction
-from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, Responses, TextScorer
-from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM
-from rlhf_lightning.ppo_settings import KLPenalty, Objective, ScoreShaping
-from rlhf_lightning.rollout import (
+from rlhf_lightning.algorithms.ppo.controllers import RunningMoments
+from rlhf_lightning.algorithms.ppo.models import TrunkValue
+from rlhf_lightning.algorithms.ppo.rollout import (
     Measurements,
     build_experience,
     experience_metrics,
@@ -28,6 +19,15 @@ from rlhf_lightning.rollout import (
     respond,
     shape_scores,
 )
+from rlhf_lightning.algorithms.ppo.settings import KLPenalty, Objective, ScoreShaping
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.chat.written import WrittenPrompt
+from rlhf_lightning.functional.masked import identity
+from rlhf_lightning.models.generation import Generation, Sampling, TransformersEngine
+from rlhf_lightning.models.reward_functions import ScoringFunction
+from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, Responses, TextScorer
+from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM
 
 NAN = float("nan")
 EOS = 3

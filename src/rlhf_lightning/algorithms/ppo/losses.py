@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lightning.experience import Experience
+from rlhf_lightning.algorithms.ppo.experience import Experience
+from rlhf_lightning.algorithms.ppo.models import TrunkValue, logprobs_and_values
+from rlhf_lightning.algorithms.ppo.settings import Objective
 from rlhf_lightning.functional import masked_sum, ppo_policy_loss, ppo_value_loss
-from rlhf_lightning.models.actor_critic import TrunkValue, logprobs_and_values
 from rlhf_lightning.models.scalar_lm import ScalarLM, response_values
-from rlhf_lightning.ppo_settings import Objective
 
 Loss = tuple[Tensor, dict[str, Tensor]]
 

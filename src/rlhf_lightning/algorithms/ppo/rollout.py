@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lightning.algorithms.ppo.controllers import RunningMoments
+from rlhf_lightning.algorithms.ppo.experience import Experience
+from rlhf_lightning.algorithms.ppo.models import TrunkValue, logprobs_and_values, values_alone
+from rlhf_lightning.algorithms.ppo.settings import KLPenalty, Objective, ScoreShaping
 from rlhf_lightning.batches import PromptBatch
-from rlhf_lightning.controllers import RunningMoments
-from rlhf_lightning.experience import Experience
 from rlhf_lightning.functional import gae, kl_estimate, kl_shaped_rewards, masked_moments, masked_sum, masked_whiten
 from rlhf_lightning.functional.masked import Reduce, identity
-from rlhf_lightning.models.actor_critic import TrunkValue, logprobs_and_values, values_alone
 from rlhf_lightning.models.causal_lm import response_logprobs
 from rlhf_lightning.models.generation import Generation, RolloutEngine, Sampling, decode_responses
 from rlhf_lightning.models.rewarding import ModelScorer, Responses, Scorer, TextScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
-from rlhf_lightning.ppo_settings import KLPenalty, Objective, ScoreShaping
 
 Report = Callable[[int, int], None]
 """Told how many of how many parts are done."""

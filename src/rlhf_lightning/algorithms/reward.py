@@ -19,6 +19,22 @@ from torch import Tensor, nn
 from torchmetrics import CatMetric, MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lightning.algorithms.common import (
+    SIZES,
+    check_token_budget,
+    configure_optimizer,
+    count_tokens,
+    drop_frozen_weights,
+    equally_many,
+    load_run_state,
+    log_metrics,
+    name_rows,
+    run_seed,
+    save_run_state,
+    stage_tokenizer,
+)
+from rlhf_lightning.algorithms.hyperparameters import as_config, from_config, optimizer_from_config
+from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.batches import PreferenceBatch, ScoringBatch, micro_batches
 from rlhf_lightning.errors import UserError
@@ -35,22 +51,6 @@ from rlhf_lightning.models.scalar_lm import (
     new_scalar_lm,
 )
 from rlhf_lightning.models.tokenizer import own_pad_token
-from rlhf_lightning.modules.common import (
-    SIZES,
-    check_token_budget,
-    configure_optimizer,
-    count_tokens,
-    drop_frozen_weights,
-    equally_many,
-    load_run_state,
-    log_metrics,
-    name_rows,
-    run_seed,
-    save_run_state,
-    stage_tokenizer,
-)
-from rlhf_lightning.modules.settings import as_config, from_config, optimizer_from_config
-from rlhf_lightning.modules.stage import Stage
 from rlhf_lightning.optim import ADAMW, Schedule, learning_rates, parameter_groups
 from rlhf_lightning.rng import forked_rng
 from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks

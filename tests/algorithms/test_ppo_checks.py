@@ -32,11 +32,11 @@ from rlhf_lightning import (
     ScoreShaping,
     UserError,
     load_causal_lm,
-    ppo_losses,
 )
+from rlhf_lightning.algorithms.ppo import checks as ppo_checks
+from rlhf_lightning.algorithms.ppo import losses as ppo_losses
 from rlhf_lightning.models.rewarding import ModelScorer
 from rlhf_lightning.models.scalar_lm import Calibration
-from rlhf_lightning.modules import ppo_checks
 
 SIZES = {"rollout_batch_size": 4, "minibatch_size": 4, "sampling": Sampling(max_new_tokens=4)}
 
@@ -97,7 +97,7 @@ def test_old_log_probabilities_that_are_not_the_policys_are_noticed(folder):
 def test_an_update_without_gradient_is_noticed(folder, monkeypatch):
     losses = ppo_losses.ppo_losses
     detached = lambda *args: ((0.0 * loss, metrics) for loss, metrics in losses(*args))  # noqa: E731
-    monkeypatch.setattr("rlhf_lightning.modules.ppo.ppo_losses", detached)
+    monkeypatch.setattr("rlhf_lightning.algorithms.ppo.module.ppo_losses", detached)
     with pytest.raises(AssertionError, match="the first update has no gradient, although there is something to learn"):
         run(PPOModule(folder, share_of_letters, **SIZES))
 

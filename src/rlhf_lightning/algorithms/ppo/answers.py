@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlhf_lightning.algorithms.common import equally_many
+from rlhf_lightning.algorithms.ppo import checks as ppo_checks
+from rlhf_lightning.algorithms.ppo.models import TrunkValue
+from rlhf_lightning.algorithms.ppo.rollout import Measurements, measure, respond
 from rlhf_lightning.batches import PromptBatch, length_sorted_pieces
-from rlhf_lightning.models.actor_critic import TrunkValue
 from rlhf_lightning.models.generation import Generation, TransformersEngine
-from rlhf_lightning.modules import ppo_checks
-from rlhf_lightning.modules.common import equally_many
 from rlhf_lightning.reporting import report_progress
-from rlhf_lightning.rollout import Measurements, measure, respond
 from rlhf_lightning.strategies import synced
 
 if TYPE_CHECKING:
-    from rlhf_lightning.modules.ppo import PPOModule
+    from rlhf_lightning.algorithms.ppo.module import PPOModule
 
 
 def answer(

@@ -18,15 +18,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lightning.arguments import SHARE_BELOW_1, check_arguments
-from rlhf_lightning.batches import InstructionBatch, PromptBatch, micro_batches
-from rlhf_lightning.models.causal_lm import hidden_states, load_causal_lm
-from rlhf_lightning.models.dtypes import keep_dtype
-from rlhf_lightning.models.finetune import FineTune, describe_trained, prepare_for_training
-from rlhf_lightning.models.generation import Sampling, TransformersEngine
-from rlhf_lightning.models.output_layer import cross_entropy_at
-from rlhf_lightning.models.packed import check_packing
-from rlhf_lightning.modules.common import (
+from rlhf_lightning.algorithms.common import (
     SIZES,
     check_token_budget,
     configure_optimizer,
@@ -41,11 +33,19 @@ from rlhf_lightning.modules.common import (
     save_run_state,
     stage_tokenizer,
 )
-from rlhf_lightning.modules.settings import as_config, from_config, optimizer_from_config
-from rlhf_lightning.modules.stage import Stage
+from rlhf_lightning.algorithms.hyperparameters import as_config, from_config, optimizer_from_config
+from rlhf_lightning.algorithms.ppo.rollout import respond
+from rlhf_lightning.algorithms.stage import Stage
+from rlhf_lightning.arguments import SHARE_BELOW_1, check_arguments
+from rlhf_lightning.batches import InstructionBatch, PromptBatch, micro_batches
+from rlhf_lightning.models.causal_lm import hidden_states, load_causal_lm
+from rlhf_lightning.models.dtypes import keep_dtype
+from rlhf_lightning.models.finetune import FineTune, describe_trained, prepare_for_training
+from rlhf_lightning.models.generation import Sampling, TransformersEngine
+from rlhf_lightning.models.output_layer import cross_entropy_at
+from rlhf_lightning.models.packed import check_packing
 from rlhf_lightning.optim import ADAMW, Schedule, learning_rates, parameter_groups
 from rlhf_lightning.rng import forked_rng, generator
-from rlhf_lightning.rollout import respond
 from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks, synced
 
 _PROBE_TOKENS = 16

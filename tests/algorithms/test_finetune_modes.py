@@ -139,7 +139,7 @@ def test_gradient_checkpointing_trains_the_same(llama, stage, mode):
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_line_says_how_much_is_trained(llama, stage, monkeypatch):
     lines = []
-    monkeypatch.setattr(f"rlhf_lightning.modules.{stage.__name__}.rank_zero_info", lines.append)
+    monkeypatch.setattr(f"rlhf_lightning.algorithms.{stage.__name__}.rank_zero_info", lines.append)
     module, data = stage(llama, MODES["lora"])
     fit(module, data, max_steps=2, limit_val_batches=0)
     (line,) = lines

@@ -24,9 +24,9 @@ from helpers.stages import (
 )
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import HFExport, PreferenceDataModule, RewardModule, UserError, load_reward_model
+from rlhf_lightning.algorithms.reward import both_sides
 from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.models.prefix import sharing_pays
-from rlhf_lightning.modules.reward import both_sides
 
 CONSTANT = {"lr_schedule": "constant", "warmup_steps": 0}
 LOSSES = ["last_token", "average", "per_sample"]
@@ -317,7 +317,7 @@ def test_speed_norm_and_rate_by_hand(reward_folder, monkeypatch):
     """One step of gradient descent without clipping: the gradient is what the weights moved by."""
     rows = preference_rows(7)
     (batch,) = batches(reward_folder, rows)
-    monkeypatch.setattr("rlhf_lightning.modules.reward.time", clock())
+    monkeypatch.setattr("rlhf_lightning.algorithms.reward.time", clock())
     module = RewardModule(reward_folder, optimizer=sgd(0.1), gradient_clip_val=None, **CONSTANT)
     module.configure_model()
     before = weights(module.scalar)

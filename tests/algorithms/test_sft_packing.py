@@ -16,10 +16,10 @@ from helpers.models import (
 )
 from helpers.stages import assert_close_weights, fit, instruction_rows, save_llama, sgd, trainer, weights
 from rlhf_lightning import InstructionDataModule, SFTModule, UserError
+from rlhf_lightning.algorithms.common import name_rows
 from rlhf_lightning.batches import InstructionBatch
 from rlhf_lightning.data.collate import pad
 from rlhf_lightning.models.packed import check_packing
-from rlhf_lightning.modules.common import name_rows
 
 _GATED = {
     "hidden_size": 16,
@@ -161,7 +161,7 @@ def test_the_proof_holds_in_low_precision_and_leaves_no_trace(family, refused, t
 def test_the_proof_is_given_once(monkeypatch):
     proofs = []
     monkeypatch.setattr(
-        "rlhf_lightning.modules.sft.check_packing", lambda model, tokens: proofs.append(tokens.tolist())
+        "rlhf_lightning.algorithms.sft.check_packing", lambda model, tokens: proofs.append(tokens.tolist())
     )
     module = module_of(tiny_model("llama"))
     for batch in (apart_batch(), packed_batch(), packed_batch()):

@@ -17,20 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lightning.arguments import POSITIVE, check_arguments
-from rlhf_lightning.batches import PromptBatch
-from rlhf_lightning.controllers import KLController, RunningMoments
-from rlhf_lightning.experience import Experience
-from rlhf_lightning.models.actor_critic import ActorCriticSource, FrozenDtype, TrunkValue, ValueTrunk
-from rlhf_lightning.models.dtypes import keep_dtype
-from rlhf_lightning.models.finetune import FineTune, enable_gradient_checkpointing
-from rlhf_lightning.models.generation import Sampling, TransformersEngine
-from rlhf_lightning.models.reward_functions import RewardFunction
-from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer
-from rlhf_lightning.models.scalar_lm import ScalarLM
-from rlhf_lightning.modules import ppo_checks
-from rlhf_lightning.modules.answers import answer, measure_answers
-from rlhf_lightning.modules.common import (
+from rlhf_lightning.algorithms.common import (
     SIZES,
     check_batch_sizes,
     check_token_budget,
@@ -46,14 +33,27 @@ from rlhf_lightning.modules.common import (
     save_run_state,
     stage_tokenizer,
 )
-from rlhf_lightning.modules.settings import as_config, from_config, optimizer_from_config
-from rlhf_lightning.modules.stage import Stage
+from rlhf_lightning.algorithms.hyperparameters import as_config, from_config, optimizer_from_config
+from rlhf_lightning.algorithms.ppo import checks as ppo_checks
+from rlhf_lightning.algorithms.ppo.answers import answer, measure_answers
+from rlhf_lightning.algorithms.ppo.controllers import KLController, RunningMoments
+from rlhf_lightning.algorithms.ppo.experience import Experience
+from rlhf_lightning.algorithms.ppo.losses import ppo_losses, tallied
+from rlhf_lightning.algorithms.ppo.models import ActorCriticSource, FrozenDtype, TrunkValue, ValueTrunk
+from rlhf_lightning.algorithms.ppo.rollout import build_experience, experience_metrics, raw_score, shape_scores
+from rlhf_lightning.algorithms.ppo.settings import KLPenalty, Objective, ScoreShaping
+from rlhf_lightning.algorithms.stage import Stage
+from rlhf_lightning.arguments import POSITIVE, check_arguments
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.models.dtypes import keep_dtype
+from rlhf_lightning.models.finetune import FineTune, enable_gradient_checkpointing
+from rlhf_lightning.models.generation import Sampling, TransformersEngine
+from rlhf_lightning.models.reward_functions import RewardFunction
+from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer
+from rlhf_lightning.models.scalar_lm import ScalarLM
 from rlhf_lightning.optim import PPO_ADAMW, Schedule, learning_rates, parameter_groups
-from rlhf_lightning.ppo_losses import ppo_losses, tallied
-from rlhf_lightning.ppo_settings import KLPenalty, Objective, ScoreShaping
 from rlhf_lightning.reporting import log_text, report_progress
 from rlhf_lightning.rng import generator
-from rlhf_lightning.rollout import build_experience, experience_metrics, raw_score, shape_scores
 from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks, world_size
 
 _EVALUATED = ("score", "raw_score", "kl", "eos_rate", "response_length")

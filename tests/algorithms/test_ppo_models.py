@@ -9,9 +9,9 @@ from torch import nn
 from helpers.models import save_folder, tiny_causal_lm
 from helpers.stages import same_weights, save_gpt2, save_llama, save_reward_model, share_of_letters, weights
 from helpers.tokenizers import tiny_tokenizer
+from rlhf_lightning.algorithms.ppo.models import ActorCriticSource, TrunkValue, logprobs_and_values, values_alone
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.actor_critic import ActorCriticSource, TrunkValue, logprobs_and_values, values_alone
 from rlhf_lightning.models.causal_lm import load_causal_lm, response_logprobs
 from rlhf_lightning.models.finetune import FineTune, add_adapter, choose_trained
 from rlhf_lightning.models.scalar_lm import load_reward_model, new_scalar_lm, response_values

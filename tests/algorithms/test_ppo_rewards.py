@@ -19,12 +19,12 @@ from rlhf_lightning import (
     Sampling,
     UserError,
 )
+from rlhf_lightning.algorithms.ppo.models import ActorCriticSource
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.plain import PlainFormat
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.data.sources import Table
-from rlhf_lightning.models.actor_critic import ActorCriticSource
 from rlhf_lightning.models.generation import Generation, decode_responses
 from rlhf_lightning.models.rewarding import ModelScorer, Responses, TextScorer, load_scorer, rendering_of
 from rlhf_lightning.models.scalar_lm import RENDERING, load_reward_model

@@ -200,7 +200,7 @@ def test_speed_norm_and_rate_by_hand(folder, monkeypatch):
     """One step of gradient descent without clipping: the gradient is what the weights moved by."""
     rows = instruction_rows(7)
     (batch,) = batches(folder, rows)
-    monkeypatch.setattr("rlhf_lightning.modules.sft.time", clock())
+    monkeypatch.setattr("rlhf_lightning.algorithms.sft.time", clock())
     module = SFTModule(folder, sgd(0.1), gradient_clip_val=None, **CONSTANT)
     module.configure_model()
     before = weights(module.model)
