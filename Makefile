@@ -16,7 +16,7 @@ test: $(READY)
 # The numerical tests under another instruction set than the machine's own; CAPABILITY=default for none at all.
 # torch.compile keeps generated code by the model, not by the instruction set, so that its cache is left out.
 CAPABILITY ?= avx2
-NUMBERS = tests/functional tests/models tests/algorithms tests/test_optim.py tests/test_master_weights.py
+NUMBERS = tests/functional tests/forward tests/models tests/generation tests/training tests/algorithms
 test-numbers: $(READY)
 	ATEN_CPU_CAPABILITY=$(CAPABILITY) ONEDNN_MAX_CPU_ISA=$(if $(filter default,$(CAPABILITY)),SSE41,AVX2) \
 		TORCHINDUCTOR_FX_GRAPH_CACHE=0 $(BIN)/pytest -n 2 $(NUMBERS)

@@ -32,7 +32,7 @@ def left_padded(rows: list[list[int]], filler: int, device: str) -> tuple[torch.
 def our_step(job: dict[str, Any], model: Any, tokenizer: Any, ids: torch.Tensor, mask: torch.Tensor) -> Step:
     """Sampling as our rollouts do it."""
     from rlhf_lightning import Sampling
-    from rlhf_lightning.models.generation import TransformersEngine
+    from rlhf_lightning.generation.engine import TransformersEngine
 
     sampling = Sampling(max_new_tokens=job["new_tokens"], min_new_tokens=job["new_tokens"])
     engine = TransformersEngine(model, tokenizer, **job["ours_options"])
@@ -59,7 +59,7 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     side, device = sys.argv[3], job["device"]
     if side == "ours":
-        import rlhf_lightning.models.generation  # noqa: F401  its libraries are to be counted as such
+        import rlhf_lightning.generation.engine  # noqa: F401  its libraries are to be counted as such
     recorder = Recorder()
     dtype = torch.bfloat16 if job["precision"].startswith("bf16") else torch.float32
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype).to(device).eval()

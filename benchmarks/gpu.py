@@ -154,7 +154,7 @@ def decoding(shape: Shape, policy: str, options: argparse.Namespace) -> dict[str
     from transformers import AutoModelForCausalLM
 
     from rlhf_lightning import Sampling
-    from rlhf_lightning.models.generation import TransformersEngine
+    from rlhf_lightning.generation.engine import TransformersEngine
     from rlhf_lightning.models.tokenizer import load_tokenizer
 
     dtype = torch.float32 if options.precision == "32-true" else torch.bfloat16

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from rlhf_lightning.data import Table as Table
     from rlhf_lightning.errors import NonFiniteError as NonFiniteError
     from rlhf_lightning.errors import UserError as UserError
+    from rlhf_lightning.generation.sampling import Sampling as Sampling
     from rlhf_lightning.models.causal_lm import load_causal_lm as load_causal_lm
     from rlhf_lightning.models.finetune import FineTune as FineTune
-    from rlhf_lightning.models.generation import Sampling as Sampling
     from rlhf_lightning.models.scalar_lm import ScalarLM as ScalarLM
     from rlhf_lightning.models.scalar_lm import load_reward_model as load_reward_model
-    from rlhf_lightning.strategies import DeepSpeedStrategy as DeepSpeedStrategy
+    from rlhf_lightning.training import DeepSpeedStrategy as DeepSpeedStrategy
 
 _HOMES = {
     "callbacks": ("HFExport", "PredictionWriter", "SampleTexts", "ShortSummary", "StageProgressBar"),
@@ -51,11 +51,11 @@ _HOMES = {
     "errors": ("NonFiniteError", "UserError"),
     "models.causal_lm": ("load_causal_lm",),
     "models.finetune": ("FineTune",),
-    "models.generation": ("Sampling",),
+    "generation.sampling": ("Sampling",),
     "models.scalar_lm": ("ScalarLM", "load_reward_model"),
     "algorithms": ("PPOModule", "RewardModule", "SFTModule"),
     "algorithms.ppo.settings": ("KLPenalty", "Objective", "ScoreShaping"),
-    "strategies": ("DeepSpeedStrategy",),
+    "training": ("DeepSpeedStrategy",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -25,7 +25,7 @@ from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.plain import PlainFormat
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.data.sources import Table
-from rlhf_lightning.models.generation import Generation, decode_responses
+from rlhf_lightning.generation.engine import Generation, decode_responses
 from rlhf_lightning.models.rewarding import ModelScorer, Responses, TextScorer, load_scorer, rendering_of
 from rlhf_lightning.models.scalar_lm import RENDERING, load_reward_model
 

@@ -38,7 +38,7 @@ from rlhf_lightning import (
 from rlhf_lightning.algorithms import common
 from rlhf_lightning.algorithms.ppo import module as ppo_stage
 from rlhf_lightning.cli.main import main
-from rlhf_lightning.master_weights import MasterWeights
+from rlhf_lightning.training.master_weights import MasterWeights
 
 PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
 """Each precision and the type of its weights."""

@@ -26,7 +26,7 @@ from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import HFExport, PreferenceDataModule, RewardModule, UserError, load_reward_model
 from rlhf_lightning.algorithms.reward import both_sides
 from rlhf_lightning.batches import PreferenceBatch
-from rlhf_lightning.models.prefix import sharing_pays
+from rlhf_lightning.forward.prefix import sharing_pays
 
 CONSTANT = {"lr_schedule": "constant", "warmup_steps": 0}
 LOSSES = ["last_token", "average", "per_sample"]
@@ -142,7 +142,7 @@ def test_a_token_budget_changes_nothing_but_the_size_of_micro_batches(
     reward_folder, loss, budget, sharing, monkeypatch
 ):
     monkeypatch.setattr(
-        "rlhf_lightning.models.unpadded.DEVICES", set()
+        "rlhf_lightning.forward.unpadded.DEVICES", set()
     )  # so that the model is shown whole micro-batches
     data = batches(reward_folder, ROWS, batch_size=8)
     trained = []

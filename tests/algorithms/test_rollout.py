@@ -24,7 +24,8 @@ from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.functional.masked import identity
-from rlhf_lightning.models.generation import Generation, Sampling, TransformersEngine
+from rlhf_lightning.generation.engine import Generation, TransformersEngine
+from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.reward_functions import ScoringFunction
 from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, Responses, TextScorer
 from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM

@@ -19,7 +19,7 @@ from rlhf_lightning import InstructionDataModule, SFTModule, UserError
 from rlhf_lightning.algorithms.common import name_rows
 from rlhf_lightning.batches import InstructionBatch
 from rlhf_lightning.data.collate import pad
-from rlhf_lightning.models.packed import check_packing
+from rlhf_lightning.forward.packed import check_packing
 
 _GATED = {
     "hidden_size": 16,

@@ -9,7 +9,8 @@ from helpers.stage_runs import STAGES
 from helpers.stages import save_llama, save_reward_model, trainer
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import HFExport
-from rlhf_lightning.models.generation import Sampling, TransformersEngine
+from rlhf_lightning.generation.engine import TransformersEngine
+from rlhf_lightning.generation.sampling import Sampling
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|start|>\n' }}{% endfor %}"

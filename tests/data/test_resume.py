@@ -11,7 +11,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.data import Blend, InstructionDataModule, PreferenceDataModule, PromptDataModule, Table, resuming
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.optim import schedule_learning_rate
+from rlhf_lightning.training.optim import schedule_learning_rate
 
 ROWS = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(23)]
 VALIDATION = [{"prompt": f"held out {i}", "chosen": "yes", "rejected": "no"} for i in range(5)]

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.models import FAMILIES, VOCAB_SIZE, spread_weights, tiny_causal_lm
-from rlhf_lightning.models.generation import TransformersEngine
+from rlhf_lightning.generation.engine import TransformersEngine
 
 EOS = 2
 LENGTHS = [3, 17, 1, 9, 9, 12, 2, 5, 20, 1, 6, 4]

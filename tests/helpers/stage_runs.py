@@ -21,7 +21,7 @@ from rlhf_lightning import (
     SFTModule,
 )
 from rlhf_lightning.batches import PreferenceBatch
-from rlhf_lightning.strategies import consolidated_state_dict
+from rlhf_lightning.training import consolidated_state_dict
 
 GLOBAL_BATCH, EXAMPLES = 8, 16
 CONSTANT = {"lr_schedule": "constant", "warmup_steps": 0, "gradient_clip_val": 0.1}

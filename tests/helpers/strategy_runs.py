@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from rlhf_lightning.errors import NonFiniteError
-from rlhf_lightning.strategies import (
+from rlhf_lightning.training import (
     DeepSpeedStrategy,
     GradientAccumulation,
     consolidated_state_dict,

@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 
 from helpers.models import FAMILIES, WITHOUT_CLASSIFIER, tiny_causal_lm, tiny_classifier
 from rlhf_lightning import FineTune, UserError
+from rlhf_lightning.forward.output_layer import output_logits
 from rlhf_lightning.models.causal_lm import disable_dropout, hidden_states, padded_hidden_states
 from rlhf_lightning.models.finetune import (
     add_adapter,
@@ -19,7 +20,6 @@ from rlhf_lightning.models.finetune import (
     merged_state,
     prepare_for_training,
 )
-from rlhf_lightning.models.output_layer import output_logits
 
 IDS = torch.tensor([[40, 41, 42, 43, 44]])
 LORA = FineTune("lora", rank=4)

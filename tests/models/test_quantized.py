@@ -10,8 +10,8 @@ from bitsandbytes.nn import Linear4bit
 from helpers.models import tiny_causal_lm
 from helpers.stages import save_llama, save_reward_model
 from rlhf_lightning import UserError, load_causal_lm, load_reward_model
+from rlhf_lightning.forward.numerics import tolerance
 from rlhf_lightning.models.quantized import settle_nf4
-from rlhf_lightning.models.trials import tolerance
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 

@@ -16,11 +16,11 @@ from rlhf_lightning.arguments import AT_LEAST_1
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.master_weights import with_master_weights
-from rlhf_lightning.models.generation import Generation
+from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.models.tokenizer import check_same_words, load_tokenizer
-from rlhf_lightning.optim import schedule_learning_rate
-from rlhf_lightning.strategies import sum_over_ranks, world_size
+from rlhf_lightning.training import sum_over_ranks, world_size
+from rlhf_lightning.training.master_weights import with_master_weights
+from rlhf_lightning.training.optim import schedule_learning_rate
 
 PieceT = TypeVar("PieceT")
 

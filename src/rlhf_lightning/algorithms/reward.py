@@ -38,11 +38,11 @@ from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.batches import PreferenceBatch, ScoringBatch, micro_batches
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.forward.backbone import evaluation_mode
+from rlhf_lightning.forward.prefix import SharedRows, share_rows, shared_lengths, sharing_pays
 from rlhf_lightning.functional import RewardLoss, pairwise_loss, scores_at_end
-from rlhf_lightning.models.backbone import evaluation_mode
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.models.finetune import FineTune, describe_trained, prepare_for_training
-from rlhf_lightning.models.prefix import SharedRows, share_rows, shared_lengths, sharing_pays
 from rlhf_lightning.models.scalar_lm import (
     Calibration,
     ScalarLM,
@@ -51,9 +51,9 @@ from rlhf_lightning.models.scalar_lm import (
     new_scalar_lm,
 )
 from rlhf_lightning.models.tokenizer import own_pad_token
-from rlhf_lightning.optim import ADAMW, Schedule, learning_rates, parameter_groups
 from rlhf_lightning.rng import forked_rng
-from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks
+from rlhf_lightning.training import GradientAccumulation, sum_over_ranks
+from rlhf_lightning.training.optim import ADAMW, Schedule, learning_rates, parameter_groups
 
 _PROBE_TOKENS = 64
 

@@ -38,15 +38,16 @@ from rlhf_lightning.algorithms.ppo.rollout import respond
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.arguments import SHARE_BELOW_1, check_arguments
 from rlhf_lightning.batches import InstructionBatch, PromptBatch, micro_batches
+from rlhf_lightning.forward.output_layer import cross_entropy_at
+from rlhf_lightning.forward.packed import check_packing
+from rlhf_lightning.generation.engine import TransformersEngine
+from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.causal_lm import hidden_states, load_causal_lm
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.models.finetune import FineTune, describe_trained, prepare_for_training
-from rlhf_lightning.models.generation import Sampling, TransformersEngine
-from rlhf_lightning.models.output_layer import cross_entropy_at
-from rlhf_lightning.models.packed import check_packing
-from rlhf_lightning.optim import ADAMW, Schedule, learning_rates, parameter_groups
 from rlhf_lightning.rng import forked_rng, generator
-from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks, synced
+from rlhf_lightning.training import GradientAccumulation, sum_over_ranks, synced
+from rlhf_lightning.training.optim import ADAMW, Schedule, learning_rates, parameter_groups
 
 _PROBE_TOKENS = 16
 

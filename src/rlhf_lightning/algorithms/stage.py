@@ -19,7 +19,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.quiet import hush
+from rlhf_lightning.warning_filters import hush
 
 _ACCUMULATION = (
     "the stages accumulate by themselves; set the data's batch size to the whole batch and the module's "

@@ -29,7 +29,7 @@ from rlhf_lightning.models.finetune import HEAD, adapter_state, merged_state
 from rlhf_lightning.models.rewarding import rendering_of
 from rlhf_lightning.models.scalar_lm import CALIBRATION, RENDERING
 from rlhf_lightning.models.tokenizer import eos_ids
-from rlhf_lightning.strategies import consolidated_state_dict
+from rlhf_lightning.training import consolidated_state_dict
 
 _CARD = "README.md"
 _MARK = "rlhf_lightning"

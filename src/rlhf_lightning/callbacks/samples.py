@@ -15,11 +15,12 @@ from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data.collate import EncodedPrompt, collate_prompts, pack_ids
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.generation import Sampling, TransformersEngine
+from rlhf_lightning.generation.engine import TransformersEngine
+from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.tokenizer import filler_id
-from rlhf_lightning.reporting import log_text
 from rlhf_lightning.rng import generator
-from rlhf_lightning.strategies import synced
+from rlhf_lightning.training import synced
+from rlhf_lightning.training.reporting import log_text
 
 
 class SampleTexts(Callback):

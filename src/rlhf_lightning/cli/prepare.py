@@ -27,7 +27,7 @@ from rlhf_lightning.data.rows import KINDS
 from rlhf_lightning.data.sources import DataSource, as_source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.tokenizer import load_tokenizer
-from rlhf_lightning.quiet import hush
+from rlhf_lightning.warning_filters import hush
 
 
 def prepare(

@@ -28,7 +28,7 @@ from rlhf_lightning.cli.spelling import check_words
 from rlhf_lightning.cli.stacking import StackedConfig, as_configs
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folders import check_model_folder
-from rlhf_lightning.quiet import hush
+from rlhf_lightning.warning_filters import hush
 
 LINKS = {
     "model.init_args.model_name_or_path": "data.init_args.tokenizer",

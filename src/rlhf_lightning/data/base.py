@@ -33,7 +33,7 @@ from rlhf_lightning.data.sources import DataSource, Source, as_source
 from rlhf_lightning.data.streaming import StreamedExamples, StreamLoader, check_streaming, evaluation_tables
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer
-from rlhf_lightning.quiet import hush
+from rlhf_lightning.warning_filters import hush
 
 
 class TextDataModule(ResumableDataModule, ABC):

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folders import looks_local
-from rlhf_lightning.models.partitioned import is_partitioned
 from rlhf_lightning.models.peft_library import PeftModel, without_bitsandbytes
 from rlhf_lightning.models.tokenizer import load_tokenizer
+from rlhf_lightning.training.zero import is_partitioned
 
 ADAPTER_CONFIG = "adapter_config.json"
 CALIBRATION_FILE = "reward_calibration.json"

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.forward.backbone import position_ids, run_backbone
+from rlhf_lightning.forward.capacity import explained_lookups
+from rlhf_lightning.forward.compatibility import takes_left_padding
+from rlhf_lightning.forward.output_layer import token_logprobs_at
+from rlhf_lightning.forward.unpadded import applies, unpadded_hidden_states
 from rlhf_lightning.models.adapters import adapter_base, is_adapter, is_reward_adapter, merge_adapter
-from rlhf_lightning.models.agreement import takes_left_padding
-from rlhf_lightning.models.backbone import position_ids, run_backbone
-from rlhf_lightning.models.capacity import explained_lookups
 from rlhf_lightning.models.dtypes import keep_tables
 from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
-from rlhf_lightning.models.output_layer import token_logprobs_at
 from rlhf_lightning.models.quantized import nf4_options, settle_nf4
-from rlhf_lightning.models.unpadded import applies, unpadded_hidden_states
 
 
 def load_causal_lm(

@@ -17,11 +17,10 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, SHARE_BELOW_1, check_arguments
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.backbone import HEAD
+from rlhf_lightning.forward.backbone import HEAD
+from rlhf_lightning.forward.output_layer import is_tied
 from rlhf_lightning.models.fused_lora import fuse_adapters
 from rlhf_lightning.models.lora_targets import layer_targets, parameter_targets, say_what_has_none
-from rlhf_lightning.models.output_layer import is_tied
-from rlhf_lightning.models.partitioned import is_partitioned, whole
 from rlhf_lightning.models.peft_library import (
     LoraConfig,
     LoraLayer,
@@ -31,6 +30,7 @@ from rlhf_lightning.models.peft_library import (
     inject_adapter_in_model,
 )
 from rlhf_lightning.rng import generator
+from rlhf_lightning.training.zero import is_partitioned, whole
 
 _FINAL_NORM = re.compile(r"(final_)?(layer_?)?norm|(ln|norm)_f")
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rlhf_lightning.models.partitioned import is_partitioned
 from rlhf_lightning.models.peft_library import LoraLinear
+from rlhf_lightning.training.zero import is_partitioned
 
 
 def fuse_adapters(model: nn.Module) -> None:

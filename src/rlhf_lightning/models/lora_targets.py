@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.backbone import HEAD
-from rlhf_lightning.models.output_layer import is_tied
+from rlhf_lightning.forward.backbone import HEAD
+from rlhf_lightning.forward.output_layer import is_tied
 
 _LINEAR = (nn.Linear, Conv1D)
 _WORTH_SAYING = 0.01

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.forward.numerics import allowed_rounding, relative_distance
 from rlhf_lightning.models.adapters import is_adapter
-from rlhf_lightning.models.trials import allowed_rounding, relative_distance
 
 _ROWS = 3  # of the input that a layer is tried on
 

@@ -18,7 +18,7 @@ from rlhf_lightning.chat.plain import PlainFormat
 from rlhf_lightning.chat.spacing import NO_SPACING, Spacing
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.capacity import context_length
+from rlhf_lightning.forward.capacity import context_length
 from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction, import_function, names_function
 from rlhf_lightning.models.scalar_lm import CALIBRATION, RENDERING, ScalarLM, check_reward_model, load_reward_model
 from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer, same_tokenizer

@@ -37,7 +37,6 @@ from rlhf_lightning.models.causal_lm import (
 from rlhf_lightning.models.dtypes import keep_tables, linear_in_float32
 from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
 from rlhf_lightning.models.fused_lora import fuse_adapters
-from rlhf_lightning.models.partitioned import is_partitioned, whole
 from rlhf_lightning.models.peft_library import (
     PeftConfig,
     cast_adapter_dtype,
@@ -47,6 +46,7 @@ from rlhf_lightning.models.peft_library import (
 )
 from rlhf_lightning.models.quantized import nf4_options, settle_nf4
 from rlhf_lightning.rng import generator
+from rlhf_lightning.training.zero import is_partitioned, whole
 
 HEAD_WEIGHT = "base_model.model.score.weight"
 """What an adapter folder calls the weight of the head."""

@@ -13,9 +13,9 @@ from rlhf_lightning.algorithms.ppo import checks as ppo_checks
 from rlhf_lightning.algorithms.ppo.models import TrunkValue
 from rlhf_lightning.algorithms.ppo.rollout import Measurements, measure, respond
 from rlhf_lightning.batches import PromptBatch, length_sorted_pieces
-from rlhf_lightning.models.generation import Generation, TransformersEngine
-from rlhf_lightning.reporting import report_progress
-from rlhf_lightning.strategies import synced
+from rlhf_lightning.generation.engine import Generation, TransformersEngine
+from rlhf_lightning.training import synced
+from rlhf_lightning.training.reporting import report_progress
 
 if TYPE_CHECKING:
     from rlhf_lightning.algorithms.ppo.module import PPOModule

@@ -16,13 +16,13 @@ from rlhf_lightning.algorithms.common import name_rows
 from rlhf_lightning.algorithms.ppo.controllers import RunningMoments
 from rlhf_lightning.algorithms.ppo.experience import Experience
 from rlhf_lightning.errors import NonFiniteError, UserError
+from rlhf_lightning.forward.capacity import context_length
+from rlhf_lightning.forward.numerics import is_float32_exact
 from rlhf_lightning.functional import masked_sum
-from rlhf_lightning.models.capacity import context_length
+from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.rewarding import ModelScorer, TextScorer
-from rlhf_lightning.models.sampling import Sampling
 from rlhf_lightning.models.scalar_lm import ScalarLM
-from rlhf_lightning.models.trials import is_float32_exact
-from rlhf_lightning.strategies import sum_over_ranks
+from rlhf_lightning.training import sum_over_ranks
 
 _EXACT, _ROUNDED, _WRONG = 1e-3, 0.05, 1.0
 """Nats per token: what float32 leaves of 0, what lower precision does on average over many tokens, and what no rounding

@@ -24,7 +24,6 @@ from rlhf_lightning.models.causal_lm import freeze, load_causal_lm, logprobs_fro
 from rlhf_lightning.models.dtypes import linear_in_float32
 from rlhf_lightning.models.finetune import FineTune, add_adapter, choose_trained
 from rlhf_lightning.models.folders import check_model_folder, same_model
-from rlhf_lightning.models.partitioned import is_partitioned
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.rewarding import (
     FunctionScorer,
@@ -45,6 +44,7 @@ from rlhf_lightning.models.scalar_lm import (
 )
 from rlhf_lightning.models.sharing import frozen_twin, scalar_beside, zero_head
 from rlhf_lightning.models.tokenizer import load_tokenizer, same_tokenizer
+from rlhf_lightning.training.zero import is_partitioned
 
 ValueTrunk = Literal["own", "policy"]
 FrozenDtype = Literal["auto", "float32", "bfloat16", "float16", "nf4"]

@@ -45,16 +45,17 @@ from rlhf_lightning.algorithms.ppo.settings import KLPenalty, Objective, ScoreSh
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.arguments import POSITIVE, check_arguments
 from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.generation.engine import TransformersEngine
+from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.models.finetune import FineTune, enable_gradient_checkpointing
-from rlhf_lightning.models.generation import Sampling, TransformersEngine
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
-from rlhf_lightning.optim import PPO_ADAMW, Schedule, learning_rates, parameter_groups
-from rlhf_lightning.reporting import log_text, report_progress
 from rlhf_lightning.rng import generator
-from rlhf_lightning.strategies import GradientAccumulation, sum_over_ranks, world_size
+from rlhf_lightning.training import GradientAccumulation, sum_over_ranks, world_size
+from rlhf_lightning.training.optim import PPO_ADAMW, Schedule, learning_rates, parameter_groups
+from rlhf_lightning.training.reporting import log_text, report_progress
 
 _EVALUATED = ("score", "raw_score", "kl", "eos_rate", "response_length")
 

@@ -19,8 +19,9 @@ from rlhf_lightning.algorithms.ppo.settings import KLPenalty, Objective, ScoreSh
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.functional import gae, kl_estimate, kl_shaped_rewards, masked_moments, masked_sum, masked_whiten
 from rlhf_lightning.functional.masked import Reduce, identity
+from rlhf_lightning.generation.engine import Generation, RolloutEngine, decode_responses
+from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.causal_lm import response_logprobs
-from rlhf_lightning.models.generation import Generation, RolloutEngine, Sampling, decode_responses
 from rlhf_lightning.models.rewarding import ModelScorer, Responses, Scorer, TextScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
 

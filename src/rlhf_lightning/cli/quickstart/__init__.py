@@ -18,7 +18,7 @@ from rlhf_lightning.cli.quickstart.report import plot_curves, print_answers, pri
 from rlhf_lightning.cli.quickstart.stages import answer, gold_accuracy, train_ppo, train_reward, train_sft
 from rlhf_lightning.cli.quickstart.toy import build_toy_tokenizer, toy_texts, write_toy_data, write_toy_model
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.quiet import hush
+from rlhf_lightning.warning_filters import hush
 
 RESULTS = "results.json"
 

@@ -16,7 +16,7 @@ from rlhf_lightning.algorithms.ppo.settings import KLPenalty, ScoreShaping
 from rlhf_lightning.callbacks import HFExport, SampleTexts, StageProgressBar
 from rlhf_lightning.cli.quickstart.toy import ToyPaths, gold_score
 from rlhf_lightning.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
-from rlhf_lightning.models.generation import Sampling
+from rlhf_lightning.generation.sampling import Sampling
 
 SAMPLING = Sampling(temperature=0.7, max_new_tokens=72)
 MAX_LENGTH = 160

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from rlhf_lightning.errors import NonFiniteError, UserError
-from rlhf_lightning.strategies.deepspeed import DeepSpeedStrategy
-from rlhf_lightning.strategies.ranks import clip_value, world_size
+from rlhf_lightning.training.deepspeed import DeepSpeedStrategy
+from rlhf_lightning.training.ranks import clip_value, world_size
 
 
 class GradientAccumulation:

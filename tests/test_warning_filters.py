@@ -7,7 +7,7 @@ import pytest
 from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
 
 from rlhf_lightning import InstructionDataModule, SFTModule
-from rlhf_lightning.quiet import hush
+from rlhf_lightning.warning_filters import hush
 
 LOGGERS = ["transformers.modeling_utils", "pytorch_lightning.utilities.rank_zero", "DeepSpeed"]
 

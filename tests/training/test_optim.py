@@ -10,7 +10,7 @@ from torch import nn
 
 from helpers.models import tiny_causal_lm
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.optim import learning_rate_factor, learning_rates, parameter_groups, schedule_learning_rate
+from rlhf_lightning.training.optim import learning_rate_factor, learning_rates, parameter_groups, schedule_learning_rate
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])

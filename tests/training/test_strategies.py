@@ -18,9 +18,9 @@ import rlhf_lightning
 from helpers.distributed import run_in_processes
 from helpers.strategy_runs import fit, save_model, validate
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.strategies import DeepSpeedStrategy, GradientAccumulation
+from rlhf_lightning.training import DeepSpeedStrategy, GradientAccumulation
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "trainer"
+CONFIGS = Path(__file__).parents[2] / "configs" / "trainer"
 WHOLE, HALVES = {"micro_sizes": [4, 4, 4]}, {"micro_sizes": [2, 2, 2]}  # rows per micro-batch; a rank has four rows
 UNEVEN = {"micro_sizes": [1, 3, 2]}  # 4, then 2 (of 3 and 1 rows), then 2 micro-batches
 CLIPPED_ADAM = {"gradient_clip_val": 0.1, "adam": True}

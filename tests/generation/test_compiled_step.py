@@ -12,11 +12,13 @@ from helpers.answers import LENGTHS, OTHERS, model_of, prompts, responses
 from helpers.compiling import count_compiling, use_backend
 from helpers.models import FAMILIES, LAYOUTS, precise
 from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning.models import compiled_step, decode_attention
-from rlhf_lightning.models.backbone import cache_argument
-from rlhf_lightning.models.compiled_step import COLUMNS, CompiledStep
+from rlhf_lightning.forward.backbone import cache_argument
+from rlhf_lightning.generation import attention as decode_attention
+from rlhf_lightning.generation import compiled_step
+from rlhf_lightning.generation.compiled_step import COLUMNS, CompiledStep
+from rlhf_lightning.generation.engine import TransformersEngine
+from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.finetune import FineTune, add_adapter
-from rlhf_lightning.models.generation import Sampling, TransformersEngine
 
 GIVEN_UP = "compile_decoding: the decoding step cannot be compiled"
 # Of these some versions of transformers have no SDPA.

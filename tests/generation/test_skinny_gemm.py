@@ -12,8 +12,9 @@ from torch import nn
 
 from helpers.models import tiny_causal_lm
 from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning.models.few_rows import FEWEST, MOST, few_row_products
-from rlhf_lightning.models.generation import Sampling, TransformersEngine
+from rlhf_lightning.generation.engine import TransformersEngine
+from rlhf_lightning.generation.sampling import Sampling
+from rlhf_lightning.generation.skinny_gemm import FEWEST, MOST, few_row_products
 
 FEW = torch.ones(FEWEST, 7)
 

@@ -11,13 +11,9 @@ from helpers.answers import generate
 from helpers.models import table_lm, table_tokenizer, tiny_causal_lm
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.backbone import evaluation_mode
-from rlhf_lightning.models.generation import (
-    Generation,
-    Sampling,
-    decode_responses,
-    sample_tokens,
-)
+from rlhf_lightning.forward.backbone import evaluation_mode
+from rlhf_lightning.generation.engine import Generation, decode_responses
+from rlhf_lightning.generation.sampling import Sampling, sample_tokens
 
 EOS = 3
 P = [[0.7, 0.1, 0.1, 0.1], [0.1, 0.2, 0.3, 0.4], [0.05, 0.15, 0.2, 0.6], [0.25, 0.35, 0.3, 0.1]]

@@ -16,11 +16,13 @@ from helpers.answers import EOS, LENGTHS, OTHERS, model_of, prompts, responses
 from helpers.models import FAMILIES, LAYOUTS, closeness, precise, tiny_causal_lm
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models import decode_attention, decoding, rollout_cache
+from rlhf_lightning.generation import attention as decode_attention
+from rlhf_lightning.generation import cache as rollout_cache
+from rlhf_lightning.generation import decoding
+from rlhf_lightning.generation.engine import TransformersEngine
+from rlhf_lightning.generation.merging import merged_adapters
+from rlhf_lightning.generation.sampling import Sampling, draw_tokens, uniforms
 from rlhf_lightning.models.causal_lm import response_hidden, response_logprobs
-from rlhf_lightning.models.generation import Sampling, TransformersEngine
-from rlhf_lightning.models.merging import merged_adapters
-from rlhf_lightning.models.sampling import draw_tokens, uniforms
 
 
 def run(model, sampling, lengths=LENGTHS, batch_size=None, order=None, extra=0, **options):
@@ -318,7 +320,7 @@ def test_merging_adapters_changes_nothing_and_leaves_no_trace(options, monkeypat
     for name, value in model.state_dict().items():
         assert value.data_ptr() == before[name][1]
         assert torch.equal(value, before[name][2])
-    monkeypatch.setattr("rlhf_lightning.models.merging._mergeable", lambda _: [])
+    monkeypatch.setattr("rlhf_lightning.generation.merging._mergeable", lambda _: [])
     apart = run(model, sampling, with_logprobs=True)
     assert responses(merged) == responses(apart)
     torch.testing.assert_close(merged.logprobs, apart.logprobs, **LAYOUTS)

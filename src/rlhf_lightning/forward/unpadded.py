@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rlhf_lightning.models.attention import UNUSUAL, attention_function
-from rlhf_lightning.models.backbone import (
+from rlhf_lightning.forward.attention import UNUSUAL, attention_function
+from rlhf_lightning.forward.backbone import (
     cache_argument,
     evaluation_mode,
     is_checkpointing,
@@ -31,7 +31,7 @@ from rlhf_lightning.models.backbone import (
     run_backbone,
     takes_positions,
 )
-from rlhf_lightning.models.trials import feels_window, made_up_tokens, relative_distance, tolerance, unusual_layers
+from rlhf_lightning.forward.numerics import feels_window, made_up_tokens, relative_distance, tolerance, unusual_layers
 
 NAME = "rlhf_lightning_unpadded"
 """What transformers' configs call the attention while it is in use."""

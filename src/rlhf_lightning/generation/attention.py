@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rlhf_lightning.models.attention import UNUSUAL, attention_function
-from rlhf_lightning.models.rollout_cache import RolloutCache
+from rlhf_lightning.forward.attention import UNUSUAL, attention_function
+from rlhf_lightning.generation.cache import RolloutCache
 
 NAME, NAME_WHOLE = "rlhf_lightning_by_rows", "rlhf_lightning_whole"
 """What transformers' configs call them while they are in use."""

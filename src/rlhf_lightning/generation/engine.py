@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lightning.models.backbone import evaluation_mode
-from rlhf_lightning.models.compiled_step import CompiledStep
-from rlhf_lightning.models.decode_attention import attention_by_rows, attention_to_whole_cache
-from rlhf_lightning.models.decoding import Decoding, Record, remembers
-from rlhf_lightning.models.few_rows import few_row_products
-from rlhf_lightning.models.merging import merged_adapters
-from rlhf_lightning.models.sampling import Sampling as Sampling
-from rlhf_lightning.models.sampling import sample_tokens as sample_tokens
+from rlhf_lightning.forward.backbone import evaluation_mode
+from rlhf_lightning.generation.attention import attention_by_rows, attention_to_whole_cache
+from rlhf_lightning.generation.compiled_step import CompiledStep
+from rlhf_lightning.generation.decoding import Decoding, Record, remembers
+from rlhf_lightning.generation.merging import merged_adapters
+from rlhf_lightning.generation.sampling import Sampling
+from rlhf_lightning.generation.skinny_gemm import few_row_products
 from rlhf_lightning.models.tokenizer import filler_id
 
 

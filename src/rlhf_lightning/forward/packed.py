@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.backbone import evaluation_mode
+from rlhf_lightning.forward.backbone import evaluation_mode
+from rlhf_lightning.forward.numerics import relative_distance, tolerance
 from rlhf_lightning.models.causal_lm import padded_hidden_states
-from rlhf_lightning.models.trials import relative_distance, tolerance
 
 
 @torch.no_grad()

@@ -23,12 +23,12 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lightning.models.agreement import takes_left_padding
-from rlhf_lightning.models.backbone import evaluation_mode
-from rlhf_lightning.models.capacity import explained_lookups
+from rlhf_lightning.forward.backbone import evaluation_mode
+from rlhf_lightning.forward.capacity import explained_lookups
+from rlhf_lightning.forward.compatibility import takes_left_padding
+from rlhf_lightning.forward.numerics import feels_window, made_up_tokens, relative_distance, tolerance, unusual_layers
+from rlhf_lightning.forward.unpadded import applies, unpadded_hidden_states
 from rlhf_lightning.models.causal_lm import hidden_states, padded_hidden_states
-from rlhf_lightning.models.trials import feels_window, made_up_tokens, relative_distance, tolerance, unusual_layers
-from rlhf_lightning.models.unpadded import applies, unpadded_hidden_states
 
 _KERNELS = {"sdpa", "eager"}
 _can_share: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()

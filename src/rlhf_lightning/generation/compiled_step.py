@@ -13,10 +13,10 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lightning.models.backbone import cache_argument, takes_positions
-from rlhf_lightning.models.partitioned import is_partitioned
-from rlhf_lightning.models.rollout_cache import RolloutCache, rollout_cache
-from rlhf_lightning.models.trials import relative_distance, tolerance, unusual_layers
+from rlhf_lightning.forward.backbone import cache_argument, takes_positions
+from rlhf_lightning.forward.numerics import relative_distance, tolerance, unusual_layers
+from rlhf_lightning.generation.cache import RolloutCache, rollout_cache
+from rlhf_lightning.training.zero import is_partitioned
 
 COLUMNS = 64
 """The cache's length is a multiple of it."""

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.backbone import HEAD, evaluation_mode, run_backbone
-from rlhf_lightning.models.output_layer import output_logits
-from rlhf_lightning.models.trials import made_up_tokens, typical_distance, typical_tolerance
+from rlhf_lightning.forward.backbone import HEAD, evaluation_mode, run_backbone
+from rlhf_lightning.forward.numerics import made_up_tokens, typical_distance, typical_tolerance
+from rlhf_lightning.forward.output_layer import output_logits
 
 TRIAL_ERRORS = (AssertionError, AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """What a model raises that cannot be run in some way."""

@@ -16,8 +16,8 @@ from pytorch_lightning.loggers import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers.stages import MemoryLogger
-from rlhf_lightning import reporting
-from rlhf_lightning.reporting import log_text
+from rlhf_lightning.training import reporting
+from rlhf_lightning.training.reporting import log_text
 
 
 def log(*loggers: Any) -> None:

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.models import FAMILIES, LAYOUTS, spread_weights, tiny_causal_lm
-from rlhf_lightning.models import unpadded
-from rlhf_lightning.models.backbone import position_ids
+from rlhf_lightning.forward import unpadded
+from rlhf_lightning.forward.backbone import position_ids
+from rlhf_lightning.forward.prefix import share_rows
+from rlhf_lightning.forward.unpadded import unpadded_hidden_states
 from rlhf_lightning.models.causal_lm import hidden_states, padded_hidden_states
 from rlhf_lightning.models.finetune import enable_gradient_checkpointing
-from rlhf_lightning.models.prefix import share_rows
-from rlhf_lightning.models.unpadded import unpadded_hidden_states
 
 SHAPE = {
     "vocab_size": 320,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pytorch_lightning.strategies import DeepSpeedStrategy, SingleDeviceStrategy
 from torch import nn
 
-from rlhf_lightning.master_weights import MasterWeights, with_master_weights
-from rlhf_lightning.optim import learning_rates, parameter_groups, schedule_learning_rate
+from rlhf_lightning.training.master_weights import MasterWeights, with_master_weights
+from rlhf_lightning.training.optim import learning_rates, parameter_groups, schedule_learning_rate
 
 OPTIMIZERS = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1),

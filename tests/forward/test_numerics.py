@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.models import tiny_causal_lm
-from rlhf_lightning.models.trials import allowed_rounding, is_float32_exact, relative_distance, tolerance
+from rlhf_lightning.forward.numerics import allowed_rounding, is_float32_exact, relative_distance, tolerance
 
 REAL = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 

@@ -1,0 +1,1 @@
+"""Answering prompts: what an engine is, and ours, in plain PyTorch."""

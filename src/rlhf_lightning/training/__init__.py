@@ -1,0 +1,15 @@
+"""All that knows how Lightning's strategies differ, so that the modules need not.
+
+Every stage uses manual optimisation: `training_step` splits its batch into micro-batches, and `GradientAccumulation`
+turns them into one optimizer step whose gradient is that of the *sum* of all losses passed in, over all micro-batches
+and ranks.
+
+Left out: FSDP, and float16 (its loss scaler skips steps, which cannot be told from a loss gone wrong; use bfloat16).
+"""
+
+from rlhf_lightning.training.accumulation import GradientAccumulation as GradientAccumulation
+from rlhf_lightning.training.deepspeed import DeepSpeedStrategy as DeepSpeedStrategy
+from rlhf_lightning.training.ranks import consolidated_state_dict as consolidated_state_dict
+from rlhf_lightning.training.ranks import sum_over_ranks as sum_over_ranks
+from rlhf_lightning.training.ranks import synced as synced
+from rlhf_lightning.training.ranks import world_size as world_size
