@@ -7,7 +7,7 @@ import pytest
 from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
 
 from rlhf_lightning import InstructionDataModule, SFTModule
-from rlhf_lightning.warning_filters import hush
+from rlhf_lightning.warning_filters import filter_warnings
 
 LOGGERS = ["transformers.modeling_utils", "pytorch_lightning.utilities.rank_zero", "DeepSpeed"]
 
@@ -29,9 +29,9 @@ def talkative(monkeypatch):
 @pytest.mark.usefixtures("talkative")
 def test_once_more_changes_nothing():
     before = state()
-    hush()
+    filter_warnings()
     once = state()
-    hush()
+    filter_warnings()
     assert state() == once != before
 
 
@@ -56,7 +56,7 @@ REPORT = "LlamaForSequenceClassification LOAD REPORT from: lm\nKey          | St
 @pytest.mark.usefixtures("talkative")
 @pytest.mark.parametrize(("rows", "said"), [(["score.weight"], False), (["score.weight", "model.norm.weight"], True)])
 def test_only_a_reward_model_s_new_head_may_be_missing_without_a_word(rows, said, caplog):
-    hush()
+    filter_warnings()
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addHandler(caplog.handler)
     logger.warning(REPORT, "\n".join(f"{row} | MISSING |" for row in rows))
@@ -67,5 +67,5 @@ def test_only_a_reward_model_s_new_head_may_be_missing_without_a_word(rows, said
 @pytest.mark.usefixtures("talkative")
 def test_reading_weights_draws_no_bar():
     enable_progress_bar()
-    hush()
+    filter_warnings()
     assert not is_progress_bar_enabled()

@@ -52,7 +52,7 @@ _WARNINGS = (
 )
 
 
-def hush() -> None:
+def filter_warnings() -> None:
     """Silence chatter, for the whole process; once more changes nothing.
 
     The command line calls it, and every module and data module as it is made: importing the package changes nothing.

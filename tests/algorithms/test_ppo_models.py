@@ -12,7 +12,8 @@ from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.algorithms.ppo.models import ActorCriticSource, TrunkValue, logprobs_and_values, values_alone
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.causal_lm import load_causal_lm, response_logprobs
+from rlhf_lightning.forward.hidden import response_logprobs
+from rlhf_lightning.models.causal_lm import load_causal_lm
 from rlhf_lightning.models.finetune import FineTune, add_adapter, choose_trained
 from rlhf_lightning.models.scalar_lm import load_reward_model, new_scalar_lm, response_values
 from rlhf_lightning.models.sharing import frozen_twin, scalar_beside

@@ -16,7 +16,6 @@ from rlhf_lightning.algorithms.ppo.rollout import (
     experience_metrics,
     measure,
     raw_score,
-    respond,
     shape_scores,
 )
 from rlhf_lightning.algorithms.ppo.settings import KLPenalty, Objective, ScoreShaping
@@ -24,7 +23,7 @@ from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.functional.masked import identity
-from rlhf_lightning.generation.engine import Generation, TransformersEngine
+from rlhf_lightning.generation.engine import Generation, TransformersEngine, respond
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.reward_functions import ScoringFunction
 from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, Responses, TextScorer

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers.models import table_lm, table_scalar
-from rlhf_lightning.models.causal_lm import response_logprobs
+from rlhf_lightning.forward.hidden import response_logprobs
 from rlhf_lightning.models.scalar_lm import Calibration, response_values
 
 EOS = 3

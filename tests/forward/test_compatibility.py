@@ -11,13 +11,13 @@ from helpers.other_families import REFUSED, RIGHT, other_causal_lm
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.compatibility import takes_left_padding
+from rlhf_lightning.forward.hidden import hidden_states, response_logprobs
 from rlhf_lightning.forward.numerics import tolerance
 from rlhf_lightning.forward.packed import packing_error
 from rlhf_lightning.forward.prefix import shared_hidden_states
 from rlhf_lightning.forward.unpadded import unpadded_hidden_states
 from rlhf_lightning.generation.decoding import remembers
 from rlhf_lightning.generation.sampling import Sampling
-from rlhf_lightning.models.causal_lm import hidden_states, response_logprobs
 
 PROMPTS = [[31, 45, 77, 90], [40], [50, 51]]
 RESPONSES = [[60, 61, 62], [70, 71, 72, 73], [80]]

@@ -15,15 +15,11 @@ from helpers.models import (
     with_dropout,
 )
 from helpers.tokenizers import tiny_tokenizer
+from rlhf_lightning.forward.hidden import hidden_states, response_hidden, response_logprobs
 from rlhf_lightning.forward.output_layer import output_logits
 from rlhf_lightning.functional import entropy
 from rlhf_lightning.generation.sampling import Sampling
-from rlhf_lightning.models.causal_lm import (
-    disable_dropout,
-    hidden_states,
-    response_hidden,
-    response_logprobs,
-)
+from rlhf_lightning.models.causal_lm import disable_dropout
 
 PAD, EOS = 0, 2
 PROMPTS = [[31], [40, 41, 42, 43, 44, 45], [50, 51, 52]]

@@ -7,9 +7,9 @@ from torch import nn
 
 from helpers.models import FAMILIES, LAYOUTS, tiny_causal_lm
 from rlhf_lightning.forward import output_layer
+from rlhf_lightning.forward.hidden import hidden_states, response_logprobs
 from rlhf_lightning.forward.output_layer import cross_entropy_at, output_logits
 from rlhf_lightning.functional import cross_entropy_sum, entropy, linear_loss, token_logprobs
-from rlhf_lightning.models.causal_lm import hidden_states, response_logprobs
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 IDS = torch.arange(30, 48).reshape(2, 9)

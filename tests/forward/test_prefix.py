@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.models import FAMILIES, LAYOUTS, spread_weights, table_lm, tiny_causal_lm
 from rlhf_lightning.forward import prefix
+from rlhf_lightning.forward.hidden import padded_hidden_states
 from rlhf_lightning.forward.prefix import (
     share_rows,
     shared_hidden_states,
@@ -18,7 +19,6 @@ from rlhf_lightning.forward.prefix import (
     sharing_obstacle,
     sharing_pays,
 )
-from rlhf_lightning.models.causal_lm import padded_hidden_states
 
 SHAPE = {
     "vocab_size": 320,

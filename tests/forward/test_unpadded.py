@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from helpers.models import FAMILIES, LAYOUTS, spread_weights, tiny_causal_lm
 from rlhf_lightning.forward import unpadded
 from rlhf_lightning.forward.backbone import position_ids
+from rlhf_lightning.forward.hidden import hidden_states, padded_hidden_states
 from rlhf_lightning.forward.prefix import share_rows
 from rlhf_lightning.forward.unpadded import unpadded_hidden_states
-from rlhf_lightning.models.causal_lm import hidden_states, padded_hidden_states
 from rlhf_lightning.models.finetune import enable_gradient_checkpointing
 
 SHAPE = {

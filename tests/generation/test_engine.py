@@ -16,13 +16,13 @@ from helpers.answers import EOS, LENGTHS, OTHERS, model_of, prompts, responses
 from helpers.models import FAMILIES, LAYOUTS, closeness, precise, tiny_causal_lm
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.forward.hidden import response_hidden, response_logprobs
 from rlhf_lightning.generation import attention as decode_attention
 from rlhf_lightning.generation import cache as rollout_cache
 from rlhf_lightning.generation import decoding
 from rlhf_lightning.generation.engine import TransformersEngine
 from rlhf_lightning.generation.merging import merged_adapters
 from rlhf_lightning.generation.sampling import Sampling, draw_tokens, uniforms
-from rlhf_lightning.models.causal_lm import response_hidden, response_logprobs
 
 
 def run(model, sampling, lengths=LENGTHS, batch_size=None, order=None, extra=0, **options):

@@ -14,7 +14,7 @@ from helpers.models import tiny_causal_lm
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.generation.engine import TransformersEngine
 from rlhf_lightning.generation.sampling import Sampling
-from rlhf_lightning.generation.skinny_gemm import FEWEST, MOST, few_row_products
+from rlhf_lightning.generation.skinny_gemm import FEWEST, MOST, skinny_gemm
 
 FEW = torch.ones(FEWEST, 7)
 
@@ -61,7 +61,7 @@ def test_products_and_gradients_are_those_of_the_layer_in_double_precision(shape
     twin = linear(bias, dtype=torch.float64)
     twin.load_state_dict(layer.state_dict())
     expected = results(twin, inputs.double())
-    with few_row_products(nn.Sequential(layer)):
+    with skinny_gemm(nn.Sequential(layer)):
         found = results(layer, inputs)
     assert found[0].is_contiguous()
     for mine, theirs in zip(found, expected, strict=True):
@@ -71,7 +71,7 @@ def test_products_and_gradients_are_those_of_the_layer_in_double_precision(shape
 @pytest.mark.parametrize("training", [False, True])
 def test_it_is_used_for_few_rows_only(training, plain_products):
     layer = linear().train(training)
-    with few_row_products(layer):
+    with skinny_gemm(layer):
         for rows in (0, FEWEST - 1, FEWEST, MOST, MOST + 1):
             layer(torch.ones(rows, 7))
             layer(torch.ones(1, rows, 7))
@@ -80,7 +80,7 @@ def test_it_is_used_for_few_rows_only(training, plain_products):
 
 def test_afterwards_the_layers_are_as_before(plain_products):
     layers = nn.Sequential(linear(), nn.Sequential(linear()))
-    with few_row_products(layers):
+    with skinny_gemm(layers):
         assert [layer(FEW).shape for layer in (layers[0], layers[1][0])] == [(FEWEST, 5)] * 2
     assert not plain_products
     assert [type(layer) for layer in (layers[0], layers[1][0])] == [nn.Linear] * 2
@@ -91,7 +91,7 @@ def test_afterwards_the_layers_are_as_before(plain_products):
 
 def test_also_after_an_exception(plain_products):
     layer = linear()
-    with pytest.raises(KeyError), few_row_products(layer):
+    with pytest.raises(KeyError), skinny_gemm(layer):
         raise KeyError
     layer(FEW)
     assert type(layer) is nn.Linear
@@ -100,8 +100,8 @@ def test_also_after_an_exception(plain_products):
 
 def test_the_inner_of_two_blocks_takes_nothing_from_the_outer_one(plain_products):
     layer, other = linear(), linear()
-    with few_row_products(layer):
-        with few_row_products(nn.Sequential(layer, other)):
+    with skinny_gemm(layer):
+        with skinny_gemm(nn.Sequential(layer, other)):
             layer(FEW)
             other(FEW)
         assert not plain_products
@@ -123,7 +123,7 @@ class Scaled(nn.Linear):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_types_are_left_alone(dtype, plain_products):
     layer = linear(dtype=dtype)
-    with few_row_products(layer):
+    with skinny_gemm(layer):
         assert type(layer) is nn.Linear
         assert layer(FEW.to(dtype)).dtype is dtype
     assert plain_products == [FEWEST]
@@ -132,7 +132,7 @@ def test_other_types_are_left_alone(dtype, plain_products):
 def test_other_layers_and_devices_are_left_alone(plain_products):
     theirs, wrapped, elsewhere = Scaled(7, 5), linear(), linear(device="meta")
     wrapped.forward = lambda inputs: inputs + 1
-    with few_row_products(nn.Sequential(theirs, wrapped, elsewhere)):
+    with skinny_gemm(nn.Sequential(theirs, wrapped, elsewhere)):
         assert [type(layer) for layer in (theirs, wrapped, elsewhere)] == [Scaled, nn.Linear, nn.Linear]
         theirs(FEW)
         assert torch.equal(wrapped(FEW), FEW + 1)
@@ -143,7 +143,7 @@ def test_other_layers_and_devices_are_left_alone(plain_products):
 
 def test_under_autocast_the_layer_gives_what_it_always_gives(plain_products):
     layer = linear()
-    with few_row_products(layer), torch.autocast("cpu", torch.bfloat16):
+    with skinny_gemm(layer), torch.autocast("cpu", torch.bfloat16):
         assert layer(FEW).dtype is torch.bfloat16
     assert plain_products == [FEWEST]
 

@@ -7,8 +7,9 @@ from torch import nn
 from helpers.models import VOCAB_SIZE, save_folder, tiny_causal_lm, tiny_classifier
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import FineTune, PPOModule, RewardModule, SFTModule
+from rlhf_lightning.forward.hidden import hidden_states, response_logprobs
 from rlhf_lightning.forward.output_layer import cross_entropy_at
-from rlhf_lightning.models.causal_lm import hidden_states, load_causal_lm, response_logprobs
+from rlhf_lightning.models.causal_lm import load_causal_lm
 from rlhf_lightning.models.scalar_lm import load_reward_model, new_scalar_lm, response_values
 
 EOS = 2

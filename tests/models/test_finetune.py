@@ -11,8 +11,9 @@ from peft.tuners.lora import LoraLayer
 
 from helpers.models import FAMILIES, WITHOUT_CLASSIFIER, tiny_causal_lm, tiny_classifier
 from rlhf_lightning import FineTune, UserError
+from rlhf_lightning.forward.hidden import hidden_states, padded_hidden_states
 from rlhf_lightning.forward.output_layer import output_logits
-from rlhf_lightning.models.causal_lm import disable_dropout, hidden_states, padded_hidden_states
+from rlhf_lightning.models.causal_lm import disable_dropout
 from rlhf_lightning.models.finetune import (
     add_adapter,
     choose_trained,

@@ -164,7 +164,7 @@ def test_every_adapter_of_a_model_is_one_and_its_weights_are_called_the_same(use
 
 
 def test_split_weights_are_left_to_peft(monkeypatch):
-    monkeypatch.setattr(fused_lora, "is_partitioned", lambda model: True)
+    monkeypatch.setattr(fused_lora, "is_sharded", lambda model: True)
     model = adapted()
     fuse_adapters(model)
     assert type(model[0]) is LoraLinear

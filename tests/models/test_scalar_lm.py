@@ -9,7 +9,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from helpers.models import FAMILIES, WITHOUT_CLASSIFIER, save_folder, tiny_causal_lm, tiny_classifier
 from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning.models.causal_lm import freeze, hidden_states
+from rlhf_lightning.forward.hidden import hidden_states
+from rlhf_lightning.models.causal_lm import freeze
 from rlhf_lightning.models.scalar_lm import (
     Calibration,
     ScalarLM,

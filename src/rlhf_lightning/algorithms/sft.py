@@ -34,15 +34,15 @@ from rlhf_lightning.algorithms.common import (
     stage_tokenizer,
 )
 from rlhf_lightning.algorithms.hyperparameters import as_config, from_config, optimizer_from_config
-from rlhf_lightning.algorithms.ppo.rollout import respond
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.arguments import SHARE_BELOW_1, check_arguments
 from rlhf_lightning.batches import InstructionBatch, PromptBatch, micro_batches
+from rlhf_lightning.forward.hidden import hidden_states
 from rlhf_lightning.forward.output_layer import cross_entropy_at
 from rlhf_lightning.forward.packed import check_packing
-from rlhf_lightning.generation.engine import TransformersEngine
+from rlhf_lightning.generation.engine import TransformersEngine, respond
 from rlhf_lightning.generation.sampling import Sampling
-from rlhf_lightning.models.causal_lm import hidden_states, load_causal_lm
+from rlhf_lightning.models.causal_lm import load_causal_lm
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.models.finetune import FineTune, describe_trained, prepare_for_training
 from rlhf_lightning.rng import forked_rng, generator

@@ -19,7 +19,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.warning_filters import hush
+from rlhf_lightning.warning_filters import filter_warnings
 
 _ACCUMULATION = (
     "the stages accumulate by themselves; set the data's batch size to the whole batch and the module's "
@@ -39,7 +39,7 @@ class Stage(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        hush()
+        filter_warnings()
         self.automatic_optimization = False
         if "lightning.pytorch" in sys.modules:
             rank_zero_warn(

@@ -10,12 +10,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from rlhf_lightning.algorithms.ppo.rollout import respond
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data.collate import EncodedPrompt, collate_prompts, pack_ids
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.generation.engine import TransformersEngine
+from rlhf_lightning.generation.engine import TransformersEngine, respond
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.tokenizer import filler_id
 from rlhf_lightning.rng import generator

@@ -27,7 +27,7 @@ from rlhf_lightning.data.rows import KINDS
 from rlhf_lightning.data.sources import DataSource, as_source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.tokenizer import load_tokenizer
-from rlhf_lightning.warning_filters import hush
+from rlhf_lightning.warning_filters import filter_warnings
 
 
 def prepare(
@@ -205,7 +205,7 @@ def main(options: Sequence[str]) -> None:
     Raises:
         UserError: something the user can mend.
     """
-    hush()
+    filter_warnings()
     _check_words(options)
     try:
         folder: PreparedFolder = auto_cli(

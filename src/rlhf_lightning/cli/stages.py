@@ -28,7 +28,7 @@ from rlhf_lightning.cli.spelling import check_words
 from rlhf_lightning.cli.stacking import StackedConfig, as_configs
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folders import check_model_folder
-from rlhf_lightning.warning_filters import hush
+from rlhf_lightning.warning_filters import filter_warnings
 
 LINKS = {
     "model.init_args.model_name_or_path": "data.init_args.tokenizer",
@@ -261,7 +261,7 @@ def run_stage(command: str, options: Sequence[str]) -> None:
     Raises:
         UserError: something the user can mend.
     """
-    hush()
+    filter_warnings()
     check_words(options)
     if {"--help", "-h"} & set(options) and (text := help_for_classes(options)):
         print(text)

@@ -33,7 +33,7 @@ from rlhf_lightning.data.sources import DataSource, Source, as_source
 from rlhf_lightning.data.streaming import StreamedExamples, StreamLoader, check_streaming, evaluation_tables
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer
-from rlhf_lightning.warning_filters import hush
+from rlhf_lightning.warning_filters import filter_warnings
 
 
 class TextDataModule(ResumableDataModule, ABC):
@@ -79,7 +79,7 @@ class TextDataModule(ResumableDataModule, ABC):
         trust_remote_code: bool,
     ) -> None:
         super().__init__()
-        hush()
+        filter_warnings()
         self.data, self.validation_data = data, validation_data
         self.test_data, self.predict_data = test_data, predict_data
         self.columns, self.on_bad_row, self.num_samples = columns, on_bad_row, num_samples

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.arguments import AT_LEAST_1, SHARE_BELOW_1, check_arguments
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.forward.capacity import RESIZE, context_length, folder_config
+from rlhf_lightning.forward.capacity import RESIZE, context_length
+from rlhf_lightning.models.adapters import folder_config
 
 LongPrompts = Literal["cut", "drop"]
 _COUNTS = ("max_length", "max_prompt_length", "response_room", "num_samples", "num_proc")

@@ -8,30 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.adapters import adapter_base, is_adapter
-from rlhf_lightning.models.folders import read_config
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
-
-
-def folder_config(name: str) -> PretrainedConfig | None:
-    """The config of the model in a local folder, or of the base of the adapter there; None where there is neither.
-
-    Args:
-        name: a folder, or anything else.
-    """
-    if is_adapter(name):
-        name = adapter_base(name)
-    if not (raw := read_config(name)):
-        return None
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):  # code of its own, which is not run to look up a number
-        config = PretrainedConfig.from_dict(raw)
-    return config
 
 
 def context_length(config: Any) -> int | None:

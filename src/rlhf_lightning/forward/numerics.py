@@ -135,7 +135,7 @@ def unusual_layers(model: PreTrainedModel) -> list[str]:
     return sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or []) - ORDINARY_LAYERS)
 
 
-def feels_window(model: PreTrainedModel, sequence: int, row: int | Tensor) -> bool:
+def exceeds_sliding_window(model: PreTrainedModel, sequence: int, row: int | Tensor) -> bool:
     """Whether some layer's window is shorter than what one's own mask would let it see.
 
     Args:

@@ -22,6 +22,7 @@ from rlhf_lightning.functional import (
     rows_per_chunk,
     token_logprobs,
 )
+from rlhf_lightning.training.zero import is_sharded
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma 2, RecurrentGemma, xLSTM
 
@@ -158,7 +159,7 @@ def _by_chunks(
     def of_rows(rows: Tensor, ids: Tensor) -> Any:
         return compute(output_logits(model, rows), ids)
 
-    if any(hasattr(weight, "ds_id") for weight in model.get_output_embeddings().parameters()):
+    if is_sharded(model.get_output_embeddings()):
         # Ranks have different numbers of rows, but under ZeRO-3 must call each layer equally often.
         return [of_rows(hidden, token_ids)]
     num_rows = rows_per_chunk(model.config.get_text_config().vocab_size)

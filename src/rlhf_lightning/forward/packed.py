@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
+from rlhf_lightning.forward.hidden import padded_hidden_states
 from rlhf_lightning.forward.numerics import relative_distance, tolerance
-from rlhf_lightning.models.causal_lm import padded_hidden_states
 
 
 @torch.no_grad()

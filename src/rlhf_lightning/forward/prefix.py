@@ -26,9 +26,15 @@ from transformers import PreTrainedModel
 from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.forward.capacity import explained_lookups
 from rlhf_lightning.forward.compatibility import takes_left_padding
-from rlhf_lightning.forward.numerics import feels_window, made_up_tokens, relative_distance, tolerance, unusual_layers
-from rlhf_lightning.forward.unpadded import applies, unpadded_hidden_states
-from rlhf_lightning.models.causal_lm import hidden_states, padded_hidden_states
+from rlhf_lightning.forward.hidden import hidden_states, padded_hidden_states
+from rlhf_lightning.forward.numerics import (
+    exceeds_sliding_window,
+    made_up_tokens,
+    relative_distance,
+    tolerance,
+    unusual_layers,
+)
+from rlhf_lightning.forward.unpadded import can_unpad, unpadded_hidden_states
 
 _KERNELS = {"sdpa", "eager"}
 _can_share: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -72,7 +78,7 @@ class SharedRows(NamedTuple):
 
     def _hidden_states(self, model: PreTrainedModel) -> Tensor:
         hidden = None
-        if applies(model, self.ids.device):
+        if can_unpad(model, self.ids.device):
             mask, lengths = self.sees(), self.mask.sum(dim=1).tolist()
             seen = [mask[row : row + 1, :, :length, :length] for row, length in enumerate(lengths)]
             hidden = unpadded_hidden_states(model, self.ids, self.mask, self.positions, lengths, seen)
@@ -193,7 +199,7 @@ def sharing_pays(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
     # Per token and layer, the matrices cost about 24 D^2 operations and attention 4 D times the length of the row.
     matrices = 6 * model.config.get_text_config().hidden_size
     shared, longest = shared_lengths(ids, mask), mask.sum(dim=2).amax(dim=1)
-    if feels_window(model, ids.shape[2], shared.max()):
+    if exceeds_sliding_window(model, ids.shape[2], shared.max()):
         return False
     apart = ids.shape[1] * longest * (matrices + longest)
     return bool((shared * (matrices + shared)).sum() < apart.sum())

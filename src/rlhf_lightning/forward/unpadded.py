@@ -31,7 +31,13 @@ from rlhf_lightning.forward.backbone import (
     run_backbone,
     takes_positions,
 )
-from rlhf_lightning.forward.numerics import feels_window, made_up_tokens, relative_distance, tolerance, unusual_layers
+from rlhf_lightning.forward.numerics import (
+    exceeds_sliding_window,
+    made_up_tokens,
+    relative_distance,
+    tolerance,
+    unusual_layers,
+)
 
 NAME = "rlhf_lightning_unpadded"
 """What transformers' configs call the attention while it is in use."""
@@ -65,13 +71,13 @@ def unpadded_hidden_states(
         `[B, T, D]`, 0 on padding; None where the model cannot do it, or there is too little to gain.
     """
     # What depends on the batch comes last: on ZeRO-3 every process must try the model out, or none.
-    if not applies(model, attention_mask.device) or not _runs(model):
+    if not can_unpad(model, attention_mask.device) or not _runs(model):
         return None
     if lengths is None:
         lengths = [length for length in attention_mask.sum(dim=1).tolist() if length]
         if sum(lengths) > (1 - _LEAST_PADDING) * attention_mask.numel():
             return None
-    if feels_window(model, max(lengths), max(lengths)):
+    if exceeds_sliding_window(model, max(lengths), max(lengths)):
         return None
     return _run(model, input_ids, attention_mask, positions, lengths, sees)
 
@@ -113,10 +119,10 @@ def reads_rows(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
         model: a language model.
         lengths: of the prompts.
     """
-    if not applies(model, model.device) or not _runs(model):
+    if not can_unpad(model, model.device) or not _runs(model):
         return False
     longest = max(lengths)
-    return min(lengths) > 0 and not feels_window(model, longest, longest)
+    return min(lengths) > 0 and not exceeds_sliding_window(model, longest, longest)
 
 
 def read_row(model: PreTrainedModel, ids: Tensor, lengths: Sequence[int], cache: Cache) -> Tensor:
@@ -136,7 +142,7 @@ def read_row(model: PreTrainedModel, ids: Tensor, lengths: Sequence[int], cache:
     return hidden[torch.tensor(lengths, device=ids.device).cumsum(dim=0) - 1]
 
 
-def applies(model: PreTrainedModel, device: torch.device) -> bool:
+def can_unpad(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether it is worth asking; elsewhere counting the tokens would only make the device wait.
 
     Args:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from rlhf_lightning.forward.backbone import cache_argument, takes_positions
 from rlhf_lightning.forward.numerics import relative_distance, tolerance, unusual_layers
 from rlhf_lightning.generation.cache import RolloutCache, rollout_cache
-from rlhf_lightning.training.zero import is_partitioned
+from rlhf_lightning.training.zero import is_sharded
 
 COLUMNS = 64
 """The cache's length is a multiple of it."""
@@ -181,7 +181,7 @@ def _is_of_compiler(error: Exception) -> bool:
 
 def _obstacle(model: PreTrainedModel) -> str:
     """Why a model's step cannot be compiled, as far as it can be looked up."""
-    if is_partitioned(model):
+    if is_sharded(model):
         return "its weights are split over processes (ZeRO-3)"
     if not takes_positions(model) or unusual_layers(model):
         return f"{type(model).__name__} is not of the usual kind, or takes no positions"

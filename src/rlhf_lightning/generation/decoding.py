@@ -19,6 +19,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import attends, cache_argument, position_ids, takes_positions
 from rlhf_lightning.forward.capacity import explained_lookups
 from rlhf_lightning.forward.compatibility import TRIAL_ERRORS
+from rlhf_lightning.forward.hidden import hidden_states, response_hidden
 from rlhf_lightning.forward.numerics import made_up_tokens, typical_distance, typical_tolerance
 from rlhf_lightning.forward.output_layer import output_logits
 from rlhf_lightning.forward.unpadded import read_row, reads_rows
@@ -27,7 +28,6 @@ from rlhf_lightning.generation.attention import attention_by_rows
 from rlhf_lightning.generation.cache import RolloutCache, rollout_cache
 from rlhf_lightning.generation.compiled_step import CompiledStep
 from rlhf_lightning.generation.sampling import Sampling, pick_tokens, uniforms
-from rlhf_lightning.models.causal_lm import hidden_states, response_hidden
 from rlhf_lightning.models.tokenizer import eos_ids
 
 PREFILL_TOKENS = {"cpu": 512}

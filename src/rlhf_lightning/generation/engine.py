@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.generation.attention import attention_by_rows, attention_to_whole_cache
 from rlhf_lightning.generation.compiled_step import CompiledStep
 from rlhf_lightning.generation.decoding import Decoding, Record, remembers
 from rlhf_lightning.generation.merging import merged_adapters
 from rlhf_lightning.generation.sampling import Sampling
-from rlhf_lightning.generation.skinny_gemm import few_row_products
+from rlhf_lightning.generation.skinny_gemm import skinny_gemm
 from rlhf_lightning.models.tokenizer import filler_id
 
 
@@ -137,7 +138,7 @@ class TransformersEngine:
         done, step_of = 0, self.compiled_step
         # A graph that is replayed reads the weights where they were when it was recorded; merged ones lie elsewhere.
         merging = nullcontext() if step_of is not None and step_of.is_replayed else merged_adapters(self.model)
-        with evaluation_mode(self.model), merging, few_row_products(self.model):
+        with evaluation_mode(self.model), merging, skinny_gemm(self.model):
             cached = remembers(self.model, self.tokenizer)
             for rows in order.split(self.batch_size or len(order)):
                 fixed = sampling, record, synced, step_of, cached
@@ -168,3 +169,35 @@ def decode_responses(tokenizer: PreTrainedTokenizerBase, generation: Generation)
     # Not tidied up: what is scored is what was said.
     options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     return [str(tokenizer.decode(ids[mask], **options)) for ids, mask in rows]
+
+
+def respond(
+    engine: RolloutEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptBatch,
+    sampling: Sampling,
+    random: torch.Generator | None,
+    synced: bool = False,
+    on_token: Callable[[int], None] | None = None,
+    with_logprobs: bool = False,
+    with_hidden: bool = False,
+) -> tuple[Generation, list[str]]:
+    """Answer prompts.
+
+    Args:
+        engine: answers them.
+        tokenizer: the policy's.
+        prompts: the prompts, B of them.
+        sampling: how responses are drawn.
+        random: source of the random numbers; torch's global one if None.
+        synced: every rank runs the same number of forwards (ZeRO-3).
+        on_token: told how many tokens of each response are done.
+        with_logprobs: also keep the log-probability of each token.
+        with_hidden: also keep the hidden state that each token was predicted from.
+
+    Returns:
+        Responses as ids and mask, `[B, R]`, and as B texts.
+    """
+    ids, mask = prompts.prompt_ids, prompts.prompt_mask
+    generation = engine.generate(ids, mask, sampling, random, synced, on_token, with_logprobs, with_hidden)
+    return generation, decode_responses(tokenizer, generation)

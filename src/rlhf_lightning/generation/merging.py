@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_lightning.models.peft_library import LoraLayer
+from rlhf_lightning.training.zero import is_sharded
 
 
 @contextmanager
@@ -56,5 +57,5 @@ def _mergeable(model: nn.Module) -> list[Any]:
 
 
 def _plain(weight: Tensor) -> bool:
-    spread = hasattr(weight, "ds_id") or type(weight) is not nn.Parameter or type(weight.data) is not Tensor
+    spread = is_sharded(weight) or type(weight) is not nn.Parameter or type(weight.data) is not Tensor
     return weight.dtype in (torch.float32, torch.float64) and not spread

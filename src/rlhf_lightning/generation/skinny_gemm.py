@@ -18,7 +18,7 @@ FEWEST, MOST = 4, 32
 
 
 @contextmanager
-def few_row_products(model: nn.Module) -> Iterator[None]:
+def skinny_gemm(model: nn.Module) -> Iterator[None]:
     """Compute linear layers that way for the length of a `with` block.
 
     Args:

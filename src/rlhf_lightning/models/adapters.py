@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.folders import looks_local
+from rlhf_lightning.models.folders import looks_local, read_config
 from rlhf_lightning.models.peft_library import PeftModel, without_bitsandbytes
 from rlhf_lightning.models.tokenizer import load_tokenizer
-from rlhf_lightning.training.zero import is_partitioned
+from rlhf_lightning.training.zero import is_sharded
 
 ADAPTER_CONFIG = "adapter_config.json"
 CALIBRATION_FILE = "reward_calibration.json"
@@ -28,18 +27,7 @@ def is_adapter(name: str) -> bool:
 
 def is_reward_adapter(name: str) -> bool:
     """Whether a local folder holds the adapter and the head of a classifier."""
-    return is_adapter(name) and _adapter_config(name).get("task_type") == "SEQ_CLS"
-
-
-def _adapter_config(name: str) -> dict[str, Any]:
-    path = Path(name) / ADAPTER_CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"'{path}' is not valid JSON ({e}); export the adapter again") from e
-    if not isinstance(config, dict):
-        raise UserError(f"'{path}' holds no JSON object; export the adapter again")
-    return config
+    return is_adapter(name) and read_config(name, ADAPTER_CONFIG).get("task_type") == "SEQ_CLS"
 
 
 def adapter_base(name: str) -> str:
@@ -51,7 +39,7 @@ def adapter_base(name: str) -> str:
     Raises:
         UserError: the base is not named, missing, or an adapter itself.
     """
-    recorded = _adapter_config(name).get("base_model_name_or_path")
+    recorded = read_config(name, ADAPTER_CONFIG).get("base_model_name_or_path")
     if not recorded:
         raise UserError(f"'{Path(name) / ADAPTER_CONFIG}' has no base_model_name_or_path; add the adapter's base model")
     places = [os.path.expanduser(recorded), os.path.join(name, recorded)]
@@ -99,7 +87,7 @@ def merge_adapter(model: PreTrainedModel, name: str, trust_remote_code: bool = F
         UserError: the weights are split (ZeRO-3).
         ValueError: the adapter does not fit.
     """
-    if is_partitioned(model):
+    if is_sharded(model):
         raise UserError(f"'{name}' is a PEFT adapter, which cannot be merged on ZeRO-3: merge and save it before")
     fit_tokenizer(model, name, trust_remote_code)
     with warnings.catch_warnings(), without_bitsandbytes():
@@ -111,3 +99,20 @@ def merge_adapter(model: PreTrainedModel, name: str, trust_remote_code: bool = F
             raise ValueError(f"its adapter does not fit its base ({str(e)[:200]})") from e
     merged: PreTrainedModel = adapted.merge_and_unload()
     return merged.requires_grad_(True)  # peft has frozen it
+
+
+def folder_config(name: str) -> PretrainedConfig | None:
+    """The config of the model in a local folder, or of the base of the adapter there; None where there is neither.
+
+    Args:
+        name: a folder, or anything else.
+    """
+    if is_adapter(name):
+        name = adapter_base(name)
+    if not (raw := read_config(name)):
+        return None
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):  # code of its own, which is not run to look up a number
+        config = PretrainedConfig.from_dict(raw)
+    return config

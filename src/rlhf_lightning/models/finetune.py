@@ -30,7 +30,7 @@ from rlhf_lightning.models.peft_library import (
     inject_adapter_in_model,
 )
 from rlhf_lightning.rng import generator
-from rlhf_lightning.training.zero import is_partitioned, whole
+from rlhf_lightning.training.zero import full_shape, gathered, is_sharded
 
 _FINAL_NORM = re.compile(r"(final_)?(layer_?)?norm|(ln|norm)_f")
 
@@ -140,16 +140,16 @@ def add_adapter(model: PreTrainedModel, finetune: FineTune, name: str = "default
     """
     if finetune.mode != "lora":
         return
-    if finetune.use_dora and is_partitioned(model):
+    if finetune.use_dora and is_sharded(model):
         raise UserError("finetune.use_dora does not work on ZeRO-3: leave it out, or use stage 2")
-    if finetune.target_parameters and is_partitioned(model):
+    if finetune.target_parameters and is_sharded(model):
         raise UserError("finetune.target_parameters does not work on ZeRO-3: leave it out, or use stage 2")
     trained = [p for p in model.parameters() if p.requires_grad]
     if finetune.target_modules == "all-linear":
         say_what_has_none(model, finetune.target_parameters)
     inject_adapter_in_model(lora_config(model, finetune), model, name)
     fuse_adapters(model)
-    if not is_partitioned(model):  # DeepSpeed keeps its own copy in float32
+    if not is_sharded(model):  # DeepSpeed keeps its own copy in float32
         cast_adapter_dtype(model, name)
     for parameter in trained:  # peft freezes whatever is not its own
         parameter.requires_grad_(True)
@@ -192,7 +192,7 @@ def _draw(model: nn.Module, name: str) -> None:
         bound = layer.lora_A[name].in_features ** -0.5
         size = layer.lora_A[name].out_features, layer.lora_A[name].in_features  # experts have `rank` rows each
         drawn = (torch.rand(size, generator=random) * 2 - 1) * bound
-        with torch.no_grad(), whole(a, b):
+        with torch.no_grad(), gathered(a, b):
             a.copy_(drawn)
             b.zero_()
 
@@ -247,7 +247,7 @@ def describe_trained(model: nn.Module, finetune: FineTune) -> str:
         'training 3.0 k of 3.0 k parameters (all)'
     """
     # ZeRO-3 holds a share of each weight, and its whole size in ds_numel.
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    sizes = [(full_shape(p).numel(), p.requires_grad) for p in model.parameters()]
     trained, whole = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
     rank = f", rank {finetune.rank}" if finetune.mode == "lora" else ""
     return f"training {_short(trained)} of {_short(whole)} parameters ({finetune.mode}{rank})"

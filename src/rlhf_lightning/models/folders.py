@@ -50,9 +50,17 @@ def check_model_folder(name_or_path: str | os.PathLike[str]) -> str:
     return name
 
 
-def read_config(name: str) -> dict[str, Any]:
-    """The raw `config.json` of a local model folder; empty for a hub id or an adapter folder."""
-    path = Path(name) / "config.json"
+def read_config(name: str, file: str = "config.json") -> dict[str, Any]:
+    """What a JSON file of a local model folder holds; empty where there is none, as of a hub id.
+
+    Args:
+        name: a folder, or anything else.
+        file: its name in the folder.
+
+    Raises:
+        UserError: the file is no JSON object.
+    """
+    path = Path(name) / file
     if not path.is_file():
         return {}
     try:

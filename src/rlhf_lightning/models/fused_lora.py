@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rlhf_lightning.models.peft_library import LoraLinear
-from rlhf_lightning.training.zero import is_partitioned
+from rlhf_lightning.training.zero import is_sharded
 
 
 def fuse_adapters(model: nn.Module) -> None:
@@ -23,7 +23,7 @@ def fuse_adapters(model: nn.Module) -> None:
     Args:
         model: changed in place. Weights that are split over processes (ZeRO-3) are gathered by PEFT's layers only.
     """
-    if is_partitioned(model):
+    if is_sharded(model):
         return
     for layer in model.modules():
         if type(layer) is LoraLinear and type(layer.get_base_layer()) is nn.Linear:
@@ -56,7 +56,7 @@ class FusedLoraLinear(LoraLinear):
         types = {x.dtype, base.weight.dtype, self.lora_A[name].weight.dtype, self.lora_B[name].weight.dtype}
         trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
         # What ZeRO-3 splits later is gathered for modules that are called; here none is.
-        split = hasattr(base.weight, "ds_id")
+        split = is_sharded(base.weight)
         plain = len(types) == 1 and not trained and not split and not self.lora_bias[name]
         return name if plain and not torch.is_autocast_enabled(x.device.type) else None
 

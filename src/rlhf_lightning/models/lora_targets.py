@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import HEAD
 from rlhf_lightning.forward.output_layer import is_tied
+from rlhf_lightning.training.zero import full_shape
 
 _LINEAR = (nn.Linear, Conv1D)
 _WORTH_SAYING = 0.01
@@ -88,7 +89,7 @@ def _without_layer(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     layers = (module for module in model.modules() if isinstance(module, (*_LINEAR, nn.Embedding, _ConvNd)))
     of_layers = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
     backbone = {id(p) for p in model.base_model.parameters()} - of_layers
-    shapes = ((name, p, getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if id(p) in backbone)
+    shapes = ((name, p, full_shape(p)) for name, p in model.named_parameters() if id(p) in backbone)
     return {name: p for name, p, shape in shapes if len(shape) in (2, 3) and min(shape) > 1}
 
 
@@ -105,8 +106,8 @@ def say_what_has_none(model: PreTrainedModel, wanted: list[str]) -> None:
         wanted: as for `parameter_targets`; these have one.
     """
     frozen = {name: p for name, p in _without_layer(model).items() if not any(_matches(t, name, False) for t in wanted)}
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
-    share = sum(getattr(p, "ds_numel", p.numel()) for p in frozen.values()) / sum(sizes.values())
+    sizes = {name: full_shape(p).numel() for name, p in model.named_parameters()}
+    share = sum(full_shape(p).numel() for p in frozen.values()) / sum(sizes.values())
     if share >= _WORTH_SAYING:
         rank_zero_warn(
             f"finetune.target_modules all-linear leaves {share:.0%} of the weights frozen without an adapter, for they "

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.forward.hidden import hidden_states, response_hidden
 from rlhf_lightning.functional import scores_at_end
 from rlhf_lightning.models.adapters import (
     CALIBRATION_FILE,
@@ -27,13 +28,7 @@ from rlhf_lightning.models.adapters import (
     is_reward_adapter,
     merge_adapter,
 )
-from rlhf_lightning.models.causal_lm import (
-    disable_dropout,
-    hidden_states,
-    load_causal_lm,
-    response_hidden,
-    train_every_row,
-)
+from rlhf_lightning.models.causal_lm import disable_dropout, load_causal_lm, train_every_row
 from rlhf_lightning.models.dtypes import keep_tables, linear_in_float32
 from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
 from rlhf_lightning.models.fused_lora import fuse_adapters
@@ -46,7 +41,7 @@ from rlhf_lightning.models.peft_library import (
 )
 from rlhf_lightning.models.quantized import nf4_options, settle_nf4
 from rlhf_lightning.rng import generator
-from rlhf_lightning.training.zero import is_partitioned, whole
+from rlhf_lightning.training.zero import gathered, is_sharded
 
 HEAD_WEIGHT = "base_model.model.score.weight"
 """What an adapter folder calls the weight of the head."""
@@ -228,7 +223,7 @@ def new_scalar_lm(
     # From a stream of its own, so that the head depends on the seed and not on what drew random numbers before.
     random, size = generator("cpu", torch.initial_seed(), "head"), (1, scalar.model.score.in_features)
     drawn = torch.randn(size, generator=random, dtype=torch.float32)  # the same numbers in every precision
-    with torch.no_grad(), whole(scalar.model.score.weight):
+    with torch.no_grad(), gathered(scalar.model.score.weight):
         scalar.model.score.weight.copy_(drawn * std)
     scalar.calibration = Calibration()
     return scalar
@@ -319,7 +314,7 @@ def attach_reward_adapter(
         UserError: the adapter does not fit, or the weights are split (ZeRO-3).
     """
     name = check_model_folder(name_or_path)
-    if is_partitioned(model):
+    if is_sharded(model):
         raise UserError(f"'{name}' is a PEFT adapter, which cannot be loaded on ZeRO-3: merge and save it before")
     try:
         config: Any = PeftConfig.from_pretrained(name)

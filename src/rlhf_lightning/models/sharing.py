@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.causal_lm import disable_dropout, freeze
 from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM
+from rlhf_lightning.training.zero import fill_with_zeros
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -83,8 +84,5 @@ def zero_head(hidden_size: int) -> nn.Linear:
         hidden_size: D.
     """
     head = nn.Linear(hidden_size, 1, bias=False)
-    # In place, also where ZeRO-3 keeps a part of the weight only: a part of zeros is zeros.
-    for part in (head.weight, getattr(head.weight, "ds_tensor", None)):
-        if part is not None:
-            nn.init.zeros_(part)
+    fill_with_zeros(head.weight)
     return head

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.training.zero import full_shape
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -29,8 +30,7 @@ def parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
         Groups for a torch optimizer; the first, matrices, keeps the optimizer's own weight decay.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    # A partitioned parameter (ZeRO-3) shows its full shape in ds_shape.
-    dims = [len(getattr(p, "ds_shape", p.shape)) for p in parameters]
+    dims = [len(full_shape(p)) for p in parameters]
     matrices = [p for p, d in zip(parameters, dims, strict=True) if d >= 2]
     vectors = [p for p, d in zip(parameters, dims, strict=True) if d < 2]
     groups = [{"params": matrices, **options}, {"params": vectors, "weight_decay": 0.0, **options}]

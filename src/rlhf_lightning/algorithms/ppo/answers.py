@@ -11,9 +11,9 @@ import torch
 from rlhf_lightning.algorithms.common import equally_many
 from rlhf_lightning.algorithms.ppo import checks as ppo_checks
 from rlhf_lightning.algorithms.ppo.models import TrunkValue
-from rlhf_lightning.algorithms.ppo.rollout import Measurements, measure, respond
+from rlhf_lightning.algorithms.ppo.rollout import Measurements, measure
 from rlhf_lightning.batches import PromptBatch, length_sorted_pieces
-from rlhf_lightning.generation.engine import Generation, TransformersEngine
+from rlhf_lightning.generation.engine import Generation, TransformersEngine, respond
 from rlhf_lightning.training import synced
 from rlhf_lightning.training.reporting import report_progress
 

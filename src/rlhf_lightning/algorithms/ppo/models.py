@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.causal_lm import freeze, load_causal_lm, logprobs_from_hidden, response_hidden
+from rlhf_lightning.forward.hidden import logprobs_from_hidden, response_hidden
+from rlhf_lightning.models.causal_lm import freeze, load_causal_lm
 from rlhf_lightning.models.dtypes import linear_in_float32
 from rlhf_lightning.models.finetune import FineTune, add_adapter, choose_trained
 from rlhf_lightning.models.folders import check_model_folder, same_model
@@ -44,7 +45,7 @@ from rlhf_lightning.models.scalar_lm import (
 )
 from rlhf_lightning.models.sharing import frozen_twin, scalar_beside, zero_head
 from rlhf_lightning.models.tokenizer import load_tokenizer, same_tokenizer
-from rlhf_lightning.training.zero import is_partitioned
+from rlhf_lightning.training.zero import is_sharded
 
 ValueTrunk = Literal["own", "policy"]
 FrozenDtype = Literal["auto", "float32", "bfloat16", "float16", "nf4"]
@@ -213,7 +214,7 @@ class ActorCriticSource:
 
     def _is_adapter_of(self, policy: PreTrainedModel) -> bool:
         """Whether the reward model is an adapter on the weights that the policy's adapter stands beside."""
-        if self.finetune.mode != "lora" or not isinstance(self.reward, str) or is_partitioned(policy):
+        if self.finetune.mode != "lora" or not isinstance(self.reward, str) or is_sharded(policy):
             return False
         base = reward_adapter_base(self.reward)
         return base is not None and same_model(base, self.policy)
@@ -221,7 +222,7 @@ class ActorCriticSource:
 
 def _frozen_twin(model: Any) -> Any:
     """The twin, or None where ZeRO-3 has split weights that would have to be copied."""
-    if is_partitioned(model) and any(p.requires_grad for p in model.parameters()):
+    if is_sharded(model) and any(p.requires_grad for p in model.parameters()):
         return None
     return frozen_twin(model)
 

@@ -10,18 +10,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from rlhf_lightning.algorithms.ppo.controllers import RunningMoments
 from rlhf_lightning.algorithms.ppo.experience import Experience
 from rlhf_lightning.algorithms.ppo.models import TrunkValue, logprobs_and_values, values_alone
 from rlhf_lightning.algorithms.ppo.settings import KLPenalty, Objective, ScoreShaping
 from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.forward.hidden import response_logprobs
 from rlhf_lightning.functional import gae, kl_estimate, kl_shaped_rewards, masked_moments, masked_sum, masked_whiten
 from rlhf_lightning.functional.masked import Reduce, identity
-from rlhf_lightning.generation.engine import Generation, RolloutEngine, decode_responses
-from rlhf_lightning.generation.sampling import Sampling
-from rlhf_lightning.models.causal_lm import response_logprobs
+from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.models.rewarding import ModelScorer, Responses, Scorer, TextScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
 
@@ -30,38 +29,6 @@ Report = Callable[[int, int], None]
 
 
 def _silent(done: int, total: int) -> None: ...
-
-
-def respond(
-    engine: RolloutEngine,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: PromptBatch,
-    sampling: Sampling,
-    random: torch.Generator | None,
-    synced: bool = False,
-    on_token: Callable[[int], None] | None = None,
-    with_logprobs: bool = False,
-    with_hidden: bool = False,
-) -> tuple[Generation, list[str]]:
-    """Answer prompts.
-
-    Args:
-        engine: answers them.
-        tokenizer: the policy's.
-        prompts: the prompts, B of them.
-        sampling: how responses are drawn.
-        random: source of the random numbers; torch's global one if None.
-        synced: every rank runs the same number of forwards (ZeRO-3).
-        on_token: told how many tokens of each response are done.
-        with_logprobs: also keep the log-probability of each token.
-        with_hidden: also keep the hidden state that each token was predicted from.
-
-    Returns:
-        Responses as ids and mask, `[B, R]`, and as B texts.
-    """
-    ids, mask = prompts.prompt_ids, prompts.prompt_mask
-    generation = engine.generate(ids, mask, sampling, random, synced, on_token, with_logprobs, with_hidden)
-    return generation, decode_responses(tokenizer, generation)
 
 
 class Measurements(NamedTuple):

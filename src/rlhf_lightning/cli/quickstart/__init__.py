@@ -18,7 +18,7 @@ from rlhf_lightning.cli.quickstart.report import plot_curves, print_answers, pri
 from rlhf_lightning.cli.quickstart.stages import answer, gold_accuracy, train_ppo, train_reward, train_sft
 from rlhf_lightning.cli.quickstart.toy import build_toy_tokenizer, toy_texts, write_toy_data, write_toy_model
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.warning_filters import hush
+from rlhf_lightning.warning_filters import filter_warnings
 
 RESULTS = "results.json"
 
@@ -98,5 +98,5 @@ def main(args: Sequence[str]) -> None:
     parsed = parser.parse_args(args)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-    hush()
+    filter_warnings()
     run_quickstart(parsed.out, parsed.seed, Console())
