@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from rlhf_lightning.algorithms import PPOModule as PPOModule
     from rlhf_lightning.algorithms import RewardModule as RewardModule
     from rlhf_lightning.algorithms import SFTModule as SFTModule
-    from rlhf_lightning.algorithms.ppo.settings import KLPenalty as KLPenalty
-    from rlhf_lightning.algorithms.ppo.settings import Objective as Objective
-    from rlhf_lightning.algorithms.ppo.settings import ScoreShaping as ScoreShaping
+    from rlhf_lightning.algorithms.online.settings import KLPenalty as KLPenalty
+    from rlhf_lightning.algorithms.online.settings import Objective as Objective
+    from rlhf_lightning.algorithms.online.settings import ScoreShaping as ScoreShaping
     from rlhf_lightning.callbacks import HFExport as HFExport
     from rlhf_lightning.callbacks import PredictionWriter as PredictionWriter
     from rlhf_lightning.callbacks import SampleTexts as SampleTexts
@@ -54,7 +54,7 @@ _HOMES = {
     "generation.sampling": ("Sampling",),
     "models.scalar_lm": ("ScalarLM", "load_reward_model"),
     "algorithms": ("PPOModule", "RewardModule", "SFTModule"),
-    "algorithms.ppo.settings": ("KLPenalty", "Objective", "ScoreShaping"),
+    "algorithms.online.settings": ("KLPenalty", "Objective", "ScoreShaping"),
     "training": ("DeepSpeedStrategy",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

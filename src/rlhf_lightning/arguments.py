@@ -6,10 +6,12 @@ the last branch of an `if` does.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from numbers import Integral, Real
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -131,3 +133,46 @@ def _unknown(value: Any, known: tuple[Any, ...]) -> str:
     close = get_close_matches(str(value), map(str, known), n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"{value!r} is unknown; {hint}use {', '.join(map(str, known[:-1]))} or {known[-1]}"
+
+
+def constructor_arguments(kind: type) -> list[str]:
+    """Names of what a class is made from, also of what its constructor hands on to a base as keywords.
+
+    Args:
+        kind: any class.
+
+    Example:
+        >>> class Base:
+        ...     def __init__(self, size: int = 1): ...
+        >>> class Derived(Base):
+        ...     def __init__(self, name: str, **options): ...
+        >>> constructor_arguments(Derived)
+        ['name', 'size']
+    """
+    names: dict[str, None] = {}
+    for owner in (each for each in kind.__mro__ if "__init__" in vars(each)):
+        parameters = [*inspect.signature(vars(owner)["__init__"]).parameters.values()][1:]  # without self
+        names |= dict.fromkeys(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return [*names]
+
+
+def check_batch_sizes(**sizes: int | None) -> None:
+    """Refuse a size that does not divide the one named before it.
+
+    Args:
+        **sizes: from the largest to the smallest; None is passed over.
+
+    Raises:
+        UserError: names both sizes.
+
+    Example:
+        >>> check_batch_sizes(minibatch_size=6, micro_batch_size=4)
+        Traceback (most recent call last):
+        rlhf_lightning.errors.UserError: minibatch_size (6) must be a multiple of micro_batch_size (4)
+    """
+    given = [(name, size) for name, size in sizes.items() if size is not None]
+    for (name, size), (smaller_name, smaller) in pairwise(given):
+        if size % smaller:
+            raise UserError(f"{name} ({size}) must be a multiple of {smaller_name} ({smaller})")

@@ -222,3 +222,39 @@ def micro_batches(
         per_token = {name: field[:, :width] for name, field in rows.items() if name != "row_ids" and field.dim() == 2}
         pieces.append(type(batch)(**rows | per_token))
     return pieces
+
+
+def name_rows(row_ids: Tensor) -> str:
+    """How error messages name the examples of a batch.
+
+    Args:
+        row_ids: any shape; negative numbers stand for no example.
+
+    Example:
+        >>> name_rows(torch.tensor([3, 7]))
+        'rows 3, 7'
+    """
+    return "rows " + ", ".join(str(row) for row in row_ids[row_ids >= 0].tolist())
+
+
+def repeat_prompts(batch: PromptBatch, times: int) -> PromptBatch:
+    """Each prompt several times, next to one another, for as many responses.
+
+    Args:
+        batch: B prompts.
+        times: how often.
+
+    Returns:
+        B * times prompts; the batch itself for once.
+    """
+    if times == 1:
+        return batch
+    rows = torch.arange(len(batch.prompts)).repeat_interleave(times)
+    order = rows.tolist()
+    return PromptBatch(
+        prompt_ids=batch.prompt_ids[rows],
+        prompt_mask=batch.prompt_mask[rows],
+        prompts=[batch.prompts[i] for i in order],
+        row_ids=batch.row_ids[rows],
+        written=None if batch.written is None else [batch.written[i] for i in order],
+    )

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.algorithms.ppo.controllers import KLController, RunningMoments
+from rlhf_lightning.algorithms.online.controllers import KLController, RunningMoments
 
 numbers = st.floats(-1000, 1000, width=32)
 

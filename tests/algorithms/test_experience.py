@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.algorithms.ppo.experience import Experience
+from rlhf_lightning.algorithms.online.experience import Experience
 
 
 def numbered(size):

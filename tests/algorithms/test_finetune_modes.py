@@ -40,7 +40,7 @@ def llama(tmp_path_factory):
 
 
 def sft(folder, finetune, **settings):
-    module = SFTModule(folder, adamw(1e-2), micro_batch_size=2, finetune=finetune, **settings)
+    module = SFTModule(folder, optimizer=adamw(1e-2), micro_batch_size=2, finetune=finetune, **settings)
     rows = instruction_rows(12)
     return module, InstructionDataModule(folder, rows, validation_data=rows[:3], max_length=48, batch_size=4)
 
@@ -139,7 +139,7 @@ def test_gradient_checkpointing_trains_the_same(llama, stage, mode):
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_line_says_how_much_is_trained(llama, stage, monkeypatch):
     lines = []
-    monkeypatch.setattr(f"rlhf_lightning.algorithms.{stage.__name__}.rank_zero_info", lines.append)
+    monkeypatch.setattr("rlhf_lightning.algorithms.stage.rank_zero_info", lines.append)
     module, data = stage(llama, MODES["lora"])
     fit(module, data, max_steps=2, limit_val_batches=0)
     (line,) = lines

@@ -9,7 +9,7 @@ from torch import nn
 from helpers.models import save_folder, tiny_causal_lm
 from helpers.stages import same_weights, save_gpt2, save_llama, save_reward_model, share_of_letters, weights
 from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning.algorithms.ppo.models import ActorCriticSource, TrunkValue, logprobs_and_values, values_alone
+from rlhf_lightning.algorithms.online.models import ModelSource, TrunkValue, logprobs_and_values, values_alone
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import response_logprobs
@@ -35,7 +35,7 @@ def reward_folder(folder, tmp_path_factory):
 
 
 def load(folder, reward, **settings):
-    return ActorCriticSource(folder, reward, **settings).load(ChatEncoder(tiny_tokenizer()))
+    return ModelSource(folder, reward, **settings).load(ChatEncoder(tiny_tokenizer()))
 
 
 def storages(*modules):
@@ -194,9 +194,9 @@ def test_four_bits_hold_the_frozen_backbones(folder, reward_folder):
 
 def test_what_does_not_go_together_is_refused(folder, reward_folder):
     with pytest.raises(UserError, match="value_name_or_path must be null"):
-        ActorCriticSource(folder, reward_folder, value=reward_folder, value_trunk="policy")
+        ModelSource(folder, reward_folder, value=reward_folder, value_trunk="policy")
     with pytest.raises(UserError, match="dropout must be 0"):
-        ActorCriticSource(folder, reward_folder, finetune=FineTune(mode="lora", dropout=0.1))
+        ModelSource(folder, reward_folder, finetune=FineTune(mode="lora", dropout=0.1))
 
 
 def test_a_twin_shares_what_is_frozen_and_copies_the_rest(folder):
@@ -252,7 +252,7 @@ def test_a_reference_that_is_the_start_by_another_name_is_a_twin(folder):
 
 def test_a_reference_must_be_there_and_read_the_same_tokens(folder, tmp_path):
     with pytest.raises(UserError, match=r"model folder '\./nowhere' does not exist"):
-        ActorCriticSource(folder, share_of_letters, reference="./nowhere").check()
+        ModelSource(folder, share_of_letters, reference="./nowhere").check()
     save_llama(tmp_path, tokenizer=tiny_tokenizer())
     other = tiny_tokenizer()
     other.add_tokens(["<a>", "<b>"])

@@ -416,7 +416,7 @@ def test_raw_and_calibrated_scores_are_told_apart(folder, reward_folder):
 
 
 def test_seconds_are_those_of_the_parts(folder, monkeypatch):
-    monkeypatch.setattr("rlhf_lightning.algorithms.ppo.module.time", clock())
+    clock(monkeypatch)
     log = run(ppo(folder, share_of_letters))
     assert [log.series(f"train/seconds_{part}") for part in ("generating", "scoring", "updating")] == [[2.0]] * 3
 

@@ -19,7 +19,7 @@ from rlhf_lightning import (
     Sampling,
     UserError,
 )
-from rlhf_lightning.algorithms.ppo.models import ActorCriticSource
+from rlhf_lightning.algorithms.online.models import ModelSource
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.plain import PlainFormat
@@ -292,13 +292,13 @@ def test_a_value_model_starts_from_a_reward_model_of_the_same_tokens(tmp_path):
     ours, theirs = tokenizer_of(CHATML), tokenizer_of(GEMMA_LIKE)
     folder = reward_folder(tmp_path, theirs, ChatEncoder(theirs))
     policy = str(tmp_path / "base")
-    models = ActorCriticSource(policy, folder).load(ChatEncoder(ours))
+    models = ModelSource(policy, folder).load(ChatEncoder(ours))
     assert isinstance(models.scorer, TextScorer)
     assert models.value.model.score.weight.abs().sum() > 0
     assert models.value is not models.scorer.model
     torch.testing.assert_close(models.value.model.score.weight, models.scorer.model.model.score.weight)
     other = tokenizer_of(GEMMA_LIKE, more=["yeast", " bread"])
-    models = ActorCriticSource(policy, reward_folder(tmp_path / "other", other)).load(ChatEncoder(ours))
+    models = ModelSource(policy, reward_folder(tmp_path / "other", other)).load(ChatEncoder(ours))
     assert models.value.model.score.weight.abs().sum() == 0
 
 

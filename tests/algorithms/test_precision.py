@@ -35,8 +35,7 @@ from rlhf_lightning import (
     SFTModule,
     UserError,
 )
-from rlhf_lightning.algorithms import common
-from rlhf_lightning.algorithms.ppo import module as ppo_stage
+from rlhf_lightning.algorithms import stage as stage_module
 from rlhf_lightning.cli.main import main
 from rlhf_lightning.training.master_weights import MasterWeights
 
@@ -52,14 +51,24 @@ def folders(tmp_path_factory):
 
 
 def sft(folders, lr=1e-3, rows=8, **options):
-    module = SFTModule(folders["base"], adamw(lr), "constant", 0, micro_batch_size=2, **options)
+    module = SFTModule(
+        folders["base"], optimizer=adamw(lr), lr_schedule="constant", warmup_steps=0, micro_batch_size=2, **options
+    )
     examples = instruction_rows(rows)
     settings = {"validation_data": examples[:3], "max_length": 48, "batch_size": 4}
     return module, InstructionDataModule(folders["base"], examples, **settings)
 
 
 def reward(folders, lr=1e-3, rows=8, **options):
-    module = RewardModule(folders["base"], "average", adamw(lr), "constant", 0, micro_batch_size=2, **options)
+    module = RewardModule(
+        folders["base"],
+        loss="average",
+        optimizer=adamw(lr),
+        lr_schedule="constant",
+        warmup_steps=0,
+        micro_batch_size=2,
+        **options,
+    )
     pairs = [{**row, "weight": 1 / 3, "margin": 0.1} for row in preference_rows(rows)]
     settings = {"validation_data": pairs[:3], "max_length": 48, "batch_size": 4}
     return module, PreferenceDataModule(folders["base"], pairs, **settings)
@@ -87,16 +96,14 @@ STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
 class Watch:
     """Notes the type of every loss and of every number that a stage logs or hands on."""
 
-    def __init__(self, module, monkeypatch):
+    def __init__(self, module):
         self.seen = {}
         backward, log = module.manual_backward, module.log
         module.manual_backward = lambda loss, **options: (self.note(loss=loss), backward(loss, **options))[1]
         module.log = lambda name, value, **options: (self.note(**{name: value}), log(name, value, **options))[1]
-        for name in ("loss_sums", "pair_scores", "pair_metrics", "rollout"):
+        for name in ("loss_sums", "pair_scores", "pair_metrics", "rollout", "answer", "measure_answers"):
             if hasattr(module, name):
                 setattr(module, name, self.watched(name, getattr(module, name)))
-        for name in ("answer", "measure_answers"):
-            monkeypatch.setattr(ppo_stage, name, self.watched(name, getattr(ppo_stage, name)))
 
     def watched(self, name, function):
         def call(*args, **kwargs):
@@ -126,10 +133,10 @@ class Watch:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_losses_and_all_that_is_measured_are_float32(stage, precision, folders, monkeypatch):
+def test_losses_and_all_that_is_measured_are_float32(stage, precision, folders):
     disturb_random_numbers(0)
     module, data = STAGES[stage](folders)
-    watch = Watch(module, monkeypatch)
+    watch = Watch(module)
     fit(module, data, precision=precision, max_epochs=1)
 
     assert {name: types for name, types in watch.seen.items() if types != {torch.float32}} == {}
@@ -152,11 +159,11 @@ def test_losses_and_all_that_is_measured_are_float32(stage, precision, folders, 
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_what_the_rollout_knows_already_is_float32_too(precision, folders, monkeypatch):
+def test_what_the_rollout_knows_already_is_float32_too(precision, folders):
     """One update on the whole rollout takes the log-probabilities of generation; the values are a head's."""
     disturb_random_numbers(0)
     module, data = ppo(folders, minibatch_size=4, ppo_epochs=1, value_trunk="policy")
-    watch = Watch(module, monkeypatch)
+    watch = Watch(module)
     fit(module, data, precision=precision, max_epochs=1)
     assert watch.seen.pop("answer.0.hidden") == {PRECISIONS[precision]}  # activations, which the head reads
     assert {name: types for name, types in watch.seen.items() if types != {torch.float32}} == {}
@@ -212,7 +219,7 @@ def trained_weights(stage, folders, precision="bf16-true"):
 @pytest.mark.parametrize("stage", STAGES)
 def test_training_moves_weights_that_plain_bfloat16_leaves(stage, folders, monkeypatch):
     moved = changed(*trained_weights(stage, folders))
-    monkeypatch.setattr(common, "with_master_weights", lambda optimizer, trainer: optimizer)
+    monkeypatch.setattr(stage_module, "with_master_weights", lambda optimizer, trainer: optimizer)
     stalled = changed(*trained_weights(stage, folders))
     assert stalled < 0.3
     assert moved > stalled + 0.3
@@ -227,7 +234,7 @@ def test_the_sum_of_small_steps_is_that_of_a_float32_run(folders, monkeypatch):
 
     start, reference = trained_weights("sft", folders, "32-true")
     assert arrived(start, trained_weights("sft", folders)[1], reference) == pytest.approx(1, abs=0.1)
-    monkeypatch.setattr(common, "with_master_weights", lambda optimizer, trainer: optimizer)
+    monkeypatch.setattr(stage_module, "with_master_weights", lambda optimizer, trainer: optimizer)
     assert arrived(start, trained_weights("sft", folders)[1], reference) < 0.4
 
 

@@ -98,7 +98,7 @@ def expected_metrics(folder, batch, kind="last_token"):
 def test_learns_which_of_two_is_better(folder, loss):
     disturb_random_numbers(0)
     rows = preference_rows(8)
-    module = RewardModule(folder, loss, adamw(3e-3), **CONSTANT, micro_batch_size=4)
+    module = RewardModule(folder, loss=loss, optimizer=adamw(3e-3), **CONSTANT, micro_batch_size=4)
     log = fit(module, data_module(folder, rows, batch_size=8, validation_data=preference_rows(8)), max_epochs=30)
 
     margins = log.series("train/margin")
@@ -112,7 +112,9 @@ def test_learns_which_of_two_is_better(folder, loss):
 def test_micro_batches_change_nothing(reward_folder, loss, micro_batch_size):
     trained = []
     for size in (None, micro_batch_size):
-        module = RewardModule(reward_folder, loss, sgd(0.1), **CONSTANT, micro_batch_size=size, gradient_clip_val=None)
+        module = RewardModule(
+            reward_folder, loss=loss, optimizer=sgd(0.1), **CONSTANT, micro_batch_size=size, gradient_clip_val=None
+        )
         fit(module, DataLoader(batches(reward_folder, preference_rows(24), batch_size=8), batch_size=None))
         trained.append(weights(module.scalar))
     assert_close_weights(*trained)
@@ -124,7 +126,9 @@ def test_prefix_sharing_changes_nothing(reward_folder, loss):
     data = batches(reward_folder, rows, batch_size=8)  # some pairs share more than their prompt
     found = []
     for sharing in (True, False):
-        module = RewardModule(reward_folder, loss, sgd(0.1), **CONSTANT, prefix_sharing=sharing, gradient_clip_val=None)
+        module = RewardModule(
+            reward_folder, loss=loss, optimizer=sgd(0.1), **CONSTANT, prefix_sharing=sharing, gradient_clip_val=None
+        )
         log = fit(module, DataLoader(data, batch_size=None), max_steps=1)
         (validated,) = trainer().validate(module, DataLoader(data, batch_size=None), verbose=False)
         numbers = {name: log.series(f"train/{name}") for name in ("loss", "margin", "grad_norm")}
@@ -148,7 +152,7 @@ def test_a_token_budget_changes_nothing_but_the_size_of_micro_batches(
     trained = []
     for max_tokens in (None, budget):
         settings = {"prefix_sharing": sharing, "gradient_clip_val": None, "max_tokens_per_batch": max_tokens}
-        module = RewardModule(reward_folder, loss, sgd(0.1), **CONSTANT, **settings)
+        module = RewardModule(reward_folder, loss=loss, optimizer=sgd(0.1), **CONSTANT, **settings)
         module.configure_model()
         sharing_pays(module.export_model, *both_sides(data[0]))  # tries the model out
         shown = []
@@ -180,7 +184,7 @@ def test_more_padding_changes_nothing(reward_folder, loss):
     plain = batches(reward_folder, preference_rows(16), batch_size=8)
     trained = []
     for loader in (plain, [widened(batch) for batch in plain]):
-        module = RewardModule(reward_folder, loss, sgd(0.1), **CONSTANT)
+        module = RewardModule(reward_folder, loss=loss, optimizer=sgd(0.1), **CONSTANT)
         fit(module, DataLoader(loader, batch_size=None))
         trained.append(weights(module.scalar))
     assert_close_weights(*trained)
@@ -192,7 +196,7 @@ def test_every_number_by_hand(reward_folder, loss):
     (batch,) = batches(reward_folder, rows)
     expected = expected_metrics(reward_folder, batch, loss)
 
-    module = RewardModule(reward_folder, loss, sgd(0.1), micro_batch_size=3)
+    module = RewardModule(reward_folder, loss=loss, optimizer=sgd(0.1), micro_batch_size=3)
     log = fit(module, data_module(reward_folder, rows), max_steps=1)
 
     assert {name: log.series(f"train/{name}")[0] for name in expected} == expected
@@ -317,7 +321,7 @@ def test_speed_norm_and_rate_by_hand(reward_folder, monkeypatch):
     """One step of gradient descent without clipping: the gradient is what the weights moved by."""
     rows = preference_rows(7)
     (batch,) = batches(reward_folder, rows)
-    monkeypatch.setattr("rlhf_lightning.algorithms.reward.time", clock())
+    clock(monkeypatch)
     module = RewardModule(reward_folder, optimizer=sgd(0.1), gradient_clip_val=None, **CONSTANT)
     module.configure_model()
     before = weights(module.scalar)

@@ -47,7 +47,7 @@ def repeated(batch, times):
 
 def train(folder, batch, loss="last_token", size=None, **settings):
     settings |= {"lr_schedule": "constant", "warmup_steps": 0, "micro_batch_size": size}
-    module = RewardModule(folder, loss, sgd(0.1), **settings)
+    module = RewardModule(folder, loss=loss, optimizer=sgd(0.1), **settings)
     log = fit(module, DataLoader([batch], batch_size=None), max_epochs=2)
     return weights(module.scalar), log
 

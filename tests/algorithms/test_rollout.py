@@ -8,17 +8,18 @@ import torch
 from helpers.models import LAYOUTS, table_lm, table_scalar, table_tokenizer, tiny_causal_lm, tiny_classifier
 from helpers.threads import in_two_threads
 from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning.algorithms.ppo.controllers import RunningMoments
-from rlhf_lightning.algorithms.ppo.models import TrunkValue
-from rlhf_lightning.algorithms.ppo.rollout import (
-    Measurements,
-    build_experience,
+from rlhf_lightning.algorithms.online.controllers import RunningMoments
+from rlhf_lightning.algorithms.online.experience import Measurements
+from rlhf_lightning.algorithms.online.models import TrunkValue
+from rlhf_lightning.algorithms.online.rollout import (
     experience_metrics,
+    explained_variance,
     measure,
     raw_score,
     shape_scores,
 )
-from rlhf_lightning.algorithms.ppo.settings import KLPenalty, Objective, ScoreShaping
+from rlhf_lightning.algorithms.online.settings import KLPenalty, Objective, ScoreShaping
+from rlhf_lightning.algorithms.ppo import build_experience
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.written import WrittenPrompt
@@ -55,9 +56,14 @@ def take(rows):
     return PromptBatch(*fields)
 
 
+def measure_all(policy, reference, scorer, value, prompts, generation, texts, temperature, pieces, report=None):
+    models = {"policy": policy, "reference": reference, "scorer": scorer, "value": value}
+    return measure(prompts, generation, texts, **models, temperature=temperature, pieces=pieces, report=report)
+
+
 def measured(batch_size=2, value=True, temperature=1.0, report=None):
     options = {} if report is None else {"report": report}
-    return measure(
+    return measure_all(
         table_lm(P),
         table_lm(Q),
         ModelScorer(table_scalar(SCORES)),
@@ -112,7 +118,7 @@ def test_measuring_in_parts_changes_nothing():
     progress = []
     order = torch.tensor([6, 0, 3, 5, 1, 2, 4])
     whole, parts = (
-        measure(
+        measure_all(
             policy,
             reference,
             ModelScorer(scorer),
@@ -154,7 +160,7 @@ def test_scorers_are_shown_what_was_asked_and_said():
     function, model = Witness(), WitnessModel()
     for scorer in (function, model):
         pieces = [torch.tensor([1]), torch.tensor([0])]
-        measure(table_lm(P), table_lm(Q), scorer, None, prompts, generation, ["b", ""], 1.0, pieces)
+        measure_all(table_lm(P), table_lm(Q), scorer, None, prompts, generation, ["b", ""], 1.0, pieces)
     sequences, mask = [[0, 1, 2, EOS], [1, 2, EOS, 0]], [[False, True, True, True], [True, True, True, False]]
     assert function.shown == [[sequences, mask, [True, False], ["a", "ab"], ["b", ""], [10, 11], written]]
     cut = [[1, 2, EOS]], [[True] * 3]  # both without their padding
@@ -169,12 +175,12 @@ def test_a_value_head_reads_kept_hidden_states_or_the_policy_s_own():
     torch.nn.init.normal_(value.score.weight, generator=torch.Generator().manual_seed(0))
     others = tiny_causal_lm(seed=2), Witness(), value, PROMPTS
     whole = [torch.arange(2)]
-    expected = measure(policy, *others, GENERATION, ["", ""], 1.0, whole).values
+    expected = measure_all(policy, *others, GENERATION, ["", ""], 1.0, whole).values
     assert expected[GENERATION.response_mask].all()
     told = GENERATION._replace(logprobs=torch.zeros(2, 2))
-    torch.testing.assert_close(measure(policy, *others, told, ["", ""], 1.0, whole).values, expected)
+    torch.testing.assert_close(measure_all(policy, *others, told, ["", ""], 1.0, whole).values, expected)
     hidden = torch.randn(2, 2, policy.config.hidden_size, generator=torch.Generator().manual_seed(1))
-    values = measure(policy, *others, told._replace(hidden=hidden), ["", ""], 1.0, whole).values
+    values = measure_all(policy, *others, told._replace(hidden=hidden), ["", ""], 1.0, whole).values
     torch.testing.assert_close(values, value(hidden) * GENERATION.response_mask)
 
 
@@ -184,7 +190,7 @@ def test_a_part_is_as_wide_as_its_longest_prompt_and_response():
     generation = Generation(torch.ones(4, 3).long(), torch.arange(3) < lengths[:, 1:], torch.ones(4).bool())
     pieces = list(torch.arange(4).split(2))
     models = table_lm(P), table_lm(Q), WitnessModel(), None
-    assert measure(*models, prompts, generation, ["x"] * 4, 1.0, pieces).scores.tolist() == [4, 4, 7, 7]
+    assert measure_all(*models, prompts, generation, ["x"] * 4, 1.0, pieces).scores.tolist() == [4, 4, 7, 7]
 
 
 def test_functions_see_all_texts_at_once():
@@ -195,7 +201,7 @@ def test_functions_see_all_texts_at_once():
         return [float(len(response)) for response in responses]
 
     scorer = FunctionScorer(ScoringFunction(function, "length"))
-    measurements = measure(
+    measurements = measure_all(
         table_lm(P), table_lm(Q), scorer, None, PROMPTS, GENERATION, ["b", ""], 1.0, list(torch.arange(2).split(1))
     )
     assert seen == [(["a", "ab"], ["b", ""])]
@@ -204,7 +210,7 @@ def test_functions_see_all_texts_at_once():
 
 def test_log_probabilities_of_the_sampler_are_taken_without_another_pass():
     told = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]])
-    measurements = measure(
+    measurements = measure_all(
         table_lm(P), table_lm(Q), ModelScorer(table_scalar(SCORES)), table_scalar(VALUES), PROMPTS,
         GENERATION._replace(logprobs=told), ["b", ""], 1.0, [torch.arange(2)],
     )  # fmt: skip
@@ -313,7 +319,8 @@ def test_advantages_are_whitened_over_all_processes():
 
 
 def metrics_of(experience, reduce=identity, gamma=1.0):
-    return {name: metric.item() for name, metric in experience_metrics(experience, reduce, gamma).items()}
+    explained = {"explained_variance": explained_variance(experience, reduce, gamma)}
+    return {name: metric.item() for name, metric in {**experience_metrics(experience, reduce), **explained}.items()}
 
 
 def test_metrics_by_hand():
@@ -335,8 +342,7 @@ def test_metrics_by_hand():
         },
         rel=1e-5,
     )
-    undiscounted = experience_metrics(experience)["explained_variance"]
-    assert undiscounted == metrics_of(experience, gamma=1.0)["explained_variance"]
+    assert explained_variance(experience) == metrics_of(experience, gamma=1.0)["explained_variance"]
 
 
 def test_explained_variance_of_a_perfect_and_of_a_constant_value():

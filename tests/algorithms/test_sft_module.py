@@ -56,7 +56,7 @@ def logprobs_by_hand(folder, batch):
 
 def test_learns_a_batch_by_heart_and_recites_it(folder):
     rows = instruction_rows(4)
-    module = SFTModule(folder, adamw(1e-2), **CONSTANT, sampling=Sampling(temperature=0, max_new_tokens=40))
+    module = SFTModule(folder, optimizer=adamw(1e-2), **CONSTANT, sampling=Sampling(temperature=0, max_new_tokens=40))
     data = data_module(folder, rows, batch_size=4, predict_data=rows)
 
     losses = fit(module, data, max_epochs=80).series("train/loss")
@@ -72,7 +72,7 @@ def test_learns_a_batch_by_heart_and_recites_it(folder):
 def test_micro_batches_change_nothing(folder, micro_batch_size):
     trained = []
     for size in (None, micro_batch_size):
-        module = SFTModule(folder, sgd(0.5), **CONSTANT, micro_batch_size=size, gradient_clip_val=None)
+        module = SFTModule(folder, optimizer=sgd(0.5), **CONSTANT, micro_batch_size=size, gradient_clip_val=None)
         fit(module, data_module(folder, instruction_rows(24), batch_size=8))
         trained.append(weights(module.model))
     assert_close_weights(*trained)
@@ -86,7 +86,7 @@ def test_more_padding_changes_nothing(folder):
     plain = batches(folder, instruction_rows(16), batch_size=8)
     trained = []
     for loader in (plain, [widened(batch) for batch in plain]):
-        module = SFTModule(folder, sgd(0.5), **CONSTANT)
+        module = SFTModule(folder, optimizer=sgd(0.5), **CONSTANT)
         fit(module, torch.utils.data.DataLoader(loader, batch_size=None))
         trained.append(weights(module.model))
     assert_close_weights(*trained)
@@ -103,7 +103,7 @@ def test_loss_and_perplexity_by_hand(folder, loss_on, smoothing):
     if loss_on == "all":
         assert len(targets) == int(batch.attention_mask.sum()) - 7
 
-    module = SFTModule(folder, sgd(0.1), label_smoothing=smoothing, micro_batch_size=3)
+    module = SFTModule(folder, optimizer=sgd(0.1), label_smoothing=smoothing, micro_batch_size=3)
     log = fit(module, data_module(folder, rows, loss_on=loss_on), max_steps=1)
 
     assert log.series("train/loss") == [pytest.approx(nll.item(), abs=1e-5)]  # as validation: never smoothed
@@ -128,13 +128,13 @@ def test_validation_weighs_every_token_alike(folder):
 
 
 def test_the_learning_rate_warms_up_from_above_zero_and_falls_per_optimizer_step(folder):
-    module = SFTModule(folder, sgd(0.4), lr_schedule="linear", warmup_steps=2, micro_batch_size=1)
+    module = SFTModule(folder, optimizer=sgd(0.4), lr_schedule="linear", warmup_steps=2, micro_batch_size=1)
     log = fit(module, data_module(folder, instruction_rows(12), batch_size=4), max_epochs=2)
     assert log.series("train/lr") == pytest.approx([0.2, 0.4, 0.4, 0.3, 0.2, 0.1])
 
 
 def test_the_default_schedule_is_a_cosine_after_a_share_of_warm_up(folder):
-    module = SFTModule(folder, sgd(1.0))  # 3% of 4 steps is rounded up to one step
+    module = SFTModule(folder, optimizer=sgd(1.0))  # 3% of 4 steps is rounded up to one step
     log = fit(module, data_module(folder, instruction_rows(16), batch_size=4))
     cosine = [0.5 * (1 + math.cos(math.pi * step / 3)) for step in range(3)]
     assert log.series("train/lr") == pytest.approx([1.0, *cosine])
@@ -146,7 +146,7 @@ def test_dropout_is_off_unless_asked_for(tmp_path):
     rows = instruction_rows(8)
     losses = {}
     for name, model, dropout in [("default", folder, False), ("none", same, False), ("on", folder, True)]:
-        module = SFTModule(model, sgd(0.1), dropout=dropout)
+        module = SFTModule(model, optimizer=sgd(0.1), dropout=dropout)
         losses[name] = fit(module, data_module(model, rows, batch_size=4)).series("train/loss")
     assert losses["default"] == losses["none"]
     assert losses["on"] != losses["default"]
@@ -158,7 +158,7 @@ def test_dropout_depends_on_the_seed_and_on_nothing_else(tmp_path):
     for seed, drawn_before in [(1, 0), (1, 1000), (2, 0)]:
         disturb_random_numbers(seed)
         torch.rand(drawn_before)
-        module = SFTModule(folder, sgd(0.1), dropout=True)
+        module = SFTModule(folder, optimizer=sgd(0.1), dropout=True)
         fit(module, data_module(folder, instruction_rows(8), batch_size=4))
         assert torch.initial_seed() == seed
         trained.append(weights(module.model))
@@ -170,7 +170,9 @@ def test_dropout_depends_on_the_seed_and_on_nothing_else(tmp_path):
 def test_a_token_budget_changes_nothing(folder, budget):
     trained = []
     for max_tokens in (None, budget):
-        module = SFTModule(folder, sgd(0.5), **CONSTANT, max_tokens_per_batch=max_tokens, gradient_clip_val=None)
+        module = SFTModule(
+            folder, optimizer=sgd(0.5), **CONSTANT, max_tokens_per_batch=max_tokens, gradient_clip_val=None
+        )
         fit(module, data_module(folder, instruction_rows(16), batch_size=8))
         trained.append(weights(module.model))
     assert_close_weights(*trained)
@@ -200,8 +202,8 @@ def test_speed_norm_and_rate_by_hand(folder, monkeypatch):
     """One step of gradient descent without clipping: the gradient is what the weights moved by."""
     rows = instruction_rows(7)
     (batch,) = batches(folder, rows)
-    monkeypatch.setattr("rlhf_lightning.algorithms.sft.time", clock())
-    module = SFTModule(folder, sgd(0.1), gradient_clip_val=None, **CONSTANT)
+    clock(monkeypatch)
+    module = SFTModule(folder, optimizer=sgd(0.1), gradient_clip_val=None, **CONSTANT)
     module.configure_model()
     before = weights(module.model)
     log = fit(module, data_module(folder, rows), max_steps=1)

@@ -16,8 +16,7 @@ from helpers.models import (
 )
 from helpers.stages import assert_close_weights, fit, instruction_rows, save_llama, sgd, trainer, weights
 from rlhf_lightning import InstructionDataModule, SFTModule, UserError
-from rlhf_lightning.algorithms.common import name_rows
-from rlhf_lightning.batches import InstructionBatch
+from rlhf_lightning.batches import InstructionBatch, name_rows
 from rlhf_lightning.data.collate import pad
 from rlhf_lightning.forward.packed import check_packing
 
@@ -175,7 +174,7 @@ def folder(tmp_path_factory):
 
 
 def train(folder, batches, **settings):
-    module = SFTModule(folder, sgd(0.5), lr_schedule="constant", warmup_steps=0, **settings)
+    module = SFTModule(folder, optimizer=sgd(0.5), lr_schedule="constant", warmup_steps=0, **settings)
     log = fit(module, DataLoader(batches, batch_size=None), max_epochs=2, precision="64-true")
     return weights(module.model), log
 
@@ -217,7 +216,7 @@ def test_a_data_module_that_packs_teaches_the_same(folder):
     losses, shares = [], []
     for packing in (False, True):
         data = InstructionDataModule(folder, rows, max_length=64, validation_split=0.0, packing=packing, batch_size=12)
-        module = SFTModule(folder, sgd(0.5), lr_schedule="constant", warmup_steps=0)
+        module = SFTModule(folder, optimizer=sgd(0.5), lr_schedule="constant", warmup_steps=0)
         log = fit(module, data, max_epochs=2, precision="64-true")
         losses += log.series("train/loss")
         shares += log.series("train/padding_share")

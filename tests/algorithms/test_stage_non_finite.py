@@ -50,7 +50,7 @@ def reward_folder(folder, tmp_path_factory):
 def supervised(stage, folder, reward_folder, lr=0.1):
     """A module of the stage, and its two batches of rows 0 to 3 and 4 to 7, in this order."""
     if stage == "sft":
-        module = SFTModule(folder, sgd(lr), **CONSTANT, micro_batch_size=2, gradient_clip_val=None)
+        module = SFTModule(folder, optimizer=sgd(lr), **CONSTANT, micro_batch_size=2, gradient_clip_val=None)
         data = InstructionDataModule(folder, instruction_rows(8), eval_batch_size=4, max_length=48)
     else:
         module = RewardModule(reward_folder, optimizer=sgd(lr), **CONSTANT, micro_batch_size=2, gradient_clip_val=None)

@@ -41,13 +41,15 @@ def folders(tmp_path_factory):
 
 
 def sft(folders):
-    module = SFTModule(folders["base"], adamw(1e-3), warmup_steps=2, micro_batch_size=2, dropout=True)
+    module = SFTModule(folders["base"], optimizer=adamw(1e-3), warmup_steps=2, micro_batch_size=2, dropout=True)
     rows = instruction_rows(12)
     return module, InstructionDataModule(folders["base"], rows, validation_data=rows[:3], max_length=48, batch_size=4)
 
 
 def reward(folders):
-    module = RewardModule(folders["base"], "average", adamw(1e-3), warmup_steps=2, micro_batch_size=2, dropout=True)
+    module = RewardModule(
+        folders["base"], loss="average", optimizer=adamw(1e-3), warmup_steps=2, micro_batch_size=2, dropout=True
+    )
     rows = preference_rows(12)
     return module, PreferenceDataModule(folders["base"], rows, validation_data=rows[:3], max_length=48, batch_size=4)
 

@@ -63,7 +63,7 @@ class TheirCallback(pl.Callback):
 def test_sft_on_a_plain_loader(folder):
     loader = DataLoader(Numbers(), batch_size=6, collate_fn=instructions)
     watch = TheirCallback("train/loss")
-    trainer(max_epochs=30, callbacks=[watch]).fit(SFTModule(folder, adamw(1e-2)), loader, loader)
+    trainer(max_epochs=30, callbacks=[watch]).fit(SFTModule(folder, optimizer=adamw(1e-2)), loader, loader)
     assert watch.seen[-1] < 0.2 < 3 < watch.seen[0]
 
 

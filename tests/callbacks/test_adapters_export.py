@@ -50,7 +50,7 @@ MASK = torch.ones_like(IDS).bool()
 def teach(base: Path | str, out: Path, finetune: FineTune, **settings: Any) -> SFTModule:
     """Two steps of supervised fine-tuning, exported to `out`."""
     torch.manual_seed(1)
-    module = SFTModule(str(base), adamw(3e-2), **CONSTANT, finetune=finetune)
+    module = SFTModule(str(base), optimizer=adamw(3e-2), **CONSTANT, finetune=finetune)
     rows = instruction_rows(8)
     data = InstructionDataModule(str(base), rows, validation_data=rows[:2], batch_size=4, max_length=48)
     fit(module, data, callbacks=[HFExport(str(out))], **settings)
@@ -207,7 +207,7 @@ def test_exports_beside_checkpoints_do_not_touch_training(folders, tmp_path):
             assert same_weights(weights(pl_module.export_model), before)
 
     torch.manual_seed(1)
-    module = SFTModule(folders["base"], adamw(3e-2), **CONSTANT, finetune=LORA)
+    module = SFTModule(folders["base"], optimizer=adamw(3e-2), **CONSTANT, finetune=LORA)
     rows = instruction_rows(8)
     data = InstructionDataModule(folders["base"], rows, validation_data=rows[:2], batch_size=4, max_length=48)
     fit(module, data, callbacks=[EveryStep(str(tmp_path / "end"))])

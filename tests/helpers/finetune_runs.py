@@ -37,7 +37,7 @@ def run(stage: str, name: str, folder: str, export: str, settings: dict[str, Any
     options = {"micro_batch_size": 3, "finetune": FineTune(**settings), **CONSTANT}
     sizes = {"batch_size": GLOBAL_BATCH // processes, "max_length": 48}
     rows = instruction_rows(EXAMPLES) if stage == "sft" else preference_rows(EXAMPLES)
-    module: Any = SFTModule(folder, sgd(0.5), **options)
+    module: Any = SFTModule(folder, optimizer=sgd(0.5), **options)
     data: Any = InstructionDataModule(folder, rows, validation_data=rows[:8], **sizes)
     if stage == "reward":
         module = RewardModule(folder, optimizer=sgd(0.5), **options)

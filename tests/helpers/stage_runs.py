@@ -29,7 +29,7 @@ CONSTANT = {"lr_schedule": "constant", "warmup_steps": 0, "gradient_clip_val": 0
 
 def sft(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, Any]:
     """Two steps on sequences of uneven length, in micro-batches of 3."""
-    module = SFTModule(folder, sgd(0.5), micro_batch_size=3, **CONSTANT)
+    module = SFTModule(folder, optimizer=sgd(0.5), micro_batch_size=3, **CONSTANT)
     rows = instruction_rows(EXAMPLES)
     data = InstructionDataModule(
         folder, rows, validation_data=rows[:8], batch_size=GLOBAL_BATCH // processes, max_length=48

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import Logger
@@ -17,6 +18,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.utils.logging import disable_progress_bar
 
 from helpers.tokenizers import tiny_tokenizer
+from rlhf_lightning.algorithms import reward as reward_stage
+from rlhf_lightning.algorithms import sft as sft_stage
+from rlhf_lightning.algorithms import stage
+from rlhf_lightning.algorithms.online import stage as online_stage
 from rlhf_lightning.models.scalar_lm import Calibration, new_scalar_lm
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -191,9 +196,11 @@ def disturb_random_numbers(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def clock() -> SimpleNamespace:
-    """What a module may take for `time`: each look at it is two seconds after the one before."""
-    return SimpleNamespace(perf_counter=itertools.count(step=2).__next__)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the stages see a clock of which each look is two seconds after the one before."""
+    looks = SimpleNamespace(perf_counter=itertools.count(step=2).__next__)
+    for module in (stage, sft_stage, reward_stage, online_stage):
+        monkeypatch.setattr(module, "time", looks)
 
 
 def sgd(lr: float) -> Any:

@@ -12,7 +12,7 @@ from helpers.models import LAYOUTS, save_folder
 from helpers.other_families import other_causal_lm
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import FineTune
-from rlhf_lightning.algorithms.ppo.models import ActorCriticSource
+from rlhf_lightning.algorithms.online.models import ModelSource
 from rlhf_lightning.callbacks.hf_export import _write_adapter
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
@@ -93,7 +93,7 @@ def test_merging_for_a_while_leaves_them_as_they_are(folder):
 
 
 def test_ppo_shares_the_base(folder):
-    source = ActorCriticSource(folder, "helpers.stages.share_of_letters", finetune=LORA, value_trunk="policy")
+    source = ModelSource(folder, "helpers.stages.share_of_letters", finetune=LORA, value_trunk="policy")
     models = source.load(ChatEncoder(tiny_tokenizer()))
     assert torch.equal(logits(models.policy), logits(models.reference))
     tables = [

@@ -9,40 +9,34 @@ every metric; rankings of more than two responses come as weighted pairs. Left o
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from pytorch_lightning.cli import OptimizerCallable
 from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from torchmetrics import CatMetric, MeanMetric
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
+from torchmetrics import CatMetric
+from transformers import PreTrainedModel
 
-from rlhf_lightning.algorithms.common import (
-    SIZES,
-    check_token_budget,
-    configure_optimizer,
-    count_tokens,
-    drop_frozen_weights,
-    equally_many,
-    load_run_state,
-    log_metrics,
-    name_rows,
-    run_seed,
-    save_run_state,
-    stage_tokenizer,
+from rlhf_lightning.algorithms.pairs import (
+    Pairs,
+    both_sides,
+    mean_metrics,
+    pair_pieces,
+    pair_weights,
+    total_weight,
+    weighted_sums,
+    whole_batch,
 )
-from rlhf_lightning.algorithms.hyperparameters import as_config, from_config, optimizer_from_config
-from rlhf_lightning.algorithms.stage import Stage
+from rlhf_lightning.algorithms.stage import Loss, Stage
 from rlhf_lightning.arguments import check_arguments
-from rlhf_lightning.batches import PreferenceBatch, ScoringBatch, micro_batches
+from rlhf_lightning.batches import PreferenceBatch, ScoringBatch, name_rows
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
-from rlhf_lightning.forward.prefix import SharedRows, share_rows, shared_lengths, sharing_pays
 from rlhf_lightning.functional import RewardLoss, pairwise_loss, scores_at_end
 from rlhf_lightning.models.dtypes import keep_dtype
-from rlhf_lightning.models.finetune import FineTune, describe_trained, prepare_for_training
+from rlhf_lightning.models.finetune import prepare_for_training
 from rlhf_lightning.models.scalar_lm import (
     Calibration,
     ScalarLM,
@@ -51,24 +45,9 @@ from rlhf_lightning.models.scalar_lm import (
     new_scalar_lm,
 )
 from rlhf_lightning.models.tokenizer import own_pad_token
-from rlhf_lightning.rng import forked_rng
-from rlhf_lightning.training import GradientAccumulation, sum_over_ranks
-from rlhf_lightning.training.optim import ADAMW, Schedule, learning_rates, parameter_groups
+from rlhf_lightning.training import sum_over_ranks
 
 _PROBE_TOKENS = 64
-
-
-def pair_weights(batch: PreferenceBatch) -> Tensor:
-    """How much each pair counts, `[B]`, float32."""
-    if batch.weights is None:
-        return torch.ones(len(batch.row_ids), dtype=torch.float32, device=batch.row_ids.device)
-    return batch.weights.float()  # the Trainer gives batches the type of the weights
-
-
-def both_sides(batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-    """Ids and mask of chosen and rejected sequences, each `[B, 2, T]`."""
-    ids = torch.stack([batch.chosen_ids, batch.rejected_ids], dim=1)
-    return ids, torch.stack([batch.chosen_mask, batch.rejected_mask], dim=1)
 
 
 class RewardModule(Stage):
@@ -81,75 +60,38 @@ class RewardModule(Stage):
         model_name_or_path: Hugging Face folder or hub id. A language model, usually the export of the SFT stage, gets a
             fresh scalar head; a reward model keeps the head it has.
         loss: which scores of a pair are compared: `last_token`, `average` or `per_sample`.
-        optimizer: the optimizer; weight decay reaches matrices only.
-        lr_schedule: course of the learning rate after the warm-up, in optimizer steps.
-        warmup_steps: optimizer steps of linear warm-up; a number below 1 is a share of all steps.
-        micro_batch_size: pairs per forward and backward pass; None for the whole batch. Splitting changes memory and
-            time, not the gradient.
-        max_tokens_per_batch: in place of `micro_batch_size`: tokens per forward and backward pass, padding included;
-            pairs of similar length go together, few long ones or many short ones. A pair above it goes alone.
         prefix_sharing: run what both responses of a pair begin with, the prompt and often more, only once. The scores
             are the same to rounding; a model or attention kernel that cannot do it says so and runs both apart.
-        gradient_clip_val: norm the gradient is clipped to; None for no clipping.
         dropout: keep the dropout that the model's config asks for; by default it is off.
-        finetune: which weights are trained.
-        gradient_checkpointing: keep only each block's input for the backward pass and compute the rest again: less
-            memory, a third more time, the same gradient.
-        trust_remote_code: allow the model folder to run Python code of its own.
+        **options: those of `Stage`. An example is a pair.
     """
+
+    scalar: ScalarLM
 
     def __init__(
         self,
         model_name_or_path: str,
+        *,
         loss: RewardLoss = "last_token",
-        optimizer: OptimizerCallable = ADAMW,
-        lr_schedule: Schedule = "cosine",
-        warmup_steps: float = 0.03,
-        micro_batch_size: int | None = None,
-        max_tokens_per_batch: int | None = None,
         prefix_sharing: bool = True,
-        gradient_clip_val: float | None = 1.0,
         dropout: bool = False,
-        finetune: FineTune = FineTune(),
-        gradient_checkpointing: bool = False,
-        trust_remote_code: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        finetune = from_config(FineTune, finetune)
-        check_arguments(RewardModule, locals(), SIZES)
-        self.save_hyperparameters(ignore=["optimizer", "finetune"])
-        self.save_hyperparameters(as_config(optimizer=optimizer, finetune=finetune))
-        check_token_budget(micro_batch_size, max_tokens_per_batch)
-        self.strict_loading = finetune.mode == "all"  # otherwise checkpoints lack what is frozen
-        self.model_name_or_path = model_name_or_path
+        check_arguments(RewardModule, locals())
+        super().__init__(model_name_or_path, **options)
         self.loss: RewardLoss = loss
-        self.optimizer = optimizer_from_config(optimizer)
-        self.lr_schedule: Schedule = lr_schedule
-        self.warmup_steps = warmup_steps
-        self.micro_batch_size = micro_batch_size
-        self.max_tokens_per_batch = max_tokens_per_batch
         self.prefix_sharing = prefix_sharing
-        self.gradient_clip_val = gradient_clip_val
         self.dropout = dropout
-        self.finetune = finetune
-        self.gradient_checkpointing = gradient_checkpointing
-        self.trust_remote_code = trust_remote_code
-        self.scalar: ScalarLM | None = None
-        self.tokenizer: PreTrainedTokenizerBase | None = None
         self._head_is_random = False
         self._calibrated_at: int | None = None
-        names = ("loss", "accuracy", "chosen_score", "rejected_score", "margin")
-        self.eval_means = nn.ModuleDict({name: keep_dtype(MeanMetric()) for name in names})
+        self.eval_means = mean_metrics("loss", "accuracy", "chosen_score", "rejected_score", "margin")
         self.held_out_scores = keep_dtype(CatMetric())
 
-    def configure_model(self) -> None:
-        """Load the model and its tokenizer, once; the pad token becomes one that is not the EOS."""
-        if self.scalar is not None:
-            return
+    def load_models(self) -> None:
+        """Load the reward model; its pad token becomes one that is not the EOS."""
         self._head_is_random = not has_reward_head(self.model_name_or_path)
         load = new_scalar_lm if self._head_is_random else load_reward_model
         scalar = load(self.model_name_or_path, dropout=self.dropout, trust_remote_code=self.trust_remote_code)
-        self.tokenizer = stage_tokenizer(self)
         num_embeddings = scalar.model.get_input_embeddings().num_embeddings
         pad_id = own_pad_token(self.tokenizer, num_embeddings)
         if pad_id >= num_embeddings:
@@ -161,48 +103,35 @@ class RewardModule(Stage):
     @property
     def export_model(self) -> PreTrainedModel:
         """The classifier that plain transformers loads."""
-        assert self.scalar is not None
         return self.scalar.model
 
-    def configure_optimizers(self) -> Any:
-        """One optimizer, stepped with its schedule once per batch of the loader."""
-        return configure_optimizer(self, self.optimizer(parameter_groups(self.export_model)))
-
     def on_fit_start(self) -> None:
-        """Put the model in training mode: `from_pretrained` leaves it in evaluation mode."""
-        self.export_model.train()
-        if self.finetune.mode != "all":
-            rank_zero_info(describe_trained(self.export_model, self.finetune))
+        """Train the head, whether it is fresh or not."""
+        super().on_fit_start()
         self._head_is_random = False
 
-    def shares_prefixes(self, batch: PreferenceBatch) -> bool:
-        """Whether what the two sides of each pair begin with is run only once; all processes call it equally often."""
-        return self.prefix_sharing and sharing_pays(self.export_model, *both_sides(batch))
-
-    def pair_scores(self, batch: PreferenceBatch, rows: SharedRows | None = None) -> tuple[Tensor, Tensor]:
-        """Raw per-token scores of both sides, two tensors `[B, T]`, float32, in one forward pass.
+    def pair_scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Raw per-token scores of chosen and rejected responses, two tensors `[B, T]`, float32, in one forward pass.
 
         Args:
-            batch: pairs.
-            rows: the same pairs as shared rows; None to run both sides apart.
+            pairs: B of them.
         """
-        assert self.scalar is not None
-        if rows is None:
-            ids, mask = both_sides(batch)
+        if pairs.rows is None:
+            ids, mask = both_sides(pairs.batch)  # [B, 2, T]
             scores = self.scalar.raw(ids.flatten(0, 1), mask.flatten(0, 1)).unflatten(0, ids.shape[:2])
         else:
-            scores = rows.spread(self.scalar.head(rows.hidden_states(self.export_model)))
+            scores = pairs.rows.spread(self.scalar.head(pairs.rows.hidden_states(self.export_model)))
         chosen, rejected = scores.unbind(dim=1)
         return chosen, rejected
 
-    def pair_metrics(self, batch: PreferenceBatch, rows: SharedRows | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def pair_metrics(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each pair, `[B]`, and what else is logged of it, each `[B]`, from the scores at the last token.
 
         Args:
-            batch: pairs.
-            rows: as for `pair_scores`.
+            pairs: B of them.
         """
-        chosen, rejected = self.pair_scores(batch, rows)
+        batch = pairs.batch
+        chosen, rejected = self.pair_scores(pairs)
         losses = pairwise_loss(
             chosen,
             rejected,
@@ -223,57 +152,32 @@ class RewardModule(Stage):
             "margin": margin,
         }
 
-    def _pieces(self, batch: PreferenceBatch) -> list[tuple[PreferenceBatch, SharedRows | None]]:
-        """Micro-batches, laid out before the first forward pass, so that none waits for lengths from the device."""
-        shared = self.shares_prefixes(batch)
-        lengths = shared_lengths(*both_sides(batch)) if shared else None
-        size, max_tokens = self.micro_batch_size, self.max_tokens_per_batch
-        pieces = equally_many(self, lambda least: micro_batches(batch, size, max_tokens, least, lengths))
-        return [(piece, share_rows(*both_sides(piece)) if shared else None) for piece in pieces]
+    def _losses(self, pairs: Pairs) -> Iterator[Loss]:
+        losses, logged = self.pair_metrics(pairs)
+        yield (losses * pair_weights(pairs.batch)).sum(), weighted_sums(logged, pairs.batch)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """One optimizer step on one batch; returns its loss, detached, for callbacks."""
         self.check_batch(batch, PreferenceBatch, "PreferenceDataModule")
-        start = time.perf_counter()
-        # As with the number of tokens elsewhere: of all micro-batches and ranks. Only pairs of weight 0 sum to 0.
-        total_weight = sum_over_ranks(self, pair_weights(batch).sum()).clamp(min=torch.finfo(torch.float32).tiny)
-        pieces = self._pieces(batch)
-        accumulation = GradientAccumulation(self, len(pieces))
-        sums = torch.zeros(4, dtype=torch.float32, device=self.device)
-        with forked_rng(self.device, run_seed(self), "reward", self.trainer.global_step, self.global_rank):
-            for micro_batch, rows in pieces:
-                losses, pairs = self.pair_metrics(micro_batch, rows)
-                weights = pair_weights(micro_batch)
-                accumulation.backward((losses * weights).sum() / total_weight)
-                sums += torch.stack([(values * weights).sum() for values in pairs.values()])
-        lr = learning_rates(self.optimizers())[0]
-        grad_norm = accumulation.step(context=name_rows(batch.row_ids))
-        means = sum_over_ranks(self, sums) / total_weight
+        started, lr = time.perf_counter(), self.learning_rates()[0]
+        pieces = pair_pieces(self, batch, self.prefix_sharing)
+        total = total_weight(sum_over_ranks(self, pair_weights(batch).sum()))
+        step = self.optimise(pieces, self._losses, total, name_rows(batch.row_ids))
         # The speed is that of the data, the padding that of what was run.
-        sides = [both_sides(piece)[1] for piece, _ in pieces]
-        num_tokens, _ = count_tokens(self, sides)
-        run = [side if rows is None else rows.mask for side, (_, rows) in zip(sides, pieces, strict=True)]
-        _, padding_share = count_tokens(self, run)
-        metrics = {
-            "train/loss": accumulation.loss,
-            **{f"train/{name}": mean for name, mean in zip(pairs, means, strict=True)},
-            "train/lr": lr,
-            "train/grad_norm": grad_norm,
-            "train/tokens_per_second": num_tokens / (time.perf_counter() - start),
-            "train/padding_share": padding_share,
-        }
-        log_metrics(self, metrics, shown="train/loss", batch_size=len(batch.row_ids))
-        return accumulation.loss
+        data, shown = [both_sides(piece.batch)[1] for piece in pieces], [piece.shown for piece in pieces]
+        metrics = {"loss": step.loss, **step.means, "lr": lr, "grad_norm": step.grad_norm}
+        metrics |= self.throughput(data, started, shown)
+        self.log_metrics(metrics, on_bar="loss", batch_size=len(batch.row_ids))
+        return step.loss
 
     def _evaluate(self, batch: PreferenceBatch, stage: str) -> None:
         self.check_batch(batch, PreferenceBatch, "PreferenceDataModule")
-        rows = share_rows(*both_sides(batch)) if self.shares_prefixes(batch) else None
-        losses, pairs = self.pair_metrics(batch, rows)
-        for name, values in {"loss": losses, **pairs}.items():
+        losses, logged = self.pair_metrics(whole_batch(batch, self.export_model, self.prefix_sharing))
+        for name, values in {"loss": losses, **logged}.items():
             metric: Any = self.eval_means[name]
             metric.update(values, pair_weights(batch))
             self.log(f"{stage}/{name}", metric, prog_bar=name in ("loss", "accuracy"), batch_size=len(batch.row_ids))
-        self.held_out_scores.update(pairs["chosen_score"])
+        self.held_out_scores.update(logged["chosen_score"])
 
     def _refuse_random_head(self) -> None:
         if self._head_is_random:
@@ -305,7 +209,6 @@ class RewardModule(Stage):
     @torch.no_grad()
     def on_train_end(self) -> None:
         """Calibrate the final weights, unless the last validation has just done so."""
-        assert self.scalar is not None
         if self._calibrated_at == self.trainer.global_step:
             return
         if self.trainer.val_dataloaders is None and self.trainer.enable_validation:
@@ -330,7 +233,6 @@ class RewardModule(Stage):
 
     def _calibrate(self) -> None:
         """Measure the held-out scores that were collected, and remember one sequence as a probe."""
-        assert self.scalar is not None
         scores = torch.as_tensor(self.held_out_scores.compute()).double().reshape(-1)
         std = float(scores.std(correction=0)) if len(scores) > 1 else 0.0
         loader = self.trainer.val_dataloaders
@@ -348,7 +250,6 @@ class RewardModule(Stage):
             For each sequence `row`, `role` (the column its response came from), `prompt`, `response`, `score`
             (calibrated) and `raw_score`.
         """
-        assert self.scalar is not None
         self._refuse_random_head()
         self.check_batch(batch, ScoringBatch, "PreferenceDataModule")
         raw = scores_at_end(self.scalar.raw(batch.input_ids, batch.attention_mask), batch.attention_mask)
@@ -357,18 +258,12 @@ class RewardModule(Stage):
         plain = [column.tolist() if isinstance(column, Tensor) else column for column in columns]
         return [dict(zip(names, row, strict=True)) for row in zip(*plain, strict=True)]
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out frozen weights; keep the seed of the run and the calibration."""
-        drop_frozen_weights(self, checkpoint)
-        assert self.scalar is not None
-        calibration = self.scalar.calibration
-        save_run_state(self, checkpoint, calibration={**vars(calibration)}, calibrated_at=self._calibrated_at)
+    def run_state(self) -> dict[str, Any]:
+        """The calibration, and the step that it was made at."""
+        return {"calibration": {**vars(self.scalar.calibration)}, "calibrated_at": self._calibrated_at}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where the run that wrote the checkpoint was."""
-        self.configure_model()
-        assert self.scalar is not None
-        self._run_state = load_run_state(self, checkpoint)
-        self.scalar.calibration = Calibration(**self._run_state["calibration"])
-        self._calibrated_at = self._run_state["calibrated_at"]
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Go on with the calibration that the checkpoint holds; its head has been trained."""
+        self.scalar.calibration = Calibration(**state["calibration"])
+        self._calibrated_at = state["calibrated_at"]
         self._head_is_random = False

@@ -1,62 +1,283 @@
-"""What all stages are inside Lightning: which Trainer and batches they go with, and that checkpoints are saved."""
+"""What every algorithm shares: its arguments, its optimizer steps, its checkpoints, and what callbacks may ask of it.
+
+One batch of the loader is one call of `training_step`, and a step of the optimizer happens in one place,
+`Stage.optimise`: the gradient of the *sum* of all losses, over micro-batches and ranks, divided by what they sum over
+(tokens, pairs), so that neither the number of micro-batches nor that of processes changes a result. That is why the
+optimisation is manual: Lightning's `accumulate_grad_batches` averages the means of micro-batches.
+
+A new algorithm has `load_models`, `export_model` and `training_step`; `docs/extending.md` shows one.
+"""
 
 from __future__ import annotations
 
+import inspect
 import sys
-from functools import partial
-from types import SimpleNamespace
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import (
-    BatchSizeFinder,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-)
+import torch
+from pytorch_lightning.cli import OptimizerCallable
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities.parsing import collect_init_args
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lightning.algorithms.checkpoints import check_trained_weights, drop_frozen_weights
+from rlhf_lightning.algorithms.hyperparameters import as_config, from_config, optimizer_from_config
+from rlhf_lightning.algorithms.trainer_checks import check_trainer, let_checkpoints_save
+from rlhf_lightning.arguments import AT_LEAST_1, check_arguments
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.finetune import FineTune, describe_trained
+from rlhf_lightning.models.tokenizer import check_same_words, load_tokenizer
+from rlhf_lightning.rng import forked_rng, generator
+from rlhf_lightning.training import GradientAccumulation, equally_many, sum_over_ranks
+from rlhf_lightning.training.master_weights import with_master_weights
+from rlhf_lightning.training.optim import ADAMW, Schedule, learning_rates, parameter_groups, schedule_learning_rate
 from rlhf_lightning.warning_filters import filter_warnings
 
-_ACCUMULATION = (
-    "the stages accumulate by themselves; set the data's batch size to the whole batch and the module's "
-    "micro_batch_size to what fits in memory"
-)
-_CALLBACKS: dict[type, str] = {
-    GradientAccumulationScheduler: _ACCUMULATION,
-    LearningRateFinder: "it changes the learning rate in automatic optimisation only; compare short runs (max_steps)",
-    BatchSizeFinder: "a batch is one optimizer step here, whatever fits; bound memory with max_tokens_per_batch",
-    StochasticWeightAveraging: "it trains one more epoch for its averages; use EMAWeightAveraging of the same package",
-}
-"""Lightning's callbacks that do not go with manual optimisation, and what to do instead."""
+PieceT = TypeVar("PieceT")
+Loss = tuple[Tensor, dict[str, Tensor]]
+"""A loss summed over what counts (tokens, pairs), a scalar; and sums that are logged beside it, without gradient."""
+
+_STATE = "rlhf_lightning"
+_PLAIN = (str, int, float, bool, list, type(None))
+
+
+class Step(NamedTuple):
+    """What one step of the optimizer did; all scalars, the same on every rank.
+
+    Attributes:
+        loss: the loss that was differentiated.
+        grad_norm: norm of its gradient before clipping.
+        part_norms: the same of each trained part by itself, where there are several and the strategy lets it be known.
+        means: what was logged beside the losses, divided as they were.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    part_norms: dict[str, Tensor]
+    means: dict[str, Tensor]
 
 
 class Stage(pl.LightningModule):
-    """A module that steps its optimizer itself, as the one for each stage does."""
+    """A module that loads a model, trains it with an optimizer that it steps itself, and hands it to the next stage.
 
-    def __init__(self) -> None:
+    Args:
+        model_name_or_path: Hugging Face folder or hub id of the model to start from.
+        optimizer: the optimizer; weight decay reaches matrices only.
+        lr_schedule: course of the learning rate after the warm-up, in optimizer steps.
+        warmup_steps: optimizer steps of linear warm-up; a number below 1 is a share of all steps.
+        micro_batch_size: examples per forward and backward pass; None for as many as go into one optimizer step.
+            Splitting changes memory and time, not the gradient.
+        max_tokens_per_batch: in place of `micro_batch_size`: tokens per forward and backward pass, padding included;
+            examples of similar length go together, few long ones or many short ones. An example above it goes alone.
+        gradient_clip_val: norm the gradient is clipped to; None for no clipping.
+        finetune: which weights are trained.
+        gradient_checkpointing: keep only each block's input for the backward pass and compute the rest again: less
+            memory, a third more time, the same gradient.
+        trust_remote_code: allow the model folder to run Python code of its own.
+
+    Attributes:
+        tokenizer: of the model, with the chat template of the data; there once the models are loaded.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        *,
+        optimizer: OptimizerCallable = ADAMW,
+        lr_schedule: Schedule = "cosine",
+        warmup_steps: float = 0.03,
+        micro_batch_size: int | None = None,
+        max_tokens_per_batch: int | None = None,
+        gradient_clip_val: float | None = 1.0,
+        finetune: FineTune = FineTune(),
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
         super().__init__()
         filter_warnings()
+        _warn_of_other_lightning(type(self).__name__)
+        finetune = from_config(FineTune, finetune)
+        check_arguments(Stage, locals(), {"micro_batch_size": AT_LEAST_1, "max_tokens_per_batch": AT_LEAST_1})
+        if micro_batch_size is not None and max_tokens_per_batch is not None:
+            raise UserError("micro_batch_size and max_tokens_per_batch both limit a forward pass: give one of them")
+        self._remember_arguments()
         self.automatic_optimization = False
-        if "lightning.pytorch" in sys.modules:
-            rank_zero_warn(
-                "the package lightning is imported, whose Trainer refuses modules of pytorch_lightning, such as "
-                f"{type(self).__name__}: write import pytorch_lightning as L in place of import lightning as L"
-            )
+        self.strict_loading = finetune.mode == "all"  # otherwise checkpoints lack what is frozen
+        self.model_name_or_path = model_name_or_path
+        self.optimizer = optimizer_from_config(optimizer)
+        self.lr_schedule: Schedule = lr_schedule
+        self.warmup_steps = warmup_steps
+        self.micro_batch_size = micro_batch_size
+        self.max_tokens_per_batch = max_tokens_per_batch
+        self.gradient_clip_val = gradient_clip_val
+        self.finetune = finetune
+        self.gradient_checkpointing = gradient_checkpointing
+        self.trust_remote_code = trust_remote_code
+        self._is_configured = False
+        self._run_state: dict[str, Any] = {}
 
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """Add none, and see to those of the trainer.
+    def _remember_arguments(self) -> None:
+        """Save the arguments of this class and of the subclass that is being made, as a config would hold them."""
+        frame: Any = inspect.currentframe()
+        arguments: dict[str, Any] = {}
+        for taken in collect_init_args(frame.f_back, [], classes=(Stage,)):
+            arguments |= taken
+        structured = {name: value for name, value in arguments.items() if not isinstance(value, _PLAIN)}
+        self.save_hyperparameters(ignore=[*structured], frame=frame.f_back)
+        self.save_hyperparameters(as_config(**structured), frame=frame.f_back)
+
+    # What an algorithm says of itself.
+
+    def load_models(self) -> None:
+        """Load what `model_name_or_path` and the other arguments name; called once, `tokenizer` is there already."""
+        raise NotImplementedError
+
+    @property
+    def export_model(self) -> PreTrainedModel:
+        """The model that is trained, and that the next stage starts from."""
+        raise NotImplementedError
+
+    @property
+    def trained_parts(self) -> dict[str, nn.Module]:
+        """What the optimizer moves, by name."""
+        return {"model": self.export_model}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The groups of the optimizer."""
+        return parameter_groups(self.export_model)
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps made from one batch of the loader."""
+        return 1
+
+    def run_state(self) -> dict[str, Any]:
+        """What must be remembered besides weights: plain numbers, strings, lists and dicts."""
+        return {}
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `run_state` gave.
+
+        Args:
+            state: as it was in the checkpoint.
+        """
+
+    # What it can use.
+
+    @property
+    def datamodule(self) -> Any:
+        """The data module that the stage is run with; None without one, or without a trainer."""
+        try:
+            return getattr(self.trainer, "datamodule", None)
+        except RuntimeError:  # not attached
+            return None
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run: that of the checkpoint it was resumed from, else torch's (`seed_everything`)."""
+        return self._run_state.get("seed", torch.initial_seed())
+
+    def random(self, *place: int | str, device: torch.device | str | None = None) -> torch.Generator:
+        """Random numbers for one place in the run, each rank its own.
+
+        Args:
+            *place: names the place, such as `"rollout"` and the number of the iteration.
+            device: where they are needed; the module's if None.
+        """
+        return generator(device or self.device, self.seed, *place, self.global_rank)
+
+    def cut(self, cut: Callable[[int], list[PieceT]]) -> list[PieceT]:
+        """Cut a batch into as many micro-batches on this process as on every other; all must call it.
+
+        Args:
+            cut: gives the pieces of this process, at least as many as it is asked for.
+
+        Example:
+            In a `training_step`::
+
+                pieces = self.cut(lambda n: micro_batches(batch, self.micro_batch_size, None, min_pieces=n))
+        """
+        return equally_many(self, cut)
+
+    def optimise(
+        self,
+        pieces: Sequence[PieceT],
+        loss_of: Callable[[PieceT], Iterable[Loss]],
+        total: Tensor,
+        context: str = "",
+        logged_total: Tensor | None = None,
+    ) -> Step:
+        """Take one optimizer step; the one place where weights change. Every rank must call it.
+
+        Args:
+            pieces: micro-batches of this rank, as many as on every other (see `cut`).
+            loss_of: gives the losses of a micro-batch, whose sum is differentiated; given as a generator, each is
+                differentiated before the next is asked for, so that one graph is alive at a time.
+            total: what the losses are divided by: the count of the whole step, on all ranks, a scalar.
+            context: names this rank's examples in the message of an error.
+            logged_total: what is logged is divided by this; None for `total`.
 
         Raises:
-            UserError: a callback, or another option of the trainer, does not go with manual optimisation.
+            NonFiniteError: on every rank, with the weights untouched, if a loss or the gradient is not finite.
         """
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            _check_trainer(self.trainer)
-            _let_checkpoints_save(self.trainer)
-        return []
+        parts = self.trained_parts
+        accumulation = GradientAccumulation(self, len(pieces), parts if len(parts) > 1 else None)
+        sums: dict[str, Tensor] = {}
+
+        def scaled(losses: Iterable[Loss]) -> Iterator[Tensor]:
+            for loss, logged in losses:
+                sums.update({name: sums.get(name, 0) + value for name, value in logged.items()})
+                yield loss / total
+
+        with forked_rng(self.device, self.seed, type(self).__name__, self.trainer.global_step, self.global_rank):
+            for piece in pieces:
+                accumulation.backward(scaled(loss_of(piece)))
+        grad_norm = accumulation.step(context)
+        means: dict[str, Tensor] = {}
+        if sums:
+            reduced = sum_over_ranks(self, torch.stack([*sums.values()]))
+            means = dict(zip(sums, reduced / (total if logged_total is None else logged_total), strict=True))
+        return Step(accumulation.loss, grad_norm, accumulation.part_norms, means)
+
+    def learning_rates(self) -> list[float]:
+        """Of each group of the optimizer, as they are now."""
+        return learning_rates(self.optimizers())
+
+    def throughput(self, masks: list[Tensor], started: float, shown: list[Tensor] | None = None) -> dict[str, Tensor]:
+        """`tokens_per_second` of a step on all processes, and `padding_share` of what the model was shown.
+
+        Args:
+            masks: of the step's data on this process; True for real tokens, any shapes, bool.
+            started: `time.perf_counter()` as the step began.
+            shown: masks of what went through the model, where it is not the data as it is.
+        """
+        shown = masks if shown is None else shown
+        counts = [torch.stack([mask.sum() for mask in some]).sum() for some in (masks, shown)]
+        counts.append(torch.full_like(counts[0], sum(mask.numel() for mask in shown)))
+        # As floats: the quotient of integers has torch's default dtype, which bf16-true sets to bfloat16.
+        tokens, shown_tokens, shown_places = sum_over_ranks(self, torch.stack(counts)).float()
+        return {
+            "tokens_per_second": tokens / (time.perf_counter() - started),
+            "padding_share": 1 - shown_tokens / shown_places,
+        }
+
+    def log_metrics(self, metrics: dict[str, Any], on_bar: str, batch_size: int) -> None:
+        """Log numbers of a training step that are the same on every rank already, under `train/`.
+
+        Args:
+            metrics: name to number or scalar tensor.
+            on_bar: the one that the progress bar shows, too.
+            batch_size: examples the numbers speak of.
+        """
+        for name, value in metrics.items():
+            self.log(f"train/{name}", value, prog_bar=name == on_bar, batch_size=batch_size)
 
     def check_batch(self, batch: Any, kind: type, data: str) -> None:
         """Refuse a batch of another kind of data.
@@ -77,42 +298,91 @@ class Stage(pl.LightningModule):
                 f"this {type(batch).__name__} has no attribute {missing[0]}"
             )
 
+    # What Lightning calls.
+
+    def configure_model(self) -> None:
+        """Load the models and the tokenizer, once.
+
+        What ends a turn in the data's chat template is what generation stops at and what the export's generation config
+        lists, so the tokenizer gets that template.
+
+        Raises:
+            UserError: something that was named is missing or does not fit.
+        """
+        if self._is_configured:
+            return
+        self.tokenizer = load_tokenizer(self.model_name_or_path, self.trust_remote_code)
+        theirs = getattr(self.datamodule, "tokenizer", None)
+        if isinstance(theirs, PreTrainedTokenizerBase):
+            check_same_words(self.tokenizer, theirs)
+            if theirs.chat_template is not None:
+                self.tokenizer.chat_template = theirs.chat_template
+        self.load_models()
+        self._is_configured = True
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Add none, and see to those of the trainer.
+
+        Raises:
+            UserError: a callback, or another option of the trainer, does not go with manual optimisation.
+        """
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_trainer(self.trainer)
+            let_checkpoints_save(self.trainer)
+        return []
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer (DeepSpeed allows no more), stepped with its schedule; low precision trains float32 copies."""
+        trainer: Any = self.trainer
+        batches = trainer.estimated_stepping_batches  # also sets up the loader
+        if trainer.max_steps > 0:  # in optimizer steps, whereas the estimate mixes them with batches
+            epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else float("inf")
+            total = min(float(trainer.max_steps), trainer.num_training_batches * epochs * self.steps_per_batch)
+        else:
+            # Lightning says -1 for a stream without a length, which has no end either.
+            total = float(batches) * self.steps_per_batch if batches >= 0 else float("inf")
+        optimizer = with_master_weights(self.optimizer(self.parameter_groups()), trainer)
+        scheduler = schedule_learning_rate(optimizer, self.lr_schedule, self.warmup_steps, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Put what is trained in training mode: `from_pretrained` leaves it in evaluation mode."""
+        for part in self.trained_parts.values():
+            part.train()
+        if self.finetune.mode != "all":
+            rank_zero_info(describe_trained(self.export_model, self.finetune))
+
     def on_fit_end(self) -> None:
         """Say why a run ended before the number of steps that it was given."""
-        trainer = self.trainer
-        if not 0 < trainer.global_step < trainer.max_steps or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        trainer: Any = self.trainer
+        if not 0 < trainer.global_step < trainer.max_steps or trainer.fast_dev_run:
             return
         reached = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch
         limit = f"max_epochs {trainer.max_epochs}, which can be raised," if reached else "a callback or max_time"
         rank_zero_info(f"{limit} ended the run after {trainer.global_step} of max_steps {trainer.max_steps}")
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out frozen weights, which come from their own folders; keep the run's state under one key."""
+        drop_frozen_weights(self, checkpoint)
+        checkpoint[_STATE] = {"seed": self.seed, **self.run_state()}
 
-def _check_trainer(trainer: Any) -> None:
-    if trainer.accumulate_grad_batches != 1:
-        raise UserError(f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): {_ACCUMULATION}")
-    if trainer.gradient_clip_val is not None:
-        raise UserError(
-            f"Trainer(gradient_clip_val={trainer.gradient_clip_val}): the stages clip by themselves; set the module's "
-            "gradient_clip_val instead"
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on where the run that wrote the checkpoint was.
+
+        Raises:
+            UserError: the checkpoint is not of this package, or of another model or stage.
+        """
+        self.configure_model()
+        check_trained_weights(self, checkpoint)
+        if _STATE not in checkpoint:
+            raise UserError("the checkpoint was not made by this package; resume from one of its own")
+        self._run_state = checkpoint[_STATE]
+        self.load_run_state(self._run_state)
+
+
+def _warn_of_other_lightning(name: str) -> None:
+    if "lightning.pytorch" in sys.modules:
+        rank_zero_warn(
+            "the package lightning is imported, whose Trainer refuses modules of pytorch_lightning, such as "
+            f"{name}: write import pytorch_lightning as L in place of import lightning as L"
         )
-    for callback in trainer.callbacks:
-        for kind, advice in _CALLBACKS.items():
-            if isinstance(callback, kind):
-                raise UserError(f"{type(callback).__name__} does not go with these modules: {advice}")
-
-
-def _let_checkpoints_save(trainer: pl.Trainer) -> None:
-    """Let `ModelCheckpoint` save by time, and without asking for weights of before the step.
-
-    It has a branch for manual optimisation that never looks at `train_time_interval`, and tells at its first checkpoint
-    to rewrite `training_step`. Its other branch does what is wanted here, too.
-    """
-    for callback in trainer.checkpoint_callbacks:
-        plain = type(callback).on_train_batch_end is ModelCheckpoint.on_train_batch_end
-        if isinstance(callback, ModelCheckpoint) and plain:
-            hook: Any = partial(_save_as_if_automatic, callback)
-            callback.on_train_batch_end = hook  # type: ignore[method-assign]
-
-
-def _save_as_if_automatic(callback: ModelCheckpoint, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-    ModelCheckpoint.on_train_batch_end(callback, trainer, SimpleNamespace(automatic_optimization=True), *args)  # type: ignore[arg-type]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import shutil
 from dataclasses import asdict, is_dataclass
@@ -21,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from rlhf_lightning import __version__
-from rlhf_lightning.arguments import check_arguments
+from rlhf_lightning.arguments import check_arguments, constructor_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import CALIBRATION_FILE, is_adapter
@@ -254,12 +253,12 @@ steps. Versions: rlhf-lightning {__version__}, torch {torch.__version__}, transf
 def _settings(configured: Any) -> dict[str, Any]:
     """The constructor's arguments, as far as the object keeps them, under their names."""
     settings = {}
-    for name in inspect.signature(type(configured).__init__).parameters:
+    for name in constructor_arguments(type(configured)):
         owner = configured if hasattr(configured, name) else getattr(configured, "limits", None)
         value = getattr(owner, name, None)
         if name == "optimizer":
             settings[name] = _optimizer_settings(value)
-        elif name not in ("self", "tokenizer") and value is not None:
+        elif name != "tokenizer" and value is not None:
             settings[name] = _plain(value)
     return settings
 

@@ -138,7 +138,12 @@ def pairwise_loss(
 
 
 def ppo_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor, clip_range: float = 0.2
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    clip_range: float = 0.2,
+    clip_range_high: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate loss, summed over the response tokens (Schulman et al. 2017, equation 7, negated).
 
@@ -148,6 +153,7 @@ def ppo_policy_loss(
         advantages: `[B, R]`.
         response_mask: `[B, R]`, bool.
         clip_range: the ratio is clipped to `[1 - clip_range, 1 + clip_range]`.
+        clip_range_high: replaces the second of them (Yu et al. 2025, DAPO, section 3.1); None for the same.
 
     Returns:
         The summed loss, a scalar, and sums over tokens of `ratio`, `clip_fraction` and `approx_kl` (the k3 estimate of
@@ -157,7 +163,8 @@ def ppo_policy_loss(
     log_ratio = torch.where(response_mask, logprobs - old_logprobs, 0)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    highest = 1 + (clip_range if clip_range_high is None else clip_range_high)
+    clipped = -advantages * ratio.clamp(1 - clip_range, highest)
     loss = masked_sum(torch.maximum(unclipped, clipped), response_mask)
     with torch.no_grad():
         metrics = {

@@ -201,3 +201,20 @@ def respond(
     ids, mask = prompts.prompt_ids, prompts.prompt_mask
     generation = engine.generate(ids, mask, sampling, random, synced, on_token, with_logprobs, with_hidden)
     return generation, decode_responses(tokenizer, generation)
+
+
+def response_rows(prompts: PromptBatch, generation: Generation, texts: list[str]) -> list[dict[str, Any]]:
+    """Answers as `predict` returns them: `row`, `prompt`, `response`, `ended` and `tokens`.
+
+    `ended` is False where the response was cut at the limit; `tokens` is its length, the EOS included.
+
+    Args:
+        prompts: the prompts.
+        generation: their responses.
+        texts: the responses as text.
+    """
+    names = ("row", "prompt", "response", "ended", "tokens")
+    lengths = generation.response_mask.sum(dim=1).tolist()
+    stripped = [text.strip() for text in texts]
+    columns = (prompts.row_ids.tolist(), prompts.prompts, stripped, generation.ended.tolist(), lengths)
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]

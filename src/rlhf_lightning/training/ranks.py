@@ -1,12 +1,15 @@
 """What all processes know together, and what a strategy does with a module."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy as LightningDeepSpeedStrategy
 from torch import Tensor, nn
+
+PieceT = TypeVar("PieceT")
 
 
 def world_size(module: pl.LightningModule) -> int:
@@ -76,3 +79,22 @@ def _is_zero_3(module: pl.LightningModule) -> bool:
 def clip_value(module: pl.LightningModule | None) -> float | None:
     """The norm that a module wants its gradient clipped to; None for no clipping."""
     return getattr(module, "gradient_clip_val", None) or None  # 0 means no clipping, as in Lightning
+
+
+def equally_many(module: pl.LightningModule, cut: Callable[[int], list[PieceT]]) -> list[PieceT]:
+    """Cut a batch into as many pieces on this process as on every other; each must go through the model as often.
+
+    Args:
+        module: attached to a trainer; every process must call this.
+        cut: gives the pieces of this process, at least as many as it is asked for.
+
+    Example:
+        In a `training_step`::
+
+            pieces = equally_many(self, lambda n: micro_batches(batch, max_tokens=4096, min_pieces=n))
+    """
+    pieces = cut(1)
+    if world_size(module) == 1:
+        return pieces
+    most = module.all_gather(torch.tensor(len(pieces), device=module.device)).max()  # type: ignore[union-attr]
+    return pieces if len(pieces) == int(most) else cut(int(most))

@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from rlhf_lightning.algorithms import PPOModule, RewardModule, SFTModule
-from rlhf_lightning.algorithms.ppo.settings import KLPenalty, ScoreShaping
+from rlhf_lightning.algorithms.online.settings import KLPenalty, ScoreShaping
 from rlhf_lightning.callbacks import HFExport, SampleTexts, StageProgressBar
 from rlhf_lightning.cli.quickstart.toy import ToyPaths, gold_score
 from rlhf_lightning.data import InstructionDataModule, PreferenceDataModule, PromptDataModule

@@ -12,7 +12,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_lightning.batches import length_sorted_pieces
+from rlhf_lightning.batches import PromptBatch, length_sorted_pieces
+from rlhf_lightning.functional import kl_estimate
+from rlhf_lightning.generation.engine import Generation
+
+
+class Measurements(NamedTuple):
+    """What the models say of responses.
+
+    Attributes:
+        logprobs: under the policy, `[B, R]`, nats.
+        ref_logprobs: under the reference, `[B, R]`, nats.
+        entropy: of the policy before each token, `[B, R]`, nats.
+        values: before each token, `[B, R]`.
+        scores: as the reward gives them, a reward model's calibrated, `[B]`.
+    """
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+    scores: Tensor
+
+    @property
+    def kl(self) -> Tensor:
+        """KL of each response to the reference, its k1 estimate, `[B]`, nats."""
+        return kl_estimate(self.logprobs, self.ref_logprobs).sum(dim=1)
 
 
 class Experience(NamedTuple):
@@ -27,11 +52,11 @@ class Experience(NamedTuple):
         logprobs: `logprobs[b, r] = log pi_old(x[P+r] | x[<P+r])`, `[B, R]`, nats.
         ref_logprobs: the same under the reference, `[B, R]`, nats.
         entropy: entropy of the old policy before each token, `[B, R]`, nats.
-        values: `values[b, r] = V_old(x[<P+r])`, `[B, R]`.
+        values: `values[b, r] = V_old(x[<P+r])`, `[B, R]`; 0 without a value model.
         scores: as the reward gives them, a reward model's calibrated, `[B]`.
         rewards: per token after scaling, clipping and the KL penalty, `[B, R]`.
         advantages: whitened if asked for, `[B, R]`.
-        returns: advantages before whitening plus values, `[B, R]`.
+        returns: what values are trained on, `[B, R]`: advantages before whitening plus values.
         row_ids: number of each prompt's row in its source, `[B]`, int64.
     """
 
@@ -49,6 +74,39 @@ class Experience(NamedTuple):
     advantages: Tensor
     returns: Tensor
     row_ids: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        prompts: PromptBatch,
+        generation: Generation,
+        measured: Measurements,
+        rewards: Tensor,
+        advantages: Tensor,
+        returns: Tensor,
+    ) -> Experience:
+        """Put together what a rollout gave.
+
+        Args:
+            prompts: the prompts, B of them.
+            generation: their responses.
+            measured: what the models say of them.
+            rewards: `[B, R]`.
+            advantages: `[B, R]`.
+            returns: `[B, R]`.
+        """
+        return cls(
+            prompt_ids=prompts.prompt_ids,
+            prompt_mask=prompts.prompt_mask,
+            response_ids=generation.response_ids,
+            response_mask=generation.response_mask,
+            ended=generation.ended,
+            rewards=rewards,
+            advantages=advantages,
+            returns=returns,
+            row_ids=prompts.row_ids,
+            **measured._asdict(),
+        )
 
     @property
     def sequences(self) -> Tensor:

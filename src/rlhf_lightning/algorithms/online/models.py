@@ -1,4 +1,4 @@
-"""The models of PPO: policy, reference, value and reward, in as little memory as the settings allow.
+"""Policy, reference, reward and, in PPO, value model, in as little memory as the settings allow.
 
 What is frozen is held once. In full fine-tuning the reference is a copy of the policy, and the value model one of the
 reward model. With LoRA, policy and reference share all weights but the policy's adapter, and so do value model and
@@ -67,24 +67,24 @@ class TrunkValue(nn.Module):
         return linear_in_float32(self.score, hidden).squeeze(-1)
 
 
-class ActorCritic(NamedTuple):
-    """Everything PPO computes with.
+class OnlineModels(NamedTuple):
+    """Everything that an online algorithm computes with.
 
     Attributes:
         policy: is trained.
         reference: the policy as it was at first, or the model that was named, frozen.
-        value: is trained.
+        value: is trained; None where an algorithm has none.
         scorer: gives responses their scores; frozen, if it is a model.
     """
 
     policy: PreTrainedModel
     reference: PreTrainedModel
-    value: ScalarLM | TrunkValue
+    value: ScalarLM | TrunkValue | None
     scorer: ModelScorer | TextScorer | FunctionScorer
 
 
 @dataclass(frozen=True)
-class ActorCriticSource:
+class ModelSource:
     """Where the models come from.
 
     Args:
@@ -93,7 +93,8 @@ class ActorCriticSource:
         value: folder or hub id of the reward model that the value model starts from; None for that of `reward`, or a
             fresh head that says 0 where there is none.
         finetune: which weights are trained.
-        value_trunk: `own` for a value model of its own, `policy` for a head on the policy's hidden states.
+        value_trunk: `own` for a value model of its own, `policy` for a head on the policy's hidden states, None for no
+            value model.
         frozen_dtype: type that frozen weights are held in; `auto` for that of the policy, `nf4` for four bits.
         trust_remote_code: allow the folders to run Python code of their own.
         reward_timeout: seconds that one call of a reward function may take; None for no limit.
@@ -104,18 +105,18 @@ class ActorCriticSource:
     reward: str | RewardFunction
     value: str | None = None
     finetune: FineTune = FineTune()
-    value_trunk: ValueTrunk = "own"
+    value_trunk: ValueTrunk | None = "own"
     frozen_dtype: FrozenDtype = "auto"
     trust_remote_code: bool = False
     reward_timeout: float | None = None
     reference: str | None = None
 
     def __post_init__(self) -> None:
-        check_arguments(ActorCriticSource, vars(self))
+        check_arguments(ModelSource, vars(self))
         if self.value_trunk == "policy" and self.value is not None:
             raise UserError("value_trunk: policy has no weights of its own, so value_name_or_path must be null")
         if self.finetune.mode == "lora" and self.finetune.dropout:
-            raise UserError("finetune.dropout must be 0 in PPO: old and new log-probabilities would not compare")
+            raise UserError("finetune.dropout must be 0 here: old and new log-probabilities would not compare")
         if self.frozen_dtype == "nf4" and self.finetune.mode != "lora":
             raise UserError(
                 f"frozen_dtype nf4 needs finetune.mode lora, not {self.finetune.mode}: a reference in four bits would "
@@ -136,7 +137,7 @@ class ActorCriticSource:
             check_reward_model(self.value)
         find_reward(self.reward, self.reward_timeout)
 
-    def load(self, chat: ChatEncoder) -> ActorCritic:
+    def load(self, chat: ChatEncoder) -> OnlineModels:
         """Load all models.
 
         Args:
@@ -161,7 +162,7 @@ class ActorCriticSource:
                 if not weight.requires_grad:
                     weight.data = weight.data.to(dtype)
         add_adapter(policy, self.finetune)
-        return ActorCritic(policy, reference, value, scorer)
+        return OnlineModels(policy, reference, value, scorer)
 
     @property
     def starts_at_reference(self) -> bool:
@@ -181,7 +182,7 @@ class ActorCriticSource:
 
     def _value_and_scorer(
         self, policy: PreTrainedModel, chat: ChatEncoder
-    ) -> tuple[ScalarLM | TrunkValue, ModelScorer | TextScorer | FunctionScorer]:
+    ) -> tuple[ScalarLM | TrunkValue | None, ModelScorer | TextScorer | FunctionScorer]:
         trust, beside = self.trust_remote_code, self._is_adapter_of(policy)
         if beside:
             frozen = attach_reward_adapter(scalar_beside(policy).model, str(self.reward))
@@ -189,6 +190,8 @@ class ActorCriticSource:
             scorer: ModelScorer | TextScorer | FunctionScorer = model_scorer(frozen, own, chat)
         else:
             scorer = load_scorer(self.reward, chat, trust, self._nf4, self.reward_timeout)
+        if self.value_trunk is None:
+            return None, scorer
         if self.value_trunk == "policy":
             return TrunkValue(policy.get_output_embeddings().in_features), scorer
         if self.value is None and beside:

@@ -1,4 +1,4 @@
-"""What must hold before PPO's first update, checked while it runs: cheap and loud."""
+"""What must hold before the first update, checked while it runs: cheap and loud."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lightning.algorithms.common import name_rows
-from rlhf_lightning.algorithms.ppo.controllers import RunningMoments
-from rlhf_lightning.algorithms.ppo.experience import Experience
+from rlhf_lightning.algorithms.online.controllers import RunningMoments
+from rlhf_lightning.batches import name_rows
 from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.forward.capacity import context_length
 from rlhf_lightning.forward.numerics import is_float32_exact
@@ -211,23 +210,19 @@ def check_first_ratio(ratio: Tensor, exact: bool) -> None:
     _check_same(said, abs(float(ratio) - 1), exact)
 
 
-def check_first_gradient(
-    module: pl.LightningModule, grad_norm: Tensor, minibatch: Experience, value_coef: float
-) -> None:
+def check_first_gradient(module: pl.LightningModule, grad_norm: Tensor, to_learn: Tensor, mask: Tensor) -> None:
     """Something is learnt where there is something to learn.
 
     Args:
         module: the module that made the step; every process must call this.
         grad_norm: of the first minibatch.
-        minibatch: this rank's share of it.
-        value_coef: weight of the value loss.
+        to_learn: of this rank's share of it, 0 at each token that teaches nothing, not negative, `[B, R]`.
+        mask: True for response tokens, `[B, R]`, bool.
 
     Raises:
         AssertionError: the gradient is 0 although advantages or value errors are not.
     """
-    errors = minibatch.advantages.abs() + value_coef * (minibatch.returns - minibatch.values).abs()
-    to_learn = sum_over_ranks(module, masked_sum(errors, minibatch.response_mask))
-    if float(to_learn) > 0 and float(grad_norm) == 0:
+    if float(sum_over_ranks(module, masked_sum(to_learn, mask))) > 0 and float(grad_norm) == 0:
         raise AssertionError("the first update has no gradient, although there is something to learn from")
 
 

@@ -1,0 +1,219 @@
+"""The parts of a rollout: what the models say of answers, scores made ready, and what is logged.
+
+Notation: B batch, P padded prompt length, R padded response length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_lightning.algorithms.online.controllers import RunningMoments
+from rlhf_lightning.algorithms.online.experience import Experience, Measurements
+from rlhf_lightning.algorithms.online.models import TrunkValue, logprobs_and_values, values_alone
+from rlhf_lightning.algorithms.online.settings import ScoreShaping
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.forward.hidden import response_logprobs
+from rlhf_lightning.functional import gae, kl_estimate, masked_moments, masked_sum
+from rlhf_lightning.functional.masked import Reduce, identity
+from rlhf_lightning.generation.engine import Generation
+from rlhf_lightning.models.rewarding import ModelScorer, Responses, Scorer, TextScorer
+from rlhf_lightning.models.scalar_lm import ScalarLM
+
+Report = Callable[[int, int], None]
+"""Told how many of how many parts are done."""
+
+
+def raw_score(scorer: Scorer | None, score: Tensor) -> dict[str, Tensor]:
+    """Scores as a reward model gave them, before its calibration, under that name.
+
+    Args:
+        scorer: where the scores come from; a function knows no calibration, so there is nothing under the name.
+        score: calibrated, any shape; also a mean of scores.
+    """
+    if not isinstance(scorer, ModelScorer | TextScorer):
+        return {}
+    calibration = scorer.model.calibration
+    return {"raw_score": score * calibration.std + calibration.mean}
+
+
+@torch.no_grad()
+def measure(
+    prompts: PromptBatch,
+    generation: Generation,
+    texts: list[str],
+    *,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    scorer: Scorer,
+    value: ScalarLM | TrunkValue | None,
+    temperature: float,
+    pieces: Sequence[Tensor],
+    report: Report | None = None,
+) -> Measurements:
+    """Log-probabilities, values and scores of responses.
+
+    Args:
+        prompts: the prompts, B of them.
+        generation: their responses. If it brings log-probabilities, those are taken, the entropies are left 0, and the
+            policy is not run again; if it brings hidden states, a value head on the policy's trunk reads those.
+        texts: the responses as text.
+        policy: the model that generated.
+        reference: the frozen reference.
+        scorer: gives each response its score; a model sees them piece by piece, a function all at once.
+        value: the value model; None leaves the values 0.
+        temperature: the sampling temperature.
+        pieces: which responses are measured at once, indices int64; every response is in one of them.
+        report: told how many responses are done.
+    """
+    mask, done = generation.response_mask, 0  # [B, R]
+    logprobs, ref_logprobs, entropy, values = torch.zeros((4, *mask.shape), dtype=torch.float32, device=mask.device)
+    scores = torch.zeros(len(texts), dtype=torch.float32, device=mask.device)
+    for index in pieces:
+        ids, kept, answered = _joined(prompts, generation, index)  # [b, p + r], [b, p + r], [b, r]
+        here = index, slice(answered.shape[1])
+        said = _policy_and_value(policy, value, generation, here, ids, kept, answered, temperature)
+        logprobs[here], entropy[here], values[here] = said
+        ref_logprobs[here], _ = response_logprobs(reference, ids, kept, answered, temperature)
+        if isinstance(scorer, nn.Module):
+            scores[index] = scorer(_responses(prompts, generation, texts, ids, kept, index)).float()
+        done += len(index)
+        if report is not None:
+            report(done, len(texts))
+    if not isinstance(scorer, nn.Module):
+        every = torch.arange(len(texts), device=mask.device)
+        ids = torch.cat([prompts.prompt_ids, generation.response_ids], dim=1)
+        kept = torch.cat([prompts.prompt_mask, mask], dim=1)
+        scores = scorer(_responses(prompts, generation, texts, ids, kept, every)).float()
+    return Measurements(logprobs, ref_logprobs, entropy, values, scores)
+
+
+def _policy_and_value(
+    policy: PreTrainedModel,
+    value: ScalarLM | TrunkValue | None,
+    generation: Generation,
+    here: tuple[Tensor, slice],
+    ids: Tensor,
+    kept: Tensor,
+    answered: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies and values of the responses at `here`, `[b, r]`; what the engine kept is not run."""
+    if generation.logprobs is None:
+        return logprobs_and_values(policy, value, ids, kept, answered, temperature, with_entropy=True)
+    logprobs = generation.logprobs[here]
+    if isinstance(value, TrunkValue) and generation.hidden is not None:
+        values = torch.where(answered, value(generation.hidden[here]), 0)
+    else:
+        values = values_alone(policy, value, ids, kept, answered)
+    return logprobs, torch.zeros_like(logprobs), values
+
+
+def _responses(
+    prompts: PromptBatch, generation: Generation, texts: list[str], ids: Tensor, kept: Tensor, index: Tensor
+) -> Responses:
+    """What a scorer is shown of the responses at `index`, int64."""
+    chosen = index.tolist()
+    return Responses(
+        sequences=ids,
+        sequence_mask=kept,
+        ended=generation.ended[index],
+        prompts=[prompts.prompts[i] for i in chosen],
+        responses=[texts[i] for i in chosen],
+        row_ids=prompts.row_ids[index],
+        written=None if prompts.written is None else [prompts.written[i] for i in chosen],
+    )
+
+
+def _joined(prompts: PromptBatch, generation: Generation, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Some sequences, their mask and their response mask, without columns of padding alone."""
+    asked, answered = prompts.prompt_mask[index], generation.response_mask[index]
+    lengths = torch.stack([asked.sum(dim=1).max(), answered.sum(dim=1).max()])
+    prompt, response = lengths.tolist()
+    ids = torch.cat([prompts.prompt_ids[index, -prompt:], generation.response_ids[index, :response]], dim=1)
+    answered = answered[:, :response]
+    return ids, torch.cat([asked[:, -prompt:], answered], dim=1), answered
+
+
+def shape_scores(scores: Tensor, ended: Tensor, moments: RunningMoments, shaping: ScoreShaping) -> Tensor:
+    """Scale, clip and penalise scores, in this order.
+
+    Args:
+        scores: as the reward gives them, `[B]`.
+        ended: True where the response ended by itself, `[B]`, bool.
+        moments: running moments, these scores included.
+        shaping: what is to be done.
+
+    Returns:
+        `[B]`.
+
+    Example:
+        >>> ended = torch.tensor([True, False])
+        >>> shape_scores(torch.tensor([9.0, 0.5]), ended, RunningMoments(), ScoreShaping(False, 5.0, 1.0))
+        tensor([ 5.0000, -0.5000])
+    """
+    if shaping.scaling:
+        scores = moments.scale(scores)
+    if shaping.clip is not None:
+        scores = scores.clamp(-shaping.clip, shaping.clip)
+    return scores - shaping.missing_eos_penalty * (~ended)
+
+
+def experience_metrics(experience: Experience, reduce: Reduce = identity) -> dict[str, Tensor]:
+    """What is logged of a rollout, over all ranks.
+
+    Args:
+        experience: this rank's share.
+        reduce: sums a tensor over all ranks.
+
+    Returns:
+        Scalars. `score`, `score_std`, `reward` (per response, KL penalty included), `kl` and `kl_k3` (per response, in
+        nats), `response_length` (tokens) and `eos_rate` are over responses; `entropy` (nats) is over tokens.
+    """
+    mask = experience.response_mask
+    sums = torch.stack(
+        [
+            mask.new_tensor(len(mask), dtype=torch.float32),
+            mask.sum().float(),
+            masked_sum(experience.rewards, mask),
+            masked_sum(kl_estimate(experience.logprobs, experience.ref_logprobs, "k1"), mask),
+            masked_sum(kl_estimate(experience.logprobs, experience.ref_logprobs, "k3"), mask),
+            experience.ended.sum().float(),
+            masked_sum(experience.entropy, mask),
+        ]
+    )
+    responses, tokens, reward, kl, kl_k3, ended, entropy = reduce(sums)
+    _, score, score_variance = masked_moments(experience.scores, torch.ones_like(experience.ended), reduce)
+    return {
+        "score": score,
+        "score_std": score_variance.sqrt(),
+        "reward": reward / responses,
+        "kl": kl / responses,
+        "kl_k3": kl_k3 / responses,
+        "response_length": tokens / responses,
+        "eos_rate": ended / responses,
+        "entropy": entropy / tokens,
+    }
+
+
+def explained_variance(experience: Experience, reduce: Reduce = identity, gamma: float = 1.0) -> Tensor:
+    """How well the values foretold what came: `1 - Var(outcomes - values) / Var(outcomes)` over tokens, a scalar.
+
+    An outcome is the discounted sum of the rewards that followed. The `returns` that values are trained on would
+    flatter: with lambda below 1 they contain the values themselves. 0 where outcomes do not vary.
+
+    Args:
+        experience: this rank's share.
+        reduce: sums a tensor over all ranks.
+        gamma: discount per token.
+    """
+    mask = experience.response_mask
+    # With lambda 1 and values of 0 the returns are the sums of rewards alone.
+    _, outcomes = gae(experience.rewards, torch.zeros_like(experience.values), mask, gamma, gae_lambda=1.0)
+    _, _, unexplained = masked_moments(outcomes - experience.values, mask, reduce)
+    _, mean_outcome, variance = masked_moments(outcomes, mask, reduce)
+    varies = variance > 1e-12 * mean_outcome**2  # more than float32 rounds
+    return torch.where(varies, 1 - unexplained / variance, 0)

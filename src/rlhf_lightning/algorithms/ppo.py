@@ -1,0 +1,221 @@
+"""PPO against a reward, with a KL penalty to the SFT model and a value model.
+
+One batch of the loader is one iteration: answer the prompts (rollout), turn scores and the KL penalty into rewards per
+token and those into advantages (GAE), then improve policy and value on minibatches of that experience
+(`OnlineStage.training_step`). Equations and their sources: docs/ppo.md.
+
+Left out, on purpose: an entropy bonus (Zheng et al. 2023 advise against it), a pretraining loss on the side.
+
+Notation: B batch, R padded response length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pytorch_lightning.cli import OptimizerCallable
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_lightning.algorithms.hyperparameters import from_config
+from rlhf_lightning.algorithms.online.experience import Experience, Measurements
+from rlhf_lightning.algorithms.online.losses import clipped_policy_loss
+from rlhf_lightning.algorithms.online.models import (
+    ModelSource,
+    TrunkValue,
+    ValueTrunk,
+    logprobs_and_values,
+)
+from rlhf_lightning.algorithms.online.rollout import explained_variance
+from rlhf_lightning.algorithms.online.settings import KLPenalty, Objective
+from rlhf_lightning.algorithms.online.stage import OnlineStage
+from rlhf_lightning.algorithms.stage import Loss
+from rlhf_lightning.arguments import check_arguments
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.functional import (
+    gae,
+    kl_estimate,
+    kl_shaped_rewards,
+    masked_sum,
+    masked_whiten,
+    ppo_value_loss,
+)
+from rlhf_lightning.functional.masked import Reduce, identity
+from rlhf_lightning.generation.engine import Generation
+from rlhf_lightning.models.reward_functions import RewardFunction
+from rlhf_lightning.models.scalar_lm import ScalarLM, response_values
+from rlhf_lightning.training.optim import PPO_ADAMW, Schedule, parameter_groups
+
+
+class PPOModule(OnlineStage):
+    """Improves a policy by PPO.
+
+    Expects batches like `PromptBatch`, one per iteration. `docs/metrics.md` lists what is logged under `train/`, `val/`
+    and `test/`. All batch sizes count per process.
+
+    Args:
+        model_name_or_path: Hugging Face folder or hub id of the SFT model, which the policy starts from.
+        reward: folder or hub id of a reward model (its tokenizer and chat template may differ from the policy's), or
+            the import path of a function `(prompts: list[str], responses: list[str]) -> list[float]`, looked for in
+            the working folder too; from Python also the function.
+        value_name_or_path: what the value model starts from. None takes the reward model, or, where that is a function
+            or reads other tokens, the policy's folder with a head that says 0.
+        value_trunk: `own` for a value model of its own, `policy` for a second head on the policy's hidden states, which
+            halves what is trained.
+        optimizer: the optimizer of policy and value model; its learning rate is the policy's.
+        value_lr: learning rate of the value model; None for the policy's.
+        lr_schedule: course of the learning rates after the warm-up, in optimizer steps.
+        warmup_steps: optimizer steps of linear warm-up; a number below 1 is a share of all steps.
+        objective: clipping, discount and weights of the losses.
+        **options: those of `OnlineStage` and `Stage`; `finetune` is for policy and value model, and with `lora` all
+            models on one base share it.
+    """
+
+    value: ScalarLM | TrunkValue
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        reward: str | RewardFunction,
+        *,
+        value_name_or_path: str | None = None,
+        value_trunk: ValueTrunk = "own",
+        optimizer: OptimizerCallable = PPO_ADAMW,
+        value_lr: float | None = None,
+        lr_schedule: Schedule = "linear",
+        warmup_steps: float = 0,
+        objective: Objective = Objective(),
+        **options: Any,
+    ) -> None:
+        objective = from_config(Objective, objective)
+        check_arguments(PPOModule, locals())
+        super().__init__(
+            model_name_or_path,
+            reward,
+            optimizer=optimizer,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+            **options,
+        )
+        self.value_name_or_path = value_name_or_path
+        self.value_trunk: ValueTrunk = value_trunk
+        self.value_lr = value_lr
+        self.objective = objective
+        self.model_source.check()
+
+    @property
+    def model_source(self) -> ModelSource:
+        """Where policy, reference, reward and value model come from."""
+        return replace(super().model_source, value=self.value_name_or_path, value_trunk=self.value_trunk)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Those of the policy, then those of the value model with its own learning rate."""
+        value_options = {} if self.value_lr is None else {"lr": self.value_lr}
+        return parameter_groups(self.policy) + parameter_groups(self.value, **value_options)
+
+    def experience_of(
+        self, prompts: PromptBatch, generation: Generation, measured: Measurements, scores: Tensor
+    ) -> Experience:
+        """Rewards per token, and their generalised advantages over the values."""
+        return build_experience(
+            prompts,
+            generation,
+            measured,
+            scores,
+            kl=self.kl,
+            kl_coef=self.kl_controller.coef,
+            objective=self.objective,
+            reduce=self.reduce,
+        )
+
+    def experience_metrics(self, experience: Experience) -> dict[str, Tensor]:
+        """As for every algorithm, and how well the values foretold what came."""
+        explained = explained_variance(experience, self.reduce, self.objective.gamma)
+        return {**super().experience_metrics(experience), "explained_variance": explained}
+
+    def losses(self, batch: Experience) -> Iterator[Loss]:
+        """Policy loss and weighted value loss."""
+        return ppo_losses(
+            self.policy, self.value, batch, self.objective, self.sampling.temperature, on_policy=self.on_policy
+        )
+
+    def to_learn(self, minibatch: Experience) -> Tensor:
+        """Advantages, and errors of the values by their weight, `[B, R]`."""
+        errors = (minibatch.returns - minibatch.values).abs()
+        return minibatch.advantages.abs() + self.objective.value_coef * errors
+
+
+def build_experience(
+    prompts: PromptBatch,
+    generation: Generation,
+    measured: Measurements,
+    shaped_scores: Tensor,
+    kl: KLPenalty,
+    kl_coef: float,
+    objective: Objective,
+    reduce: Reduce = identity,
+) -> Experience:
+    """From scores and log-probabilities to rewards, advantages and returns.
+
+    Args:
+        prompts: the prompts, B of them.
+        generation: their responses.
+        measured: what the models say of them.
+        shaped_scores: scores as they enter the rewards, `[B]`.
+        kl: which estimator is the penalty.
+        kl_coef: the weight of the penalty now.
+        objective: discounts and whitening.
+        reduce: sums a tensor over all ranks.
+    """
+    mask = generation.response_mask  # [B, R]
+    penalty = kl_estimate(measured.logprobs, measured.ref_logprobs, kl.estimator)
+    rewards = kl_shaped_rewards(shaped_scores, penalty, mask, kl_coef)
+    advantages, returns = gae(rewards, measured.values, mask, objective.gamma, objective.gae_lambda)
+    if objective.whiten_advantages:
+        advantages = masked_whiten(advantages, mask, reduce=reduce)
+    return Experience.of(prompts, generation, measured, rewards=rewards, advantages=advantages, returns=returns)
+
+
+def ppo_losses(
+    policy: PreTrainedModel,
+    value: ScalarLM | TrunkValue,
+    batch: Experience,
+    objective: Objective,
+    temperature: float,
+    on_policy: bool = False,
+) -> Iterator[Loss]:
+    """Policy loss and weighted value loss; computed when asked for, in one piece where both share the trunk.
+
+    A backward pass each, so that only one model's activations are alive at a time.
+
+    Args:
+        policy: the policy.
+        value: the value model, or a head on the policy's hidden states.
+        batch: responses of the old policy.
+        objective: clipping and weights.
+        temperature: the sampling temperature.
+        on_policy: the policy is still the one that answered, so its own log-probabilities, detached, are the old ones.
+            Then `ratio` and `approx_kl` compare them with what the sampler said, and `entropy` is reported too.
+
+    Yields:
+        A loss summed over response tokens, a scalar, and sums to be logged.
+    """
+    rows = batch.sequences, batch.sequence_mask, batch.response_mask
+    trunk = value if isinstance(value, TrunkValue) else None
+    logprobs, entropies, values = logprobs_and_values(policy, trunk, *rows, temperature, with_entropy=on_policy)
+    loss, logged = clipped_policy_loss(logprobs, batch, objective.clip_range, on_policy=on_policy)
+    if on_policy:
+        logged["entropy"] = masked_sum(entropies.detach(), batch.response_mask)
+    if not isinstance(value, TrunkValue):
+        yield loss, logged
+        del loss, logprobs, entropies  # the graph is gone before the next one is built
+        values = response_values(value, *rows)
+        loss, logged = torch.zeros((), device=values.device), {}
+    value_loss, stats = ppo_value_loss(
+        values, batch.values, batch.returns, batch.response_mask, objective.value_clip_range
+    )
+    logged |= {"value_loss": value_loss.detach(), "value_clip_fraction": stats["clip_fraction"]}
+    yield loss + objective.value_coef * value_loss, logged
