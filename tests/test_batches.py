@@ -32,12 +32,13 @@ def test_packed_rows_are_split_whole_longest_first_and_keep_all_their_row_ids():
     assert second.row_ids.tolist() == rows[:1].tolist()
 
 
-def test_margins_and_weights_stay_with_their_pairs():
-    margins, weights = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([1.0, 2.0, 3.0])
-    batch = PreferenceBatch(IDS, MASK, IDS, MASK, torch.arange(3), margins, weights)
+def test_what_is_said_of_each_pair_stays_with_it():
+    margins, weights, prompts = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2, 1, 3])
+    batch = PreferenceBatch(IDS, MASK, IDS, MASK, torch.arange(3), margins, weights, prompts)
     first, second = micro_batches(batch, 2)
     assert torch.equal(first.margins, margins[1:])
     assert torch.equal(second.weights, weights[:1])
+    assert (first.prompt_lengths.tolist(), second.prompt_lengths.tolist()) == ([1, 3], [2])
     (_, last) = split_batch(batch, 2)
     assert torch.equal(last.margins, margins[2:])
 
@@ -47,6 +48,7 @@ def test_what_is_not_there_stays_away():
     for piece in [*micro_batches(batch, 2), *split_batch(batch, 2)]:
         assert piece.margins is None
         assert piece.weights is None
+        assert piece.prompt_lengths is None
     for piece in micro_batches(InstructionBatch(IDS, MASK, MASK, torch.arange(3)), 1):
         assert piece.position_ids is None
 

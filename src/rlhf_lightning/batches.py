@@ -47,6 +47,7 @@ class PreferenceBatch(NamedTuple):
         row_ids: number of each pair's row in its source, `[B]`, int64.
         margins: by how much the chosen score must lead, `[B]`, float32, in units of the raw score; None for 0.
         weights: how much each pair counts in the loss, `[B]`, float32, not negative; None for 1.
+        prompt_lengths: tokens of the prompt that both sides begin with, `[B]`, int64; None where that is not known.
     """
 
     chosen_ids: Tensor
@@ -56,6 +57,7 @@ class PreferenceBatch(NamedTuple):
     row_ids: Tensor
     margins: Tensor | None = None
     weights: Tensor | None = None
+    prompt_lengths: Tensor | None = None
 
 
 class PromptBatch(NamedTuple):

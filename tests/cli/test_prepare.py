@@ -109,7 +109,7 @@ def test_help_documents_every_argument(capsys):
         (["--num_proc=0"], "num_proc (0) must be at least 1"),
         (["--data=nowhere.jsonl"], "nowhere.jsonl does not exist; check the path"),
         (["--tokenizer=./nowhere"], "nowhere"),
-        (["--stage_split={sft: 0.5, rm: 0.5}"], "'rm' is not one of sft, reward, ppo"),
+        (["--stage_split={sft: 0.5, rm: 0.5}"], "'rm' is not one of sft, reward, dpo, ppo"),
         (["--kinds=[demos]"], "kinds"),
         (["--columns={prompt: question}"], "no column 'question'"),
     ],

@@ -104,6 +104,7 @@ def test_pairs_share_one_length(filler):
     check(batch.row_ids, [3, 4])
     check(batch.margins, [0.0, 0.5])
     check(batch.weights, [1.0, 2.0])
+    check(batch.prompt_lengths, [1, 1])
 
 
 def test_pairs_of_which_the_chosen_side_is_the_longer():

@@ -4,6 +4,8 @@ import logging
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
 from helpers.tokenizers import tiny_tokenizer
@@ -93,6 +95,48 @@ def test_messages_are_taught_from_the_last_turn_on():
         "<|start|>user\nbye<|end|>\n<|start|>assistant\nfarewell<|end|>"
     ]
     assert texts(data, batch.input_ids, batch.loss_mask) == ["farewell<|end|>"]
+
+
+@settings(max_examples=30)
+@given(
+    rows=st.lists(st.tuples(st.text("ab \n", min_size=1), *[st.text("ab \n.")] * 2), min_size=1, max_size=4),
+    wrap=st.sampled_from(["{}", "\n\nHuman: {}\n\nAssistant:"]),
+    tokens=st.fixed_dictionaries({"bos": st.booleans(), "chat_template": st.booleans()}),
+)
+def test_both_sides_of_a_pair_begin_with_the_prompt(tmp_path_factory, rows, wrap, tokens):
+    pairs = [
+        {"prompt": wrap.format(f"q{prompt}"), "chosen": f"{chosen}!", "rejected": f"{rejected}?"}
+        for prompt, chosen, rejected in rows
+    ]
+    cache = tmp_path_factory.mktemp("cache")
+    data = ready(
+        PreferenceDataModule,
+        "fit",
+        tokenizer=tiny_tokenizer(**tokens),
+        data=pairs,
+        validation_split=0,
+        max_length=400,
+        cache_dir=cache,
+    )
+    (batch,) = data.train_dataloader()
+    sides = (batch.chosen_ids, batch.chosen_mask), (batch.rejected_ids, batch.rejected_mask)
+    assert batch.prompt_lengths.dtype == torch.int64
+    assert sorted(batch.row_ids.tolist()) == list(range(len(pairs)))
+    for i, (row, length) in enumerate(zip(batch.row_ids.tolist(), batch.prompt_lengths.tolist(), strict=True)):
+        _, prompt = data.chat.encode_prompt(pairs[row]["prompt"])
+        assert batch.chosen_ids[i, :length].tolist() == batch.rejected_ids[i, :length].tolist() == prompt.tolist()
+        for (ids, mask), response in zip(sides, ("chosen", "rejected"), strict=True):
+            assert pairs[row][response].strip() in data.tokenizer.decode(ids[i, length:][mask[i, length:]])
+
+
+def test_a_prompt_that_is_cut_is_as_long_as_what_is_left_of_it():
+    rows = [{"prompt": "a" * 30 + f"{i}", "chosen": "yes", "rejected": "no"} for i in range(4)]
+    data = ready(PreferenceDataModule, "fit", data=rows, validation_split=0, max_length=24, max_prompt_length=10)
+    (batch,) = data.train_dataloader()
+    assert data.counts["cut: prompt"] == 4
+    assert batch.prompt_lengths.tolist() == [10] * 4
+    ends = [data.tokenizer.decode(ids[:10]) for ids in batch.chosen_ids]
+    assert ends == [rows[row]["prompt"][-10:] for row in batch.row_ids.tolist()]
 
 
 def test_preferences_from_dialogues():

@@ -73,8 +73,8 @@ def prepare(
         kinds: what to make; by default all that the columns allow.
         validation_split: share of the prompts held out for validation.
         test_split: share of the prompts held out for testing.
-        stage_split: share of the prompts for each stage, such as `{sft: 0.2, reward: 0.4, ppo: 0.4}`; by default every
-            stage gets all.
+        stage_split: share of the prompts for each stage, such as `{sft: 0.2, reward: 0.4, ppo: 0.4}`, or `dpo` in the
+            place of `reward`; by default every stage gets all.
         split_by: what stays on one side of all splits: a `dialogue` at all its depths, by its system turns and its
             first turn of the user, or only one `prompt`, to its end. Prompts that are no dialogues fall alike.
         num_samples: read only this many rows of `data`.

@@ -183,7 +183,8 @@ def collate_pairs(examples: Sequence[EncodedPair], filler: int) -> PreferenceBat
     rejected = pad([pair.rejected_ids for pair in examples], filler, "right", length)
     margins = torch.tensor([pair.margin for pair in examples], dtype=torch.float32)
     weights = torch.tensor([pair.weight for pair in examples], dtype=torch.float32)
-    return PreferenceBatch(*chosen, *rejected, _row_ids(examples), margins, weights)
+    prompt_lengths = torch.tensor([pair.prompt_length for pair in examples], dtype=torch.int64)
+    return PreferenceBatch(*chosen, *rejected, _row_ids(examples), margins, weights, prompt_lengths)
 
 
 def collate_prompts(examples: Sequence[EncodedPrompt], filler: int) -> PromptBatch:

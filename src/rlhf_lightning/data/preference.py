@@ -46,7 +46,8 @@ class PreferenceDataModule(TextDataModule):
             it never stands on both, whatever the order and size of the data; see `split_by`.
         test_split: the same for testing.
         stage_split: share of the prompts for each stage, such as `{sft: 0.2, reward: 0.4, ppo: 0.4}`; this data module
-            takes the `reward` prompts. Given alike in all stages, no prompt of `data` serves two of them.
+            takes the `reward` prompts, or `dpo` where that is named instead. Given alike in all stages, no prompt of
+            `data` serves two of them.
         split_by: what stays on one side of all splits: a `dialogue` at all its depths, by its system turns and its
             first turn of the user, or only one `prompt`, to its end. Prompts that are no dialogues fall alike.
         num_samples: use only the first this many rows of `data`.

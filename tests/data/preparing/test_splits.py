@@ -92,6 +92,19 @@ def test_a_stage_that_is_not_named_gets_every_row(tmp_path):
     assert not numbers["finetune"] & numbers["preference"]
 
 
+def test_policies_learn_from_the_pairs_that_a_reward_model_would(tmp_path):
+    shares = {"sft": 0.3, "ppo": 0.3}
+    folders = {
+        stage: build(tmp_path / stage, PAIRS, splits=Splits(0.2, stages=shares | {stage: 0.4}))
+        for stage in ("reward", "dpo")
+    }
+    for need in KINDS:
+        assert row_ids(folders["dpo"], need) == row_ids(folders["reward"], need)
+    data = PreferenceDataModule(tiny_tokenizer(), PAIRS, stage_split={"sft": 0.6, "dpo": 0.4})
+    data.setup("fit")
+    assert 90 < data.counts["kept"] < 150 < data.counts["other stages"] == 300 - data.counts["kept"]
+
+
 SHOUTED = {"hi there": "HI  there", "how are you?": "How are\nyou?", "bye": " bye", "be kind": "Be  kind"}
 WORDS = st.sampled_from(list(SHOUTED))
 
@@ -151,8 +164,12 @@ def test_where_prompts_fall_has_not_moved_but_for_dialogues():
         ({"validation": 1.0}, r"validation_split \(1.0\) must be at least 0 and below 1"),
         ({"test": -0.1}, r"test_split \(-0.1\) must be at least 0"),
         ({"validation": 0.5, "test": 0.5}, r"validation_split \(0.5\) and test_split \(0.5\) leave nothing"),
-        ({"stages": {"sft": 0.5, "rm": 0.5}}, "stage_split: 'rm' is not one of sft, reward, ppo"),
+        ({"stages": {"sft": 0.5, "rm": 0.5}}, "stage_split: 'rm' is not one of sft, reward, dpo, ppo"),
         ({"stages": {"sft": 0.5, "ppo": 0.4}}, r"stage_split \(sft 0.5, ppo 0.4\) must be shares .* sum to 1"),
+        (
+            {"stages": {"sft": 0.2, "dpo": 0.4, "reward": 0.4}},
+            "stage_split: reward and dpo both read the preference pairs, .* name one of them",
+        ),
         ({"by": "turn"}, "split_by: 'turn' is not one of dialogue, prompt"),
         ({"stages": {"sft": 1.5, "ppo": -0.5}}, "must be shares of at least 0"),
     ],

@@ -17,7 +17,8 @@ from rlhf_lightning.data.rows import KINDS, Need, Row, opening_of, prompt_key, s
 from rlhf_lightning.errors import UserError
 
 SplitBy = Literal["dialogue", "prompt"]
-STAGE_OF: dict[Need, str] = {"finetune": "sft", "preference": "reward", "prompts": "ppo"}
+STAGES_OF: dict[Need, tuple[str, ...]] = {"finetune": ("sft",), "preference": ("reward", "dpo"), "prompts": ("ppo",)}
+"""The stages that each kind of example is for, by the names that shares may be given under; one name for each kind."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ class Splits:
     Args:
         validation: held out for validation.
         test: held out for testing.
-        stages: share of each stage, `sft`, `reward` and `ppo`, summing to 1; a stage that is not named gets every row.
+        stages: share of each stage, `sft`, `reward` or `dpo`, and `ppo`, summing to 1. `dpo` is the share of the
+            preference pairs where they train a policy instead of a reward model; the same share holds the same pairs
+            under either name. A stage that is not named gets every row.
         by: what stays together: every `dialogue` that opens with the same turn of the user (and the same system
             turns), or only what is the same `prompt` to its end.
 
@@ -95,9 +98,16 @@ class Splits:
             self._check_stages(self.stages)
 
     def _check_stages(self, stages: dict[str, float]) -> None:
+        known = [name for names in STAGES_OF.values() for name in names]
         for name in stages:
-            if name not in STAGE_OF.values():
-                raise UserError(f"stage_split: {name!r} is not one of {', '.join(STAGE_OF.values())}")
+            if name not in known:
+                raise UserError(f"stage_split: {name!r} is not one of {', '.join(known)}")
+        for names in STAGES_OF.values():
+            if len(named := [name for name in names if name in stages]) > 1:
+                raise UserError(
+                    f"stage_split: {' and '.join(named)} both read the preference pairs, and no data module could tell "
+                    "which are its own; name one of them"
+                )
         if any(share < 0 for share in stages.values()) or abs(sum(stages.values()) - 1) > 1e-6:
             said = ", ".join(f"{name} {share}" for name, share in stages.items())
             raise UserError(f"stage_split ({said}) must be shares of at least 0 that sum to 1")
@@ -132,9 +142,9 @@ class Splits:
         if self.stages is None:
             return kinds
         # In the order of the stages, not of the YAML, and with a salt, so that stages and parts are independent.
-        shares = {stage: self.stages[stage] for stage in STAGE_OF.values() if self.stages.get(stage)}
-        stage = split_of(key, shares, salt="stage:")
-        return tuple(kind for kind in kinds if STAGE_OF[kind] == stage or STAGE_OF[kind] not in self.stages)
+        named = {name: kind for kind, names in STAGES_OF.items() for name in names if name in self.stages}
+        stage = split_of(key, {name: self.stages[name] for name in named if self.stages[name]}, salt="stage:")
+        return tuple(kind for kind in kinds if kind == named[stage] or kind not in named.values())
 
 
 class RowFilter:
