@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import collections.abc
-import inspect
 import math
-from dataclasses import dataclass, is_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rlhf_lightning
+from helpers.signatures import hints, parameters
 from rlhf_lightning import FineTune, PPOModule, RewardModule, Sampling, SFTModule, UserError
 from rlhf_lightning.arguments import NOT_NEGATIVE, SHARE, Range, check_arguments
 from rlhf_lightning.cli.prepare import prepare
@@ -57,9 +57,9 @@ def arguments(*kinds: Any) -> list[Any]:
     """Every argument of a taker whose annotation has one of some kinds inside: taker, name, how it is wrapped."""
     found = []
     for taker in takers():
-        hints = get_type_hints(taker.__init__ if isinstance(taker, type) and not is_dataclass(taker) else taker)
-        for name in inspect.signature(taker).parameters:
-            inside = members(hints.get(name))
+        annotations = hints(taker)
+        for name in parameters(taker):
+            inside = members(annotations.get(name))
             if any(kind in inside or kind in [getattr(m, "__origin__", None) for m in inside] for kind in kinds):
                 wrapped = next((m.__origin__ for m in inside if getattr(m, "__origin__", None) in (list, dict)), None)
                 found.append(pytest.param(taker, name, wrapped, id=f"{taker.__name__}-{name}"))
@@ -69,9 +69,10 @@ def arguments(*kinds: Any) -> list[Any]:
 def refused(taker: Any, name: str, wrapped: Any, value: Any) -> str:
     """What is said when an argument has a value."""
     given = [value] if wrapped is list else {"ppo": value} if wrapped is dict else value
-    parameters = inspect.signature(taker).parameters.items()
     needed = {
-        key: NEEDED[key] for key, parameter in parameters if parameter.default is parameter.empty and key in NEEDED
+        key: NEEDED[key]
+        for key, parameter in parameters(taker).items()
+        if parameter.default is parameter.empty and key in NEEDED
     }
     with pytest.raises(UserError) as error:
         taker(**needed | {name: given})

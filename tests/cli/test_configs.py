@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import yaml
 
 import rlhf_lightning
+from helpers.signatures import parameters
 from rlhf_lightning.cli.main import main
 from rlhf_lightning.cli.recipes import RECIPES, recipe_names
 
@@ -67,8 +67,7 @@ def test_a_printed_config_holds_every_argument_and_is_a_recipe_itself(capsys, re
     for part in ("model", "data"):
         cls = getattr(rlhf_lightning, parsed[part]["class_path"].rpartition(".")[2])
         linked = {"tokenizer", "rollout_batch_size"} if part == "data" else set()
-        arguments = set(inspect.signature(cls).parameters)
-        assert set(parsed[part]["init_args"]) == arguments - linked
+        assert set(parsed[part]["init_args"]) == set(parameters(cls)) - linked
     own = tmp_path / "own.yaml"
     own.write_text(yaml.safe_dump(parsed))
     assert printed_config(capsys, "--config", str(own)) == parsed

@@ -50,6 +50,29 @@ def ready(kind, *stages, tokenizer=None, **settings):
     return data
 
 
+def test_the_three_data_modules_share_one_list_of_options_and_explain_each():
+    options = {}
+    for kind in ALL:
+        parser = ArgumentParser()
+        parser.add_class_arguments(kind)
+        help_of = {action.dest: action.help for action in parser._actions if action.option_strings}
+        options[kind] = {name: text for name, text in help_of.items() if not name.endswith("help")}
+    shared = set.intersection(*map(set, options.values())) - {"max_prompt_length"}
+    own = {kind: sorted(name for name in options[kind].keys() - shared if "." not in name) for kind in ALL}
+    limits = ["batch_size", "length_grouped", "max_length", "max_prompt_length", "minimum_response_length"]
+    assert own == {
+        InstructionDataModule: sorted([*limits, "response_room", "loss_on", "packing"]),
+        PreferenceDataModule: sorted([*limits, "response_room"]),
+        PromptDataModule: ["max_prompt_length", "rollout_batch_size"],
+    }
+    assert {"tokenizer", "data", "stage_split", "filters.shuffle", "plain_format.user", "on_bad_row"} <= shared
+    for name in shared:
+        assert len({texts[name] for texts in options.values()}) == 1
+    for texts in options.values():
+        assert all(text and not text.startswith("(") for text in texts.values()), texts  # the words before the type
+    assert all(texts["tokenizer"].startswith("folder or hub id") for texts in options.values())
+
+
 @pytest.mark.parametrize("pad", ["own", "eos", "none"])
 def test_instructions_from_dialogues(pad):
     data = ready(InstructionDataModule, data=HH_ROWS, tokenizer=tiny_tokenizer(pad=pad))

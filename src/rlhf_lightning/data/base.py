@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch.distributed
@@ -14,20 +14,21 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.chat.encoder import ChatEncoder, DialogueFormat
-from rlhf_lightning.chat.plain import PlainFormat
+from rlhf_lightning.arguments import check_arguments
+from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.chat.plain import HUMAN_ASSISTANT, PlainFormat
 from rlhf_lightning.data.encode import NOTES, EncodedRow
-from rlhf_lightning.data.limits import TokenLimits, check_context, check_ids
+from rlhf_lightning.data.limits import RANGES, TokenLimits, check_context, check_ids
 from rlhf_lightning.data.packing import PackedTable
 from rlhf_lightning.data.preparing.cache import find_or_build
-from rlhf_lightning.data.preparing.filters import Filters, Splits
+from rlhf_lightning.data.preparing.filters import NO_FILTERS, Filters, Splits
 from rlhf_lightning.data.preparing.legacy import LegacyPreparation, is_legacy
 from rlhf_lightning.data.preparing.lengths import say_cuts
 from rlhf_lightning.data.preparing.preparation import Preparation, read_all, say_counts
 from rlhf_lightning.data.preparing.prepared import PARTS, PreparedFolder, TokenTable, is_prepared
 from rlhf_lightning.data.preparing.reading import Encoder
 from rlhf_lightning.data.resuming import ResumableDataModule
-from rlhf_lightning.data.rows import KINDS, Need, OnBadRow, Row
+from rlhf_lightning.data.rows import KINDS, Need, Row
 from rlhf_lightning.data.sampler import LateLoader, ResumableSampler
 from rlhf_lightning.data.sources import DataSource, Source, as_source
 from rlhf_lightning.data.streaming import StreamedExamples, StreamLoader, check_streaming, evaluation_tables
@@ -40,12 +41,58 @@ class TextDataModule(ResumableDataModule, ABC):
     """Tokens prepared once, mapped into memory by every process, and batched.
 
     A subclass says which kind of example it needs (`need`) and how examples become batches (`_collate`); and the same
-    for prediction. The arguments are those of the subclasses, which document them.
+    for prediction. What it takes beside the arguments below, or with another default, it names itself.
+
+    Args:
+        tokenizer: folder or hub id of the tokenizer, or a loaded one.
+        data: a file (.json, .jsonl, .csv, .tsv, .parquet, each plain or .gz), a list, folder or glob of such files, a
+            folder written by `save_to_disk`, a hub id `owner/name` or `owner/name:split`, or a source: a class such as
+            `rlhf_lightning.HelpfulHarmless`, `TLDR`, `Table` or `Blend`; from Python also a list of dicts, a dict of
+            columns, a `datasets.Dataset` or `DatasetDict`, or a pandas DataFrame. Or a folder made by `rlhf prepare`,
+            or one of the original system's layout: its own limits, filters and splits then hold.
+        validation_data: the same for validation; without it the `validation` split of `data`, or where it has none a
+            part of `data`.
+        predict_data: the same for prediction; without it what is held out for validation.
+        test_data: the same for testing; without it the `test` split of `data`, or a part of it if `test_split` says so.
+        columns: our column names (prompt, response, chosen, rejected, messages and so on) to those of the data.
+        validation_split: share of the prompts held out for validation. A prompt falls on one side by its own text, so
+            it never stands on both, whatever the order and size of the data; see `split_by`.
+        test_split: the same for testing.
+        stage_split: share of the prompts for each stage, such as `{sft: 0.2, reward: 0.4, ppo: 0.4}`: demonstrations
+            take the `sft` prompts, pairs the `reward` prompts or, where that is named instead, the `dpo` prompts, and
+            prompts alone the `ppo` prompts. Given alike in all stages, no prompt of `data` serves two of them.
+        split_by: what stays on one side of all splits: a `dialogue` at all its depths, by its system turns and its
+            first turn of the user, or only one `prompt`, to its end. Prompts that are no dialogues fall alike.
+        num_samples: use only the first this many rows of `data`.
+        filters: which rows are left out, see `Filters`.
+        max_length: most tokens of prompt and response together, special tokens included.
+        max_prompt_length: most tokens of the prompt; by default what the response, the longer one of a pair, leaves.
+        response_room: room kept for the response whatever the prompt, in tokens; by default a quarter of `max_length`.
+        minimum_response_length: rows with a response of fewer tokens, the EOS not counted, are left out.
+        long_prompts: cut a prompt that is too long, or drop its row. It is cut from the left, one of a summary at the
+            end of a paragraph.
+        dialogue_format: `auto` writes dialogues by the tokenizer's chat template if it has one, else as Human and
+            Assistant turns, and leaves other text as it is; `plain` never uses the template; `chat_template` always.
+        plain_format: how dialogues are written that go through no template, see `PlainFormat`.
+        chat_template: file or text of a Jinja chat template for the tokenizer.
+        on_bad_row: at a row that cannot be used (broken, or a field null, empty or no text): `skip` and count it, stop
+            with an `error`, or `auto`, which skips up to 1% of the rows and stops at more. Only with `skip` a run goes
+            on of whose rows fewer than 10% serve what they are for.
+        batch_size: examples, or packed rows, in a training batch of one process.
+        eval_batch_size: examples in a batch of validation, testing or prediction; by default as in training.
+        num_workers: processes that prepare batches.
+        num_proc: processes that may tokenise the data, once, where there is text enough for them to pay; the tokens do
+            not depend on it.
+        cache_dir: where prepared tokens are kept; by default `$RLHF_LIGHTNING_CACHE` or `~/.cache/rlhf_lightning`.
+        seed: of the order of the training examples.
+        trust_remote_code: run tokenizer code that comes with the folder or hub model.
 
     Attributes:
-        tokenizer: the loaded tokenizer, after `setup`.
         counts: rows read, kept, dropped and cut by reason, after `setup`; rows = kept + all that is dropped + those of
             other stages. Counts of `validation_data`, `test_data` and `predict_data` carry that word in front.
+
+    Raises:
+        UserError: limits or sizes that do not go together.
     """
 
     need: Need
@@ -57,33 +104,45 @@ class TextDataModule(ResumableDataModule, ABC):
     def __init__(
         self,
         tokenizer: str | PreTrainedTokenizerBase,
-        data: DataSource | None,
-        validation_data: DataSource | None,
-        test_data: DataSource | None,
-        predict_data: DataSource | None,
-        columns: Mapping[str, str] | None,
-        splits: Splits,
-        filters: Filters,
-        limits: TokenLimits,
-        num_samples: int | None,
-        dialogue_format: DialogueFormat,
-        plain_format: PlainFormat,
-        chat_template: str | None,
-        on_bad_row: OnBadRow,
-        batch_size: int,
-        eval_batch_size: int | None,
-        num_workers: int,
-        num_proc: int,
-        cache_dir: str | Path | None,
-        seed: int,
-        trust_remote_code: bool,
+        data: DataSource | None = None,
+        validation_data: DataSource | None = None,
+        predict_data: DataSource | None = None,
+        test_data: DataSource | None = None,
+        columns: dict[str, str] | None = None,
+        validation_split: float = 0.1,
+        test_split: float = 0.0,
+        stage_split: dict[str, float] | None = None,
+        split_by: Literal["dialogue", "prompt"] = "dialogue",
+        num_samples: int | None = None,
+        filters: Filters = NO_FILTERS,
+        *,
+        max_length: int = 512,
+        max_prompt_length: int | None = None,
+        response_room: int | None = None,
+        minimum_response_length: int = 0,
+        long_prompts: Literal["cut", "drop"] = "cut",
+        dialogue_format: Literal["auto", "chat_template", "plain"] = "auto",
+        plain_format: PlainFormat = HUMAN_ASSISTANT,
+        chat_template: str | None = None,
+        on_bad_row: Literal["auto", "skip", "error"] = "auto",
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        num_proc: int = 1,
+        cache_dir: str | Path | None = None,
+        seed: int = 42,
+        trust_remote_code: bool = False,
     ) -> None:
+        check_arguments(TextDataModule, locals(), RANGES)
         super().__init__()
         filter_warnings()
         self.data, self.validation_data = data, validation_data
         self.test_data, self.predict_data = test_data, predict_data
         self.columns, self.on_bad_row, self.num_samples = columns, on_bad_row, num_samples
-        self.splits, self.filters, self.limits = splits, filters, limits
+        self.splits, self.filters = Splits(validation_split, test_split, stage_split, split_by), filters
+        self.limits = TokenLimits.checked(
+            max_length, max_prompt_length, response_room, long_prompts, minimum_response_length
+        )
         self.dialogue_format, self.plain_format, self.chat_template = dialogue_format, plain_format, chat_template
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.num_proc, self.cache_dir, self.seed = num_workers, num_proc, cache_dir, seed
