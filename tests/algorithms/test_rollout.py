@@ -113,7 +113,7 @@ def test_measuring_in_parts_changes_nothing():
     prompts = PromptBatch(ids, torch.arange(5) >= 5 - lengths, ["x"] * 7, torch.arange(7))
     random = torch.Generator().manual_seed(0)
     generation, texts = respond(
-        TransformersEngine(policy, tokenizer), tokenizer, prompts, Sampling(max_new_tokens=6), random
+        TransformersEngine(policy, tokenizer), tokenizer, prompts, Sampling(max_new_tokens=6), generator=random
     )
     progress = []
     order = torch.tensor([6, 0, 3, 5, 1, 2, 4])
@@ -225,34 +225,13 @@ def test_answers_in_parts_are_joined(batch_size):
     progress = []
     generation, texts = respond(
         TransformersEngine(table_lm(CHAIN), table_tokenizer(), batch_size), table_tokenizer(), take([1, 0]),
-        Sampling(temperature=0.0, max_new_tokens=5), None, on_token=progress.append,
+        Sampling(temperature=0.0, max_new_tokens=5), on_token=progress.append,
     )  # fmt: skip
     assert generation.response_ids.tolist() == [[EOS, 0], [2, EOS]]
     assert generation.response_mask.tolist() == [[True, False], [True, True]]
     assert generation.ended.tolist() == [True, True]
     assert texts == ["", "b"]
     assert progress == ([1, 6, 7] if batch_size == 1 else [1, 2])
-
-
-class Recorder:
-    """An engine that keeps what it was asked."""
-
-    def __init__(self):
-        self.asked = []
-
-    def generate(self, *asked):
-        self.asked.append(asked)
-        return GENERATION
-
-
-def test_the_engine_is_asked_what_the_caller_asks():
-    engine, sampling, random = Recorder(), Sampling(max_new_tokens=2), torch.Generator()
-    for_all = PROMPTS.prompt_ids, PROMPTS.prompt_mask, sampling
-    asked = random, True, print, True, True
-    assert respond(engine, table_tokenizer(), PROMPTS, sampling, *asked) == (GENERATION, ["b", ""])
-    respond(engine, table_tokenizer(), PROMPTS, sampling, None)
-    for seen, expected in zip(engine.asked, [asked, (None, False, None, False, False)], strict=True):
-        assert all(a is b for a, b in zip(seen, (*for_all, *expected), strict=True))
 
 
 def test_scores_are_scaled_then_clipped_then_penalised():

@@ -74,7 +74,7 @@ def test_our_generation_ends_where_the_template_ends_a_turn(tmp_path):
         tokenizer.chat_template = template
         sampling = Sampling(top_k=1, max_new_tokens=3)
         generation = TransformersEngine(model, tokenizer).generate(
-            prompt, torch.ones_like(prompt).bool(), sampling, torch.Generator()
+            prompt, torch.ones_like(prompt).bool(), sampling, generator=torch.Generator()
         )
         assert generation.response_mask.sum().item() == length
         assert generation.ended.tolist() == [template is not None]

@@ -40,7 +40,7 @@ def counter(monkeypatch):
 
 def answer(engine, lengths=LENGTHS, sampling=Sampling(max_new_tokens=9)):
     random = torch.Generator().manual_seed(0)
-    return engine.generate(*prompts(lengths), sampling, random, with_logprobs=True, with_hidden=True)
+    return engine.generate(*prompts(lengths), sampling, generator=random, with_logprobs=True, with_hidden=True)
 
 
 def engines(model, batch_size=None):

@@ -30,7 +30,7 @@ def run(model, sampling, lengths=LENGTHS, batch_size=None, order=None, extra=0, 
     if order is not None:
         ids, mask = ids[order], mask[order]
     engine = TransformersEngine(model, tiny_tokenizer(), batch_size)
-    return engine.generate(ids, mask, sampling, torch.Generator().manual_seed(0), **options)
+    return engine.generate(ids, mask, sampling, generator=torch.Generator().manual_seed(0), **options)
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_random_numbers_consumed_do_not_depend_on_the_answers():
     for eos in (EOS, list(range(250))):
         model.generation_config.eos_token_id = eos
         random, (ids, mask) = torch.Generator().manual_seed(0), prompts()
-        TransformersEngine(model, tiny_tokenizer(), 5).generate(ids, mask, Sampling(max_new_tokens=8), random)
+        TransformersEngine(model, tiny_tokenizer(), 5).generate(ids, mask, Sampling(max_new_tokens=8), generator=random)
         states.append(random.get_state())
     assert torch.equal(*states)
 

@@ -60,6 +60,7 @@ def responses(generation):
     return [ids[mask].tolist() for ids, mask in rows]
 
 
-def generate(model, prompt_ids, prompt_mask, sampling, tokenizer, *args, **options):
+def generate(model, prompt_ids, prompt_mask, sampling, tokenizer, generator=None, **options):
     """All prompts at once, by an engine of their own."""
-    return TransformersEngine(model, tokenizer).generate(prompt_ids, prompt_mask, sampling, *args, **options)
+    engine = TransformersEngine(model, tokenizer)
+    return engine.generate(prompt_ids, prompt_mask, sampling, generator=generator, **options)

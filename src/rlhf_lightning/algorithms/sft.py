@@ -148,5 +148,5 @@ class SFTModule(Stage):
         """
         self.check_batch(batch, PromptBatch, "InstructionDataModule")
         engine, random = TransformersEngine(self.model, self.tokenizer), self.random("predict", batch_idx)
-        generation, texts = respond(engine, self.tokenizer, batch, self.sampling, random, synced=synced(self))
+        generation, texts = respond(engine, self.tokenizer, batch, self.sampling, generator=random, synced=synced(self))
         return response_rows(batch, generation, texts)

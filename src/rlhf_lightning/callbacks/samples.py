@@ -65,7 +65,7 @@ class SampleTexts(Callback):
                 tokenizer,
                 batch,
                 self.sampling or pl_module.sampling,
-                generator(pl_module.device, "sample texts"),
+                generator=generator(pl_module.device, "sample texts"),
                 synced=synced(pl_module),
             )
         if not trainer.is_global_zero:

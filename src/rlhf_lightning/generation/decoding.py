@@ -65,6 +65,7 @@ class Record:
         self,
         batch: int,
         sampling: Sampling,
+        *,
         filler: int,
         generator: torch.Generator | None,
         device: torch.device,
@@ -118,6 +119,7 @@ class Decoding:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        *,
         prompt_ids: Tensor,
         prompt_mask: Tensor,
         rows: Tensor,
@@ -343,8 +345,17 @@ def _forgetfulness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, : width - short] = False
     sampling = Sampling(temperature=0.0, max_new_tokens=length, min_new_tokens=length)
-    record = Record(2, sampling, 0, None, device, with_logprobs=False, with_hidden=True)
-    decoding = Decoding(model, tokenizer, ids, mask, torch.arange(2, device=device), sampling, record, synced=False)
+    record = Record(2, sampling, filler=0, generator=None, device=device, with_logprobs=False, with_hidden=True)
+    decoding = Decoding(
+        model,
+        tokenizer,
+        prompt_ids=ids,
+        prompt_mask=mask,
+        rows=torch.arange(2, device=device),
+        sampling=sampling,
+        record=record,
+        synced=False,
+    )
     decoding.prefill()
     with attention_by_rows(model, decoding.cache):
         for _ in decoding:

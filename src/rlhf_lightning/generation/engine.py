@@ -15,15 +15,17 @@ length.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.generation.attention import attention_by_rows, attention_to_whole_cache
 from rlhf_lightning.generation.compiled_step import CompiledStep
@@ -54,14 +56,26 @@ class Generation(NamedTuple):
     hidden: Tensor | None = None
 
 
-class RolloutEngine(Protocol):
-    """Whatever answers prompts."""
+class RolloutEngine(ABC):
+    """Whatever answers prompts; an engine of your own writes `generate`, and what else it can do.
 
+    `tests/helpers/engine_contract.py` holds what is asked of every engine, as functions to run on yours.
+
+    Attributes:
+        has_logprobs: `generate` can return log-probabilities. Without them PPO always measures the policy itself.
+        has_hidden: `generate` can return hidden states. Without them a value head on the policy reads its own.
+    """
+
+    has_logprobs: bool = False
+    has_hidden: bool = False
+
+    @abstractmethod
     def generate(
         self,
         prompt_ids: Tensor,
         prompt_mask: Tensor,
         sampling: Sampling,
+        *,
         generator: torch.Generator | None = None,
         synced: bool = False,
         on_token: Callable[[int], None] | None = None,
@@ -70,6 +84,9 @@ class RolloutEngine(Protocol):
     ) -> Generation:
         """Continue each prompt until EOS, a stop string or the limit.
 
+        What ends a response is `eos_ids` of the tokenizer and the model; nothing else of the model's generation config
+        has a say.
+
         Args:
             prompt_ids: padded on the left, `[B, P]`, int64.
             prompt_mask: True for real tokens, `[B, P]`, bool.
@@ -77,18 +94,37 @@ class RolloutEngine(Protocol):
             generator: source of the random numbers, on the device of the prompts; torch's global one if None.
             synced: every rank runs the same number of forwards, until the last response of all ranks has ended
                 (ZeRO-3); all ranks must have the same number of prompts.
-            on_token: called with the number of tokens generated so far, `max_new_tokens` for each batch that is done.
-            with_logprobs: also return the log-probabilities of the tokens.
-            with_hidden: also return the hidden states that the tokens were predicted from.
+            on_token: told the number of tokens generated so far, `max_new_tokens` for each batch that is done, as often
+                as the engine knows it.
+            with_logprobs: also return the log-probabilities of the tokens; asked only of engines that have them.
+            with_hidden: also return the hidden states that the tokens were predicted from; likewise.
 
         Returns:
             Response ids and mask, cut to the longest response, and which responses ended by themselves, in the order of
             the prompts.
         """
-        ...
+
+    # Three things that an engine which reads the model's own weights, in the model's own process, need not do.
+
+    def sync_weights(self) -> None:  # noqa: B027
+        """Take over the model's weights; called after they have changed and before the next `generate`."""
+
+    def wake(self) -> None:  # noqa: B027
+        """Get ready to answer; called before a rollout. An engine is awake when it is made."""
+
+    def sleep(self) -> None:  # noqa: B027
+        """Give memory to training; called after a rollout. What was compiled or allocated may be kept."""
 
 
-class TransformersEngine:
+EngineFactory = Callable[[PreTrainedModel, PreTrainedTokenizerBase, int | None], RolloutEngine]
+"""Makes an engine, given the policy, its tokenizer and how many prompts are answered at once (None for all).
+
+A function or a class that takes these three first. In YAML a class is named by `class_path`, and what else it takes by
+`init_args`; its `__init__` says what types they have.
+"""
+
+
+class TransformersEngine(RolloutEngine):
     """Answers prompts with a transformers model, in plain PyTorch on any device.
 
     Every token of every response has its own random number, drawn before the first token. So a response depends
@@ -101,6 +137,9 @@ class TransformersEngine:
         batch_size: prompts answered at once, those of similar length together; None for all.
         compiled: compile the decoding step, which takes minutes once; keep the engine, for it keeps the step.
     """
+
+    has_logprobs = True
+    has_hidden = True
 
     def __init__(
         self,
@@ -120,6 +159,7 @@ class TransformersEngine:
         prompt_ids: Tensor,
         prompt_mask: Tensor,
         sampling: Sampling,
+        *,
         generator: torch.Generator | None = None,
         synced: bool = False,
         on_token: Callable[[int], None] | None = None,
@@ -130,10 +170,46 @@ class TransformersEngine:
         if self.compiled_step is not None and torch.is_inference_mode_enabled():
             # What lives on until the next rollout must not be made of inference tensors.
             with torch.inference_mode(False):
-                arguments = sampling, generator, synced, on_token, with_logprobs, with_hidden
-                return self.generate(prompt_ids, prompt_mask, *arguments)
-        filler, device = filler_id(self.tokenizer), prompt_ids.device
-        record = Record(len(prompt_ids), sampling, filler, generator, device, with_logprobs, with_hidden)
+                return self.generate(
+                    prompt_ids,
+                    prompt_mask,
+                    sampling,
+                    generator=generator,
+                    synced=synced,
+                    on_token=on_token,
+                    with_logprobs=with_logprobs,
+                    with_hidden=with_hidden,
+                )
+        record = Record(
+            len(prompt_ids),
+            sampling,
+            filler=filler_id(self.tokenizer),
+            generator=generator,
+            device=prompt_ids.device,
+            with_logprobs=with_logprobs,
+            with_hidden=with_hidden,
+        )
+        self._decode(prompt_ids, prompt_mask, sampling, record, synced=synced, on_token=on_token)
+        longest = int(record.lengths.max())
+        return Generation(
+            response_ids=record.ids[:, :longest],
+            response_mask=torch.arange(longest, device=prompt_ids.device) < record.lengths.unsqueeze(1),
+            ended=record.ended,
+            logprobs=None if record.logprobs is None else record.logprobs[:, :longest],
+            hidden=None if record.hidden is None else record.hidden[:, :longest],
+        )
+
+    def _decode(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        sampling: Sampling,
+        record: Record,
+        *,
+        synced: bool,
+        on_token: Callable[[int], None] | None,
+    ) -> None:
+        """Answer the prompts, batch by batch, into the record."""
         order = prompt_mask.sum(dim=1).sort(descending=True, stable=True).indices
         done, step_of = 0, self.compiled_step
         # A graph that is replayed reads the weights where they were when it was recorded; merged ones lie elsewhere.
@@ -141,8 +217,18 @@ class TransformersEngine:
         with evaluation_mode(self.model), merging, skinny_gemm(self.model):
             cached = remembers(self.model, self.tokenizer)
             for rows in order.split(self.batch_size or len(order)):
-                fixed = sampling, record, synced, step_of, cached
-                decoding = Decoding(self.model, self.tokenizer, prompt_ids, prompt_mask, rows, *fixed)
+                decoding = Decoding(
+                    self.model,
+                    self.tokenizer,
+                    prompt_ids=prompt_ids,
+                    prompt_mask=prompt_mask,
+                    rows=rows,
+                    sampling=sampling,
+                    record=record,
+                    synced=synced,
+                    compiled=step_of,
+                    cached=cached,
+                )
                 decoding.prefill()
                 compiled = decoding.compiled is not None
                 whole = attention_to_whole_cache(self.model)
@@ -151,11 +237,6 @@ class TransformersEngine:
                         if on_token is not None:
                             on_token(done + step + 1)
                 done += sampling.max_new_tokens
-        longest = int(record.lengths.max())
-        mask = torch.arange(longest, device=prompt_ids.device) < record.lengths.unsqueeze(1)
-        logprobs = None if record.logprobs is None else record.logprobs[:, :longest]
-        hidden = None if record.hidden is None else record.hidden[:, :longest]
-        return Generation(record.ids[:, :longest], mask, record.ended, logprobs, hidden)
 
 
 def decode_responses(tokenizer: PreTrainedTokenizerBase, generation: Generation) -> list[str]:
@@ -176,7 +257,8 @@ def respond(
     tokenizer: PreTrainedTokenizerBase,
     prompts: PromptBatch,
     sampling: Sampling,
-    random: torch.Generator | None,
+    *,
+    generator: torch.Generator | None = None,
     synced: bool = False,
     on_token: Callable[[int], None] | None = None,
     with_logprobs: bool = False,
@@ -189,7 +271,7 @@ def respond(
         tokenizer: the policy's.
         prompts: the prompts, B of them.
         sampling: how responses are drawn.
-        random: source of the random numbers; torch's global one if None.
+        generator: source of the random numbers; torch's global one if None.
         synced: every rank runs the same number of forwards (ZeRO-3).
         on_token: told how many tokens of each response are done.
         with_logprobs: also keep the log-probability of each token.
@@ -197,9 +279,29 @@ def respond(
 
     Returns:
         Responses as ids and mask, `[B, R]`, and as B texts.
+
+    Raises:
+        UserError: the engine lacks what is asked for.
     """
-    ids, mask = prompts.prompt_ids, prompts.prompt_mask
-    generation = engine.generate(ids, mask, sampling, random, synced, on_token, with_logprobs, with_hidden)
+    wanted = {
+        "log-probabilities": (with_logprobs, engine.has_logprobs),
+        "hidden states": (with_hidden, engine.has_hidden),
+    }
+    for name, (asked, has) in wanted.items():
+        if asked and not has:
+            raise UserError(
+                f"{type(engine).__name__} returns no {name}: do not ask for them, or use TransformersEngine"
+            )
+    generation = engine.generate(
+        prompts.prompt_ids,
+        prompts.prompt_mask,
+        sampling,
+        generator=generator,
+        synced=synced,
+        on_token=on_token,
+        with_logprobs=with_logprobs,
+        with_hidden=with_hidden,
+    )
     return generation, decode_responses(tokenizer, generation)
 
 
