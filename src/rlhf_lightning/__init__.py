@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from rlhf_lightning.algorithms import DPOModule as DPOModule
+    from rlhf_lightning.algorithms import GRPOModule as GRPOModule
     from rlhf_lightning.algorithms import PPOModule as PPOModule
     from rlhf_lightning.algorithms import RewardModule as RewardModule
+    from rlhf_lightning.algorithms import RLOOModule as RLOOModule
     from rlhf_lightning.algorithms import SFTModule as SFTModule
     from rlhf_lightning.algorithms.online.settings import KLPenalty as KLPenalty
     from rlhf_lightning.algorithms.online.settings import Objective as Objective
@@ -53,7 +56,7 @@ _HOMES = {
     "models.finetune": ("FineTune",),
     "generation.sampling": ("Sampling",),
     "models.scalar_lm": ("ScalarLM", "load_reward_model"),
-    "algorithms": ("PPOModule", "RewardModule", "SFTModule"),
+    "algorithms": ("DPOModule", "GRPOModule", "PPOModule", "RLOOModule", "RewardModule", "SFTModule"),
     "algorithms.online.settings": ("KLPenalty", "Objective", "ScoreShaping"),
     "training": ("DeepSpeedStrategy",),
 }

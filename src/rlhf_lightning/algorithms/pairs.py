@@ -6,18 +6,24 @@ prompt and often more, is run only once where the model can.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
-from rlhf_lightning.algorithms.stage import Stage
-from rlhf_lightning.batches import PreferenceBatch, micro_batches
+from rlhf_lightning.algorithms.stage import Loss, Stage
+from rlhf_lightning.arguments import check_arguments
+from rlhf_lightning.batches import PreferenceBatch, micro_batches, name_rows
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import hidden_states
+from rlhf_lightning.forward.output_layer import token_logprobs_at
 from rlhf_lightning.forward.prefix import SharedRows, share_rows, shared_lengths, sharing_pays
 from rlhf_lightning.models.dtypes import keep_dtype
+from rlhf_lightning.training import sum_over_ranks
 
 
 class Pairs(NamedTuple):
@@ -30,6 +36,16 @@ class Pairs(NamedTuple):
 
     batch: PreferenceBatch
     rows: SharedRows | None = None
+
+    @classmethod
+    def of(cls, batch: PreferenceBatch, shared: bool) -> Pairs:
+        """Lay pairs out.
+
+        Args:
+            batch: the pairs.
+            shared: run what both sides begin with only once.
+        """
+        return cls(batch, share_rows(*both_sides(batch)) if shared else None)
 
     def hidden_states(self, model: PreTrainedModel) -> Tensor:
         """Last hidden states of chosen and rejected sequences, `[B, 2, T, D]`, in one forward pass.
@@ -61,51 +77,124 @@ def both_sides(batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
     return ids, torch.stack([batch.chosen_mask, batch.rejected_mask], dim=1)
 
 
-def whole_batch(batch: PreferenceBatch, model: PreTrainedModel, prefix_sharing: bool) -> Pairs:
-    """A batch as one piece; all processes call it equally often.
+def response_mask(batch: PreferenceBatch) -> Tensor:
+    """True for the tokens of each response, the prompt not among them, `[B, 2, T]`, bool.
+
+    Raises:
+        UserError: the batch does not say how long its prompts are.
+    """
+    if batch.prompt_lengths is None:
+        raise UserError("the batches do not say how long their prompts are: set PreferenceBatch.prompt_lengths, [B]")
+    mask = both_sides(batch)[1]
+    return mask & (torch.arange(mask.shape[2], device=mask.device) >= batch.prompt_lengths.view(-1, 1, 1))
+
+
+def response_logprobs(model: PreTrainedModel, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Log-probability of each response given its prompt, in nats, and its number of tokens, both `[B, 2]`.
 
     Args:
-        batch: pairs.
-        model: will run them.
-        prefix_sharing: run what both sides begin with only once, where that pays.
+        model: a language model.
+        pairs: B of them.
     """
-    shares = prefix_sharing and sharing_pays(model, *both_sides(batch))
-    return Pairs(batch, share_rows(*both_sides(batch)) if shares else None)
+    ids, counted = both_sides(pairs.batch)[0][:, :, 1:], response_mask(pairs.batch)[:, :, 1:]  # [B, 2, T - 1]
+    hidden = pairs.hidden_states(model)[:, :, :-1][counted]  # [N, D]; token t is predicted from t - 1
+    logprobs, _ = token_logprobs_at(model, hidden, ids[counted], temperature=1.0, with_entropy=False)
+    spread = torch.zeros(counted.shape, dtype=logprobs.dtype, device=ids.device).masked_scatter(counted, logprobs)
+    return spread.sum(dim=2), counted.sum(dim=2)
 
 
-def pair_pieces(stage: Stage, batch: PreferenceBatch, prefix_sharing: bool) -> list[Pairs]:
-    """A batch cut into micro-batches, as many as on every other process.
+class PairStage(Stage):
+    """Learns from pairs, each of which counts by its weight, in the loss and in every metric.
+
+    An algorithm says what is known of each pair (`pair_metrics`) and under which names (`LOGGED`).
 
     Args:
-        stage: its limits count.
-        batch: pairs.
-        prefix_sharing: as in `whole_batch`.
+        model_name_or_path: Hugging Face folder or hub id of the model to start from.
+        prefix_sharing: run what both responses of a pair begin with, the prompt and often more, only once. The results
+            are the same to rounding; a model or attention kernel that cannot do it says so and runs both apart.
+        dropout: keep the dropout that the model's config asks for; by default it is off.
+        **options: those of `Stage`. An example is a pair.
     """
-    shares = prefix_sharing and sharing_pays(stage.export_model, *both_sides(batch))
-    lengths = shared_lengths(*both_sides(batch)) if shares else None
-    size, max_tokens = stage.micro_batch_size, stage.max_tokens_per_batch
-    pieces = stage.cut(lambda least: micro_batches(batch, size, max_tokens, least, lengths))
-    return [Pairs(piece, share_rows(*both_sides(piece)) if shares else None) for piece in pieces]
 
+    LOGGED: tuple[str, ...] = ()
 
-def total_weight(weights: Tensor) -> Tensor:
-    """What weighted sums of a step are divided by; only pairs of weight 0 sum to 0.
+    def __init__(
+        self, model_name_or_path: str, *, prefix_sharing: bool = True, dropout: bool = False, **options: Any
+    ) -> None:
+        check_arguments(PairStage, locals())
+        super().__init__(model_name_or_path, **options)
+        self.prefix_sharing = prefix_sharing
+        self.dropout = dropout
+        self.eval_means = mean_metrics("loss", *self.LOGGED)
 
-    Args:
-        weights: summed over all micro-batches and ranks, a scalar.
-    """
-    return weights.clamp(min=torch.finfo(torch.float32).tiny)
+    def pair_metrics(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of each pair, `[B]`, and what else is logged of it, each `[B]`, without gradient.
 
+        Args:
+            pairs: B of them.
+        """
+        raise NotImplementedError
 
-def weighted_sums(values: dict[str, Tensor], batch: PreferenceBatch) -> dict[str, Tensor]:
-    """Sums over pairs, each as often as it counts.
+    def losses(self, pairs: Pairs) -> Iterator[Loss]:
+        """The loss of a micro-batch, and what is logged of it, summed over pairs by their weights.
 
-    Args:
-        values: name to one number for each pair, `[B]`.
-        batch: the pairs.
-    """
-    weights = pair_weights(batch)
-    return {name: (value * weights).sum() for name, value in values.items()}
+        Args:
+            pairs: B of them.
+        """
+        losses, logged = self.pair_metrics(pairs)
+        weights = pair_weights(pairs.batch)
+        yield (losses * weights).sum(), {name: (value * weights).sum() for name, value in logged.items()}
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """One optimizer step on one batch; returns its loss, detached, for callbacks."""
+        self.check_batch(batch, PreferenceBatch, "PreferenceDataModule")
+        started, lr = time.perf_counter(), self.learning_rates()[0]
+        pieces = self._pieces(batch)
+        # Only pairs of weight 0 sum to 0.
+        total = sum_over_ranks(self, pair_weights(batch).sum()).clamp(min=torch.finfo(torch.float32).tiny)
+        step = self.optimise(pieces, self.losses, total, name_rows(batch.row_ids))
+        # The speed is that of the data, the padding that of what was run.
+        data, shown = [both_sides(piece.batch)[1] for piece in pieces], [piece.shown for piece in pieces]
+        metrics: dict[str, Any] = {"objective": step.loss} if "loss" in step.means else {"loss": step.loss}
+        metrics |= {**step.means, "lr": lr, "grad_norm": step.grad_norm}
+        metrics |= self.throughput(data, started, shown)
+        self.log_metrics(metrics, on_bar="loss", batch_size=len(batch.row_ids))
+        return step.loss
+
+    def _pieces(self, batch: PreferenceBatch) -> list[Pairs]:
+        """Micro-batches, laid out before the first forward pass, so that none waits for lengths from the device."""
+        shares = self._shares(batch)
+        lengths = shared_lengths(*both_sides(batch)) if shares else None
+        size, max_tokens = self.micro_batch_size, self.max_tokens_per_batch
+        pieces = self.cut(lambda least: micro_batches(batch, size, max_tokens, least, lengths))
+        return [Pairs.of(piece, shares) for piece in pieces]
+
+    def _shares(self, batch: PreferenceBatch) -> bool:
+        return self.prefix_sharing and sharing_pays(self.export_model, *both_sides(batch))
+
+    def evaluate(self, batch: PreferenceBatch, task: str) -> dict[str, Tensor]:
+        """Log means over a validation or test set; what is known of this batch's pairs, each `[B]`.
+
+        Args:
+            batch: pairs.
+            task: `val` or `test`.
+        """
+        self.check_batch(batch, PreferenceBatch, "PreferenceDataModule")
+        losses, logged = self.pair_metrics(Pairs.of(batch, self._shares(batch)))
+        for name, value in {"loss": losses, **logged}.items():
+            metric: Any = self.eval_means[name]
+            metric.update(value, pair_weights(batch))
+            on_bar = name in ("loss", "accuracy")
+            self.log(f"{task}/{name}", metric, prog_bar=on_bar, batch_size=len(batch.row_ids))
+        return logged
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Means over the whole validation set."""
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Means over the whole test set."""
+        self.evaluate(batch, "test")
 
 
 def mean_metrics(*names: str) -> nn.ModuleDict:

@@ -8,8 +8,6 @@ every metric; rankings of more than two responses come as weighted pairs. Left o
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,19 +17,9 @@ from torch import Tensor
 from torchmetrics import CatMetric
 from transformers import PreTrainedModel
 
-from rlhf_lightning.algorithms.pairs import (
-    Pairs,
-    both_sides,
-    mean_metrics,
-    pair_pieces,
-    pair_weights,
-    total_weight,
-    weighted_sums,
-    whole_batch,
-)
-from rlhf_lightning.algorithms.stage import Loss, Stage
+from rlhf_lightning.algorithms.pairs import Pairs, PairStage, both_sides
 from rlhf_lightning.arguments import check_arguments
-from rlhf_lightning.batches import PreferenceBatch, ScoringBatch, name_rows
+from rlhf_lightning.batches import PreferenceBatch, ScoringBatch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.functional import RewardLoss, pairwise_loss, scores_at_end
@@ -45,12 +33,11 @@ from rlhf_lightning.models.scalar_lm import (
     new_scalar_lm,
 )
 from rlhf_lightning.models.tokenizer import own_pad_token
-from rlhf_lightning.training import sum_over_ranks
 
 _PROBE_TOKENS = 64
 
 
-class RewardModule(Stage):
+class RewardModule(PairStage):
     """Trains a reward model on pairs.
 
     Expects batches like `PreferenceBatch`. `docs/metrics.md` lists what is logged under `train/`, `val/` and `test/`.
@@ -60,31 +47,18 @@ class RewardModule(Stage):
         model_name_or_path: Hugging Face folder or hub id. A language model, usually the export of the SFT stage, gets a
             fresh scalar head; a reward model keeps the head it has.
         loss: which scores of a pair are compared: `last_token`, `average` or `per_sample`.
-        prefix_sharing: run what both responses of a pair begin with, the prompt and often more, only once. The scores
-            are the same to rounding; a model or attention kernel that cannot do it says so and runs both apart.
-        dropout: keep the dropout that the model's config asks for; by default it is off.
-        **options: those of `Stage`. An example is a pair.
+        **options: those of `PairStage` and `Stage`. An example is a pair.
     """
 
+    LOGGED = ("accuracy", "chosen_score", "rejected_score", "margin")
     scalar: ScalarLM
 
-    def __init__(
-        self,
-        model_name_or_path: str,
-        *,
-        loss: RewardLoss = "last_token",
-        prefix_sharing: bool = True,
-        dropout: bool = False,
-        **options: Any,
-    ) -> None:
+    def __init__(self, model_name_or_path: str, *, loss: RewardLoss = "last_token", **options: Any) -> None:
         check_arguments(RewardModule, locals())
         super().__init__(model_name_or_path, **options)
         self.loss: RewardLoss = loss
-        self.prefix_sharing = prefix_sharing
-        self.dropout = dropout
         self._head_is_random = False
         self._calibrated_at: int | None = None
-        self.eval_means = mean_metrics("loss", "accuracy", "chosen_score", "rejected_score", "margin")
         self.held_out_scores = keep_dtype(CatMetric())
 
     def load_models(self) -> None:
@@ -152,32 +126,11 @@ class RewardModule(Stage):
             "margin": margin,
         }
 
-    def _losses(self, pairs: Pairs) -> Iterator[Loss]:
-        losses, logged = self.pair_metrics(pairs)
-        yield (losses * pair_weights(pairs.batch)).sum(), weighted_sums(logged, pairs.batch)
-
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """One optimizer step on one batch; returns its loss, detached, for callbacks."""
-        self.check_batch(batch, PreferenceBatch, "PreferenceDataModule")
-        started, lr = time.perf_counter(), self.learning_rates()[0]
-        pieces = pair_pieces(self, batch, self.prefix_sharing)
-        total = total_weight(sum_over_ranks(self, pair_weights(batch).sum()))
-        step = self.optimise(pieces, self._losses, total, name_rows(batch.row_ids))
-        # The speed is that of the data, the padding that of what was run.
-        data, shown = [both_sides(piece.batch)[1] for piece in pieces], [piece.shown for piece in pieces]
-        metrics = {"loss": step.loss, **step.means, "lr": lr, "grad_norm": step.grad_norm}
-        metrics |= self.throughput(data, started, shown)
-        self.log_metrics(metrics, on_bar="loss", batch_size=len(batch.row_ids))
-        return step.loss
-
-    def _evaluate(self, batch: PreferenceBatch, stage: str) -> None:
-        self.check_batch(batch, PreferenceBatch, "PreferenceDataModule")
-        losses, logged = self.pair_metrics(whole_batch(batch, self.export_model, self.prefix_sharing))
-        for name, values in {"loss": losses, **logged}.items():
-            metric: Any = self.eval_means[name]
-            metric.update(values, pair_weights(batch))
-            self.log(f"{stage}/{name}", metric, prog_bar=name in ("loss", "accuracy"), batch_size=len(batch.row_ids))
+    def evaluate(self, batch: PreferenceBatch, task: str) -> dict[str, Tensor]:
+        """Also keep the chosen scores, from which the model is calibrated."""
+        logged = super().evaluate(batch, task)
         self.held_out_scores.update(logged["chosen_score"])
+        return logged
 
     def _refuse_random_head(self) -> None:
         if self._head_is_random:
@@ -192,19 +145,15 @@ class RewardModule(Stage):
             self._refuse_random_head()
         self.held_out_scores.reset()
 
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Loss, accuracy and raw scores over the whole validation set."""
-        self._evaluate(batch, "val")
-
     def on_validation_epoch_end(self) -> None:
         """Calibrate by this validation's chosen scores, so that exports beside checkpoints are calibrated too."""
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self._calibrate()
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Loss, accuracy and raw scores over the whole test set."""
+        """Means over the whole test set; refuse to test a head that nobody trained."""
         self._refuse_random_head()
-        self._evaluate(batch, "test")
+        super().test_step(batch, batch_idx)
 
     @torch.no_grad()
     def on_train_end(self) -> None:

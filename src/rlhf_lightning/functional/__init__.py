@@ -1,6 +1,7 @@
 """Pure tensor maths: no state, no logging, nothing in place."""
 
 from rlhf_lightning.functional.advantages import KLEstimator, gae, kl_estimate, kl_shaped_rewards
+from rlhf_lightning.functional.groups import Baseline, group_advantages, groups_without_signal
 from rlhf_lightning.functional.linear_loss import (
     LogitScaling,
     linear_cross_entropy_sum,
@@ -18,15 +19,21 @@ from rlhf_lightning.functional.losses import (
     scores_at_end,
 )
 from rlhf_lightning.functional.masked import last_index, masked_moments, masked_sum, masked_whiten
+from rlhf_lightning.functional.preference import DPOLoss, dpo_loss
 
 __all__ = [
+    "Baseline",
+    "DPOLoss",
     "KLEstimator",
     "LogitScaling",
     "RewardLoss",
     "cross_entropy_sum",
     "divergence_index",
+    "dpo_loss",
     "entropy",
     "gae",
+    "group_advantages",
+    "groups_without_signal",
     "kl_estimate",
     "kl_shaped_rewards",
     "last_index",

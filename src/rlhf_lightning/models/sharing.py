@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.causal_lm import disable_dropout, freeze
+from rlhf_lightning.models.causal_lm import disable_dropout, freeze, load_causal_lm
+from rlhf_lightning.models.folders import same_model
 from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM
-from rlhf_lightning.training.zero import fill_with_zeros
+from rlhf_lightning.models.tokenizer import load_tokenizer, same_tokenizer
+from rlhf_lightning.training.zero import fill_with_zeros, is_sharded
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -43,6 +45,48 @@ def frozen_twin(model: ModelT) -> ModelT:
     twin = copy.deepcopy(model, shared)
     freeze(twin)
     return twin
+
+
+def copied_or_shared(model: Any) -> Any:
+    """The frozen twin, or None where ZeRO-3 has sharded weights that would have to be copied.
+
+    Args:
+        model: as for `frozen_twin`.
+    """
+    if is_sharded(model) and any(p.requires_grad for p in model.parameters()):
+        return None
+    return frozen_twin(model)
+
+
+def load_reference(
+    policy: PreTrainedModel,
+    name: str,
+    reference: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    trust_remote_code: bool = False,
+    nf4: bool = False,
+) -> PreTrainedModel:
+    """The frozen model that a policy is held near.
+
+    Args:
+        policy: loaded from `name`, its adapters not yet added.
+        name: folder or hub id.
+        reference: folder or hub id of the reference; None for the policy as it is now, sharing what is frozen.
+        tokenizer: the policy's.
+        trust_remote_code: allow a folder to run Python code of its own.
+        nf4: hold the linear layers of a reference of its own in four bits.
+
+    Raises:
+        UserError: the reference is missing, or reads other tokens than the policy.
+    """
+    if reference is None or same_model(reference, name):
+        model = copied_or_shared(policy) or load_causal_lm(name, trust_remote_code=trust_remote_code)
+    elif same_tokenizer(tokenizer, load_tokenizer(reference, trust_remote_code)):
+        model = load_causal_lm(reference, trust_remote_code=trust_remote_code, nf4=nf4)
+    else:
+        raise UserError(f"reference '{reference}' reads other tokens than '{name}'; name one that shares them")
+    freeze(model)
+    return model
 
 
 def scalar_beside(model: PreTrainedModel) -> ScalarLM:

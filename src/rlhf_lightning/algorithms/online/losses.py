@@ -5,6 +5,7 @@ Notation: B batch, R padded response length.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rlhf_lightning.algorithms.online.experience import Experience
@@ -17,10 +18,12 @@ def clipped_policy_loss(
     batch: Experience,
     clip_range: float,
     clip_range_high: float | None = None,
+    *,
     on_policy: bool = False,
     weights: Tensor | None = None,
+    per_response: bool = False,
 ) -> Loss:
-    """The clipped surrogate, a sum over response tokens, and sums to be logged.
+    """The clipped surrogate, a sum over response tokens or responses, and sums over tokens to be logged.
 
     Args:
         logprobs: under the policy being trained, `[B, R]`.
@@ -30,17 +33,15 @@ def clipped_policy_loss(
         on_policy: the policy is still the one that answered, so its own log-probabilities, detached, are the old ones;
             what is logged compares them with what the sampler said.
         weights: of each token in the loss, `[B, R]`; None for 1.
+        per_response: a response is one action with one probability ratio and one advantage (Ahmadian et al. 2024).
     """
-    old, mask = batch.logprobs, batch.response_mask
-    advantages = batch.advantages if weights is None else batch.advantages * weights
-    loss, stats = ppo_policy_loss(
-        logprobs, logprobs.detach() if on_policy else old, advantages, mask, clip_range, clip_range_high
-    )
-    if on_policy:
-        _, stats = ppo_policy_loss(logprobs.detach(), old, advantages, mask, clip_range, clip_range_high)
-    return loss, {
-        "policy_loss": loss.detach(),
-        "ratio": stats["ratio"],
-        "approx_kl": stats["approx_kl"],
-        "clip_fraction": stats["clip_fraction"],
-    }
+    mask, clip = batch.response_mask, (clip_range, clip_range_high)
+    old = logprobs.detach() if on_policy else batch.logprobs
+    if per_response:
+        sums, old_sums = (torch.where(mask, some, 0).sum(dim=1, keepdim=True) for some in (logprobs, old))  # [B, 1]
+        loss, _ = ppo_policy_loss(sums, old_sums, batch.advantages[:, :1], mask[:, :1], *clip)
+    else:
+        advantages = batch.advantages if weights is None else batch.advantages * weights
+        loss, _ = ppo_policy_loss(logprobs, old, advantages, mask, *clip)
+    _, stats = ppo_policy_loss(logprobs.detach(), batch.logprobs, batch.advantages, mask, *clip)
+    return loss, {"policy_loss": loss.detach(), **stats}

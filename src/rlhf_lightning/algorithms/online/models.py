@@ -11,7 +11,7 @@ Notation: B batch, P padded prompt length, R padded response length, D hidden si
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,8 @@ from rlhf_lightning.models.scalar_lm import (
     response_values,
     reward_adapter_base,
 )
-from rlhf_lightning.models.sharing import frozen_twin, scalar_beside, zero_head
-from rlhf_lightning.models.tokenizer import load_tokenizer, same_tokenizer
+from rlhf_lightning.models.sharing import copied_or_shared, load_reference, scalar_beside, zero_head
+from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.training.zero import is_sharded
 
 ValueTrunk = Literal["own", "policy"]
@@ -149,7 +149,7 @@ class ModelSource:
         trust = self.trust_remote_code
         policy = load_causal_lm(self.policy, trust_remote_code=trust, nf4=self._nf4)
         choose_trained(policy, self.finetune)
-        reference = self._load_reference(policy, chat)
+        reference = load_reference(policy, self.policy, self.reference, chat.tokenizer, trust, self._nf4)
         value, scorer = self._value_and_scorer(policy, chat)
         frozen = [model for model in (reference, scorer) if isinstance(model, nn.Module)]
         for model in frozen:
@@ -168,17 +168,6 @@ class ModelSource:
     def starts_at_reference(self) -> bool:
         """Whether the policy is at first what it is held near."""
         return self.reference is None or same_model(self.reference, self.policy)
-
-    def _load_reference(self, policy: PreTrainedModel, chat: ChatEncoder) -> PreTrainedModel:
-        trust = self.trust_remote_code
-        if self.starts_at_reference:
-            return _frozen_twin(policy) or load_causal_lm(self.policy, trust_remote_code=trust)
-        assert self.reference is not None
-        if not same_tokenizer(chat.tokenizer, load_tokenizer(self.reference, trust)):
-            raise UserError(
-                f"reference '{self.reference}' reads other tokens than '{self.policy}'; name one that shares them"
-            )
-        return load_causal_lm(self.reference, trust_remote_code=trust, nf4=self._nf4)
 
     def _value_and_scorer(
         self, policy: PreTrainedModel, chat: ChatEncoder
@@ -207,7 +196,7 @@ class ModelSource:
             value = new_scalar_lm(self.policy, head="zero", trust_remote_code=trust)
         choose_trained(value.model, self.finetune)
         if not isinstance(scorer, FunctionScorer) and value is scorer.model:
-            scorer.model = _frozen_twin(value) or load_reward_model(str(self.reward), trust_remote_code=trust)
+            scorer.model = copied_or_shared(value) or load_reward_model(str(self.reward), trust_remote_code=trust)
         add_adapter(value.model, self.finetune, "value")
         return value, scorer
 
@@ -221,13 +210,6 @@ class ModelSource:
             return False
         base = reward_adapter_base(self.reward)
         return base is not None and same_model(base, self.policy)
-
-
-def _frozen_twin(model: Any) -> Any:
-    """The twin, or None where ZeRO-3 has split weights that would have to be copied."""
-    if is_sharded(model) and any(p.requires_grad for p in model.parameters()):
-        return None
-    return frozen_twin(model)
 
 
 def logprobs_and_values(

@@ -463,7 +463,8 @@ class OnlineStage(Stage):
         return {"iteration": self.iteration, "kl_coef": self.kl_controller.coef, "score_moments": moments}
 
     def load_run_state(self, state: dict[str, Any]) -> None:
-        """Go on with the KL coefficient, moments and random numbers of a checkpoint."""
+        """Go on with the adapted KL coefficient, the moments and the random numbers of a checkpoint."""
         self.iteration = state["iteration"]
-        self.kl_controller.coef = state["kl_coef"]
+        if self.kl.target is not None:  # a fixed coefficient is what the settings of this run say
+            self.kl_controller.coef = state["kl_coef"]
         self.score_moments = RunningMoments(**state["score_moments"])
