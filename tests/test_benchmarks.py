@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import rlhf_lightning
 from helpers.stages import preference_rows, save_llama
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -68,6 +69,26 @@ def test_our_side_reports_the_tokens_of_the_shared_rows(
     assert report["tokens"] == compare.tokens_of_steps(job)
     assert len(report["seconds"]) == len(report["metrics"]["loss"]) == 2
     assert report["peak"] > report["libraries"] > 0
+
+
+def test_switches_are_counted_between_files_that_follow_each_other(bench: Any) -> None:
+    structure = bench("structure")
+    counts = structure.switches(["a", "a", "b", "a", "b", "c"])
+    assert counts == {("a", "b"): 2, ("b", "a"): 1, ("b", "c"): 1}
+    text = structure.tell({"sft": ["a", "a", "b", "a", "b", "c"]}, listed=True)
+    assert "| sft | 3 | 4 |" in text
+    assert "| a | 3 |" in text
+    assert "| a | b | 2 |" in text
+
+
+@pytest.mark.parametrize("step", ["ppo", "sft"])
+def test_structure_script_sees_our_files_and_no_others(tmp_path: Path, bench: Any, step: str) -> None:
+    files = bench("structure").calls_of_step(step, tmp_path)
+    package = Path(rlhf_lightning.__file__).parent
+    assert all((package / file).is_file() for file in files)
+    assert any(file.startswith("algorithms/") for file in files)
+    assert any(file.startswith("functional/") for file in files)
+    assert sys.getprofile() is None
 
 
 def test_gpu_script_runs_on_a_cpu(tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
