@@ -12,7 +12,6 @@ from rlhf_lightning.batches import (
     PreferenceBatch,
     length_sorted_pieces,
     micro_batches,
-    split_batch,
 )
 
 MASK = torch.tensor([[True, True, False, False], [True] * 4, [True, True, True, False]])
@@ -39,13 +38,11 @@ def test_what_is_said_of_each_pair_stays_with_it():
     assert torch.equal(first.margins, margins[1:])
     assert torch.equal(second.weights, weights[:1])
     assert (first.prompt_lengths.tolist(), second.prompt_lengths.tolist()) == ([1, 3], [2])
-    (_, last) = split_batch(batch, 2)
-    assert torch.equal(last.margins, margins[2:])
 
 
 def test_what_is_not_there_stays_away():
     batch = PreferenceBatch(IDS, MASK, IDS, MASK, torch.arange(3))
-    for piece in [*micro_batches(batch, 2), *split_batch(batch, 2)]:
+    for piece in micro_batches(batch, 2):
         assert piece.margins is None
         assert piece.weights is None
         assert piece.prompt_lengths is None

@@ -6,7 +6,6 @@ from lengths, never from comparing ids with the pad id, so models whose pad toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -99,23 +98,7 @@ class ScoringBatch(NamedTuple):
     row_ids: Tensor
 
 
-BatchT = TypeVar("BatchT", InstructionBatch, PreferenceBatch, PromptBatch, ScoringBatch)
 TrainBatchT = TypeVar("TrainBatchT", InstructionBatch, PreferenceBatch)
-
-
-def split_batch(batch: BatchT, size: int) -> Iterator[BatchT]:
-    """Cut a batch into consecutive pieces of at most `size` examples; the last may be smaller.
-
-    Example:
-        >>> import torch
-        >>> ids, mask = torch.arange(6).view(3, 2), torch.ones(3, 2, dtype=torch.bool)
-        >>> pieces = list(split_batch(InstructionBatch(ids, mask, mask, torch.arange(3)), 2))
-        >>> [p.row_ids.tolist() for p in pieces]
-        [[0, 1], [2]]
-    """
-    for start in range(0, len(batch.row_ids), size):
-        pieces: Any = [None if field is None else field[start : start + size] for field in batch]
-        yield type(batch)(*pieces)
 
 
 def length_sorted_pieces(

@@ -18,7 +18,6 @@ from rlhf_lightning.data.collate import (
     collate_pairs,
     collate_prompts,
     collate_sequences,
-    pack_ids,
     pad,
     taught_tokens,
 )
@@ -27,13 +26,18 @@ T, F = True, False
 WRITTEN = WrittenPrompt("Hi.")
 
 
+def int32(ids):
+    """Ids as prepared data hold them."""
+    return np.array(ids, dtype=np.int32)
+
+
 def check(tensor, expected):
     assert tensor.tolist() == expected
     assert tensor.dtype == torch.tensor(expected).dtype  # int64, bool or float32
 
 
 @pytest.mark.parametrize("filler", [0, 2])
-@pytest.mark.parametrize("packed", [list, pack_ids])
+@pytest.mark.parametrize("packed", [list, int32])
 def test_instructions(filler, packed):
     o = filler
     examples = [
@@ -70,7 +74,7 @@ def test_the_first_token_is_never_a_target():
 def test_packed_examples(filler):
     o = filler
     rows = [
-        [EncodedExample(pack_ids([5, 6, 7, 2]), 2, 10), EncodedExample([5, 2], 1, 11, turns=[0, 1])],
+        [EncodedExample(int32([5, 6, 7, 2]), 2, 10), EncodedExample([5, 2], 1, 11, turns=[0, 1])],
         [EncodedExample([5, 6, 8], 1, 12)],
     ]
     batch = collate_packed(rows, filler)
@@ -119,7 +123,7 @@ def test_pairs_of_which_the_chosen_side_is_the_longer():
 @pytest.mark.parametrize("filler", [0, 2])
 def test_prompts_are_padded_on_the_left(filler):
     o = filler
-    batch = collate_prompts([EncodedPrompt([5, 2, 6], "a", 0), EncodedPrompt(pack_ids([7]), "b", 5)], filler)
+    batch = collate_prompts([EncodedPrompt([5, 2, 6], "a", 0), EncodedPrompt(int32([7]), "b", 5)], filler)
 
     check(batch.prompt_ids, [[5, 2, 6], [o, o, 7]])
     check(batch.prompt_mask, [[T, T, T], [F, F, T]])
@@ -156,7 +160,6 @@ def test_sequences_without_a_token_have_no_width():
 
 
 def test_types_do_not_follow_what_came_in():
-    assert pack_ids([1, 2]).dtype == pack_ids(np.array([1, 2], np.int64)).dtype == np.int32
     example = EncodedExample([5, 6, 2], 1, np.int32(7))
     assert taught_tokens(example, "response").dtype == np.bool_
     check(collate_instructions([example], 0).row_ids, [7])
@@ -169,7 +172,7 @@ def test_a_turn_without_an_end_is_an_error():
 
 def test_collate_functions_travel_to_workers():
     collate = pickle.loads(pickle.dumps(partial(collate_instructions, filler=0, loss_on="all")))
-    assert collate([EncodedExample(pack_ids([1, 2]), 1, 0)]).loss_mask.tolist() == [[F, T]]
+    assert collate([EncodedExample(int32([1, 2]), 1, 0)]).loss_mask.tolist() == [[F, T]]
 
 
 def test_unknown_words_are_none_of_the_known_ones():

@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback
 
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
-from rlhf_lightning.data.collate import EncodedPrompt, collate_prompts, pack_ids
+from rlhf_lightning.data.collate import EncodedPrompt, collate_prompts
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import TransformersEngine, respond
 from rlhf_lightning.generation.sampling import Sampling
@@ -57,7 +57,7 @@ class SampleTexts(Callback):
         tokenizer = pl_module.tokenizer
         chat = getattr(getattr(trainer, "datamodule", None), "chat", None) or ChatEncoder(tokenizer)
         encoded = [chat.encode_prompt(prompt) for prompt in self.prompts]
-        rows = [EncodedPrompt(row_id=i, ids=pack_ids(ids), text=text) for i, (text, ids) in enumerate(encoded)]
+        rows = [EncodedPrompt(row_id=i, ids=ids, text=text) for i, (text, ids) in enumerate(encoded)]
         batch = trainer.strategy.batch_to_device(collate_prompts(rows, filler_id(tokenizer)))
         with trainer.precision_plugin.forward_context():
             _, texts = respond(

@@ -75,11 +75,6 @@ class EncodedSequence(NamedTuple):
     row_id: int
 
 
-def pack_ids(ids: Ids) -> np.ndarray:
-    """Ids as they are kept in memory: 4 bytes a token instead of a Python object."""
-    return np.asarray(ids, dtype=np.int32)
-
-
 def pad(
     sequences: Sequence[Ids], filler: int, side: Literal["left", "right"], length: int = 0
 ) -> tuple[Tensor, Tensor]:
