@@ -49,7 +49,7 @@ def encoded(row, limits=WIDE, chat=None, need_turns=False):
         result.prompt.tolist(),
         result.turns.tolist(),
         [response.tolist() for response in result.responses],
-        result.notes,
+        (*(f"cut: {what}" for what in result.cut), *result.notes),
     )
 
 
@@ -278,7 +278,7 @@ def test_posts_are_never_cut_in_mid_word(paragraphs, room, bos):
         return
     assert len(result.prompt) <= room
     text = chat.decode([result.prompt])[0]
-    if result.notes:
+    if result.cut:
         kept = text.removesuffix(suffix)
         assert kept + suffix == text
         ends = [i for i in fit if post[i] == "\n"] or fit
@@ -324,13 +324,13 @@ def check_cut(result, prompt, responses, limits, prefix):
     assert len(kept) <= limits.max_prompt_length
     assert kept[:n] == prefix[: len(kept)]
     assert prompt[n:][len(prompt) - len(kept) :] == kept[n:]
-    assert result.notes.count("cut: prompt") == (kept != prompt)
+    assert result.cut.count("prompt") == (kept != prompt)
     assert len(result.responses) == len(responses)
     for cut, whole in zip(result.responses, responses, strict=True):
         assert cut.tolist() == whole[: limits.max_length - len(kept)]
         assert len(cut) == len(whole) or len(cut) >= limits.response_room
     shorter = [len(cut) < len(whole) for cut, whole in zip(result.responses, responses, strict=True)]
-    assert result.notes.count("cut: response") == sum(shorter)
+    assert result.cut.count("response") == sum(shorter)
 
 
 @given(ROWS, LIMITS)

@@ -181,6 +181,27 @@ def test_bad_rows_of_a_stream_stop_it_above_one_in_a_hundred(path):
         train(1, on_bad_row="error")
 
 
+@pytest.mark.parametrize(
+    ("row", "limit", "reason"),
+    [
+        ({"chosen": "a" * 40, "rejected": "a" * 41}, 16, "chosen and rejected are the same after cutting"),
+        ({"responses": ["yes", "no"], "ranks": [1, 1]}, 64, "no response ranks above another"),
+    ],
+)
+def test_a_stream_of_which_no_pair_is_left_is_refused_as_other_data_are(path, row, limit, reason):
+    with open(path, "w") as file:
+        file.writelines(json.dumps({"prompt": f"question {i}"} | row) + "\n" for i in range(20))
+
+    def train(source):
+        data = data_module(PreferenceDataModule, path, data=source, max_length=limit)
+        data.setup("fit")
+        rows_of(data.train_dataloader())
+
+    for source in (Table(path, streaming=True), path):
+        with pytest.raises(UserError, match=rf"{reason} 20\b"):
+            train(source)
+
+
 def test_a_streamed_blend_goes_round_its_sources(path):
     blend = Blend([Table(path, streaming=True), Table(path, streaming=True)], [1, 0.5])
     data = data_module(InstructionDataModule, path, data=blend)

@@ -21,10 +21,11 @@ from rlhf_lightning.data.encode import NOTES, EncodedRow
 from rlhf_lightning.data.limits import RANGES, TokenLimits, check_context, check_ids
 from rlhf_lightning.data.packing import PackedTable
 from rlhf_lightning.data.preparing.cache import find_or_build
+from rlhf_lightning.data.preparing.counts import say_counts
 from rlhf_lightning.data.preparing.filters import NO_FILTERS, Filters, Splits
 from rlhf_lightning.data.preparing.legacy import LegacyPreparation, is_legacy
 from rlhf_lightning.data.preparing.lengths import say_cuts
-from rlhf_lightning.data.preparing.preparation import Preparation, read_all, say_counts
+from rlhf_lightning.data.preparing.preparation import Preparation, read_all
 from rlhf_lightning.data.preparing.prepared import PARTS, PreparedFolder, TokenTable, is_prepared
 from rlhf_lightning.data.preparing.reading import Encoder
 from rlhf_lightning.data.resuming import ResumableDataModule

@@ -28,8 +28,6 @@ from rlhf_lightning.data.rows import Row
 REFUSED = "the dialogue format refuses the turns"
 LONG_PROMPT = "prompt is too long"
 SHORT_RESPONSE = "response is too short"
-CUT_PROMPT = "cut: prompt"
-CUT_RESPONSE = "cut: response"
 NOTES = {
     NO_TURNS: "dialogues whose earlier turns the template does not show",
     REWRITES: "dialogues in which the chat template does not continue the prompt that generation is given; what both "
@@ -56,7 +54,8 @@ class EncodedRow(NamedTuple):
         prompt: ids of the prompt, int32.
         turns: where the assistant spoke earlier in the prompt, int32: first token, token after the last, and so on.
         responses: ids of each response, int32, its end of turn included unless it was cut.
-        notes: what is counted: `cut: prompt`, `cut: response` once for each response that was cut, and the encoder's.
+        notes: what the encoder says of it, see `NOTES`.
+        cut: `prompt`, and `response` once for each response that was cut.
         whole_lengths: tokens of the prompt and of each response before anything was cut.
         asked: ids of the prompt that generation is given, int32; None where it is `prompt`.
     """
@@ -65,6 +64,7 @@ class EncodedRow(NamedTuple):
     turns: np.ndarray
     responses: list[np.ndarray]
     notes: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
     whole_lengths: tuple[int, ...] = ()
     asked: np.ndarray | None = None
 
@@ -124,6 +124,7 @@ def _fit(row: Row, whole: Encoded, chat: ChatEncoder, limits: TokenLimits) -> En
     if not row.prompt:
         prompt, responses = _whole_text(prompt, *responses)
     whole_lengths = (len(prompt), *map(len, responses))
+    cut: tuple[str, ...] = ()
     room = limits.prompt_room(whole_lengths[1:])
     if max(len(prompt), len(asked) if written.asked else 0) > room:
         if limits.long_prompts == "drop":
@@ -132,13 +133,13 @@ def _fit(row: Row, whole: Encoded, chat: ChatEncoder, limits: TokenLimits) -> En
         asked, _ = _cut(asked, _NO_SPANS, written.asked, row.suffix, room, chat, written.kind)
         if len(prompt) == 0 or (written.asked and len(asked) == 0):
             return LONG_PROMPT
-        notes += (CUT_PROMPT,)
+        cut = ("prompt",)
     if any(len(ids) - 1 < limits.minimum_response_length for ids in responses):
         return SHORT_RESPONSE
     left = limits.max_length - len(prompt)
-    notes += (CUT_RESPONSE,) * sum(len(ids) > left for ids in responses)
+    cut += ("response",) * sum(len(ids) > left for ids in responses)
     return EncodedRow(
-        prompt, turns, [ids[:left] for ids in responses], notes, whole_lengths, asked if written.asked else None
+        prompt, turns, [ids[:left] for ids in responses], notes, cut, whole_lengths, asked if written.asked else None
     )
 
 

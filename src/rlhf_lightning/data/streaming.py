@@ -14,16 +14,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch.utils.data import IterableDataset
 
-from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt
-from rlhf_lightning.data.encode import EncodedRow, written_prompt
 from rlhf_lightning.data.preparing.cache import find_or_build
-from rlhf_lightning.data.preparing.filters import Splits, hash_of_ids
-from rlhf_lightning.data.preparing.preparation import Preparation, ranked_pairs, say_counts
+from rlhf_lightning.data.preparing.counts import say_counts
+from rlhf_lightning.data.preparing.examples import ExampleMaker
+from rlhf_lightning.data.preparing.filters import Splits
+from rlhf_lightning.data.preparing.preparation import Preparation
 from rlhf_lightning.data.preparing.prepared import TokenTable
-from rlhf_lightning.data.preparing.reading import Choice
 from rlhf_lightning.data.rows import Need
 from rlhf_lightning.data.sampler import LateLoader
 from rlhf_lightning.errors import UserError
@@ -107,45 +105,14 @@ class StreamedExamples(IterableDataset[Any]):
             yield from round_[self._rank :: self.num_replicas]
 
     def _examples(self) -> Iterator[Any]:
-        seen: set[int] = set()
         reader, rows = self._preparation.stream(self.epoch)
-        for choice, encoded in rows:
-            examples, reason = self._make(choice, encoded, seen)
-            if reason:
-                reader.drop_kept(reason, choice, encoded)
-            yield from examples
+        maker = ExampleMaker(reader, self._preparation.filters.remove_same_responses)
+        for item, ids in rows:
+            yield from maker.examples(item, ids).get(self._need, ())
         reader.check()
         reader.check_enough()
         if self._rank == 0:
-            logger.info("epoch %d of the stream: %s", self.epoch, say_counts(reader.ordered_counts()))
-
-    def _make(self, choice: Choice, encoded: EncodedRow, seen: set[int]) -> tuple[list[Any], str]:
-        """The examples of a row, or why there are none."""
-        row, prompt = choice.row, encoded.prompt
-        if self._need == "finetune":
-            ids = np.concatenate([prompt, encoded.responses[0]])
-            return [EncodedExample(ids, len(prompt), row.row_id, encoded.turns)], ""
-        if self._need == "prompts":
-            key = hash_of_ids(prompt)
-            known = key in seen
-            seen.add(key)
-            if known:
-                return [], "prompt is a duplicate"
-            return [EncodedPrompt(prompt, "", row.row_id, written_prompt(row))], ""
-        pairs = [
-            EncodedPair(
-                np.concatenate([prompt, chosen]),
-                np.concatenate([prompt, rejected]),
-                len(prompt),
-                row.row_id,
-                row.margin,
-                weight,
-            )
-            for chosen, rejected, weight in ranked_pairs(
-                row, encoded.responses, self._preparation.filters.remove_same_responses
-            )
-        ]
-        return pairs, "" if pairs else "chosen and rejected are the same after cutting"
+            logger.info("epoch %d of the stream: %s", self.epoch, say_counts(reader.counts.said()))
 
 
 class StreamLoader(LateLoader):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from helpers.preparing import build
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.data.collate import EncodedExample, EncodedPair
 from rlhf_lightning.data.preparing.prepared import PreparedFolder, TableWriter, TokenTable, is_prepared
 from rlhf_lightning.errors import UserError
 
@@ -22,7 +23,8 @@ def test_what_is_written_is_read(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("table") / "rows.arrow"
     writer = TableWriter(path, "finetune")
     for prompt, turns, response, row_id, source in rows:
-        writer.add(*(np.array(ids, np.int32) for ids in (prompt, turns, response)), row_id, source)
+        ids = np.array(prompt + response, np.int32)
+        writer.add(EncodedExample(ids, len(prompt), row_id, np.array(turns, np.int32)), source)
     writer.close()
     table = TokenTable(path, "finetune")
 
@@ -39,8 +41,9 @@ def test_what_is_written_is_read(tmp_path_factory, rows):
 def test_pairs_are_found_in_every_record_batch_and_by_a_copy_in_another_process(tmp_path):
     writer = TableWriter(tmp_path / "pairs.arrow", "preference")
     for i in range(2500):
-        sides = [np.full(1 + i % length, i, np.int32) for length in (3, 4, 5)]
-        writer.add(*sides, 0.5, i / 2500, i, i % 2)
+        prompt, *sides = (np.full(1 + i % length, i, np.int32) for length in (3, 4, 5))
+        chosen, rejected = (np.concatenate([prompt, side]) for side in sides)
+        writer.add(EncodedPair(chosen, rejected, len(prompt), i, 0.5, i / 2500), i % 2)
     writer.close()
     table = pickle.loads(pickle.dumps(TokenTable(tmp_path / "pairs.arrow", "preference")))
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder
-from rlhf_lightning.data.encode import CUT_RESPONSE
+from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.filters import Splits
 from rlhf_lightning.data.preparing.lengths import WholeLengths
@@ -53,10 +53,11 @@ def measured(tmp_path: Path, lengths: dict[Need, list[tuple[int, ...]]]) -> Prep
     writer = FolderWriter(folder, list(lengths))
     for need, rows in lengths.items():
         for i, row in enumerate(rows):
-            ids = [np.full(length, 20, np.int32) for length in row]
-            if need == "finetune":
-                ids.insert(1, np.zeros(0, np.int32))
-            writer[need, "train"].add(*ids, *((0.0, 1.0) if need == "preference" else ()), i, 0)
+            prompt, *responses = row
+            whole = [np.full(prompt + length, 20, np.int32) for length in responses]
+            make = {"finetune": EncodedExample, "preference": EncodedPair}.get(need)
+            example = make(*whole, prompt, i) if make else EncodedPrompt(np.full(prompt, 20, np.int32), "", i)
+            writer[need, "train"].add(example)
     writer.close()
     count = max(map(len, lengths.values()))
     source = {
@@ -278,7 +279,7 @@ def test_the_max_length_that_is_named_keeps_95_percent_of_the_responses(lengths,
     whole = WholeLengths(max_prompt_length)
     for row in encode(16):
         whole.add(row.whole_lengths[0], row.whole_lengths[1:])
-    cut = sum(row.notes.count(CUT_RESPONSE) for row in encode(max(6, whole.describe()["keeps_95"])))
+    cut = sum(row.cut.count("response") for row in encode(max(6, whole.describe()["keeps_95"])))
     assert cut <= 0.05 * sum(len(responses) for _, responses in lengths)
 
 

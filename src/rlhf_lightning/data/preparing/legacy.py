@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,15 @@ import numpy as np
 import torch
 
 from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt
+from rlhf_lightning.data.preparing.counts import Counts
+from rlhf_lightning.data.preparing.examples import DUPLICATE
 from rlhf_lightning.data.preparing.prepared import FORMAT, PARTS, FolderWriter
 from rlhf_lightning.data.rows import Need
 from rlhf_lightning.data.sources.files import file_fingerprint
 from rlhf_lightning.errors import UserError
 
 _KEYS = {"finetune": ("input_ids",), "preference": ("chosen_input_ids", "rejected_input_ids")}
-_NO_TURNS = np.zeros(0, np.int32)
 
 
 def is_legacy(data: Any) -> bool:
@@ -74,7 +75,7 @@ class LegacyPreparation:
         """
         self._check_example()
         writer = FolderWriter(folder, [self.need])
-        counts: Counter[str] = Counter()
+        counts = Counts()
         for part, path in self._files().items():
             self._convert(path, part, writer, counts)
         writer.close()
@@ -82,7 +83,7 @@ class LegacyPreparation:
             "name": str(self.folder),
             "source_names": [self.folder.name],
             "source_weights": [1.0],
-            "counts": {name: count for name, count in counts.items() if count},
+            "counts": counts.said(),
             "bad_rows": {"count": 0, "first": []},
         }
         arguments = {"kinds": [self.need], "find_turns": False, "legacy": self._args()}
@@ -101,28 +102,28 @@ class LegacyPreparation:
         paths = {part: self.folder / f"{self._kind}_{part}.pt" for part in PARTS}
         return {part: path for part, path in paths.items() if path.is_file()}
 
-    def _convert(self, path: Path, part: str, writer: FolderWriter, counts: Counter[str]) -> None:
+    def _convert(self, path: Path, part: str, writer: FolderWriter, counts: Counts) -> None:
         table, seen = writer[self.need, part], set()
-        for number, (prompt, responses) in enumerate(self._rows(path)):
-            counts["rows"] += 1
-            if self.need == "prompts":
-                key = prompt.tobytes()
-                if key in seen:
-                    counts["dropped: prompt is a duplicate"] += 1
-                    continue
-                seen.add(key)
-                table.add(prompt, number, 0, None)
-            elif not all(map(len, responses)):
-                counts["dropped: nothing is left of a response"] += 1
+        for number, (length, sequences) in enumerate(self._rows(path)):
+            counts.rows += 1
+            prompt = sequences[0][:length]
+            if self.need == "prompts" and prompt.tobytes() in seen:
+                counts.dropped[DUPLICATE] += 1
                 continue
+            if self.need != "prompts" and any(len(ids) <= length for ids in sequences):
+                counts.dropped["nothing is left of a response"] += 1
+                continue
+            counts.kept += 1
+            if self.need == "prompts":
+                seen.add(prompt.tobytes())
+                table.add(EncodedPrompt(prompt, "", number))
             elif self.need == "finetune":
-                table.add(prompt, _NO_TURNS, *responses, number, 0)
+                table.add(EncodedExample(sequences[0], length, number))
             else:
-                table.add(prompt, *responses, 0.0, 1.0, number, 0)
-            counts["kept"] += 1
+                table.add(EncodedPair(sequences[0], sequences[1], length, number))
 
-    def _rows(self, path: Path) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-        """Prompt and responses of each row of a file."""
+    def _rows(self, path: Path) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Length of the prompt, and prompt and response joined, of each row of a file."""
         size = len(self.chat.tokenizer)
         rows = _load(path)
         if not isinstance(rows, list):
@@ -139,7 +140,7 @@ class LegacyPreparation:
             largest = max(int(ids.max(initial=0)) for ids in sequences)
             if largest >= size:
                 raise UserError(f"{path} row {number} holds id {largest}, {self._differs()}")
-            yield sequences[0][:length].astype(np.int32), [ids[length:].astype(np.int32) for ids in sequences]
+            yield length, [ids.astype(np.int32) for ids in sequences]
 
     def _check_example(self) -> None:
         """Refuse another tokenizer or form of dialogue: the example prompt must give the same ids."""

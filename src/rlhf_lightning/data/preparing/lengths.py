@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_lightning.data.preparing.counts import Counts
+
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 MANY_CUT = 0.1
 """Share of responses cut above which that is warned of."""
@@ -64,7 +66,8 @@ def say_cuts(manifest: Mapping[str, Any]) -> list[str]:
     """
     lines = []
     for source in manifest["sources"].values():
-        cut, whole = source["counts"].get("cut: response", 0), source.get("whole_lengths", {"responses": 0})
+        cut = Counts.read(source["counts"]).cut["response"]
+        whole = source.get("whole_lengths", {"responses": 0})
         if cut > MANY_CUT * whole["responses"] > 0:
             limit = manifest["arguments"]["limits"]["max_length"]
             lines.append(

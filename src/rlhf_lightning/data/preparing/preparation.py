@@ -5,33 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from rlhf_lightning.chat.encoder import ChatEncoder
-from rlhf_lightning.data.encode import EncodedRow, written_prompt
+from rlhf_lightning.data.encode import EncodedRow
 from rlhf_lightning.data.limits import TokenLimits
+from rlhf_lightning.data.preparing.counts import say_counts
+from rlhf_lightning.data.preparing.examples import ExampleMaker
 from rlhf_lightning.data.preparing.filters import (
     Filters,
     RowFilter,
     Splits,
     hash_of,
-    hash_of_ids,
     in_order,
     key_of,
     most_demanding_first,
     narrowed,
     served,
 )
-from rlhf_lightning.data.preparing.prepared import FORMAT, PARTS, FolderWriter, Part
-from rlhf_lightning.data.preparing.reading import Choice, Choose, Encoder, RowReader
+from rlhf_lightning.data.preparing.prepared import FORMAT, FolderWriter, Part
+from rlhf_lightning.data.preparing.reading import Choose, Encoder, Item, RowReader
 from rlhf_lightning.data.rows import KINDS, Need, OnBadRow, Row
 from rlhf_lightning.data.sources import Rows, Source
 from rlhf_lightning.errors import UserError
@@ -119,15 +118,13 @@ class Preparation:
         evaluation_prompts: set[int] = set()
         # What `data` may have to keep clear of comes first.
         for role in reversed(self._rows):
-            kept = _Kept(writer, self.filters.remove_same_responses)
-            readers[role] = self._read(role, evaluation_prompts, kept)
-            readers[role].counts.update(kept.account())
+            readers[role] = self._read(role, evaluation_prompts, writer)
         writer.close()
         uses: dict[str, tuple[Part, str]] = {"data": ("train", "train on"), **_EVALUATED}
         for role, reader in readers.items():
             part, use = uses[role]
             if any(writer[need, part].rows == 0 for need in self._kinds):
-                name, counts = name_of_rows(self._rows[role]), say_counts(reader.ordered_counts())
+                name, counts = name_of_rows(self._rows[role]), say_counts(reader.counts.said())
                 own = "" if role in self._given else f"; give `{role}`, or name the one split of `data` to read"
                 raise UserError(f"{name} leaves nothing to {use} ({counts}){own}")
             reader.check_enough()
@@ -193,7 +190,7 @@ class Preparation:
         test = 0.0 if "test_data" in self._rows else self.splits.test
         return replace(self.splits, validation=validation, test=test)
 
-    def stream(self, epoch: int) -> tuple[RowReader, Iterator[tuple[Choice, EncodedRow]]]:
+    def stream(self, epoch: int) -> tuple[RowReader, Iterator[tuple[Item, EncodedRow]]]:
         """The rows of `data` as they arrive, for training; tokenised in this process, whatever `num_proc` says.
 
         Args:
@@ -209,34 +206,39 @@ class Preparation:
         encoder = Encoder(self.chat, self.limits, self.find_turns)
         return RowReader(self._rows[role], most_demanding_first(self._kinds), encoder, self.on_bad_row, self.num_proc)
 
-    def _read(self, role: str, evaluation_prompts: set[int], kept: _Kept) -> RowReader:
+    def _read(self, role: str, evaluation_prompts: set[int], writer: FolderWriter) -> RowReader:
+        """Write the examples of one source, and say where its rows went."""
         reader = self._reader(role)
+        maker = ExampleMaker(reader, self.filters.remove_same_responses)
         order = self.filters.order(len(self._rows[role]), self.num_samples if role == "data" else None)
-        for choice, encoded in reader.read(order, self._chooser(role, evaluation_prompts)):
-            if reason := kept.write(choice, encoded):
-                reader.drop_kept(reason, choice, encoded)
-        if "preference" in self._kinds:
-            reader.unfit["preference"].update(kept.without_pairs)
+        for item, ids in reader.read(order, self._chooser(role, evaluation_prompts)):
+            for need, examples in maker.examples(item, ids).items():
+                reader.counts.others[f"{need} {item.part}"] += len(examples)
+                for example in examples:
+                    writer[need, item.part].add(example, item.row.source)
         reader.check()
         return reader
 
     def _chooser(self, role: str, evaluation_prompts: set[int]) -> Choose:
         unwanted = RowFilter(self.filters, evaluation_prompts if role == "data" else set())
 
-        def choose(row: Row) -> Choice | str | None:
-            key = key_of(row)
-            side = self._splits.key(row, key) if role == "data" else ""
+        def choose(item: Item) -> None:
+            key = key_of(item.row)
+            side = self._splits.key(item.row, key) if role == "data" else ""
             kinds = self._splits.kinds(side, self._kinds) if role == "data" else self._kinds
+            item.other_stage = not kinds
             if not kinds:
-                return "other stages"
-            if not (kinds := served(row, kinds)):
-                return None
-            if reason := unwanted.reason(row, key):
-                return f"dropped: {reason}"
-            if role != "data":
-                evaluation_prompts.add(hash_of(key))
-            part = self._splits.part(side) if role == "data" else role.removesuffix("_data")
-            return Choice(narrowed(row, kinds), kinds, part)
+                return
+            if not (kinds := served(item.row, kinds)):
+                assert item.lacking, "a row read for all that it may serve has what that takes"
+                item.dropped = item.lacking
+            elif reason := unwanted.reason(item.row, key):
+                item.dropped = reason
+            else:
+                if role != "data":
+                    evaluation_prompts.add(hash_of(key))
+                item.part = self._splits.part(side) if role == "data" else role.removesuffix("_data")
+                item.row, item.kinds = narrowed(item.row, kinds), kinds
 
         return choose
 
@@ -249,107 +251,11 @@ class Preparation:
                 "fingerprint": rows.fingerprint(),
                 "source_names": list(rows.source_names),
                 "source_weights": list(rows.source_weights),
-                "counts": reader.ordered_counts(),
+                "counts": reader.counts.said(),
                 "whole_lengths": reader.whole_lengths.describe(),
                 "bad_rows": {"count": reader.num_bad, "first": reader.bad_rows},
             }
         return {"key": self.key(), "arguments": self.arguments(), "sources": roles}
-
-
-class _Kept:
-    """Writes the rows of one source that are kept, each for all it is wanted for."""
-
-    def __init__(self, writer: FolderWriter, remove_same_responses: bool) -> None:
-        self._writer, self._remove_same_responses = writer, remove_same_responses
-        self._before = self._written()
-        self._prompts: set[int] = set()
-        self._wanted: Counter[str] = Counter()
-        self._more: Counter[str] = Counter()
-        self.without_pairs: Counter[str] = Counter()
-
-    def write(self, choice: Choice, encoded: EncodedRow) -> str | None:
-        """Write one row; the reason if nothing can come of it.
-
-        Args:
-            choice: the row, what it is wanted for, and its part.
-            encoded: its ids.
-        """
-        row, kinds, part, _ = choice
-        pairs = ranked_pairs(row, encoded.responses, self._remove_same_responses) if "preference" in kinds else []
-        if "preference" in kinds and not pairs:
-            self.without_pairs[_no_pairs(row)] += 1
-            if kinds == ("preference",):
-                return _no_pairs(row)
-            kinds = tuple(kind for kind in kinds if kind != "preference")
-        asked = encoded.prompt if encoded.asked is None else encoded.asked
-        known = "prompts" in kinds and self._came_before(asked)
-        if known and kinds == ("prompts",):
-            return "prompt is a duplicate"
-        if "preference" in choice.kinds and not pairs:
-            self._more[f"lacking: {_no_pairs(row)}"] += 1
-        self._wanted.update(kinds)
-        self._more.update({"prompt is a duplicate": known, "further pairs of rankings": max(0, len(pairs) - 1)})
-        numbers = (row.row_id, row.source)
-        for chosen, rejected, weight in pairs:
-            self._writer["preference", part].add(encoded.prompt, chosen, rejected, row.margin, weight, *numbers)
-        if "finetune" in kinds:
-            self._writer["finetune", part].add(encoded.prompt, encoded.turns, encoded.responses[0], *numbers)
-        if "prompts" in kinds and not known:
-            self._writer["prompts", part].add(asked, *numbers, written_prompt(row))
-        return None
-
-    def account(self) -> Counter[str]:
-        """What was written, after asserting that it is all that is wanted of the rows kept."""
-        written = self._written() - self._before
-        totals = {need: sum(written[f"{need} {part}"] for part in PARTS) for need in self._writer.kinds}
-        expected = dict(self._wanted)
-        if "prompts" in expected:
-            expected["prompts"] -= self._more["prompt is a duplicate"]
-        if "preference" in expected:
-            expected["preference"] += self._more["further pairs of rankings"]
-        assert totals == {need: expected.get(need, 0) for need in totals}, (totals, expected)
-        return written + self._more
-
-    def _came_before(self, prompt: np.ndarray) -> bool:
-        number = hash_of_ids(prompt)
-        before = number in self._prompts
-        self._prompts.add(number)
-        return before
-
-    def _written(self) -> Counter[str]:
-        places = ((need, part) for need in self._writer.kinds for part in PARTS)
-        return Counter({f"{need} {part}": self._writer[need, part].rows for need, part in places})
-
-
-class RankedPair(NamedTuple):
-    """Two responses of unequal rank, and how much their comparison counts."""
-
-    chosen: np.ndarray
-    rejected: np.ndarray
-    weight: float
-
-
-def ranked_pairs(row: Row, responses: list[np.ndarray], remove_same: bool) -> list[RankedPair]:
-    """All pairs of a ranking, which together count as much as one row (Ouyang et al. 2022, section 3.5).
-
-    Args:
-        row: its ranks and weight; ties make no pair.
-        responses: ids of each response, at the rank of the same number.
-        remove_same: leave out pairs of equal ids.
-    """
-    ranks = row.ranks or range(len(responses))
-    pairs = []
-    for a, b in combinations(range(len(responses)), 2):
-        better, worse = (a, b) if ranks[a] < ranks[b] else (b, a)
-        same = remove_same and np.array_equal(responses[a], responses[b])
-        if ranks[a] != ranks[b] and not same:
-            pairs.append((responses[better], responses[worse]))
-    return [RankedPair(chosen, rejected, row.weight / len(pairs)) for chosen, rejected in pairs]
-
-
-def _no_pairs(row: Row) -> str:
-    tied = len(row.ranks) > 1 and len(set(row.ranks)) == 1
-    return "no response ranks above another" if tied else "chosen and rejected are the same after cutting"
 
 
 def read_all(
@@ -372,17 +278,12 @@ def read_all(
     rows = source.open()
     rows.check(need)
     reader = RowReader(rows, (need,), encoder, on_bad_row)
-    kept = [(choice.row, ids) for choice, ids in reader.read(range(len(rows)), Choice)]
+    kept = [(item.row, ids) for item, ids in reader.read(range(len(rows)), lambda item: None)]
     reader.check()
     reader.check_enough()
-    return kept, Counter(reader.ordered_counts())
+    return kept, Counter(reader.counts.said())
 
 
 def name_of_rows(rows: Rows) -> str:
     """The name of opened rows, those of a blend by all its sources."""
     return " + ".join(rows.source_names)
-
-
-def say_counts(counts: Mapping[str, int]) -> str:
-    """Counts as one line: `rows 9, kept 8, dropped: prompt is null 1`."""
-    return ", ".join(f"{name} {count}" for name, count in counts.items() if count)

@@ -77,13 +77,14 @@ class TableWriter:
         self._waiting: list[tuple[Any, ...]] = []
         self.rows = self.tokens = 0
 
-    def add(self, *values: Any) -> None:
+    def add(self, example: EncodedExample | EncodedPair | EncodedPrompt, source: int = 0) -> None:
         """Write one row.
 
         Args:
-            values: the lists of ids, the numbers, and of a prompt how it was written, in the order of the columns.
+            example: of the kind; the text of a prompt is not kept.
+            source: number of the row's source.
         """
-        self._waiting.append(values)
+        self._waiting.append(_cells(example, source))
         self.rows += 1
         if len(self._waiting) == _FLUSH:
             self._flush()
@@ -106,6 +107,17 @@ class TableWriter:
             arrays.append(pa.array([to_json(written) for written in columns[-1]], pa.large_string()))
         self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
         self._waiting = []
+
+
+def _cells(example: EncodedExample | EncodedPair | EncodedPrompt, source: int) -> tuple[Any, ...]:
+    """What stands in the columns of an example, in their order."""
+    if isinstance(example, EncodedPrompt):
+        return example.ids, example.row_id, source, example.written
+    length = example.prompt_length
+    if isinstance(example, EncodedExample):
+        return example.ids[:length], example.turns, example.ids[length:], example.row_id, source
+    prompt, sides = example.chosen_ids[:length], (example.chosen_ids[length:], example.rejected_ids[length:])
+    return prompt, *sides, example.margin, example.weight, example.row_id, source
 
 
 def _list_array(rows: Sequence[np.ndarray]) -> pa.ListArray:

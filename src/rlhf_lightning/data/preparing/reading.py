@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.messages import RefusedTurnsError
 from rlhf_lightning.data.encode import REFUSED, EncodedRow, encode_rows
 from rlhf_lightning.data.limits import TokenLimits
+from rlhf_lightning.data.preparing.counts import Counts
 from rlhf_lightning.data.preparing.lengths import WholeLengths
 from rlhf_lightning.data.preparing.workers import encode_chunks
 from rlhf_lightning.data.rows import BadRowError, DroppedRow, LabelledRow, Need, OnBadRow, Row
@@ -25,6 +27,7 @@ FEW_SHARE = 0.1
 _CHUNK = 1000  # rows tokenised in one call
 _LISTED = 1000  # bad rows whose places are kept
 _STREAMED = 1000  # rows of a stream, whose end is not known, that the share is taken of at the least
+_NOTHING = Row("")
 
 
 class Encoder(NamedTuple):
@@ -45,46 +48,46 @@ class Encoder(NamedTuple):
         return encode_rows(rows, self.chat, self.limits, self.find_turns) if rows else []
 
 
-class Choice(NamedTuple):
-    """A row that goes on to be tokenised.
+@dataclass
+class Item:
+    """A row on its way from its source to the examples that are made of it; what becomes of it is noted on the way.
 
     Attributes:
-        row: with the responses that are wanted.
+        where: its number, or its place where it has none, as in a stream.
+        row: as it was read, in the end with only the responses that are wanted; empty where it cannot be read.
+        dropped: why it is left out, if it is.
+        bad: what is wrong with it, if that makes it a bad row.
+        lacking: why it serves less than was asked for, if it does.
+        other_stage: whether it belongs to another stage.
         kinds: what it is for.
         part: where it goes.
-        lacking: why the row serves less than was asked for, if it does.
     """
 
-    row: Row
+    where: int | str
+    row: Row = _NOTHING
+    dropped: str = ""
+    bad: str = ""
+    lacking: str = ""
+    other_stage: bool = False
     kinds: tuple[Need, ...] = ()
     part: str = ""
-    lacking: str = ""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it is to be tokenised."""
+        return not self.dropped and not self.other_stage
+
+    def drop(self, reason: BadRowError | DroppedRow) -> None:
+        """Leave it out.
+
+        Args:
+            reason: why; it is a bad row only where nothing else is known of it.
+        """
+        self.dropped = self.lacking or str(reason)
+        self.bad = str(reason) if isinstance(reason, BadRowError) and not self.lacking else ""
 
 
-class _Left(NamedTuple):
-    """A row that is left out before it is tokenised."""
-
-    counted_as: str
-    bad: str = ""
-
-
-class _Item(NamedTuple):
-    """A row's number, or its place where it has none, and what becomes of it."""
-
-    where: int | str
-    outcome: Choice | _Left
-
-
-class _Lesser(NamedTuple):
-    """A row that serves less than was asked for, and why."""
-
-    row: Row
-    reason: str
-
-
-Choose = Callable[[Row], "Choice | str | None"]
-Parsed = tuple[int | str, Row | _Lesser | BadRowError | DroppedRow]
-Chunk = list[_Item]
+Choose = Callable[[Item], None]
 
 
 class RowReader:
@@ -98,8 +101,7 @@ class RowReader:
         num_proc: processes that tokenise; what comes out does not depend on it.
 
     Attributes:
-        counts: `rows`, `kept`, `other stages`, `dropped: reason`, `cut: prompt` and the like; of rows that are
-            kept, `lacking: reason` where they serve less than was asked for, and `unused: column 'x'` and the like.
+        counts: where the rows went.
         bad_rows: place and reason of the first bad rows.
         num_bad: all of them.
         unfit: for each need the rows that do not serve it, by reason; not those that their own label keeps from it.
@@ -113,7 +115,7 @@ class RowReader:
         # A worker does not know what the script that runs here defines.
         self.num_proc = 1 if type(encoder.chat.tokenizer).__module__ == "__main__" else num_proc
         self.on_bad_row = on_bad_row
-        self.counts: Counter[str] = Counter()
+        self.counts = Counts()
         self.bad_rows: list[tuple[str, str]] = []
         self.num_bad = 0
         self.unfit: dict[Need, Counter[str]] = {need: Counter() for need in needs}
@@ -122,21 +124,20 @@ class RowReader:
         self._not_meant: Counter[Need] = Counter()
         self._total: int | None = None
 
-    def read(self, order: Sequence[int], choose: Choose) -> Iterator[tuple[Choice, EncodedRow]]:
+    def read(self, order: Sequence[int], choose: Choose) -> Iterator[tuple[Item, EncodedRow]]:
         """Rows in the given order, tokenised.
 
         Args:
             order: numbers of the rows.
-            choose: says of a sound row where it goes, or what it is counted as if it is left out; None if it has not
-                enough responses for what it is wanted for.
+            choose: says of a sound row where it goes, or why it is left out.
 
         Raises:
             UserError: too many bad rows, or something that is wrong with all rows, such as a missing template.
         """
         self._total = len(order)
-        return self._encoded(((number, self._parse(number)) for number in order), choose)
+        return self._encoded(map(self._parse, order), choose)
 
-    def stream(self, epoch: int, limit: int | None, choose: Choose) -> Iterator[tuple[Choice, EncodedRow]]:
+    def stream(self, epoch: int, limit: int | None, choose: Choose) -> Iterator[tuple[Item, EncodedRow]]:
         """Rows as they arrive, tokenised.
 
         Args:
@@ -149,36 +150,36 @@ class RowReader:
         """
         return self._encoded(self._noted(islice(self.rows.stream(self.needs[0], epoch), limit)), choose)
 
-    def _noted(self, parsed: Iterable[Parsed]) -> Iterator[Parsed]:
+    def _noted(self, parsed: Iterable[tuple[str, Row | BadRowError | DroppedRow]]) -> Iterator[Item]:
         """Rows of a stream, those that do not serve noted; it stops where hardly any of the first rows do."""
         for where, row in parsed:
             self._parsed += 1
+            item = Item(where)
             if isinstance(row, BadRowError | DroppedRow):
                 self._note(self.needs[0], row)
+                item.drop(row)
+            else:
+                item.row = row
             if self._parsed == _STREAMED:
                 self.check_enough()
-            yield where, row
+            yield item
 
-    def _encoded(self, parsed: Iterable[Parsed], choose: Choose) -> Iterator[tuple[Choice, EncodedRow]]:
-        items = (_Item(where, _outcome(row, choose)) for where, row in parsed)
-        for chunk, results in self._encoded_chunks(_chunks(items)):
-            for where, outcome in chunk:
-                self.counts["rows"] += 1
-                if isinstance(outcome, _Left):
-                    self._leave(where, outcome)
+    def _encoded(self, items: Iterable[Item], choose: Choose) -> Iterator[tuple[Item, EncodedRow]]:
+        for chunk, results in self._encoded_chunks(_chunks(_chosen(items, choose))):
+            for item in chunk:
+                self.counts.rows += 1
+                result = next(results) if item.goes_on else item.dropped
+                if isinstance(result, EncodedRow):
+                    self.counts.kept += 1
+                    self._count(item, result, 1)
+                    self.whole_lengths.add(result.whole_lengths[0], result.whole_lengths[1:])
+                    yield item, result
                     continue
-                result = next(results)
-                if isinstance(result, str):
-                    self._leave(where, self._dropped(result, outcome.row))
-                    continue
-                self.counts["kept"] += 1
-                self.counts.update(_notes(outcome, result))
-                self.whole_lengths.add(result.whole_lengths[0], result.whole_lengths[1:])
-                if outcome.lacking:
-                    self.counts[f"lacking: {outcome.lacking}"] += 1
-                yield outcome, result
+                if item.goes_on:
+                    item.dropped, item.bad = result, self._refusal(result, item.row)
+                self._leave(item)
 
-    def _encoded_chunks(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, Iterator[EncodedRow | str]]]:
+    def _encoded_chunks(self, chunks: Iterator[list[Item]]) -> Iterator[tuple[list[Item], Iterator[EncodedRow | str]]]:
         try:
             for chunk, encoded in encode_chunks(chunks, _rows, self.encoder, self.num_proc, self._total):
                 try:
@@ -189,31 +190,29 @@ class RowReader:
         except BrokenProcessPool as error:
             raise UserError("a process that tokenises died, perhaps as memory ran out; lower `num_proc`") from error
 
-    def drop_kept(self, reason: str, choice: Choice, encoded: EncodedRow) -> None:
+    def drop_kept(self, reason: str, item: Item, encoded: EncodedRow) -> None:
         """Count the row given last as dropped after all.
 
         Args:
             reason: why.
-            choice: what was given.
+            item: what was given.
             encoded: its ids.
         """
-        self.counts["kept"] -= 1
-        self.counts.subtract(_notes(choice, encoded))
-        if choice.lacking:
-            self.counts[f"lacking: {choice.lacking}"] -= 1
-        self.counts[f"dropped: {reason}"] += 1
+        self.counts.kept -= 1
+        self._count(item, encoded, -1)
+        self.counts.dropped[reason] += 1
 
-    def ordered_counts(self) -> dict[str, int]:
-        """The counts that are not 0, rows read and rows kept first."""
-        names = ["rows", "kept", *sorted(self.counts.keys() - {"rows", "kept"})]
-        return {name: self.counts[name] for name in names if self.counts[name]}
+    def _count(self, item: Item, encoded: EncodedRow, by: int) -> None:
+        """Count what is said of a row that is kept."""
+        lacking = (item.lacking,) if item.lacking else ()
+        said = {"cut": encoded.cut, "others": encoded.notes, "unused": item.row.unused, "lacking": lacking}
+        for name, words in said.items():
+            for word in words:
+                getattr(self.counts, name)[word] += by
 
     def check(self) -> None:
         """Assert that every row is accounted for."""
-        dropped = sum(count for name, count in self.counts.items() if name.startswith("dropped: "))
-        counts = self.counts
-        assert counts["rows"] == counts["kept"] + dropped + counts["other stages"], counts
-        assert self._total in (None, counts["rows"]), counts
+        self.counts.check(self._total)
 
     def check_enough(self) -> None:
         """Refuse to go on where hardly any row serves what it is read for, as where data are not what they seem.
@@ -240,89 +239,82 @@ class RowReader:
         else:
             self.unfit[need][str(reason)] += 1
 
-    def _parse(self, number: int) -> Row | _Lesser | BadRowError | DroppedRow:
-        first: DroppedRow | None = None
+    def _parse(self, number: int) -> Item:
+        """A row read for the first of the needs that it serves."""
+        item = Item(number)
         self._parsed += 1
         for i, need in enumerate(self.needs):
             try:
-                row = self.rows.parse(number, need)
+                item.row = self.rows.parse(number, need)
+                return item
             except BadRowError as reason:
                 for lost in self.needs[i:]:
                     self._note(lost, reason)
-                return first or reason
+                item.drop(reason)
+                return item
             except DroppedRow as reason:
                 self._note(need, reason)
-                first = first or reason
-            else:
-                return row if first is None else _Lesser(row, str(first))
-        assert first is not None
-        return first
+                item.lacking = item.lacking or str(reason)
+        item.dropped = item.lacking
+        return item
 
     def _place(self, where: int | str) -> str:
         return where if isinstance(where, str) else self.rows.place(where)
 
-    def _dropped(self, reason: str, row: Row) -> _Left:
-        """What a row is counted as that could not be tokenised; turns that a template refuses make it a bad row."""
+    def _refusal(self, reason: str, row: Row) -> str:
+        """What makes a row a bad one that could not be tokenised: turns that a template refuses, and nothing else."""
         if not reason.startswith(REFUSED):
-            return _Left(f"dropped: {reason}")
+            return ""
         try:
             self.encoder.chat.render(row.prompt, row.tools)
         except RefusedTurnsError as error:
-            return _Left(f"dropped: {reason}", str(error))
-        return _Left(f"dropped: {reason}", reason)
+            return str(error)
+        return reason
 
-    def _leave(self, where: int | str, left: _Left) -> None:
-        self.counts[left.counted_as] += 1
-        if not left.bad:
+    def _leave(self, item: Item) -> None:
+        if item.other_stage:
+            self.counts.other_stages += 1
+        else:
+            self.counts.dropped[item.dropped] += 1
+        if not item.bad:
             return
         self.num_bad += 1
         if len(self.bad_rows) < _LISTED:
-            self.bad_rows.append((self._place(where), left.bad))
+            self.bad_rows.append((self._place(item.where), item.bad))
         place, reason = self.bad_rows[0]
         if self.on_bad_row == "error":
             raise UserError(f"{place}: {reason}; mend the row or pass `on_bad_row: skip`")
-        rows = self._total or max(self.counts["rows"], _STREAMED)
+        rows = self._total or max(self.counts.rows, _STREAMED)
         if self.on_bad_row == "auto" and self.num_bad > BAD_SHARE * rows:
             raise UserError(
-                f"{place}: {reason}; {self.num_bad} of the {self.counts['rows']} rows read so far are bad, more than "
+                f"{place}: {reason}; {self.num_bad} of the {self.counts.rows} rows read so far are bad, more than "
                 f"{BAD_SHARE:.0%} of {rows}; mend them or pass `on_bad_row: skip`"
             )
 
-    def _named(self, error: UserError, chunk: Chunk) -> UserError:
+    def _named(self, error: UserError, chunk: list[Item]) -> UserError:
         """An error that concerns all rows, with the place of the first row that shows it."""
-        for where, outcome in chunk:
-            if isinstance(outcome, Choice):
+        for item in chunk:
+            if item.goes_on:
                 try:
-                    self.encoder.chat.render(outcome.row.prompt)
+                    self.encoder.chat.render(item.row.prompt)
                 except RefusedTurnsError:
                     continue
                 except UserError as first:
-                    return UserError(f"{self._place(where)}: {first}")
+                    return UserError(f"{self._place(item.where)}: {first}")
         return error
 
 
-def _outcome(row: Row | _Lesser | BadRowError | DroppedRow, choose: Choose) -> Choice | _Left:
-    if isinstance(row, Row):
-        chosen = choose(row)
-        assert chosen is not None, "a row read for all that it may serve has what that takes"
-        return _Left(chosen) if isinstance(chosen, str) else chosen
-    if isinstance(row, _Lesser):
-        chosen = choose(row.row)
-        if chosen is None:
-            return _Left(f"dropped: {row.reason}")
-        return _Left(chosen) if isinstance(chosen, str) else chosen._replace(lacking=row.reason)
-    return _Left(f"dropped: {row}", str(row) if isinstance(row, BadRowError) else "")
+def _chosen(items: Iterable[Item], choose: Choose) -> Iterator[Item]:
+    for item in items:
+        if item.goes_on:
+            choose(item)
+        yield item
 
 
-def _notes(choice: Choice, encoded: EncodedRow) -> tuple[str, ...]:
-    """What is counted of a row that is kept."""
-    return (*encoded.notes, *(f"unused: {what}" for what in choice.row.unused))
-
-
-def _chunks(items: Iterator[_Item]) -> Iterator[Chunk]:
+def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
     while chunk := list(islice(items, _CHUNK)):
         yield chunk
 
 
-def _rows(chunk: Chunk) -> list[Row]:
-    return [item.outcome.row for item in chunk if isinstance(item.outcome, Choice)]
+def _rows(chunk: list[Item]) -> list[Row]:
+    return [item.row for item in chunk if item.goes_on]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -20,6 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.collate import EncodedExample, taught_tokens
 from rlhf_lightning.data.encode import NOTES
+from rlhf_lightning.data.preparing.counts import Counts
+from rlhf_lightning.data.preparing.examples import DUPLICATE, FURTHER
 from rlhf_lightning.data.preparing.length_plot import draw_lengths
 from rlhf_lightning.data.preparing.lengths import PERCENTILES, say_cuts, statistics
 from rlhf_lightning.data.preparing.prepared import PARTS, Part, PreparedFolder, TokenTable, file_name, write_json
@@ -30,8 +33,8 @@ ANSWERS: dict[Need, tuple[str, ...]] = {"finetune": ("response",), "preference":
 """The columns of each kind of example that hold responses."""
 
 _NOTES = {
-    "prompt is a duplicate": "prompts that came before and are not written again",
-    "further pairs of rankings": "pairs beyond the first of their ranking",
+    DUPLICATE: "prompts that came before and are not written again",
+    FURTHER: "pairs beyond the first of their ranking",
     **NOTES,
 }
 _CUTS = {"prompt": "prompts cut", "response": "responses cut, their end of turn with it"}
@@ -104,27 +107,23 @@ def filled_tables(folder: PreparedFolder) -> Tables:
 
 def _account(source: dict[str, Any]) -> dict[str, Any]:
     """Where the rows of one source went; they add up."""
-    counts = source["counts"]
-    account: dict[str, Any] = {
-        "rows in": counts["rows"],
-        "dropped": _group(counts, "dropped: "),
-        "other stages": counts.get("other stages", 0),
-        "kept": counts.get("kept", 0),
+    counts = Counts.read(source["counts"])
+    counts.check(None)
+    return {
+        "rows in": counts.rows,
+        "dropped": _largest_first(counts.dropped),
+        "other stages": counts.other_stages,
+        "kept": counts.kept,
         "responses": source.get("whole_lengths", {}).get("responses", 0),
-        "cut": _group(counts, "cut: "),
-        "lacking": _group(counts, "lacking: "),
-        "unused": _group(counts, "unused: "),
-        "notes": {name: counts[name] for name in _NOTES if counts.get(name)},
+        "cut": _largest_first(counts.cut),
+        "lacking": _largest_first(counts.lacking),
+        "unused": _largest_first(counts.unused),
+        "notes": {name: counts.others[name] for name in _NOTES if counts.others[name]},
     }
-    left = sum(account["dropped"].values()) + account["other stages"] + account["kept"]
-    assert account["rows in"] == left, account
-    return account
 
 
-def _group(counts: dict[str, int], prefix: str) -> dict[str, int]:
-    """Counts under a prefix, the largest first."""
-    found = {name.removeprefix(prefix): n for name, n in counts.items() if name.startswith(prefix) and n}
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+def _largest_first(counts: Counter[str]) -> dict[str, int]:
+    return {name: count for name, count in counts.most_common() if count}
 
 
 def _sources(data: dict[str, Any], tables: Tables) -> list[dict[str, Any]]:

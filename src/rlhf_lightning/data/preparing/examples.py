@@ -1,0 +1,95 @@
+"""Rows as ids to the examples of each kind, for what is written to disk and what is streamed alike."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt
+from rlhf_lightning.data.encode import EncodedRow, written_prompt
+from rlhf_lightning.data.preparing.filters import hash_of_ids
+from rlhf_lightning.data.preparing.reading import Item, RowReader
+from rlhf_lightning.data.rows import Need, Row
+
+DUPLICATE = "prompt is a duplicate"
+FURTHER = "further pairs of rankings"
+
+
+class ExampleMaker:
+    """Makes the examples of the rows of one source, each prompt alone only once, and counts what comes of them.
+
+    Args:
+        reader: reads the rows, and counts.
+        remove_same: leave out pairs that the limits have made equal.
+    """
+
+    def __init__(self, reader: RowReader, remove_same: bool) -> None:
+        self._reader, self._remove_same = reader, remove_same
+        self._prompts: set[int] = set()
+
+    def examples(self, item: Item, ids: EncodedRow) -> dict[Need, list[Any]]:
+        """The examples of a row by kind; none, where it is counted as dropped after all.
+
+        Args:
+            item: the row the reader gave last.
+            ids: its ids.
+        """
+        row, counts = item.row, self._reader.counts
+        examples: dict[Need, list[Any]] = {}
+        lost = known = ""
+        if "finetune" in item.kinds:
+            whole = np.concatenate([ids.prompt, ids.responses[0]])
+            examples["finetune"] = [EncodedExample(whole, len(ids.prompt), row.row_id, ids.turns)]
+        if "preference" in item.kinds:
+            if pairs := ranked_pairs(row, ids, self._remove_same):
+                examples["preference"] = pairs
+            else:
+                lost = _no_pairs(row)
+                self._reader.unfit["preference"][lost] += 1
+        if "prompts" in item.kinds:
+            asked = ids.prompt if ids.asked is None else ids.asked
+            if self._came_before(asked):
+                known = DUPLICATE
+            else:
+                examples["prompts"] = [EncodedPrompt(asked, "", row.row_id, written_prompt(row))]
+        if not examples:
+            self._reader.drop_kept(known or lost, item, ids)
+            return examples
+        counts.lacking.update([lost] if lost else [])
+        counts.others.update([DUPLICATE] if known else [])
+        counts.others[FURTHER] += max(0, len(examples.get("preference", ())) - 1)
+        return examples
+
+    def _came_before(self, prompt: np.ndarray) -> bool:
+        number = hash_of_ids(prompt)
+        before = number in self._prompts
+        self._prompts.add(number)
+        return before
+
+
+def ranked_pairs(row: Row, ids: EncodedRow, remove_same: bool) -> list[EncodedPair]:
+    """All pairs of a ranking, which together count as much as one row (Ouyang et al. 2022, section 3.5).
+
+    Args:
+        row: its ranks and weight; ties make no pair.
+        ids: with each response at the rank of the same number.
+        remove_same: leave out pairs of equal ids.
+    """
+    ranks, responses = row.ranks or range(len(ids.responses)), ids.responses
+    pairs = []
+    for a, b in combinations(range(len(responses)), 2):
+        same = remove_same and np.array_equal(responses[a], responses[b])
+        if ranks[a] != ranks[b] and not same:
+            pairs.append((a, b) if ranks[a] < ranks[b] else (b, a))
+    wholes = [np.concatenate([ids.prompt, response]) for response in responses]
+    return [
+        EncodedPair(wholes[better], wholes[worse], len(ids.prompt), row.row_id, row.margin, row.weight / len(pairs))
+        for better, worse in pairs
+    ]
+
+
+def _no_pairs(row: Row) -> str:
+    tied = len(row.ranks) > 1 and len(set(row.ranks)) == 1
+    return "no response ranks above another" if tied else "chosen and rejected are the same after cutting"
