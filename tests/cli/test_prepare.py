@@ -128,7 +128,7 @@ def test_a_folder_of_something_else_is_never_touched(words, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     for more in ([], ["--overwrite=true"]):
         line = refused([*words, f"--out={tmp_path}", *more], capsys)
-        assert line == f"--out: {tmp_path} is not empty and no prepared folder; name another"
+        assert line == f"--out: {tmp_path} is not empty and not a prepared folder; name another"
     assert "is a file" in refused([*words, f"--out={tmp_path / 'notes.txt'}"], capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -143,7 +143,7 @@ def test_a_prepared_folder_that_holds_something_else_too_is_not_replaced(words, 
     other = tmp_path / "app"
     other.mkdir()
     (other / "manifest.json").write_text('{"name": "some app"}')
-    assert "no prepared folder" in refused([*words, f"--out={other}", "--overwrite=true"], capsys)
+    assert "not a prepared folder" in refused([*words, f"--out={other}", "--overwrite=true"], capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["app", "data"]
 
 

@@ -177,7 +177,7 @@ def test_bad_rows_of_a_stream_stop_it_above_one_in_a_hundred(path):
     ):
         train(11)
     assert train(11, on_bad_row="skip") == 20
-    with pytest.raises(UserError, match=r"rows.jsonl line 24: prompt is null; mend the row or pass"):
+    with pytest.raises(UserError, match=r"rows.jsonl line 24: prompt is null; fix the row or pass"):
         train(1, on_bad_row="error")
 
 

@@ -62,7 +62,7 @@ def prepare(
     """Turn data into token ids, once, for all stages, and report what was kept, cut and dropped.
 
     Args:
-        out: folder to write; it appears only when it is whole.
+        out: folder to write; it appears only when it is complete.
         tokenizer: folder or hub id of the tokenizer, or of the model it belongs to.
         data: a file (.json, .jsonl, .csv, .tsv, .parquet, also gzipped), a list, folder or glob of such files, a
             `save_to_disk` folder, a hub id `owner/name` or `owner/name:split`, or a source class of YAML, such as
@@ -76,7 +76,7 @@ def prepare(
         stage_split: share of the prompts for each stage, such as `{sft: 0.2, reward: 0.4, ppo: 0.4}`, or `dpo` in the
             place of `reward`; by default every stage gets all.
         split_by: what stays on one side of all splits: a `dialogue` at all its depths, by its system turns and its
-            first turn of the user, or only one `prompt`, to its end. Prompts that are no dialogues fall alike.
+            first turn of the user, or only one `prompt`, to its end. Prompts that are not dialogues fall alike.
         num_samples: read only this many rows of `data`.
         filters: which rows are left out.
         max_length: most tokens of prompt and response together, special tokens included.
@@ -139,7 +139,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not is_prepared(out):
-        raise UserError(f"--out: {out} is not empty and no prepared folder; name another")
+        raise UserError(f"--out: {out} is not empty and not a prepared folder; name another")
     if not overwrite:
         raise UserError(f"--out: {out} holds prepared data already; name another, or replace it with --overwrite true")
     if others := sorted({path.name for path in out.iterdir()} - _OURS):
@@ -203,7 +203,7 @@ def main(options: Sequence[str]) -> None:
         options: the words after `prepare`, recipes resolved.
 
     Raises:
-        UserError: something the user can mend.
+        UserError: something the user can fix.
     """
     filter_warnings()
     _check_words(options)

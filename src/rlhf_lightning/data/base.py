@@ -63,7 +63,7 @@ class TextDataModule(ResumableDataModule, ABC):
             take the `sft` prompts, pairs the `reward` prompts or, where that is named instead, the `dpo` prompts, and
             prompts alone the `ppo` prompts. Given alike in all stages, no prompt of `data` serves two of them.
         split_by: what stays on one side of all splits: a `dialogue` at all its depths, by its system turns and its
-            first turn of the user, or only one `prompt`, to its end. Prompts that are no dialogues fall alike.
+            first turn of the user, or only one `prompt`, to its end. Prompts that are not dialogues fall alike.
         num_samples: use only the first this many rows of `data`.
         filters: which rows are left out, see `Filters`.
         max_length: most tokens of prompt and response together, special tokens included.

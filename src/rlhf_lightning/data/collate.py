@@ -1,7 +1,7 @@
 """Encoded examples to padded batches.
 
 Notation as in `batches`: B examples, T longest sequence of the batch, P longest prompt. Masks come from lengths; the
-filler id fills what they leave out and is never looked at.
+id `filler` fills what they leave out and is never looked at.
 """
 
 from __future__ import annotations
@@ -133,13 +133,7 @@ def taught_tokens(example: EncodedExample, loss_on: LossOn) -> np.ndarray:
 def collate_instructions(
     examples: Sequence[EncodedExample], filler: int, loss_on: LossOn = "response"
 ) -> InstructionBatch:
-    """Examples to teach, padded on the right.
-
-    Args:
-        examples: B of them.
-        filler: id for the padding.
-        loss_on: see `taught_tokens`.
-    """
+    """Examples to teach, padded on the right."""
     ids, mask = pad([example.ids for example in examples], filler, "right")
     taught, _ = pad([taught_tokens(example, loss_on) for example in examples], 0, "right")
     return InstructionBatch(ids, mask, taught.bool(), _row_ids(examples))
@@ -151,11 +145,6 @@ def collate_packed(
     """Examples to teach, several in each row, with positions that restart at each.
 
     The first token of an example is never a target, so nothing is predicted across a border.
-
-    Args:
-        packed: B rows of one example or more.
-        filler: id for the padding.
-        loss_on: see `taught_tokens`.
     """
     ids, mask = pad([np.concatenate([example.ids for example in row]) for row in packed], filler, "right")
     taught, _ = pad(
@@ -167,12 +156,7 @@ def collate_packed(
 
 
 def collate_pairs(examples: Sequence[EncodedPair], filler: int) -> PreferenceBatch:
-    """Pairs, both sides padded on the right to the longest sequence of either.
-
-    Args:
-        examples: B of them.
-        filler: id for the padding.
-    """
+    """Pairs, both sides padded on the right to the longest sequence of either."""
     length = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in examples)
     chosen = pad([pair.chosen_ids for pair in examples], filler, "right", length)
     rejected = pad([pair.rejected_ids for pair in examples], filler, "right", length)
@@ -183,12 +167,7 @@ def collate_pairs(examples: Sequence[EncodedPair], filler: int) -> PreferenceBat
 
 
 def collate_prompts(examples: Sequence[EncodedPrompt], filler: int) -> PromptBatch:
-    """Prompts, padded on the left.
-
-    Args:
-        examples: B of them.
-        filler: id for the padding.
-    """
+    """Prompts, padded on the left."""
     ids, mask = pad([example.ids for example in examples], filler, "left")
     written = [example.written for example in examples if example.written is not None]
     all_written = written if len(written) == len(examples) else None
@@ -196,12 +175,7 @@ def collate_prompts(examples: Sequence[EncodedPrompt], filler: int) -> PromptBat
 
 
 def collate_sequences(examples: Sequence[EncodedSequence], filler: int) -> ScoringBatch:
-    """Sequences to score, padded on the right.
-
-    Args:
-        examples: B of them.
-        filler: id for the padding.
-    """
+    """Sequences to score, padded on the right."""
     ids, mask = pad([example.ids for example in examples], filler, "right")
     prompts, responses = [example.prompt for example in examples], [example.response for example in examples]
     return ScoringBatch(ids, mask, prompts, responses, [example.role for example in examples], _row_ids(examples))

@@ -207,14 +207,6 @@ def _break_before(text: str, start: int, end: int) -> int:
 
 
 def scored_sequence(prompt: Ids, response: Ids, role: str, row_id: int, chat: ChatEncoder) -> EncodedSequence:
-    """A sequence to score, with the texts it stands for.
-
-    Args:
-        prompt: ids.
-        response: ids.
-        role: the column the response came from.
-        row_id: of the row.
-        chat: turns ids back into text.
-    """
+    """A sequence to score, with the texts it stands for."""
     texts = chat.decode([prompt, response])
     return EncodedSequence(np.concatenate([prompt, response]), texts[0], texts[1], role, row_id)

@@ -49,14 +49,7 @@ class TokenLimits(NamedTuple):
         long_prompts: LongPrompts,
         minimum_response_length: int = 0,
     ) -> TokenLimits:
-        """Limits that make sense together.
-
-        Args:
-            max_length: see the class.
-            max_prompt_length: see the class.
-            response_room: see the class; None means a quarter of `max_length`.
-            long_prompts: see the class.
-            minimum_response_length: see the class.
+        """Limits that make sense together; without a `response_room` that is a quarter of `max_length`.
 
         Raises:
             UserError: a limit below 1, or one that leaves no room for the other part.

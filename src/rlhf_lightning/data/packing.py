@@ -90,10 +90,6 @@ class PackedTable(Sequence[list[Any]]):
         return len(self._starts) - 1
 
     def __getitem__(self, index: Any) -> Any:
-        """The examples of one row, longest first.
-
-        Args:
-            index: number of the row.
-        """
+        """The examples of one row, longest first."""
         row = range(len(self))[index]
         return [self._table[i] for i in self._examples[self._starts[row] : self._starts[row + 1]].tolist()]

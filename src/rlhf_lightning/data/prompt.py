@@ -57,9 +57,6 @@ class PromptDataModule(TextDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Open the prepared prompts that the stage needs, once; see `TextDataModule.setup`.
 
-        Args:
-            stage: `fit`, `validate`, `test` or `predict`; None for all but `predict`.
-
         Raises:
             UserError: data that cannot be used, or too few prompts for one training batch.
         """
@@ -98,12 +95,6 @@ class PromptDataModule(TextDataModule):
 
 
 def collate_decoded(prompts: list[EncodedPrompt], chat: ChatEncoder, filler: int) -> PromptBatch:
-    """Prompts as they come from a prepared folder, without their text, which is made of their ids.
-
-    Args:
-        prompts: B of them.
-        chat: turns ids back into text.
-        filler: id for the padding.
-    """
+    """Prompts as they come from a prepared folder, without their text, which is made of their ids."""
     texts = chat.decode([prompt.ids for prompt in prompts])
     return collate_prompts([prompt._replace(text=text) for prompt, text in zip(prompts, texts, strict=True)], filler)

@@ -53,9 +53,6 @@ class ResumableDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a place that `state_dict` gave.
 
-        Args:
-            state_dict: from a checkpoint.
-
         Raises:
             UserError: the checkpoint stands in the middle of an epoch over other data, or in other batches.
         """

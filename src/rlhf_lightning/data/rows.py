@@ -96,11 +96,7 @@ def check_text(value: Any, name: str, empty: bool = False) -> str:
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """The text by which prompts count as the same: turns in order, without regard to case and white space.
-
-    Args:
-        prompt: text or messages; a dialogue has the same key in either form.
-    """
+    """The text by which prompts count as the same: turns in order, without regard to case and white space."""
     messages = parse_dialogue(prompt) if isinstance(prompt, str) else prompt
     if messages is not None and len(messages) == 1 and messages[0]["role"] == "user":
         text = messages[0]["content"]  # a template writes a bare text as one turn of the user, too
@@ -118,9 +114,6 @@ def opening_of(prompt: Prompt) -> Prompt:
     r"""What a dialogue opens with: its first system turns and its first turn of the user; other prompts as they are.
 
     One conversation at several depths opens the same way at each.
-
-    Args:
-        prompt: text or messages.
 
     Example:
         >>> opening_of("\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:")

@@ -160,8 +160,4 @@ class LateLoader(DataLoader[Any]):
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore; see `state_dict`.
-
-        Args:
-            state_dict: empty.
-        """
+        """Nothing to restore; see `state_dict`."""

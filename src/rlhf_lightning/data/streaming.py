@@ -161,13 +161,7 @@ def check_streaming(preparation: Preparation, **others: bool | int) -> None:
 
 
 def evaluation_tables(preparation: Preparation, need: Need, cache_dir: str | Path | None) -> dict[str, TokenTable]:
-    """Tables of `validation_data` and `test_data`, prepared by themselves.
-
-    Args:
-        preparation: with the data that are streamed.
-        need: the kind of example.
-        cache_dir: root of the cache.
-    """
+    """Tables of `validation_data` and `test_data`, prepared by themselves."""
     tables = {}
     for part, source in (("validation", preparation.validation_data), ("test", preparation.test_data)):
         if source is not None:

@@ -311,9 +311,7 @@ def broken(folder, rows, number):
 def test_a_bad_row_stops_the_run_or_is_skipped_with_its_place(tmp_path):
     rows = [*PAIRS[:199], {"prompt": "hi", "chosen": None, "rejected": "no"}]
     path = broken(tmp_path, rows, 120)
-    with pytest.raises(
-        UserError, match=r"rows.jsonl line 121: broken JSON .*; mend the row or pass `on_bad_row: skip`"
-    ):
+    with pytest.raises(UserError, match=r"rows.jsonl line 121: broken JSON .*; fix the row or pass `on_bad_row: skip`"):
         build(tmp_path / "error", path, on_bad_row="error")
 
     for how in ("auto", "skip"):
@@ -332,7 +330,7 @@ def test_more_bad_rows_than_one_in_a_hundred_stop_the_run(tmp_path):
     path = broken(tmp_path, [{"prompt": "hi", "chosen": None, "rejected": "no"}] * 2 + PAIRS[:197], 50)
     with pytest.raises(
         UserError,
-        match=r"rows.jsonl line 1: chosen is null; 2 of the 2 rows read so far are bad, more than 1% of 199; mend",
+        match=r"rows.jsonl line 1: chosen is null; 2 of the 2 rows read so far are bad, more than 1% of 199; fix",
     ):
         build(tmp_path / "auto", path)
     assert counts(build(tmp_path / "skip", path, on_bad_row="skip"))["kept"] == 196
@@ -390,7 +388,7 @@ def test_data_of_which_hardly_anything_serves_stop_the_run(tmp_path):
     for kinds, hint in ((("preference",), ""), (None, ", or leave it out of `kinds`")):
         with pytest.raises(
             UserError,
-            match=rf"^only 1 of 299 rows of the list of rows serve preference {reason}; mend "
+            match=rf"^only 1 of 299 rows of the list of rows serve preference {reason}; fix "
             rf"the data or `columns`{hint}, or pass `on_bad_row: skip` to go on",
         ):
             build(tmp_path / str(kinds), unpaired(300), kinds=kinds)

@@ -97,7 +97,7 @@ def test_a_folder_holds_what_is_said_of_it(tmp_path):
 
 
 def test_what_is_no_whole_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"data is no prepared folder .*make one with `rlhf prepare`"):
+    with pytest.raises(UserError, match=r"data is not a prepared folder .*make one with `rlhf prepare`"):
         PreparedFolder.open(tmp_path / "data")
     folder = build(tmp_path / "data", ROWS, kinds=("finetune",))
     with pytest.raises(UserError, match=r"data holds no prompts_train.arrow, only finetune; prepare it with prompts"):
@@ -117,7 +117,7 @@ def test_what_is_no_whole_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="has layout 0, this version reads 2"):
         PreparedFolder.open(tmp_path / "data")
     manifest.write_text("{")
-    with pytest.raises(UserError, match="is no prepared folder"):
+    with pytest.raises(UserError, match="is not a prepared folder"):
         PreparedFolder.open(tmp_path / "data")
 
 

@@ -87,8 +87,8 @@ def test_tools_go_beside_the_messages():
         assert read({**row, "tools": tools}) == Row([user("p")], ("r",), tools=(TOOL,))
     assert read({**row, "functions": [TOOL["function"]]}).tools == (TOOL,)
     assert read({**row, "tools": []}) == read({**row, "tools": None}) == Row([user("p")], ("r",))
-    assert refused({**row, "tools": "search"}) == "tools is no list of objects, nor JSON of one"
-    assert refused({**row, "tools": [lambda: 1]}) == "tools is no list of objects, nor JSON of one"
+    assert refused({**row, "tools": "search"}) == "tools is not a list of objects, nor JSON of one"
+    assert refused({**row, "tools": [lambda: 1]}) == "tools is not a list of objects, nor JSON of one"
     assert refused({**row, "tools": [{"name": {1, 2}}]}) == "tools holds something that JSON cannot"
 
 

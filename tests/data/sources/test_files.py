@@ -41,7 +41,7 @@ def write_json(folder):
 
 def write_jsonl(folder):
     path = folder / "rows.jsonl"
-    path.write_text("\n" + LINES.replace("\n", "\n \r\n"))  # blank lines are no rows
+    path.write_text("\n" + LINES.replace("\n", "\n \r\n"))  # blank lines do not count as rows
     return path
 
 
@@ -279,10 +279,10 @@ def number_and_columns(path):
     [
         ("x.json", b'[{"prompt": "a"},\n{"prompt" "b"}]', r"x.json line 2: broken JSON"),
         ("x.json", b'[{"prompt": "\xff"}]', r"x.json is not UTF-8"),
-        ("x.jsonl.gz", b"plain", r"x.jsonl.gz is not a whole gzip file"),
-        ("x.jsonl.gz", gzip.compress(os.urandom(5000).hex().encode())[:200], r"x.jsonl.gz is not a whole gzip file"),
-        ("x.csv.gz", gzip.compress(os.urandom(5000).hex().encode())[:200], r"x.csv.gz is not a whole gzip file"),
-        ("x.json.gz", gzip.compress(b"[" + os.urandom(5000).hex().encode())[:200], r"x.json.gz is not a whole gzip"),
+        ("x.jsonl.gz", b"plain", r"x.jsonl.gz is not a complete gzip file"),
+        ("x.jsonl.gz", gzip.compress(os.urandom(5000).hex().encode())[:200], r"x.jsonl.gz is not a complete gzip file"),
+        ("x.csv.gz", gzip.compress(os.urandom(5000).hex().encode())[:200], r"x.csv.gz is not a complete gzip file"),
+        ("x.json.gz", gzip.compress(b"[" + os.urandom(5000).hex().encode())[:200], r"x.json.gz is not a complete gzip"),
         (
             "x.jsonl",
             gzip.compress(b"{}", mtime=0),
@@ -296,7 +296,7 @@ def number_and_columns(path):
         ("x.jsonl", b"\x28\xb5\x2f\xfd rest", r"x.jsonl is compressed by zstd"),
         ("x.jsonl.zst", b"\x28\xb5\x2f\xfd rest", r"x.jsonl.zst is of an unknown kind; expected .json"),
         ("x.tsv", "prompt\tresponse\n".encode("utf-16"), r"x.tsv is UTF-16 text; save it as UTF-8"),
-        ("x.csv", b"prompt,a,prompt\n1,2,3\n", r"x.csv line 1: column prompt stands there twice; mend the header"),
+        ("x.csv", b"prompt,a,prompt\n1,2,3\n", r"x.csv line 1: column prompt stands there twice; fix the header"),
         ("x.json", b'{"prompt": ["a", "b"], "response": ["c"]}', r"differ in length \(prompt 2, response 1\)"),
         (
             "x.json",
@@ -471,7 +471,7 @@ def test_a_hub_that_gives_nothing_is_one_clear_line(monkeypatch):
         raise ConnectionError("no way\nthere")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match=r"^owner/name is no file or folder here.*\(no way\)[^\n]*$"):
+    with pytest.raises(UserError, match=r"^owner/name is not a file or folder here.*\(no way\)[^\n]*$"):
         open_rows("owner/name")
 
 

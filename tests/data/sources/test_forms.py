@@ -190,9 +190,9 @@ def test_a_ranking_keeps_each_response_at_its_rank(ranked):
         (["a", "b"], [1], "responses and ranks differ in length"),
         (["a", None], [1, 2], "an item of responses is null"),
         (["a", user("b")], [1, 2], "an item of responses is not the assistant's"),
-        (["a", "b"], [1, "x"], "ranks is no number"),
-        (["a", "b"], [1, math.nan], "ranks is no number"),
-        (["a", "b"], [1, True], "ranks is no number"),
+        (["a", "b"], [1, "x"], "ranks is not a number"),
+        (["a", "b"], [1, math.nan], "ranks is not a number"),
+        (["a", "b"], [1, True], "ranks is not a number"),
         (["a", "b"], [], "ranks is empty"),
         ("ab", [1, 2], "responses is not a list of values but str"),
     ],
@@ -251,9 +251,9 @@ def test_margin_and_weight_are_read_where_they_are_given():
 @pytest.mark.parametrize(
     ("numbers", "reason"),
     [
-        ({"margin": "much"}, "margin is no number"),
+        ({"margin": "much"}, "margin is not a number"),
         ({"weight": 0}, "weight is not above 0"),
-        ({"weight": math.inf}, "weight is no number"),
+        ({"weight": math.inf}, "weight is not a number"),
     ],
 )
 def test_numbers_that_cannot_be_are_named(numbers, reason):
@@ -349,7 +349,7 @@ def test_a_field_that_cannot_be_used_is_named(row, reason):
         (
             {"chosen": "no dialogue", "rejected": "none"},
             "preference",
-            "chosen is no dialogue: it has no 'Assistant:' turn and no column says its prompt",
+            "chosen is not a dialogue: it has no 'Assistant:' turn and no column says its prompt",
         ),
         ({"instruction": "a", "input": 3, "output": "r"}, "finetune", "input is not text but int"),
     ],

@@ -91,7 +91,7 @@ def test_a_dataset_dict_brings_its_parts():
     ("data", "this"),
     [
         (7, "a int"),
-        ({"prompt": "a", "response": "b"}, r"a dict whose values are no lists \(one row goes into a list\)"),
+        ({"prompt": "a", "response": "b"}, r"a dict whose values are not lists \(one row goes into a list\)"),
         (np.zeros(3), "a numpy.ndarray"),
         (datasets.Dataset.from_list(ROWS).to_iterable_dataset(), "a datasets.iterable_dataset.IterableDataset"),
         (iter(ROWS), "a list_iterator"),

@@ -114,7 +114,7 @@ def test_a_turn_becomes_the_message_that_templates_read(written, message):
         ),
         (
             {"from": "function_call", "value": "call the weather"},
-            "value in messages is no list of objects, nor JSON of one",
+            "value in messages is not a list of objects, nor JSON of one",
         ),
         (
             {"role": "assistant", "content": "a", "weight": 0.5},

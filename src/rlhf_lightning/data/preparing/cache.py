@@ -1,7 +1,7 @@
 """The cache of prepared folders: made once, found by a hash of all that went into them, never seen half-written.
 
 An entry is the folder `<root>/<key>`. It is built beside its place, as `<root>/.<key>.<something>`, and renamed when
-it is whole; a lock lets one process build while others wait for what it builds.
+it is complete; a lock lets one process build while others wait for what it builds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Buildable(Protocol):
         """A hash of everything that decides what `build` writes."""
 
     def build(self, folder: Path) -> None:
-        """Write a whole prepared folder into an empty one."""
+        """Write a complete prepared folder into an empty one."""
 
 
 def find_or_build(preparation: Buildable, cache_dir: str | Path | None = None) -> PreparedFolder:

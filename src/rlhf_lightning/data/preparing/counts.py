@@ -33,11 +33,7 @@ class Counts:
 
     @classmethod
     def read(cls, said: Mapping[str, int]) -> Counts:
-        """Counts as `said` gave them.
-
-        Args:
-            said: from a manifest.
-        """
+        """Counts as `said` gave them."""
         counts = cls(said.get("rows", 0), said.get("kept", 0), said.get("other stages", 0))
         for name, count in said.items():
             group, _, what = name.partition(": ")

@@ -30,12 +30,7 @@ class ExampleMaker:
         self._prompts: set[int] = set()
 
     def examples(self, item: Item, ids: EncodedRow) -> dict[Need, list[Any]]:
-        """The examples of a row by kind; none, where it is counted as dropped after all.
-
-        Args:
-            item: the row the reader gave last.
-            ids: its ids.
-        """
+        """The examples of a row by kind; none, where it is counted as dropped after all."""
         row, counts = item.row, self._reader.counts
         examples: dict[Need, list[Any]] = {}
         lost = known = ""

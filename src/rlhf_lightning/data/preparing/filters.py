@@ -46,12 +46,7 @@ class Filters:
         check_arguments(Filters, vars(self), prefix="filters.")
 
     def order(self, num_rows: int, num_samples: int | None) -> Sequence[int]:
-        """Numbers of the rows to read, in order.
-
-        Args:
-            num_rows: how many there are.
-            num_samples: how many to read at the most.
-        """
+        """Numbers of the rows to read, in order."""
         wanted = num_rows if num_samples is None else min(num_samples, num_rows)
         if not self.shuffle:
             return range(wanted)
@@ -113,32 +108,18 @@ class Splits:
             raise UserError(f"stage_split ({said}) must be shares of at least 0 that sum to 1")
 
     def key(self, row: Row, key: str) -> str:
-        """The text whose hash sends a row to its side.
-
-        Args:
-            row: the row.
-            key: its `key_of`.
-        """
+        """The text whose hash sends a row to its side."""
         return prompt_key(opening_of(_whole_prompt(row))) if self.by == "dialogue" else key
 
     def part(self, key: str) -> Part:
-        """Where a prompt goes.
-
-        Args:
-            key: from `key`.
-        """
+        """Where a prompt goes."""
         shares: dict[Part, float] = {"train": 1 - self.validation - self.test, "test": self.test}
         shares["validation"] = self.validation
         part: Part = split_of(key, {name: share for name, share in shares.items() if share})  # type: ignore[assignment]
         return part
 
     def kinds(self, key: str, kinds: tuple[Need, ...]) -> tuple[Need, ...]:
-        """Which of some kinds of example a prompt serves.
-
-        Args:
-            key: from `key`.
-            kinds: to choose from.
-        """
+        """Which of some kinds of example a prompt serves."""
         if self.stages is None:
             return kinds
         # In the order of the stages, not of the YAML, and with a salt, so that stages and parts are independent.
@@ -162,12 +143,7 @@ class RowFilter:
         self._rows: set[int] = set()
 
     def reason(self, row: Row, key: str) -> str | None:
-        """Why a row is not wanted, or None.
-
-        Args:
-            row: the next.
-            key: of its prompt.
-        """
+        """Why a row is not wanted, or None."""
         filters = self._filters
         prompt, responses = exact_text(row.prompt), [exact_text(response) for response in row.responses]
         more = _more_than_text(row)
@@ -212,12 +188,7 @@ def hash_of_ids(ids: np.ndarray) -> int:
 
 
 def narrowed(row: Row, kinds: tuple[Need, ...]) -> Row:
-    """A row with only the responses that some kinds of example need, so that no other text is tokenised.
-
-    Args:
-        row: as parsed for the most demanding kind.
-        kinds: what it is for.
-    """
+    """A row with only the responses that some kinds of example need, so that no other text is tokenised."""
     if "preference" in kinds:
         return row
     wanted = 1 if "finetune" in kinds else 0

@@ -32,11 +32,7 @@ _KEYS = {"finetune": ("input_ids",), "preference": ("chosen_input_ids", "rejecte
 
 
 def is_legacy(data: Any) -> bool:
-    """Whether some data is the path of a folder in that layout.
-
-    Args:
-        data: as given to a data module.
-    """
+    """Whether some data is the path of a folder in that layout."""
     if not isinstance(data, str | Path):
         return False
     folder = Path(data).expanduser()
@@ -66,9 +62,6 @@ class LegacyPreparation:
 
     def build(self, folder: Path) -> None:
         """Write everything into an empty folder, its manifest last.
-
-        Args:
-            folder: to be filled.
 
         Raises:
             UserError: another tokenizer made the files, or they do not hold what they should.

@@ -27,12 +27,7 @@ class WholeLengths:
         self._prompts, self._responses, self._together = array("q"), array("q"), array("q")
 
     def add(self, prompt: int, responses: Sequence[int]) -> None:
-        """Add one row.
-
-        Args:
-            prompt: length of the prompt.
-            responses: length of each response, its end of turn included.
-        """
+        """Add one row."""
         room = prompt if self._max_prompt_length is None else min(prompt, self._max_prompt_length)
         self._prompts.append(prompt)
         self._responses.extend(responses)

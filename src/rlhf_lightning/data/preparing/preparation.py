@@ -104,9 +104,6 @@ class Preparation:
     def build(self, folder: Path) -> None:
         """Write everything into an empty folder, its manifest last.
 
-        Args:
-            folder: to be filled.
-
         Raises:
             UserError: data that cannot be used, or that leaves nothing to train on.
         """
@@ -262,12 +259,6 @@ def read_all(
     source: Source, need: Need, encoder: Encoder, on_bad_row: OnBadRow
 ) -> tuple[list[tuple[Row, EncodedRow]], Counter[str]]:
     """All rows of a source in memory, neither filtered nor split.
-
-    Args:
-        source: where they come from.
-        need: what they are read for.
-        encoder: turns them into ids.
-        on_bad_row: what to do at a row that cannot be used.
 
     Returns:
         The rows that are kept, and the counts.

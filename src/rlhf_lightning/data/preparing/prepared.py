@@ -78,12 +78,7 @@ class TableWriter:
         self.rows = self.tokens = 0
 
     def add(self, example: EncodedExample | EncodedPair | EncodedPrompt, source: int = 0) -> None:
-        """Write one row.
-
-        Args:
-            example: of the kind; the text of a prompt is not kept.
-            source: number of the row's source.
-        """
+        """Write one row."""
         self._waiting.append(_cells(example, source))
         self.rows += 1
         if len(self._waiting) == _FLUSH:
@@ -163,11 +158,7 @@ class TokenTable(Sequence[Any]):
         return int(self._starts[-1])
 
     def __getitem__(self, index: Any) -> Any:
-        """One example, or a list of them.
-
-        Args:
-            index: number of the row, or a slice.
-        """
+        """One example, or a list of them."""
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         row = range(len(self))[index]
@@ -185,11 +176,7 @@ class TokenTable(Sequence[Any]):
         return EncodedPair(chosen, rejected, len(prompt), row_id, float(self.margins[row]), float(self.weights[row]))
 
     def ids(self, row: int) -> list[np.ndarray]:
-        """The lists of one row in the order of the columns, as read-only views of the file.
-
-        Args:
-            row: its number, from 0.
-        """
+        """The lists of one row in the order of the columns, as read-only views of the file."""
         batch, i = self._place(row)
         views = [batches[batch] for batches in self._lists.values()]
         return [values[offsets[i] : offsets[i + 1]] for offsets, values in views]
@@ -251,11 +238,7 @@ class Derived(Sequence[Any]):
         return len(self._items) * self._each
 
     def __getitem__(self, index: Any) -> Any:
-        """One item.
-
-        Args:
-            index: its number.
-        """
+        """One item."""
         number, part = divmod(range(len(self))[index], self._each)
         return self._make(self._items[number])[part]
 
@@ -273,19 +256,16 @@ class PreparedFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> PreparedFolder:
-        """Open a folder after checking that it is whole.
-
-        Args:
-            path: of the folder.
+        """Open a folder after checking that it is complete.
 
         Raises:
-            UserError: it is none, of another version, or not whole.
+            UserError: it is not a prepared folder, of another version, or not complete.
         """
         path = Path(path).expanduser()
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} is no prepared folder ({error}); make one with `rlhf prepare`") from error
+            raise UserError(f"{path} is not a prepared folder ({error}); make one with `rlhf prepare`") from error
         if manifest.get("format") != FORMAT:
             raise UserError(
                 f"{path} has layout {manifest.get('format')}, this version reads {FORMAT}; run `rlhf prepare` again"
@@ -294,7 +274,7 @@ class PreparedFolder:
             size = (path / name).stat().st_size if (path / name).is_file() else 0
             if size != part["bytes"]:
                 raise UserError(
-                    f"{path} is not whole: {name} has {size} bytes, not {part['bytes']}; run `rlhf prepare` again"
+                    f"{path} is not complete: {name} has {size} bytes, not {part['bytes']}; run `rlhf prepare` again"
                 )
         return cls(path, manifest)
 
@@ -304,10 +284,6 @@ class PreparedFolder:
 
     def part(self, need: Need, part: Part) -> TokenTable:
         """One part, mapped into memory.
-
-        Args:
-            need: the kind of example.
-            part: `train`, `validation` or `test`.
 
         Raises:
             UserError: the folder does not hold it.
@@ -319,9 +295,6 @@ class PreparedFolder:
 
     def check_tokenizer(self, chat: ChatEncoder) -> None:
         """Refuse ids that mean something else to this tokenizer, or dialogues written another way.
-
-        Args:
-            chat: the tokenizer and dialogue format about to be used.
 
         Raises:
             UserError: the folder was made with others; both are named.
@@ -343,11 +316,7 @@ def _chat_name(said: Mapping[str, Any], differ: Sequence[str]) -> str:
 
 
 def is_prepared(data: Any) -> bool:
-    """Whether some data is the path of a prepared folder, whole or not.
-
-    Args:
-        data: as given to a data module.
-    """
+    """Whether some data is the path of a prepared folder, complete or not."""
     if not isinstance(data, str | Path) or not (path := Path(data).expanduser() / MANIFEST).is_file():
         return False
     try:

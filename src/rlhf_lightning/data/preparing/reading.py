@@ -191,13 +191,7 @@ class RowReader:
             raise UserError("a process that tokenises died, perhaps as memory ran out; lower `num_proc`") from error
 
     def drop_kept(self, reason: str, item: Item, encoded: EncodedRow) -> None:
-        """Count the row given last as dropped after all.
-
-        Args:
-            reason: why.
-            item: what was given.
-            encoded: its ids.
-        """
+        """Count the row given last as dropped after all."""
         self.counts.kept -= 1
         self._count(item, encoded, -1)
         self.counts.dropped[reason] += 1
@@ -230,7 +224,7 @@ class RowReader:
                 kinds = ", or leave it out of `kinds`" if len(self.needs) > 1 else ""
                 raise UserError(
                     f"only {serve} of {meant} rows of {' + '.join(self.rows.source_names)} serve {need} ({reasons}); "
-                    f"mend the data or `columns`{kinds}, or pass `on_bad_row: skip` to go on with what there is"
+                    f"fix the data or `columns`{kinds}, or pass `on_bad_row: skip` to go on with what there is"
                 )
 
     def _note(self, need: Need, reason: BadRowError | DroppedRow) -> None:
@@ -283,12 +277,12 @@ class RowReader:
             self.bad_rows.append((self._place(item.where), item.bad))
         place, reason = self.bad_rows[0]
         if self.on_bad_row == "error":
-            raise UserError(f"{place}: {reason}; mend the row or pass `on_bad_row: skip`")
+            raise UserError(f"{place}: {reason}; fix the row or pass `on_bad_row: skip`")
         rows = self._total or max(self.counts.rows, _STREAMED)
         if self.on_bad_row == "auto" and self.num_bad > BAD_SHARE * rows:
             raise UserError(
                 f"{place}: {reason}; {self.num_bad} of the {self.counts.rows} rows read so far are bad, more than "
-                f"{BAD_SHARE:.0%} of {rows}; mend them or pass `on_bad_row: skip`"
+                f"{BAD_SHARE:.0%} of {rows}; fix them or pass `on_bad_row: skip`"
             )
 
     def _named(self, error: UserError, chunk: list[Item]) -> UserError:

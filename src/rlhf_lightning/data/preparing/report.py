@@ -82,12 +82,7 @@ def report_on(folder: PreparedFolder, tokenizer: PreTrainedTokenizerBase, num_ex
 
 
 def save_report(folder: PreparedFolder, report: dict[str, Any]) -> None:
-    """Write the report beside the tables.
-
-    Args:
-        folder: what was measured.
-        report: from `report_on`.
-    """
+    """Write the report beside the tables."""
     write_json(folder.path / "report.json", report)
     text = io.StringIO()
     print_report(Console(file=text, width=_WIDTH, color_system=None), report)

@@ -286,7 +286,7 @@ def as_source(data: DataSource, columns: Mapping[str, str] | None = None) -> Sou
         columns: our column names to those of the data; a source has its own.
 
     Raises:
-        UserError: a source and columns beside it, or what is no data.
+        UserError: a source and columns beside it, or something that is not data.
     """
     if not isinstance(data, Source):
         check_data(data)

@@ -51,7 +51,7 @@ class ParquetRows(_MappedRows):
         fingerprint: gives that of the file.
 
     Raises:
-        UserError: it is no Parquet file.
+        UserError: it is not a Parquet file.
     """
 
     def __init__(self, path: Path, packed: bool, scratch: Path, fingerprint: Callable[[], str]) -> None:

@@ -66,7 +66,7 @@ class BlendRows(Rows):
 
         Args:
             need: what for.
-            epoch: fixes which rows a weight that is no whole number picks.
+            epoch: fixes which rows a weight that is not a whole number picks.
         """
         parts = zip(self._parts, self._weights, self._first_source, strict=False)
         streams = [_repeat(part, weight, first, need, epoch) for part, weight, first in parts]

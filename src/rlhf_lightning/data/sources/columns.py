@@ -139,5 +139,5 @@ class Columns:
                 raise UserError(f"columns: {ours!r} is not one of {', '.join(NAMES)}; write our name first, then yours")
             if theirs not in self.found:
                 raise UserError(
-                    f"{self._source} has no column {theirs!r}; it has {', '.join(self.found)}; mend `columns`"
+                    f"{self._source} has no column {theirs!r}; it has {', '.join(self.found)}; fix `columns`"
                 )

@@ -1,4 +1,7 @@
-"""What stands in one field of a row: text, a number, a flag, a list, tools and calls of them, or a bad row."""
+"""What stands in one field of a row: text, a number, a flag, a list, tools and calls of them, or a bad row.
+
+`value` is what stands in the row, `name` the field as reasons are to say it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def split_dialogue(text: str, column: str, prompt_only: bool = False) -> tuple[s
         prompt_only: the response does not matter.
 
     Raises:
-        BadRowError: it is no dialogue, or does not end with the assistant.
+        BadRowError: it is not a dialogue, or does not end with the assistant.
         DroppedRow: nothing stands before or after the last turn's header.
 
     Example:
@@ -32,7 +35,7 @@ def split_dialogue(text: str, column: str, prompt_only: bool = False) -> tuple[s
     before, mark, response = text.rpartition(_LAST_TURN)
     if not mark:
         raise BadRowError(
-            f"{column} is no dialogue: it has no {_LAST_TURN.strip()!r} turn and no column says its prompt"
+            f"{column} is not a dialogue: it has no {_LAST_TURN.strip()!r} turn and no column says its prompt"
         )
     if _OTHER_TURN in response:
         raise BadRowError(f"{column} does not end with the assistant")
@@ -51,12 +54,12 @@ def read_number(value: Any, name: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise BadRowError(f"{name} is no number")
+        raise BadRowError(f"{name} is not a number")
     return number
 
 
 def read_list(value: Any, name: str, what: str = "values") -> list[Any]:
-    """A list with something in it; BadRowError if it is none."""
+    """A list with something in it; BadRowError if it is not one."""
     if value is None:
         raise BadRowError(f"{name} is null")
     if not isinstance(value, list):
@@ -79,17 +82,13 @@ def read_flag(value: Any) -> bool | None:
 def read_objects(value: Any, name: str) -> list[dict[str, Any]]:
     """Objects: one or a list of them, as they are or as JSON text.
 
-    Args:
-        value: what stands in the row.
-        name: the field, as reasons are to say it.
-
     Raises:
         BadRowError: anything else.
     """
     whole = _parsed(value, name)
     items = [_parsed(item, name) for item in (whole if isinstance(whole, list) else [whole])]
     if not all(isinstance(item, dict) for item in items):
-        raise BadRowError(f"{name} is no list of objects, nor JSON of one")
+        raise BadRowError(f"{name} is not a list of objects, nor JSON of one")
     try:
         check_text(json.dumps(items, ensure_ascii=False), name)
     except (TypeError, ValueError):
@@ -100,9 +99,7 @@ def read_objects(value: Any, name: str) -> list[dict[str, Any]]:
 def read_tools(value: Any, name: str) -> tuple[dict[str, Any], ...]:
     """Tools as chat templates read them, `{"type": "function", "function": {"name": ..., "parameters": ...}}`.
 
-    Args:
-        value: a list of these, or of the functions alone, or JSON text of one; nothing is no tools.
-        name: the field, as reasons are to say it.
+    They may also stand as the functions alone, or as JSON text; nothing there means no tools.
 
     Raises:
         BadRowError: anything else.
@@ -116,11 +113,9 @@ def read_tools(value: Any, name: str) -> tuple[dict[str, Any], ...]:
 
 
 def read_call(value: dict[str, Any], name: str) -> dict[str, Any]:
-    """A call of a tool as chat templates read it; its arguments become an object where they are JSON text.
+    """A call of a tool, `{"function": {"name": ..., "arguments": ...}}` or the function alone, as templates read it.
 
-    Args:
-        value: `{"function": {"name": ..., "arguments": ...}}`, or the function alone.
-        name: the field, as reasons are to say it.
+    Its arguments become an object where they are JSON text.
 
     Raises:
         BadRowError: no function, or one without a name.
@@ -141,12 +136,12 @@ def _parsed(value: Any, name: str) -> Any:
         return value
     parsed = _json(value)
     if parsed is None:
-        raise BadRowError(f"{name} is no list of objects, nor JSON of one")
+        raise BadRowError(f"{name} is not a list of objects, nor JSON of one")
     return parsed
 
 
 def _json(text: str) -> Any:
-    """What JSON text says; None if it is none."""
+    """What JSON text says; None if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -54,9 +54,6 @@ def cache_root() -> Path:
 def is_local(data: str | Path) -> bool:
     """Whether a source names something on this disk, existing or not, rather than a data set on the hub.
 
-    Args:
-        data: what the user wrote.
-
     Example:
         >>> [is_local(x) for x in ("rows.jsonl", "./rows", "a/b/c", "data/*.csv", "owner/name", "owner/name-v1.5:test")]
         [True, True, True, True, False, False]
@@ -111,9 +108,6 @@ def open_rows(data: Any, split: str | None = None, streaming: bool = False) -> R
 
 def open_files(paths: list[Path]) -> RawRows:
     """The rows of files, one file after the other.
-
-    Args:
-        paths: at least one.
 
     Raises:
         UserError: a file that cannot be read at all.
@@ -266,7 +260,7 @@ def _open_hub(name: str, split: str | None, streaming: bool, subset: str | None)
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = [*str(error).strip().splitlines(), type(error).__name__][0]
         raise UserError(
-            f"{name} is no file or folder here, and the hub gave no such data ({reason}); "
+            f"{name} is not a file or folder here, and the hub gave no such data ({reason}); "
             "check the path or the id, written owner/name or owner/name:split"
         ) from error
     place = " ".join(part for part in (repo, subset) if part)
@@ -277,11 +271,7 @@ def _open_hub(name: str, split: str | None, streaming: bool, subset: str | None)
 
 
 def file_fingerprint(path: Path) -> str:
-    """A hash of a file's content; that of a large file at rest is remembered in the cache.
-
-    Args:
-        path: the file.
-    """
+    """A hash of a file's content; that of a large file at rest is remembered in the cache."""
     state = path.stat()
     # A file written a moment ago may be written again within the resolution of its time.
     remembered = state.st_size > _BYTES_REMEMBERED and time.time() - state.st_mtime > _SECONDS_AT_REST

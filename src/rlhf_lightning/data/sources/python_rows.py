@@ -18,10 +18,7 @@ ACCEPTED = (
 
 
 def check_data(data: Any) -> None:
-    """Refuse what is no data of any kind that is read.
-
-    Args:
-        data: what the user gave, but for sources.
+    """Refuse data of a kind that is not read.
 
     Raises:
         UserError: it is something else; the line says what is accepted.
@@ -83,10 +80,6 @@ def open_object(
 def column_rows(columns: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     """Columns as rows.
 
-    Args:
-        columns: lists, or what has a `tolist`, by name.
-        name: of the data.
-
     Raises:
         UserError: columns of unequal length.
     """
@@ -139,5 +132,5 @@ def _is_frame(data: Any) -> bool:
 
 def _describe(data: Any) -> str:
     if type(data) is dict:
-        return "a dict whose values are no lists (one row goes into a list)"
+        return "a dict whose values are not lists (one row goes into a list)"
     return f"a {type(data).__module__}.{type(data).__qualname__}".replace("builtins.", "")

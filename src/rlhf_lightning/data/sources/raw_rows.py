@@ -59,7 +59,7 @@ class ListRows(RawRows):
     """Rows in memory: a Python list, or the one JSON list of a file.
 
     Args:
-        rows: the list, or what reads it when it is first needed; items that are no objects are bad rows.
+        rows: the list, or what reads it when it is first needed; items that are not objects are bad rows.
         where: begins the place of a row.
         fingerprint: gives that of the file they come from; without it the rows are hashed.
     """
@@ -142,10 +142,6 @@ class JoinedRows(RawRows):
 
 def find_part(ends: list[int], index: int) -> tuple[int, int]:
     """Which of several joined parts a row is in, and its number there.
-
-    Args:
-        ends: rows in this part and those before it, for each part.
-        index: number of the row in all of them.
 
     Example:
         >>> find_part([3, 3, 5], 3)

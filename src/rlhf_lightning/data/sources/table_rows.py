@@ -24,7 +24,7 @@ class Rows(ABC):
     """The rows of an opened source, by number. Whatever takes a pass over them waits until it is asked for.
 
     Attributes:
-        source_names: the name of each source of a blend; one for a source that is none.
+        source_names: the name of each source of a blend; one for any other source.
         source_weights: how often each row of that source is seen in an epoch.
     """
 

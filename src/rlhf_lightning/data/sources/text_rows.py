@@ -33,7 +33,7 @@ _GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
 
 
 class JsonLines(RawRows):
-    """One JSON object a line, found by an index of where the lines begin; blank lines are no rows.
+    """One JSON object a line, found by an index of where the lines begin; blank lines do not count as rows.
 
     Lines are read, not mapped: mapped pages would count as memory of the process.
 
@@ -112,7 +112,7 @@ class JsonLines(RawRows):
 
 
 class CsvRows(RawRows):
-    """Rows of a CSV file with a header, in memory; blank lines are no rows.
+    """Rows of a CSV file with a header, in memory; blank lines do not count as rows.
 
     Args:
         path: the file.
@@ -130,10 +130,10 @@ class CsvRows(RawRows):
         """The header."""
         header = self._header(self._delimiter)
         if isinstance(header, BadRowError):
-            raise UserError(f"{self.path} line 1: {header}; mend the header")
+            raise UserError(f"{self.path} line 1: {header}; fix the header")
         names = [name.strip() for name in header]
         if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
-            raise UserError(f"{self.path} line 1: column {', '.join(twice)} stands there twice; mend the header")
+            raise UserError(f"{self.path} line 1: column {', '.join(twice)} stands there twice; fix the header")
         return names
 
     @cached_property
@@ -275,21 +275,21 @@ def scratch_file(folder: Path, buffering: int = -1) -> Any:
 
 
 def gzip_error(path: Path, error: Exception) -> UserError:
-    """What to say of a gzip file that breaks off, or is none."""
-    return UserError(f"{path} is not a whole gzip file: {error}; fetch it again")
+    """What to say of a gzip file that breaks off, or is not one."""
+    return UserError(f"{path} is not a complete gzip file: {error}; fetch it again")
 
 
 def read_json(path: Path, packed: bool) -> list[Any]:
     """The rows of a file that is one JSON value: a list, an object of columns, or an object with a list inside.
 
     Raises:
-        UserError: broken JSON, with its line, not UTF-8, or an object that is no table.
+        UserError: broken JSON, with its line, not UTF-8, or an object that is not a table.
     """
     with open_binary(path, packed) as file:
         try:
             value = json.load(io.TextIOWrapper(file, encoding="utf-8-sig"))
         except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {error.lineno}: broken JSON ({error.msg}); mend the list") from error
+            raise UserError(f"{path} line {error.lineno}: broken JSON ({error.msg}); fix the list") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from error
         except _GZIP_ERRORS as error:
@@ -310,7 +310,7 @@ def _rows_of_object(value: dict[str, Any], path: Path) -> list[Any]:
 
 
 def _holds_lists(value: Any) -> bool:
-    """Whether an object holds lists only, of which none is a dialogue, so that it is no row."""
+    """Whether an object holds lists only, of which none is a dialogue, so that it is not a row."""
     if not isinstance(value, dict) or not value or not all(isinstance(items, list) for items in value.values()):
         return False
     return not any(
@@ -341,7 +341,7 @@ def is_one_object(path: Path, packed: bool) -> bool:
 
 
 def packed_twice(head: bytes) -> str:
-    """What is wrong with a text file that begins so, if it is none: compressed once more, or in UTF-16."""
+    """What is wrong with a text file that begins so, if it is not one: compressed once more, or in UTF-16."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "is UTF-16 text; save it as UTF-8"
     kinds = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}

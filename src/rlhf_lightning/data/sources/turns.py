@@ -1,4 +1,7 @@
-"""Turns of dialogues as public data write them, and how those of two columns are put together."""
+"""Turns of dialogues as public data write them, and how those of two columns are put together.
+
+`value` is what stands in the row, `name` the field as reasons are to say it.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +51,6 @@ class Turn(NamedTuple):
 
 def read_turns(value: Any, name: str) -> list[Turn]:
     """Turns written as `{"role", "content"}` or `{"from", "value"}`, empty ones included.
-
-    Args:
-        value: what stands in the row.
-        name: the field, as reasons are to say it.
 
     Raises:
         BadRowError: no list of such turns, or something in one that cannot be used.
@@ -105,11 +104,7 @@ def without_answer(turns: list[Turn]) -> list[Turn]:
 
 
 def unused_keys(value: Any) -> set[str]:
-    """Keys of turns that hold something and are not read.
-
-    Args:
-        value: what stands in a column of turns; anything else has none.
-    """
+    """Keys of turns that hold something and are not read."""
     found: set[str] = set()
     for turn in value if isinstance(value, list) else [value]:
         if isinstance(turn, dict):
@@ -131,10 +126,6 @@ def turns_of_text(prompt: str) -> list[Turn]:
 
 def read_history(value: Any, name: str) -> list[Turn]:
     """What was said before: `[[user, assistant], ...]`, or turns; none where nothing stands there.
-
-    Args:
-        value: what stands in the row.
-        name: the field, as reasons are to say it.
 
     Raises:
         BadRowError: anything else.
