@@ -165,8 +165,7 @@ def _build_beside(preparation: Preparation, out: Path, num_examples: int, overwr
                 with Console(stderr=True).status("preparing"):
                     preparation.build(new)
                 folder = PreparedFolder.open(new)
-                tables = [folder.part(kind, part) for kind in KINDS if folder.has(kind) for part in PARTS]
-                check_ids(preparation.chat.tokenizer, lambda: max(table.largest_id for table in tables))
+                check_ids(preparation.chat.tokenizer, lambda: max(map(folder.largest_id, folder.manifest["kinds"])))
                 save_report(folder, report_on(folder, preparation.chat.tokenizer, num_examples))
                 _move(new, out, workplace / "old")
             finally:

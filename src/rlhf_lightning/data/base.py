@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch.distributed
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -23,13 +22,13 @@ from rlhf_lightning.data.packing import PackedTable
 from rlhf_lightning.data.preparing.cache import find_or_build
 from rlhf_lightning.data.preparing.counts import say_counts
 from rlhf_lightning.data.preparing.filters import NO_FILTERS, Filters, Splits
-from rlhf_lightning.data.preparing.legacy import LegacyPreparation, is_legacy
+from rlhf_lightning.data.preparing.given import holds_tokens, open_tokens, said_of_rows
 from rlhf_lightning.data.preparing.lengths import say_cuts
 from rlhf_lightning.data.preparing.preparation import Preparation, read_all
-from rlhf_lightning.data.preparing.prepared import PARTS, PreparedFolder, TokenTable, is_prepared
+from rlhf_lightning.data.preparing.prepared import PARTS, PreparedFolder, TokenTable
 from rlhf_lightning.data.preparing.reading import Encoder
 from rlhf_lightning.data.resuming import ResumableDataModule
-from rlhf_lightning.data.rows import KINDS, Need, Row
+from rlhf_lightning.data.rows import Need, Row
 from rlhf_lightning.data.sampler import LateLoader, ResumableSampler
 from rlhf_lightning.data.sources import DataSource, Source, as_source
 from rlhf_lightning.data.streaming import StreamedExamples, StreamLoader, check_streaming, evaluation_tables
@@ -97,6 +96,7 @@ class TextDataModule(ResumableDataModule, ABC):
     """
 
     need: Need
+    row_limit: Literal["max_length", "max_prompt_length"] = "max_length"
     drop_last = False
     find_turns = False
     packing = False
@@ -182,17 +182,6 @@ class TextDataModule(ResumableDataModule, ABC):
     def _predict_examples(self, row: Row, encoded: EncodedRow) -> list[Any]:
         """What prediction runs on of one row of `predict_data`."""
 
-    def _check_limits(self) -> None:
-        check_context(self.tokenizer, "max_length", self.limits.max_length)
-
-    @property
-    def _row_limit(self) -> int:
-        """Most tokens of a row, as the user set it."""
-        return self.limits.max_length
-
-    def _check_folder(self, folder: PreparedFolder) -> None:
-        """Checks of a prepared folder that was not made for this data module."""
-
     # Lightning's hooks
 
     @property
@@ -277,7 +266,7 @@ class TextDataModule(ResumableDataModule, ABC):
         if self._chat is None:
             tokenizer = load_tokenizer(self._tokenizer_source, self.trust_remote_code)
             self._chat = ChatEncoder(tokenizer, self.dialogue_format, self.chat_template, self.plain_format)
-            self._check_limits()
+            check_context(tokenizer, self.row_limit, getattr(self.limits, self.row_limit))
 
     def _load_parts(self) -> None:
         """Open the prepared parts, unless that is done."""
@@ -288,18 +277,15 @@ class TextDataModule(ResumableDataModule, ABC):
             return
         folder = self._folder()
         self._parts = {part: folder.part(self.need, part) for part in PARTS}
-        for role, said in folder.manifest["sources"].items():
-            word = "" if role == "data" else f"{role.removesuffix('_data')} "
-            written = tuple(f"{kind} " for kind in KINDS)  # counted below, and the other kinds are not read here
-            rows = {name: count for name, count in said["counts"].items() if not name.startswith(written)}
-            self.counts.update({f"{word}{name}": count for name, count in rows.items()})
+        sources = folder.manifest["sources"]
+        self.counts.update(said_of_rows(sources))
         self.counts.update({part: len(table) for part, table in self._parts.items() if part != "test" or len(table)})
-        self._weights = folder.manifest["sources"]["data"]["source_weights"]
-        rank_zero_info(f"{type(self).__name__}: {say_counts(self.counts)}{_say_roles(folder.manifest['sources'])}")
-        for name, meaning in NOTES.items():
-            if count := self.counts[name]:
-                rank_zero_info(f"{type(self).__name__}: {count:,} {meaning}")
-
+        self._weights = sources["data"]["source_weights"]
+        names = [f"{role.replace('_', ' ')}: {said['name']}" for role, said in sources.items()]
+        where = "; " + ", ".join(names) if len(names) > 1 else ""
+        notes = [f"{self.counts[name]:,} {meaning}" for name, meaning in NOTES.items() if self.counts[name]]
+        for line in (f"{say_counts(self.counts)}{where}", *notes):
+            rank_zero_info(f"{type(self).__name__}: {line}")
         for line in say_cuts(folder.manifest):
             rank_zero_warn(line)
 
@@ -307,35 +293,15 @@ class TextDataModule(ResumableDataModule, ABC):
         """The prepared folder: the user's, or the cache's, where it is made if it is not there."""
         if self.data is None:
             raise UserError("there is no data to train on; pass `data`, a file, a folder or a hub id")
-        if is_prepared(self.data):
-            folder = PreparedFolder.open(self._given_folder())
-            folder.check_tokenizer(self.chat)
-        elif is_legacy(self.data):
-            folder = find_or_build(LegacyPreparation(self._given_folder(), self.need, self.chat), self.cache_dir)
-        else:
+        if not holds_tokens(self.data):
             folder = find_or_build(self._preparation(), self.cache_dir)
-            self._check_ids(folder)
+            check_ids(self.tokenizer, lambda: folder.largest_id(self.need))
             return folder
-        self._check_folder(folder)
-        longest = max(int(folder.part(self.need, part).total_lengths.max(initial=0)) for part in PARTS)
-        check_context(self.tokenizer, f"the longest row of {folder.path}", longest)
-        self._check_ids(folder)
-        if longest > self._row_limit:
-            rank_zero_warn(
-                f"{folder.path} holds rows of up to {longest} tokens, more than the limit of {self._row_limit} given "
-                "here; a prepared folder is read as it is, prepare it again with that limit to have it obeyed"
-            )
-        return folder
-
-    def _check_ids(self, folder: PreparedFolder) -> None:
-        check_ids(self.tokenizer, lambda: max(folder.part(self.need, part).largest_id for part in PARTS))
-
-    def _given_folder(self) -> Path:
-        """`data` as the path of a prepared folder, which has parts of its own."""
         for name in ("validation_data", "test_data"):
             if getattr(self, name) is not None:
                 raise UserError(f"{self.data} is a prepared folder with parts of its own; leave out {name}")
-        return Path(str(self.data)).expanduser()
+        limit = getattr(self.limits, self.row_limit)
+        return open_tokens(Path(str(self.data)), self.need, self.chat, limit, self.find_turns, self.cache_dir)
 
     def _preparation(self) -> Preparation:
         sources = {
@@ -426,12 +392,8 @@ class TextDataModule(ResumableDataModule, ABC):
     def _evaluation_tables(self) -> dict[str, TokenTable]:
         """What is evaluated on beside data that are streamed."""
         others = {"packing": self.packing, "length_grouped": self.length_grouped}
-        preparation = self._preparation()
-        check_streaming(preparation, **others, **{"num_workers above 1": self.num_workers > 1})
-        return evaluation_tables(preparation, self.need, self.cache_dir)
-
-    def _current_epoch(self) -> int:
-        return 0 if self.trainer is None else self.trainer.current_epoch
+        check_streaming(self._preparation(), others | {"num_workers above 1": self.num_workers > 1})
+        return evaluation_tables(self._preparation(), self.need, self.cache_dir)
 
     @property
     def _filler(self) -> int:
@@ -444,17 +406,3 @@ class TextDataModule(ResumableDataModule, ABC):
             collate_fn=collate,
             num_workers=self.num_workers,
         )
-
-    def _rank_and_world(self) -> tuple[int, int]:
-        if self.trainer is not None:
-            return self.trainer.global_rank, self.trainer.world_size
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
-
-
-def _say_roles(sources: Mapping[str, Mapping[str, Any]]) -> str:
-    """Where the parts come from, if not all are of `data`."""
-    if len(sources) == 1:
-        return ""
-    return "; " + ", ".join(f"{role.replace('_', ' ')}: {said['name']}" for role, said in sources.items())

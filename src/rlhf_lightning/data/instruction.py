@@ -10,7 +10,7 @@ from rlhf_lightning.data.base import TextDataModule
 from rlhf_lightning.data.collate import EncodedExample, EncodedPrompt, collate_instructions, collate_packed
 from rlhf_lightning.data.encode import EncodedRow
 from rlhf_lightning.data.limits import RANGES
-from rlhf_lightning.data.preparing.prepared import Derived, PreparedFolder
+from rlhf_lightning.data.preparing.prepared import Derived
 from rlhf_lightning.data.prompt import collate_decoded
 from rlhf_lightning.data.rows import Need, Row
 from rlhf_lightning.errors import UserError
@@ -51,10 +51,6 @@ class InstructionDataModule(TextDataModule):
         self.loss_on: Literal["response", "turns", "all"] = loss_on
         self.find_turns = loss_on == "turns"
         self.packing, self.length_grouped = packing, length_grouped
-
-    def _check_folder(self, folder: PreparedFolder) -> None:
-        if self.find_turns and not folder.manifest["arguments"]["find_turns"]:
-            raise UserError(f"{folder.path} was prepared without the turns that `loss_on: turns` needs")
 
     def _collate(self) -> Callable[[list[EncodedExample]], InstructionBatch]:
         return partial(collate_instructions, filler=self._filler, loss_on=self.loss_on)

@@ -10,7 +10,7 @@ from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data.base import TextDataModule
 from rlhf_lightning.data.collate import EncodedPrompt, collate_prompts
 from rlhf_lightning.data.encode import EncodedRow, written_prompt
-from rlhf_lightning.data.limits import RANGES, check_context
+from rlhf_lightning.data.limits import RANGES
 from rlhf_lightning.data.rows import Need, Row
 from rlhf_lightning.errors import UserError
 
@@ -33,6 +33,7 @@ class PromptDataModule(TextDataModule):
     """
 
     need: Need = "prompts"
+    row_limit = "max_prompt_length"
     drop_last = True
 
     def __init__(
@@ -70,13 +71,6 @@ class PromptDataModule(TextDataModule):
                 f"there are {prompts} training prompts, fewer than rollout_batch_size ({self.batch_size}){each}; "
                 "lower it or give more prompts"
             )
-
-    @property
-    def _row_limit(self) -> int:
-        return self.max_prompt_length
-
-    def _check_limits(self) -> None:
-        check_context(self.tokenizer, "max_prompt_length", self.max_prompt_length)
 
     def _collate(self) -> Callable[[list[EncodedPrompt]], PromptBatch]:
         return partial(collate_decoded, chat=self.chat, filler=self._filler)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytorch_lightning as pl
+import torch.distributed
 from pytorch_lightning.trainer.states import TrainerFn
 
 from rlhf_lightning.data.sampler import ResumableSampler
@@ -42,6 +43,16 @@ class ResumableDataModule(pl.LightningDataModule):
         if trainer is not None:
             others = [callback for callback in trainer.callbacks if not isinstance(callback, _PlaceKeeper)]
             trainer.callbacks = [_PlaceKeeper(self), *others]  # first: before what saves checkpoints
+
+    def _current_epoch(self) -> int:
+        return 0 if self.trainer is None else self.trainer.current_epoch
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        if self.trainer is not None:
+            return self.trainer.global_rank, self.trainer.world_size
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the training data: the epoch, and how many batches of it are used up."""

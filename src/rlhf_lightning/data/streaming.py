@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -134,7 +134,7 @@ class StreamLoader(LateLoader):
         yield from super().__iter__()
 
 
-def check_streaming(preparation: Preparation, **others: bool | int) -> None:
+def check_streaming(preparation: Preparation, others: Mapping[str, bool]) -> None:
     """Refuse what needs the whole data at hand.
 
     Args:

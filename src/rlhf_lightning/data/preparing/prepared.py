@@ -293,6 +293,10 @@ class PreparedFolder:
             raise UserError(f"{self.path} holds no {file_name(need, part)}, only {kinds}; prepare it with {need}")
         return TokenTable(self.path / file_name(need, part), need)
 
+    def largest_id(self, need: Need) -> int:
+        """The largest id of all parts; reads the whole files."""
+        return max(self.part(need, part).largest_id for part in PARTS)
+
     def check_tokenizer(self, chat: ChatEncoder) -> None:
         """Refuse ids that mean something else to this tokenizer, or dialogues written another way.
 

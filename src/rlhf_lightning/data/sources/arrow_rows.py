@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from rlhf_lightning.data.rows import BadRowError
-from rlhf_lightning.data.sources.raw_rows import RawRow, RawRows, find_part
+from rlhf_lightning.data.sources.raw_rows import FileRows, RawRow, RawRows, find_part
 from rlhf_lightning.data.sources.text_rows import open_seekable, scratch_file
 from rlhf_lightning.errors import UserError
 
@@ -41,21 +41,22 @@ class _MappedRows(RawRows):
         return list(accumulate(batch.num_rows for batch in self._batches))
 
 
-class ParquetRows(_MappedRows):
+class ParquetRows(_MappedRows, FileRows):
     """Rows of a Parquet file, unpacked once into a temporary Arrow file that is mapped into memory.
 
     Args:
         path: the file.
         packed: whether it is gzipped as a whole.
-        scratch: folder for temporary files, which have no name and go with the process.
         fingerprint: gives that of the file.
+        scratch: folder for temporary files, which have no name and go with the process.
 
     Raises:
         UserError: it is not a Parquet file.
     """
 
-    def __init__(self, path: Path, packed: bool, scratch: Path, fingerprint: Callable[[], str]) -> None:
-        self.path, self._scratch, self._fingerprint = path, scratch, fingerprint
+    def __init__(self, path: Path, packed: bool, fingerprint: Callable[[], str], scratch: Path) -> None:
+        super().__init__(path, packed, fingerprint)
+        self._scratch = scratch
         try:
             self._file = pyarrow.parquet.ParquetFile(open_seekable(path, packed, scratch))
         except pyarrow.ArrowInvalid as error:
@@ -75,10 +76,6 @@ class ParquetRows(_MappedRows):
     def place(self, index: int) -> str:
         """File and row, counted from 0."""
         return f"{self.path} row {index}"
-
-    def fingerprint(self) -> str:
-        """A hash of the file."""
-        return self._fingerprint()
 
     def stream(self) -> Iterator[tuple[str, RawRow | BadRowError]]:
         """Place and row, a batch in memory at a time."""

@@ -220,11 +220,11 @@ def _open_file(path: Path) -> RawRows:
     fingerprint = partial(file_fingerprint, path)
     if looks_like_html(head_of(path, packed=False)):
         # Line by line, so that its lines are counted as the bad rows they are.
-        return JsonLines(path, False, cache_root(), fingerprint, is_html=True)
+        return JsonLines(path, False, fingerprint, cache_root(), is_html=True)
     if kind == ".parquet":
         from rlhf_lightning.data.sources.arrow_rows import ParquetRows  # slow to import, and often not needed
 
-        return ParquetRows(path, packed, cache_root(), fingerprint)
+        return ParquetRows(path, packed, fingerprint, cache_root())
     head = head_of(path, packed)
     if wrong := packed_twice(head):
         raise UserError(f"{path} {wrong}")
@@ -232,7 +232,7 @@ def _open_file(path: Path) -> RawRows:
         return CsvRows(path, packed, fingerprint, "\t" if kind == ".tsv" else ",")
     if head.startswith(b"[") or is_one_object(path, packed):
         return ListRows(partial(read_json, path, packed), f"{path} item", fingerprint)
-    return JsonLines(path, packed, cache_root(), fingerprint, is_html=looks_like_html(head))
+    return JsonLines(path, packed, fingerprint, cache_root(), is_html=looks_like_html(head))
 
 
 def _open_saved(path: Path, split: str | None) -> dict[str, RawRows]:

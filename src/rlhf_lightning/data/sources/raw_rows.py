@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from itertools import accumulate, islice
+from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.data.rows import BadRowError
@@ -53,6 +54,42 @@ class RawRows(ABC):
                 yield self.place(index), self[index]
             except BadRowError as error:
                 yield self.place(index), error
+
+
+class FileRows(RawRows):
+    """Rows of one file.
+
+    Args:
+        path: the file.
+        packed: whether it is gzipped as a whole.
+        fingerprint: gives that of the file.
+    """
+
+    def __init__(self, path: Path, packed: bool, fingerprint: Callable[[], str]) -> None:
+        self.path, self._packed, self._fingerprint = path, packed, fingerprint
+
+    def fingerprint(self) -> str:
+        """A hash of the file."""
+        return self._fingerprint()
+
+
+class LineRows(FileRows):
+    """Rows of one text file, each beginning on a line; streamed without an index, and unpacked on the way."""
+
+    @abstractmethod
+    def _records(self) -> Iterator[tuple[int, Any]]:
+        """The line that each row begins on, counted from 1, and what is parsed."""
+
+    @abstractmethod
+    def _parse(self, record: Any) -> RawRow: ...
+
+    def stream(self) -> Iterator[tuple[str, RawRow | BadRowError]]:
+        """Place and row, or what is wrong with it."""
+        for line, record in self._records():
+            try:
+                yield f"{self.path} line {line}", self._parse(record)
+            except BadRowError as error:
+                yield f"{self.path} line {line}", error
 
 
 class ListRows(RawRows):

@@ -21,7 +21,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from rlhf_lightning.data.rows import BadRowError
 from rlhf_lightning.data.sources.python_rows import column_rows
-from rlhf_lightning.data.sources.raw_rows import RawRow, RawRows, check_object
+from rlhf_lightning.data.sources.raw_rows import LineRows, RawRow, check_object
 from rlhf_lightning.errors import UserError
 
 _DELIMITERS = ",;\t|"
@@ -32,24 +32,24 @@ _UNDECODABLE = re.compile("[\udc80-\udcff]")
 _GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
 
 
-class JsonLines(RawRows):
+class JsonLines(LineRows):
     """One JSON object a line, found by an index of where the lines begin; blank lines do not count as rows.
 
     Lines are read, not mapped: mapped pages would count as memory of the process.
 
     Args:
-        path: the file; gzipped if `packed`.
-        packed: whether it is to be unpacked.
-        scratch: folder for the unpacked form, which has no name and goes with the process.
+        path: the file.
+        packed: whether it is gzipped.
         fingerprint: gives that of the file.
+        scratch: folder for the unpacked form, which has no name and goes with the process.
         is_html: whether the file is a web page, in which no line is a row.
     """
 
     def __init__(
-        self, path: Path, packed: bool, scratch: Path, fingerprint: Callable[[], str], is_html: bool = False
+        self, path: Path, packed: bool, fingerprint: Callable[[], str], scratch: Path, is_html: bool = False
     ) -> None:
-        self.path, self._packed, self._scratch = path, packed, scratch
-        self._fingerprint, self._is_html = fingerprint, is_html
+        super().__init__(path, packed, fingerprint)
+        self._scratch, self._is_html = scratch, is_html
 
     def __len__(self) -> int:
         return len(self._index[0]) - 1
@@ -64,20 +64,11 @@ class JsonLines(RawRows):
         """File and line, counted from 1."""
         return f"{self.path} line {index + 1 + bisect_right(self._index[1], index)}"
 
-    def fingerprint(self) -> str:
-        """A hash of the file."""
-        return self._fingerprint()
-
-    def stream(self) -> Iterator[tuple[str, RawRow | BadRowError]]:
-        """Place and row, or what is wrong with it; a gzipped file is unpacked on the way, not to disk."""
+    def _records(self) -> Iterator[tuple[int, bytes]]:
         with open_binary(self.path, self._packed) as file:
             for number, line in enumerate(checked_lines(file, self.path), start=1):
-                if line.isspace():
-                    continue
-                try:
-                    yield f"{self.path} line {number}", self._parse(line)
-                except BadRowError as error:
-                    yield f"{self.path} line {number}", error
+                if not line.isspace():
+                    yield number, line
 
     @cached_property
     def _file(self) -> BinaryIO:
@@ -97,11 +88,11 @@ class JsonLines(RawRows):
         starts.append(position)
         return starts, blanks
 
-    def _parse(self, line: bytes) -> RawRow:
+    def _parse(self, record: bytes) -> RawRow:
         if self._is_html:
             raise BadRowError("broken JSON (this looks like an HTML page)")
         try:
-            value = json.loads(line.removeprefix(_BOM).decode().strip())
+            value = json.loads(record.removeprefix(_BOM).decode().strip())
         except UnicodeDecodeError:
             raise BadRowError("not UTF-8 text") from None
         except json.JSONDecodeError as error:
@@ -111,7 +102,7 @@ class JsonLines(RawRows):
         return check_object(value)
 
 
-class CsvRows(RawRows):
+class CsvRows(LineRows):
     """Rows of a CSV file with a header, in memory; blank lines do not count as rows.
 
     Args:
@@ -123,7 +114,8 @@ class CsvRows(RawRows):
     """
 
     def __init__(self, path: Path, packed: bool, fingerprint: Callable[[], str], usual: str = ",") -> None:
-        self.path, self._packed, self._fingerprint, self._usual = path, packed, fingerprint, usual
+        super().__init__(path, packed, fingerprint)
+        self._usual = usual
 
     @cached_property
     def columns(self) -> list[str]:
@@ -159,18 +151,6 @@ class CsvRows(RawRows):
         """File and the first line of the row, counted from 1."""
         return f"{self.path} line {self._table[index][0]}"
 
-    def fingerprint(self) -> str:
-        """A hash of the file."""
-        return self._fingerprint()
-
-    def stream(self) -> Iterator[tuple[str, RawRow | BadRowError]]:
-        """Place and row, or what is wrong with it."""
-        for line, fields in self._records():
-            try:
-                yield f"{self.path} line {line}", self._parse(fields)
-            except BadRowError as error:
-                yield f"{self.path} line {line}", error
-
     @cached_property
     def _table(self) -> list[tuple[int, list[str] | BadRowError]]:
         return list(self._records())
@@ -203,9 +183,10 @@ class CsvRows(RawRows):
         except csv.Error as error:
             return BadRowError(f"broken CSV ({error})")
 
-    def _parse(self, fields: list[str] | BadRowError) -> RawRow:
-        if isinstance(fields, BadRowError):
-            raise fields
+    def _parse(self, record: list[str] | BadRowError) -> RawRow:
+        if isinstance(record, BadRowError):
+            raise record
+        fields = record
         if len(fields) != len(self.columns):
             raise BadRowError(f"{len(fields)} fields where the header has {len(self.columns)}")
         if any(not field.isascii() and _UNDECODABLE.search(field) for field in fields):

@@ -1,0 +1,73 @@
+"""Folders of tokens that the user gives, in our layout or the original system's, checked against what the run asks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+
+from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.data.limits import check_context, check_ids
+from rlhf_lightning.data.preparing.cache import find_or_build
+from rlhf_lightning.data.preparing.legacy import LegacyPreparation, is_legacy
+from rlhf_lightning.data.preparing.prepared import PARTS, PreparedFolder, is_prepared
+from rlhf_lightning.data.rows import KINDS, Need
+from rlhf_lightning.errors import UserError
+
+
+def holds_tokens(data: Any) -> bool:
+    """Whether some data is the path of such a folder."""
+    return is_prepared(data) or is_legacy(data)
+
+
+def open_tokens(
+    path: Path, need: Need, chat: ChatEncoder, limit: int, find_turns: bool, cache_dir: str | Path | None
+) -> PreparedFolder:
+    """Open such a folder; one of the original system's is converted first.
+
+    Args:
+        path: of the folder.
+        need: the kind of example that is read.
+        chat: the tokenizer and dialogue format about to be used.
+        limit: most tokens of a row, as the user set it; rows that are longer are read all the same, and that is said.
+        find_turns: the earlier turns of the assistant are needed.
+        cache_dir: root of the cache.
+
+    Raises:
+        UserError: it was made with another tokenizer, or does not hold what is needed.
+    """
+    path = path.expanduser()
+    if is_prepared(path):
+        folder = PreparedFolder.open(path)
+        folder.check_tokenizer(chat)
+    else:
+        folder = find_or_build(LegacyPreparation(path, need, chat), cache_dir)
+    if find_turns and not folder.manifest["arguments"]["find_turns"]:
+        raise UserError(f"{folder.path} was prepared without the turns that `loss_on: turns` needs")
+    longest = max(int(folder.part(need, part).total_lengths.max(initial=0)) for part in PARTS)
+    check_context(chat.tokenizer, f"the longest row of {folder.path}", longest)
+    check_ids(chat.tokenizer, lambda: folder.largest_id(need))
+    if longest > limit:
+        rank_zero_warn(
+            f"{folder.path} holds rows of up to {longest} tokens, more than the limit of {limit} given "
+            "here; a prepared folder is read as it is, prepare it again with that limit to have it obeyed"
+        )
+    return folder
+
+
+def said_of_rows(sources: Mapping[str, Mapping[str, Any]]) -> Counter[str]:
+    """Counts of the rows of all sources, those of `validation_data` and `test_data` with that word in front.
+
+    Args:
+        sources: from a manifest.
+    """
+    counts: Counter[str] = Counter()
+    written = tuple(f"{kind} " for kind in KINDS)  # examples, of which a data module reads one kind
+    for role, said in sources.items():
+        word = "" if role == "data" else f"{role.removesuffix('_data')} "
+        rows = {name: count for name, count in said["counts"].items() if not name.startswith(written)}
+        counts.update({f"{word}{name}": count for name, count in rows.items()})
+    return counts
