@@ -91,7 +91,9 @@ def cross_entropy_at(
     hidden, targets = hidden[mask], targets[mask]
 
     def fused(head: nn.Linear, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return linear_cross_entropy_sum(rows, head.weight, head.bias, targets, logit_scaling(model), label_smoothing)
+        return linear_cross_entropy_sum(
+            rows, head.weight, head.bias, targets, scaling=logit_scaling(model), label_smoothing=label_smoothing
+        )
 
     def plain(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         return cross_entropy_sum(logits, ids, label_smoothing), cross_entropy_sum(logits.detach(), ids)
@@ -119,8 +121,15 @@ def token_logprobs_at(
     """
 
     def fused(head: nn.Linear, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        scaling = logit_scaling(model)
-        return linear_token_logprobs(rows, head.weight, head.bias, token_ids, scaling, temperature, with_entropy)
+        return linear_token_logprobs(
+            rows,
+            head.weight,
+            head.bias,
+            token_ids,
+            scaling=logit_scaling(model),
+            temperature=temperature,
+            with_entropy=with_entropy,
+        )
 
     def plain(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         return token_logprobs(logits, ids, temperature), entropy(logits, temperature) if with_entropy else None

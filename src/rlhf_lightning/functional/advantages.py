@@ -1,6 +1,6 @@
 """From scores to advantages: the KL penalty, rewards per token, and generalised advantage estimation.
 
-Notation: B batch, R padded response length; `response_mask[b, r]` is True for the tokens the policy produced, the EOS
+Shapes: B batch, R padded response length; `response_mask[b, r]` is True for the tokens the policy produced, the EOS
 included, and responses start at r = 0.
 """
 
@@ -64,9 +64,9 @@ def kl_shaped_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef
         >>> kl_shaped_rewards(torch.tensor([1.0]), torch.tensor([[1.0, 2.0, 9.0]]), mask, 0.5)
         tensor([[-0.5000,  0.0000,  0.0000]])
     """
-    positions = torch.arange(response_mask.shape[1], device=response_mask.device)
-    is_last = positions == last_index(response_mask).unsqueeze(1)
-    rewards = -kl_coef * kl + is_last * scores.unsqueeze(1)
+    positions = torch.arange(response_mask.shape[1], device=response_mask.device)  # [R]
+    is_last = positions == last_index(response_mask).unsqueeze(1)  # [B, R]
+    rewards = -kl_coef * kl + is_last * scores.unsqueeze(1)  # [B, R]
     return torch.where(response_mask, rewards, 0)
 
 
@@ -97,14 +97,14 @@ def gae(
         >>> returns
         tensor([[1., 1., 0.]])
     """
-    values = torch.where(response_mask, values, 0)
-    next_value = torch.zeros_like(values[:, 0])
-    advantage = torch.zeros_like(values[:, 0])
+    values = torch.where(response_mask, values, 0)  # [B, R]
+    next_value = torch.zeros_like(values[:, 0])  # [B]
+    advantage = torch.zeros_like(values[:, 0])  # [B]
     backwards = []
     for r in range(values.shape[1] - 1, -1, -1):
-        delta = rewards[:, r] + gamma * next_value - values[:, r]
+        delta = rewards[:, r] + gamma * next_value - values[:, r]  # [B]
         advantage = torch.where(response_mask[:, r], delta + gamma * gae_lambda * advantage, 0)
         next_value = values[:, r]
         backwards.append(advantage)
-    advantages = torch.stack(backwards[::-1], dim=1)
+    advantages = torch.stack(backwards[::-1], dim=1)  # [B, R]
     return advantages, advantages + values

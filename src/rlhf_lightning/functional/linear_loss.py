@@ -8,7 +8,7 @@ own for each token, so their backward pass computes the logits again.
 `torch.nn.functional.linear_cross_entropy` is not used: it is absent before torch 2.13, knows no soft cap, chunks
 neither smoothed losses nor log-probabilities with entropy, and took over twice as long on a CPU.
 
-Notation: N tokens, D hidden size, V vocabulary.
+Shapes: N tokens, n of them in a chunk, D hidden size, V vocabulary; `part` is a chunk's slice of N.
 """
 
 from __future__ import annotations
@@ -83,11 +83,13 @@ def linear_cross_entropy_sum(
         >>> loss, nll
         (tensor(4.1589), tensor(4.1589))
     """
-    rows = chunk_rows or rows_per_chunk(len(weight))
-    dtype = _product_dtype(hidden)
     # Inside `forward` gradients are always off; only out here can be told whether there will be a backward pass.
-    arguments = (targets, scaling, label_smoothing, rows, dtype, torch.is_grad_enabled())
-    return _CrossEntropySum.apply(hidden, weight, bias, *arguments)
+    with_backward = torch.is_grad_enabled()
+    chunks = _Chunks(chunk_rows or rows_per_chunk(len(weight)), _product_dtype(hidden), scaling)
+    sums: tuple[Tensor, Tensor] = _CrossEntropySum.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, chunks, label_smoothing, with_backward
+    )
+    return sums
 
 
 def linear_token_logprobs(
@@ -120,9 +122,31 @@ def linear_token_logprobs(
         >>> logprobs.exp()
         tensor([0.5000])
     """
-    rows = chunk_rows or rows_per_chunk(len(weight))
-    arguments = (token_ids, scaling, temperature, with_entropy, rows, _product_dtype(hidden))
-    return _TokenLogprobs.apply(hidden, weight, bias, *arguments)
+    chunks = _Chunks(chunk_rows or rows_per_chunk(len(weight)), _product_dtype(hidden), scaling, temperature)
+    of_tokens: tuple[Tensor, Tensor | None] = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, token_ids, chunks, with_entropy
+    )
+    return of_tokens
+
+
+class _Chunks(NamedTuple):
+    """How logits are computed.
+
+    Attributes:
+        rows: of a chunk at most.
+        dtype: of the products.
+        scaling: what becomes of the products.
+        temperature: divides the logits.
+    """
+
+    rows: int
+    dtype: torch.dtype
+    scaling: LogitScaling
+    temperature: float = 1.0
+
+    def of(self, length: int) -> Iterator[slice]:
+        """The chunks of so many rows."""
+        return (slice(start, start + self.rows) for start in range(0, length, self.rows))
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
@@ -138,27 +162,25 @@ class _CrossEntropySum(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        scaling: LogitScaling,
+        chunks: _Chunks,
         label_smoothing: float,
-        rows: int,
-        dtype: torch.dtype,
         with_backward: bool,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
-            output = _Output(hidden, weight, bias, scaling, 1.0, dtype)
+            output = _Output(hidden, weight, bias, chunks)
             grads = _Gradients(hidden, weight, bias, [with_backward and need for need in ctx.needs_input_grad[:3]])
-            loss = torch.zeros((), dtype=_wide(dtype), device=hidden.device)
+            loss = torch.zeros((), dtype=_wide(chunks.dtype), device=hidden.device)
             nll = loss.clone()
-            for part in _parts(len(hidden), rows):
-                chosen = targets[part].unsqueeze(1)
-                logits, slope = output.logits(part, with_slope=grads.wanted)
-                at_target, mean = logits.gather(1, chosen).squeeze(1), logits.mean(dim=1)
-                logsumexp = _softmax_(logits)
+            for part in chunks.of(len(hidden)):
+                chosen = targets[part].unsqueeze(1)  # [n, 1]
+                logits, slope = output.logits(part, with_slope=grads.wanted)  # [n, V]
+                at_target, mean = logits.gather(1, chosen).squeeze(1), logits.mean(dim=1)  # [n], [n]
+                logsumexp = _softmax_(logits)  # [n]; logits are probabilities from here on
                 nll += (logsumexp - at_target).sum()
-                share = (1 - label_smoothing) * at_target + label_smoothing * mean
+                share = (1 - label_smoothing) * at_target + label_smoothing * mean  # [n]
                 loss += (logsumexp - share).sum()
                 if grads.wanted:
-                    grad = logits.sub_(label_smoothing / len(weight))
+                    grad = logits.sub_(label_smoothing / len(weight))  # [n, V]
                     grad.scatter_add_(1, chosen, grad.new_full(chosen.shape, label_smoothing - 1))
                     grads.add(part, output, grad.mul_(slope))
         ctx.save_for_backward(*grads.results())
@@ -169,7 +191,7 @@ class _CrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors]
-        return *scaled, *[None] * 6
+        return *scaled, *[None] * 4
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -180,69 +202,57 @@ class _TokenLogprobs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         token_ids: Tensor,
-        scaling: LogitScaling,
-        temperature: float,
+        chunks: _Chunks,
         with_entropy: bool,
-        rows: int,
-        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
-        logprobs = torch.empty(len(hidden), dtype=_wide(dtype), device=hidden.device)
-        entropies = torch.empty_like(logprobs) if with_entropy else None
+        logprobs = torch.empty(len(hidden), dtype=_wide(chunks.dtype), device=hidden.device)  # [N]
+        entropies = torch.empty_like(logprobs) if with_entropy else None  # [N]
         with torch.autocast(hidden.device.type, enabled=False):
-            output = _Output(hidden, weight, bias, scaling, temperature, dtype)
-            for part in _parts(len(hidden), rows):
-                log_softmax = output.logits(part)[0].log_softmax(dim=1)
+            output = _Output(hidden, weight, bias, chunks)
+            for part in chunks.of(len(hidden)):
+                log_softmax = output.logits(part)[0].log_softmax(dim=1)  # [n, V]
                 logprobs[part] = log_softmax.gather(1, token_ids[part].unsqueeze(1)).squeeze(1)
                 if entropies is not None:
                     entropies[part] = -log_softmax.exp().mul_(log_softmax).sum(dim=1)
         ctx.save_for_backward(hidden, weight, bias, token_ids, entropies)
-        ctx.options = scaling, temperature, rows, dtype
+        ctx.chunks = chunks
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, token_ids, entropies = ctx.saved_tensors
-        scaling, temperature, rows, dtype = ctx.options
         with torch.autocast(hidden.device.type, enabled=False):
-            output = _Output(hidden, weight, bias, scaling, temperature, dtype)
+            output = _Output(hidden, weight, bias, ctx.chunks)
             grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
-            for part in _parts(len(hidden), rows):
-                logits, slope = output.logits(part, with_slope=True)
-                factor = -grad_logprobs[part].unsqueeze(1)
+            for part in ctx.chunks.of(len(hidden)):
+                logits, slope = output.logits(part, with_slope=True)  # [n, V]
+                factor = -grad_logprobs[part].unsqueeze(1)  # [n, 1]
                 if entropies is not None and grad_entropies is not None:
                     # d entropy / d logit = -p (log p + entropy), d logprob / d logit = [chosen] - p
-                    surprise = logits.log_softmax(dim=1).add_(entropies[part].unsqueeze(1))
-                    factor = factor - surprise.mul_(grad_entropies[part].unsqueeze(1))
+                    surprise = logits.log_softmax(dim=1).add_(entropies[part].unsqueeze(1))  # [n, V]
+                    factor = factor - surprise.mul_(grad_entropies[part].unsqueeze(1))  # [n, V]
                 _softmax_(logits)
-                grad = logits.mul_(factor)
+                grad = logits.mul_(factor)  # [n, V]
                 grad.scatter_add_(1, token_ids[part].unsqueeze(1), grad_logprobs[part].unsqueeze(1))
                 grads.add(part, output, grad.mul_(slope))
-        return *grads.results(), *[None] * 6
+        return *grads.results(), *[None] * 3
 
 
 class _Output:
     """The output layer, a slice of rows at a time."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        scaling: LogitScaling,
-        temperature: float,
-        dtype: torch.dtype,
-    ) -> None:
-        self.hidden = hidden.to(dtype)
-        self.weight = weight.to(dtype)
-        self.bias = None if bias is None else bias.to(dtype)
-        self.scaling = scaling
-        self.temperature = temperature
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunks: _Chunks) -> None:
+        self.hidden = hidden.to(chunks.dtype)  # [N, D]
+        self.weight = weight.to(chunks.dtype)  # [V, D]
+        self.bias = None if bias is None else bias.to(chunks.dtype)  # [V]
+        self.scaling = chunks.scaling
+        self.temperature = chunks.temperature
 
     def logits(self, part: slice, with_slope: bool = False) -> tuple[Tensor, Tensor | float]:
         """Logits over the temperature, `[n, V]`, free to be overwritten; their derivative by the plain products."""
         scale, cap = self.scaling
-        logits = torch.nn.functional.linear(self.hidden[part], self.weight, self.bias)
+        logits = torch.nn.functional.linear(self.hidden[part], self.weight, self.bias)  # [n, V]
         logits = logits.to(_wide(logits.dtype))
         if scale != 1.0:
             logits.mul_(scale)
@@ -250,7 +260,7 @@ class _Output:
         if cap is not None:
             logits.div_(cap).tanh_()
             if with_slope:
-                slope = (1 - logits**2).mul_(slope)
+                slope = (1 - logits**2).mul_(slope)  # [n, V]
             logits.mul_(cap)
         if self.temperature != 1.0:
             logits.div_(self.temperature)
@@ -274,14 +284,14 @@ class _Gradients:
     def add(self, part: slice, output: _Output, grad_logits: Tensor) -> None:
         """Take in one chunk: `grad_logits` is by the plain products, `[n, V]`."""
         if self.bias is not None:
-            self.bias += grad_logits.sum(dim=0)
+            self.bias += grad_logits.sum(dim=0)  # [V]
         grad_logits = grad_logits.to(output.weight.dtype)
         if self.hidden is not None:
-            self.hidden[part] = grad_logits @ output.weight
+            self.hidden[part] = grad_logits @ output.weight  # [n, V] x [V, D]
         if self.weight is None:
             return
         if self.weight.dtype == grad_logits.dtype:
-            self.weight.addmm_(grad_logits.t(), output.hidden[part])
+            self.weight.addmm_(grad_logits.t(), output.hidden[part])  # [V, n] x [n, D]
         else:
             self.weight += grad_logits.t() @ output.hidden[part]
 
@@ -295,13 +305,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _parts(length: int, rows: int) -> Iterator[slice]:
-    return (slice(start, start + rows) for start in range(0, length, rows))
-
-
 def _softmax_(logits: Tensor) -> Tensor:
     """Overwrite logits `[n, V]` with their softmax, one exponential per element; the logsumexp, `[n]`."""
-    top = logits.amax(dim=1, keepdim=True)
-    total = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
+    top = logits.amax(dim=1, keepdim=True)  # [n, 1]
+    total = logits.sub_(top).exp_().sum(dim=1, keepdim=True)  # [n, 1]
     logits.div_(total)
     return (top + total.log()).squeeze(1)

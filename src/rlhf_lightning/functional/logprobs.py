@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens under given logits.
 
-Notation: N or [...] any leading shape, V vocabulary.
+Shapes: [...] any leading shape, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) 
         >>> token_logprobs(torch.tensor([[0.0, 0.0]]), torch.tensor([1])).exp()
         tensor([0.5000])
     """
-    logits = logits.float() / temperature
-    chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    logits = logits.float() / temperature  # [..., V]
+    chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)  # [...]
     return chosen - logits.logsumexp(dim=-1)
 
 
@@ -45,5 +45,5 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
         >>> entropy(torch.zeros(1, 4)).exp()
         tensor([4.])
     """
-    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)  # [..., V]
     return -(logprobs.exp() * logprobs).sum(dim=-1)

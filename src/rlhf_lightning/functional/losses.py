@@ -1,7 +1,7 @@
 """The losses of the three stages, as sums or per-pair values; the caller divides by the global count.
 
 A loss here never averages: the number of valid tokens (or pairs) of the whole minibatch, over all micro-batches and
-ranks, is known only to the module. Notation: B batch, T padded length, R padded response length, N selected tokens,
+ranks, is known only to the module. Shapes: B batch, T padded length, R padded response length, N selected tokens,
 V vocabulary.
 """
 
@@ -53,7 +53,7 @@ def divergence_index(chosen_ids: Tensor, rejected_ids: Tensor, chosen_mask: Tens
         >>> divergence_index(torch.tensor([[5, 6, 7]]), torch.tensor([[5, 8, 7]]), both, both)
         tensor([1])
     """
-    differ = (chosen_mask != rejected_mask) | ((chosen_ids != rejected_ids) & chosen_mask)
+    differ = (chosen_mask != rejected_mask) | ((chosen_ids != rejected_ids) & chosen_mask)  # [B, T]
     return differ.int().argmax(dim=1)
 
 
@@ -76,14 +76,14 @@ def scores_at_end(token_scores: Tensor, mask: Tensor) -> Tensor:
 
 def _mean_from(token_scores: Tensor, mask: Tensor, start: Tensor) -> Tensor:
     # A side that ends where the other goes on (a prefix) has no token of its own; its last one stands for it.
-    start = torch.minimum(start, last_index(mask)).unsqueeze(1)
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    own = mask & (positions >= start)
+    start = torch.minimum(start, last_index(mask)).unsqueeze(1)  # [B, 1]
+    positions = torch.arange(mask.shape[1], device=mask.device)  # [T]
+    own = mask & (positions >= start)  # [B, T]
     return torch.where(own, token_scores, 0).sum(dim=1) / own.sum(dim=1)
 
 
 def _hold_last(token_scores: Tensor, mask: Tensor) -> Tensor:
-    positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)  # [B, T]
     return token_scores.gather(1, torch.minimum(positions, last_index(mask).unsqueeze(1)))
 
 
@@ -123,17 +123,18 @@ def pairwise_loss(
         rejected_scores = rejected_scores + margins.float().unsqueeze(1)
     chosen_scores = chosen_scores.float()
     if kind == "last_token":
-        lead = scores_at_end(chosen_scores, chosen_mask) - scores_at_end(rejected_scores, rejected_mask)
+        lead = scores_at_end(chosen_scores, chosen_mask) - scores_at_end(rejected_scores, rejected_mask)  # [B]
         return -F.logsigmoid(lead)
-    start = divergence_index(chosen_ids, rejected_ids, chosen_mask, rejected_mask)
+    start = divergence_index(chosen_ids, rejected_ids, chosen_mask, rejected_mask)  # [B]
     if kind == "average":
-        lead = _mean_from(chosen_scores, chosen_mask, start) - _mean_from(rejected_scores, rejected_mask, start)
+        lead = _mean_from(chosen_scores, chosen_mask, start) - _mean_from(rejected_scores, rejected_mask, start)  # [B]
         return -F.logsigmoid(lead)
     if kind != "per_sample":
         raise ValueError(f"kind {kind!r} is none of last_token, average and per_sample")
-    losses = -F.logsigmoid(_hold_last(chosen_scores, chosen_mask) - _hold_last(rejected_scores, rejected_mask))
-    positions = torch.arange(chosen_mask.shape[1], device=chosen_mask.device)
-    compared = (positions >= start.unsqueeze(1)) & (chosen_mask | rejected_mask)
+    lead = _hold_last(chosen_scores, chosen_mask) - _hold_last(rejected_scores, rejected_mask)  # [B, T]
+    losses = -F.logsigmoid(lead)
+    positions = torch.arange(chosen_mask.shape[1], device=chosen_mask.device)  # [T]
+    compared = (positions >= start.unsqueeze(1)) & (chosen_mask | rejected_mask)  # [B, T]
     return torch.where(compared, losses, 0).sum(dim=1) / compared.sum(dim=1)
 
 
@@ -160,7 +161,7 @@ def ppo_policy_loss(
         KL(old || new)).
     """
     # Under the mask False both are arbitrary; a masked difference keeps exp() finite, also in the backward pass.
-    log_ratio = torch.where(response_mask, logprobs - old_logprobs, 0)
+    log_ratio = torch.where(response_mask, logprobs - old_logprobs, 0)  # [B, R]
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     highest = 1 + (clip_range if clip_range_high is None else clip_range_high)
@@ -193,10 +194,10 @@ def ppo_value_loss(
     """
     # As above: what lies under a False must not reach the gradient either.
     values, returns = torch.where(response_mask, values, 0), torch.where(response_mask, returns, 0)
-    error = (values - returns) ** 2
+    error = (values - returns) ** 2  # [B, R]
     if clip_range is None:
         return 0.5 * masked_sum(error, response_mask), {"clip_fraction": torch.zeros_like(error).sum()}
-    near_old = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    near_old = old_values + (values - old_values).clamp(-clip_range, clip_range)  # [B, R]
     clipped_error = (near_old - returns) ** 2
     loss = 0.5 * masked_sum(torch.maximum(error, clipped_error), response_mask)
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """Sums, means and whitening over the entries that count.
 
-Notation: B batch, R response length. A mask is boolean, True means "counts". What lies under a False is never read, so
+Shapes: B batch, T padded length. A mask is boolean, True means "counts". What lies under a False is never read, so
 NaN or infinity there does no harm.
 """
 
@@ -47,7 +47,7 @@ def masked_moments(values: Tensor, mask: Tensor, reduce: Reduce = identity) -> t
 
     Returns:
         Count, mean and variance, three scalars, the same on every process. The variance is taken around the global
-        mean in a second pass, which stays exact where the mean is large against the spread.
+        mean in a second pass, which stays exact where the mean is large against the deviation.
     """
     count = reduce(mask.sum()).clamp(min=1)
     mean = reduce(masked_sum(values, mask)) / count
@@ -55,17 +55,14 @@ def masked_moments(values: Tensor, mask: Tensor, reduce: Reduce = identity) -> t
     return count, mean, variance
 
 
-def masked_whiten(
-    values: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8, reduce: Reduce = identity
-) -> Tensor:
-    """Scale to unit variance over every entry that counts, on all processes together.
+def masked_whiten(values: Tensor, mask: Tensor, eps: float = 1e-8, reduce: Reduce = identity) -> Tensor:
+    """Shift to mean 0 and scale to unit variance over every entry that counts, on all processes together.
 
     Whitening each row by itself would erase the difference between a good and a bad response, so there is no `dim`.
 
     Args:
         values: any shape.
         mask: True where the entry counts, the same shape, bool.
-        shift_mean: also shift the mean to 0; otherwise the mean is kept.
         eps: added to the variance.
         reduce: sums a tensor over all processes.
 
@@ -78,8 +75,6 @@ def masked_whiten(
     """
     _, mean, variance = masked_moments(values, mask, reduce)
     whitened = (values - mean) * torch.rsqrt(variance + eps)
-    if not shift_mean:
-        whitened = whitened + mean
     return torch.where(mask, whitened, 0)
 
 
@@ -96,5 +91,5 @@ def last_index(mask: Tensor) -> Tensor:
         >>> last_index(torch.tensor([[True, True, False], [False, False, True]]))
         tensor([1, 2])
     """
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    return torch.where(mask, positions, 0).amax(dim=1)
+    positions = torch.arange(mask.shape[1], device=mask.device)  # [T]
+    return torch.where(mask, positions, 0).amax(dim=1)  # [B]

@@ -47,7 +47,7 @@ class _Layer(DynamicLayer):
     """One layer's buffers, `[N, heads, capacity, D]`."""
 
     def __init__(self, place: _Place, capacity: int, window: int | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.place = place
         self.num_rows = place.rows.stop
         self.capacity = capacity

@@ -244,7 +244,8 @@ class Decoding:
             if not self.attends:
                 mask = mask[:, -ids.shape[1] :]
             output = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=True, **kwargs)
-        return output.last_hidden_state[:, -1]
+        hidden: Tensor = output.last_hidden_state[:, -1]
+        return hidden
 
     def _pick(self, step: int, logits: Tensor) -> None:
         """Draw the tokens of a step, write them down, and see which responses end with them."""

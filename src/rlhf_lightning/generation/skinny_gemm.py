@@ -45,4 +45,5 @@ class _FewRowsLinear(nn.Linear):
         columns = inputs.reshape(rows, -1).t().contiguous()
         weight, bias = self.weight, self.bias
         product = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
-        return product.t().contiguous().unflatten(0, inputs.shape[:-1])
+        outputs: Tensor = product.t().contiguous().unflatten(0, inputs.shape[:-1])
+        return outputs
