@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from rlhf_lightning.algorithms.pairs import Pairs, PairStage, both_sides
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.batches import PreferenceBatch, ScoringBatch
+from rlhf_lightning.compat import load_validation_data
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.functional import RewardLoss, pairwise_loss, scores_at_end
@@ -161,7 +162,7 @@ class RewardModule(PairStage):
         if self._calibrated_at == self.trainer.global_step:
             return
         if self.trainer.val_dataloaders is None and self.trainer.enable_validation:
-            self._load_validation_data()
+            load_validation_data(self.trainer)
         loader = self.trainer.val_dataloaders
         if not loader:
             rank_zero_warn("no validation data: the reward model's scores stay uncalibrated (mean 0, std 1)")
@@ -173,12 +174,6 @@ class RewardModule(PairStage):
                 chosen = self.scalar.raw(on_device.chosen_ids, on_device.chosen_mask)
                 self.held_out_scores.update(scores_at_end(chosen, on_device.chosen_mask))
             self._calibrate()
-
-    def _load_validation_data(self) -> None:
-        """What Lightning does before a run's first validation, for runs that end without one."""
-        self.trainer.validating = True
-        self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        self.trainer.training = True
 
     def _calibrate(self) -> None:
         """Measure the held-out scores that were collected, and remember one sequence as a probe."""

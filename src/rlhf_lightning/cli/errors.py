@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 
 from rlhf_lightning.cli.recipes import recipe_names
 from rlhf_lightning.cli.spelling import nearest
+from rlhf_lightning.compat import parser_actions
 
 _MOST_SHOWN = 10
 _HOMES = {
@@ -67,7 +68,7 @@ def arguments_of(class_path: Any, key: str) -> list[str]:
         parser.add_class_arguments(find_class(class_path), key)
     except (ImportError, AttributeError, ValueError):
         return []
-    return [action.dest for action in parser._actions]
+    return [action.dest for action in parser_actions(parser)]
 
 
 def _unknown_key(message: str, path: str, known_keys: Iterable[str]) -> str | None:

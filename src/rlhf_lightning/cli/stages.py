@@ -26,6 +26,7 @@ from rlhf_lightning.cli.errors import arguments_of, find_class, one_line
 from rlhf_lightning.cli.recipes import named_classes
 from rlhf_lightning.cli.spelling import check_words
 from rlhf_lightning.cli.stacking import StackedConfig, as_configs
+from rlhf_lightning.compat import parser_actions
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folders import check_model_folder
 from rlhf_lightning.warning_filters import filter_warnings
@@ -69,8 +70,8 @@ class StageParser(OneLineParser):
 
 def _keys(parser: ArgumentParser) -> set[str]:
     """The keys of a parser and of its subcommands."""
-    keys = {action.dest for action in parser._actions}
-    subparsers = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+    keys = {action.dest for action in parser_actions(parser)}
+    subparsers = [action.choices for action in parser_actions(parser) if isinstance(action.choices, dict)]
     return keys.union(*(_keys(sub) for choices in subparsers for sub in choices.values()))
 
 
@@ -211,7 +212,7 @@ def help_for_classes(options: Sequence[str]) -> str:
         parser = ArgumentParser(prog="rlhf", usage="%(prog)s COMMAND [options]", add_help=False)
         skip = linked if key == "data" else set()
         parser.add_class_arguments(find_class(config["class_path"]), key, skip=skip)
-        known = {action.dest for action in parser._actions}
+        known = {action.dest for action in parser_actions(parser)}
         values = _flat(key, config.get("init_args") or {}, known)
         parser.set_defaults({name: value for name, value in values.items() if name in known})
         texts.append(parser.format_help().partition("\n\n")[2])

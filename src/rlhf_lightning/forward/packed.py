@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_lightning.compat import attention_kernel
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.forward.hidden import padded_hidden_states
@@ -55,7 +56,7 @@ def check_packing(model: PreTrainedModel, tokens: Tensor) -> None:
     with evaluation_mode(model), torch.autocast(tokens.device.type, enabled=False):
         error, allowed = packing_error(model, tokens), tolerance(model)
     if not error <= allowed:  # nor NaN
-        name, kernel = type(model).__name__, model.config._attn_implementation
+        name, kernel = type(model).__name__, attention_kernel(model)
         raise UserError(
             f"{name} (attention '{kernel}') does not keep examples in a packed row apart; set packing: false"
         )

@@ -23,6 +23,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_lightning.compat import attention_kernel
 from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.forward.capacity import explained_lookups
 from rlhf_lightning.forward.compatibility import takes_left_padding
@@ -87,7 +88,7 @@ class SharedRows(NamedTuple):
     def padded_hidden_states(self, model: PreTrainedModel) -> Tensor:
         """As `hidden_states`, the padding computed too."""
         mask = self.sees()
-        if model.config._attn_implementation == "eager":  # adds the mask to the attention weights
+        if attention_kernel(model) == "eager":  # adds the mask to the attention weights
             mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
                 ~mask, torch.finfo(model.dtype).min
             )
@@ -221,7 +222,7 @@ def sharing_obstacle(model: PreTrainedModel) -> str | None:
     Args:
         model: put in evaluation mode for a moment. Two forward passes are run unless the answer is known without.
     """
-    config, kernel = model.config.get_text_config(), model.config._attn_implementation
+    config, kernel = model.config.get_text_config(), attention_kernel(model)
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return "it takes no position_ids"
     if kernel not in _KERNELS:

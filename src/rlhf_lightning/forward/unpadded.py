@@ -20,9 +20,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rlhf_lightning.forward.attention import UNUSUAL, attention_function
+from rlhf_lightning.compat import (
+    SDPA,
+    UNUSUAL_ARGUMENTS,
+    attention_function,
+    attention_kernel,
+    sdpa_attention_forward,
+    takes_attention_functions,
+)
 from rlhf_lightning.forward.backbone import (
     cache_argument,
     evaluation_mode,
@@ -151,7 +157,7 @@ def can_unpad(model: PreTrainedModel, device: torch.device) -> bool:
     """
     # What is computed again in the backward pass would find the attention changed back.
     again = torch.is_grad_enabled() and is_checkpointing(model)
-    return device.type in DEVICES and model.config._attn_implementation == "sdpa" and not again
+    return device.type in DEVICES and attention_kernel(model) == SDPA and not again
 
 
 def _attend(
@@ -165,7 +171,7 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: query `[1, heads, N, d]`, key and value `[1, key heads, N, d]`."""
-    if attention_mask is not None or any(kwargs.get(name) is not None for name in UNUSUAL):
+    if attention_mask is not None or any(kwargs.get(name) is not None for name in UNUSUAL_ARGUMENTS):
         raise NotImplementedError("attention of another kind")
     masks = [None] * len(lengths) if sees is None else sees
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), masks, strict=True)
@@ -181,7 +187,7 @@ def _runs(model: PreTrainedModel) -> bool:
 def _can(model: PreTrainedModel) -> bool:
     """Whether hidden states stay the same; two forward passes on made-up tokens, on every process alike."""
     config = model.config.get_text_config()
-    if not takes_positions(model) or not model._supports_attention_backend or getattr(config, "alibi", False):
+    if not takes_positions(model) or not takes_attention_functions(model) or getattr(config, "alibi", False):
         return False
     if unusual_layers(model):
         return False

@@ -18,13 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from rlhf_lightning.forward.attention import UNUSUAL, attention_function
+from rlhf_lightning.compat import UNUSUAL_ARGUMENTS, attention_function, sdpa_attention_forward, sdpa_mask
 from rlhf_lightning.generation.cache import RolloutCache
 
-NAME, NAME_WHOLE = "rlhf_lightning_by_rows", "rlhf_lightning_whole"
+NAME, NAME_FULL = "rlhf_lightning_by_rows", "rlhf_lightning_full_cache"
 """What transformers' configs call them while they are in use."""
 
 
@@ -44,17 +42,17 @@ def attention_by_rows(model: PreTrainedModel, cache: RolloutCache | None) -> Ite
 
 
 @contextmanager
-def attention_to_whole_cache(model: PreTrainedModel) -> Iterator[None]:
+def attention_to_full_cache(model: PreTrainedModel) -> Iterator[None]:
     """Let each new token attend to all columns of a cache for the length of a `with` block, on any device.
 
     Args:
         model: a language model that is given its mask, `[N, 1, 1, T]`, bool.
     """
-    with attention_function(model, NAME_WHOLE, _attend_whole, sdpa_mask):
+    with attention_function(model, NAME_FULL, _attend_full, sdpa_mask):
         yield
 
 
-def _attend_whole(
+def _attend_full(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -63,7 +61,7 @@ def _attend_whole(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: query `[N, heads, 1, D]`, key and value `[N, key heads, T, D]`."""
-    if query.shape[2] > 1 or any(kwargs.get(name) is not None for name in UNUSUAL):
+    if query.shape[2] > 1 or any(kwargs.get(name) is not None for name in UNUSUAL_ARGUMENTS):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     batch, heads, _, size = query.shape
     query = query.reshape(batch, key.shape[1], -1, size)
@@ -84,8 +82,13 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: query `[N, heads, Q, D]`, key and value `[N, key heads, T, D]`."""
     batch, heads, length, size = query.shape
-    whole_range = key.shape[2] == cache.visible and attention_mask is not None and attention_mask.shape[1] == 1
-    if length > 1 or not cache.groups or not whole_range or any(kwargs.get(name) is not None for name in UNUSUAL):
+    full_range = key.shape[2] == cache.visible and attention_mask is not None and attention_mask.shape[1] == 1
+    if (
+        length > 1
+        or not cache.groups
+        or not full_range
+        or any(kwargs.get(name) is not None for name in UNUSUAL_ARGUMENTS)
+    ):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     assert attention_mask is not None
     query = query.reshape(batch, key.shape[1], -1, size)

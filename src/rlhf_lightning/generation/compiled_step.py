@@ -13,6 +13,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_lightning.compat import SDPA, attention_kernel, compiler_settings, is_compiler_error, mark_static
 from rlhf_lightning.forward.backbone import cache_argument, takes_positions
 from rlhf_lightning.forward.numerics import relative_distance, tolerance, unusual_layers
 from rlhf_lightning.generation.cache import RolloutCache, rollout_cache
@@ -91,8 +92,8 @@ class CompiledStep:
         assert self.cache is not None
         if self.is_replayed:
             for layer in self.cache.buffers:  # else the graph would be given up, for it writes what it is passed
-                torch._dynamo.mark_static_address(layer.keys)
-                torch._dynamo.mark_static_address(layer.values)
+                mark_static(layer.keys)
+                mark_static(layer.values)
         self.mask.zero_()
         self.mask[: len(mask), 0, 0, : mask.shape[1]] = mask
 
@@ -115,7 +116,7 @@ class CompiledStep:
         try:
             hidden = self._read()[: len(ids)].clone()  # a replayed graph writes the same memory again
         except Exception as error:
-            if not _is_of_compiler(error):
+            if not is_compiler_error(error):
                 raise
             self._give_up(" ".join(str(error).split())[:MOST_CHARACTERS])
             return None
@@ -132,9 +133,7 @@ class CompiledStep:
         assert self.cache is not None
         if self.is_replayed:
             torch.compiler.cudagraph_mark_step_begin()
-        # Inside a forward pass of DDP the graph would be cut at its buckets of gradients, of which there are none here.
-        settings = torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=MOST_SIZES)
-        with settings, self.cache.written_at(self.column):
+        with compiler_settings(MOST_SIZES), self.cache.written_at(self.column):
             hidden: Tensor = self._compiled(self.ids, self.mask, self.positions)
         return hidden
 
@@ -173,18 +172,12 @@ class CompiledStep:
         return hidden
 
 
-def _is_of_compiler(error: Exception) -> bool:
-    from torch._dynamo import exc  # slow to import
-
-    return isinstance(error, exc.TorchDynamoException | exc.FailOnRecompileLimitHit)
-
-
 def _obstacle(model: PreTrainedModel) -> str:
     """Why a model's step cannot be compiled, as far as it can be looked up."""
     if is_sharded(model):
         return "its weights are split over processes (ZeRO-3)"
     if not takes_positions(model) or unusual_layers(model):
         return f"{type(model).__name__} is not of the usual kind, or takes no positions"
-    if model.config._attn_implementation != "sdpa":
-        return f"its attention is {model.config._attn_implementation}, not sdpa"
+    if (kernel := attention_kernel(model)) != SDPA:
+        return f"its attention is {kernel}, not {SDPA}"
     return ""

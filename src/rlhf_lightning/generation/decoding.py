@@ -157,8 +157,8 @@ class Decoding:
     def prefill(self) -> None:
         """Read the prompts."""
         if self.cache is None:
-            whole = slice(0, len(self.rows))
-            self.hidden = self._read_again(0) if self.any_cache is None else self._read_batch(whole)
+            everything = slice(0, len(self.rows))
+            self.hidden = self._read_again(0) if self.any_cache is None else self._read_batch(everything)
             return
         read = self._read_row if self.reads_rows else self._read_batch
         self.hidden = torch.cat([read(group) for group in self._groups()])  # at their ends, [N, D]

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
-from rlhf_lightning.generation.attention import attention_by_rows, attention_to_whole_cache
+from rlhf_lightning.generation.attention import attention_by_rows, attention_to_full_cache
 from rlhf_lightning.generation.compiled_step import CompiledStep
 from rlhf_lightning.generation.decoding import Decoding, Record, remembers
 from rlhf_lightning.generation.merging import merged_adapters
@@ -231,8 +231,8 @@ class TransformersEngine(RolloutEngine):
                 )
                 decoding.prefill()
                 compiled = decoding.compiled is not None
-                whole = attention_to_whole_cache(self.model)
-                with whole if compiled else attention_by_rows(self.model, decoding.cache):
+                full, by_rows = attention_to_full_cache(self.model), attention_by_rows(self.model, decoding.cache)
+                with full if compiled else by_rows:
                     for step in decoding:
                         if on_token is not None:
                             on_token(done + step + 1)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from rlhf_lightning.compat import DROPOUTS
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import adapter_base, is_adapter, is_reward_adapter, merge_adapter
 from rlhf_lightning.models.dtypes import keep_tables
@@ -87,20 +88,20 @@ def disable_dropout(model: nn.Module) -> None:
     Args:
         model: changed in place.
     """
-    quiet: dict[int, Any] = {}
+    without_dropout: dict[int, Any] = {}
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if isinstance(module, DROPOUTS):
             module.p = 0.0
         for name in _dropout_numbers(module):
             setattr(module, name, 0.0)
         config = getattr(module, "config", None)
         if isinstance(module, PreTrainedModel) or config is None or not _dropout_numbers(config):
             continue
-        if id(config) not in quiet:
-            quiet[id(config)] = copy.copy(config)
+        if id(config) not in without_dropout:
+            without_dropout[id(config)] = copy.copy(config)
             for name in _dropout_numbers(config):
-                setattr(quiet[id(config)], name, 0.0)
-        module.config = quiet[id(config)]
+                setattr(without_dropout[id(config)], name, 0.0)
+        module.config = without_dropout[id(config)]
 
 
 def _dropout_numbers(owner: Any) -> list[str]:

@@ -7,12 +7,12 @@ far tokens by a wrong angle), and the sums of metrics (a count in bfloat16 stops
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from rlhf_lightning.compat import Convert, wrap_conversion
 
 Kept = TypeVar("Kept", bound=nn.Module)
 
@@ -30,7 +30,7 @@ def keep_dtype(module: Kept) -> Kept:
         >>> keep_dtype(nn.Linear(1, 1)).to(torch.bfloat16).weight.dtype
         torch.float32
     """
-    module._apply = partial(_apply_but_keep_dtype, module)  # type: ignore[method-assign]  # unlike a method, it pickles
+    wrap_conversion(module, _keeping_dtype)
     return module
 
 
@@ -73,9 +73,9 @@ def linear_in_float32(layer: Any, inputs: Tensor) -> Tensor:
         del layer.forward
 
 
-def _apply_but_keep_dtype(self: nn.Module, function: Callable[[Tensor], Tensor], *args: Any) -> nn.Module:
+def _keeping_dtype(convert: Convert) -> Convert:
     def move(tensor: Tensor) -> Tensor:
-        moved = function(tensor)
+        moved = convert(tensor)
         return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-    return type(self)._apply(self, move, *args)
+    return move

@@ -6,10 +6,10 @@ import re
 
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_lightning.compat import CONVOLUTIONS
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import HEAD
 from rlhf_lightning.forward.output_layer import is_tied
@@ -86,7 +86,7 @@ def _weights_called(model: nn.Module, target: str) -> list[str]:
 
 def _without_layer(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Matrices, one or several on top of each other, that belong to no layer of their own, such as fused experts."""
-    layers = (module for module in model.modules() if isinstance(module, (*_LINEAR, nn.Embedding, _ConvNd)))
+    layers = (module for module in model.modules() if isinstance(module, (*_LINEAR, nn.Embedding, CONVOLUTIONS)))
     of_layers = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
     backbone = {id(p) for p in model.base_model.parameters()} - of_layers
     shapes = ((name, p, full_shape(p)) for name, p in model.named_parameters() if id(p) in backbone)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_lightning.arguments import check_arguments
+from rlhf_lightning.compat import has_unmerged_adapter
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import hidden_states, response_hidden
 from rlhf_lightning.functional import scores_at_end
@@ -184,7 +185,7 @@ def _load(name: str, dropout: bool, trust_remote_code: bool, nf4: bool = False) 
     except LOADING_ERRORS as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"no model with a scalar head could be loaded from '{name}': {reason}") from e
-    if getattr(model, "_hf_peft_config_loaded", False):  # its base would stay frozen, its head random
+    if has_unmerged_adapter(model):  # its base would stay frozen, its head random
         raise UserError(f"'{name}' is a PEFT adapter; download it and pass the folder")
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(

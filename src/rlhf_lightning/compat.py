@@ -1,0 +1,126 @@
+"""What this package uses of its libraries that they call private or may rename, each in one place.
+
+`tests/test_compat.py` has a test for each, which says what would break here if it changed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from pytorch_lightning import Trainer
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask as sdpa_mask
+
+SDPA = "sdpa"
+"""What transformers calls the attention of `torch.nn.functional.scaled_dot_product_attention`."""
+
+UNUSUAL_ARGUMENTS = ("softcap", "position_bias", "s_aux", "cache")
+"""Arguments that only some families give their attention function; ours know nothing of them."""
+
+CONVOLUTIONS, DROPOUTS = _ConvNd, _DropoutNd
+"""What all of torch's layers of a kind are instances of."""
+
+Convert = Callable[[Tensor], Tensor]
+
+
+def attention_kernel(model: PreTrainedModel) -> str:
+    """Name of the attention that a model computes with: `sdpa`, `eager`, `flash_attention_2` and others."""
+    return str(model.config._attn_implementation)
+
+
+def takes_attention_functions(model: PreTrainedModel) -> bool:
+    """Whether a model calls the attention function that is registered under its kernel's name."""
+    return bool(model._supports_attention_backend)
+
+
+@contextmanager
+def attention_function(
+    model: PreTrainedModel, name: str, attend: Callable[..., Any], make_mask: Callable[..., Any]
+) -> Iterator[None]:
+    """Put an attention function in the place of transformers' `sdpa` for the length of a `with` block.
+
+    Args:
+        model: nothing changes where it takes no attention functions, or uses another one.
+        name: what the model's configs call the function meanwhile.
+        attend: the function.
+        make_mask: makes the mask that it is given.
+    """
+    configs: list[Any] = []
+    if takes_attention_functions(model):
+        owners = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+        configs = [c for c in owners.values() if getattr(c, "_attn_implementation", None) == SDPA]
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, make_mask)
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config in configs:
+            config._attn_implementation = SDPA
+        # What is registered stays so, with all that it holds on to: caches and masks.
+        AttentionInterface.register(name, sdpa_attention_forward)
+
+
+def has_unmerged_adapter(model: PreTrainedModel) -> bool:
+    """Whether `from_pretrained` found a PEFT adapter and put it beside the weights."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def wrap_conversion(module: nn.Module, wrap: Callable[[Convert], Convert]) -> None:
+    """Change what `module.to(...)`, `.half()`, `.cuda()` and their like do to each tensor of a module.
+
+    Args:
+        module: changed in place, with all it contains.
+        wrap: takes what is done to a tensor and returns what is done instead; a function of a module, to be pickled.
+    """
+    module._apply = partial(_apply_wrapped, module, wrap)  # type: ignore[method-assign]  # unlike a method, it pickles
+
+
+def _apply_wrapped(module: nn.Module, wrap: Callable[[Convert], Convert], convert: Convert, *args: Any) -> nn.Module:
+    return type(module)._apply(module, wrap(convert), *args)
+
+
+def compiler_settings(max_sizes: int) -> AbstractContextManager[Any]:
+    """How `torch.compile` traces a function that is called inside DDP, with buffers of several sizes.
+
+    Inside a forward pass of DDP the graph would be cut at its buckets of gradients.
+
+    Args:
+        max_sizes: that are compiled for before it gives up.
+    """
+    settings: AbstractContextManager[Any] = torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=max_sizes)
+    return settings
+
+
+def mark_static(tensor: Tensor | None) -> None:
+    """Promise that a tensor stays where it lies, so that a CUDA graph may write it."""
+    torch._dynamo.mark_static_address(tensor)
+
+
+def is_compiler_error(error: Exception) -> bool:
+    """Whether `torch.compile` failed, and not what it compiled."""
+    from torch._dynamo import exc  # slow to import
+
+    return isinstance(error, exc.TorchDynamoException | exc.FailOnRecompileLimitHit)
+
+
+def parser_actions(parser: ArgumentParser) -> list[Any]:
+    """Every option and subcommand of a parser, each with `dest` and `choices`."""
+    return list(parser._actions)
+
+
+def load_validation_data(trainer: Trainer) -> None:
+    """What Lightning does before a run's first validation, for runs that end without one."""
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    trainer.training = True

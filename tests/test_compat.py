@@ -1,0 +1,207 @@
+"""What our libraries keep to themselves is as it was; each test says what would break here if it were not."""
+
+import inspect
+import pickle
+import weakref
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from jsonargparse import ArgumentParser
+from peft import LoraConfig
+from pytorch_lightning.demos.boring_classes import BoringModel
+from torch import nn
+
+from helpers.models import tiny_causal_lm
+from rlhf_lightning import compat
+
+
+def test_models_name_their_attention():
+    """Else padding would be computed, prefixes not shared, and no decoding step compiled: each asks for `sdpa`."""
+    model = tiny_causal_lm("llama")
+    assert compat.attention_kernel(model) == compat.SDPA
+    model.set_attn_implementation("eager")
+    assert compat.attention_kernel(model) == "eager"
+
+
+def test_models_tell_whether_they_take_attention_functions():
+    """Else padding would be computed for all models, or the attention of some be taken apart in vain."""
+    assert compat.takes_attention_functions(tiny_causal_lm("llama"))
+    assert not compat.takes_attention_functions(tiny_causal_lm("bloom"))
+
+
+def test_an_attention_function_stands_in_for_sdpa_for_a_while():
+    """Else prompts could not be read as one row, nor keys be shared by heads while decoding."""
+    model, ids = tiny_causal_lm("llama"), torch.tensor([[5, 6, 7]])
+    expected = model(ids).logits
+    seen = []
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        seen.append((query.shape, key.shape, value.shape, attention_mask))
+        return compat.sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+    with compat.attention_function(model, "test_compat", attend, lambda *args, **kwargs: "mask"):
+        assert torch.equal(model(ids).logits, expected)
+    assert seen == [((1, 2, 3, 8), (1, 1, 3, 8), (1, 1, 3, 8), "mask")] * 2  # one for each layer
+    with pytest.raises(KeyError), compat.attention_function(model, "test_compat", attend, compat.sdpa_mask):
+        raise KeyError
+    assert compat.attention_kernel(model) == compat.SDPA
+    model(ids)
+    assert len(seen) == 2
+
+
+def test_nothing_holds_on_to_a_function_that_has_stood_in():
+    """Else the cache of every rollout would stay in memory until the next."""
+
+    class Attend:
+        def __call__(self, *args, **kwargs):
+            return compat.sdpa_attention_forward(*args, **kwargs)
+
+    attend = Attend()
+    watched = weakref.ref(attend)
+    with compat.attention_function(tiny_causal_lm("llama"), "test_compat", attend, compat.sdpa_mask):
+        del attend
+        assert watched() is not None
+    assert watched() is None
+
+
+def test_sdpa_of_transformers_is_that_of_torch():
+    """Else attention that ours leaves to transformers would be something else: several new tokens, unusual families."""
+    query, key, value = torch.randn(3, 2, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    output, weights = compat.sdpa_attention_forward(nn.Module(), query, key, value, None, scaling=0.3, is_causal=True)
+    expected = nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3, is_causal=True)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+    assert weights is None
+
+
+def test_the_mask_for_sdpa_is_true_where_a_token_is_seen():
+    """Else rows would be attended through the wrong mask while decoding: ours slices it, `[N, 1, Q, T]`."""
+    model, masks = tiny_causal_lm("llama"), []
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        return compat.sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    with compat.attention_function(model, "test_compat", attend, compat.sdpa_mask):
+        model(torch.tensor([[0, 6, 7], [5, 6, 7]]), attention_mask=mask)
+    assert masks[0].dtype is torch.bool
+    assert masks[0].shape == (2, 1, 3, 3)
+    assert masks[0][:, 0, 2].tolist() == [[False, True, True], [True, True, True]]
+
+
+def test_unusual_arguments_have_the_names_that_families_give_them():
+    """Else ours would compute attention without the soft cap of Gemma 2, and be given up by its self test at best."""
+    model, asked = tiny_causal_lm("gemma2"), []
+
+    def attend(*args, **kwargs):
+        asked.append(kwargs)
+        return compat.sdpa_attention_forward(*args)
+
+    model.config._attn_implementation = compat.SDPA  # which transformers refuses to set for this family
+    with compat.attention_function(model, "test_compat", attend, compat.sdpa_mask):
+        model(torch.tensor([[5, 6]]))
+    unusual = {name for name in compat.UNUSUAL_ARGUMENTS if asked[0].get(name) is not None}
+    assert unusual == {"softcap"}
+
+
+def test_all_layers_of_a_kind_have_one_base():
+    """Else some dropout would stay on in PPO, or a convolution's weight be offered an adapter."""
+    for layer in (nn.Dropout(), nn.Dropout1d(), nn.Dropout3d(), nn.AlphaDropout(), nn.FeatureAlphaDropout()):
+        assert isinstance(layer, compat.DROPOUTS)
+    for layer in (nn.Conv1d(1, 1, 1), nn.Conv3d(1, 1, 1), nn.ConvTranspose2d(1, 1, 1)):
+        assert isinstance(layer, compat.CONVOLUTIONS)
+    assert not isinstance(nn.Linear(1, 1), compat.DROPOUTS | compat.CONVOLUTIONS)
+
+
+def test_a_model_tells_that_transformers_put_an_adapter_beside_it():
+    """Else an adapter from the hub would be trained as if it were a model, its base frozen and its head random."""
+    model = tiny_causal_lm("llama")
+    assert not compat.has_unmerged_adapter(model)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    assert compat.has_unmerged_adapter(model)
+
+
+def _doubling(convert):
+    return lambda tensor: 2 * convert(tensor)
+
+
+def test_conversions_of_a_module_go_through_one_method():
+    """Else `bf16-true` would round the frequencies of rotary positions and the sums of metrics."""
+    module = nn.Sequential(nn.BatchNorm1d(1))
+    compat.wrap_conversion(module, _doubling)
+    module = pickle.loads(pickle.dumps(module))
+    for convert in (lambda m: m.to(torch.bfloat16), lambda m: m.float(), lambda m: nn.ModuleList([m]).half()[0]):
+        before = float(module[0].running_var)
+        assert float(convert(module)[0].running_var) == 2 * before
+
+
+def test_the_compiler_s_settings_are_those_of_the_block():
+    """Else a compiled step would be cut at DDP's buckets, and given up after eight sizes of the cache."""
+    config = torch._dynamo.config
+    before = config.optimize_ddp, config.recompile_limit
+    with compat.compiler_settings(77):
+        assert (config.optimize_ddp, config.recompile_limit) == (False, 77)
+    assert (config.optimize_ddp, config.recompile_limit) == before
+
+
+def test_a_tensor_is_marked_as_static():
+    """Else a CUDA graph would be given up, or copy the cache in and out, for it writes what it is passed."""
+    tensor = torch.zeros(1)
+    compat.mark_static(tensor)
+    assert tensor._dynamo_static_input_type == "unguarded"
+
+
+def test_errors_of_the_compiler_are_told_from_those_of_what_it_compiles():
+    """Else a model that cannot be compiled would end the run instead of going on as it is."""
+
+    def cannot_be_traced(x):
+        torch._dynamo.graph_break()
+        return x
+
+    with pytest.raises(Exception, match="graph") as error:
+        torch.compile(cannot_be_traced, fullgraph=True, backend="eager")(torch.zeros(1))
+    assert compat.is_compiler_error(error.value)
+    assert not compat.is_compiler_error(KeyError("of its own"))
+
+
+def test_a_parser_lists_its_options_and_subcommands():
+    """Else a misspelt option would be refused without the nearest one that exists."""
+    parser = ArgumentParser()
+    parser.add_argument("--this")
+    commands = parser.add_subcommands()
+    commands.add_subcommand("run", ArgumentParser())
+    actions = {action.dest: action for action in compat.parser_actions(parser)}
+    assert {"help", "this", "subcommand"} == set(actions)
+    assert list(actions["subcommand"].choices) == ["run"]
+
+
+def test_validation_data_are_loaded_when_no_validation_has_been(tmp_path):
+    """Else a reward model whose run ends before its first validation would stay uncalibrated."""
+    states = []
+
+    class Watched(BoringModel):
+        def on_train_end(self):
+            states.append(self.trainer.val_dataloaders)
+            compat.load_validation_data(self.trainer)
+            states.append(self.trainer.val_dataloaders)
+            states.append(self.trainer.state.stage)
+
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "barebones": False}
+    trainer = pl.Trainer(
+        max_steps=1, check_val_every_n_epoch=9, num_sanity_val_steps=0, accelerator="cpu", default_root_dir=tmp_path,
+        enable_model_summary=False, **options,
+    )  # fmt: skip
+    trainer.fit(Watched())
+    assert states[0] is None
+    assert next(iter(states[1])).shape == (1, 32)
+    assert states[2] == "train"
+
+
+def test_every_name_has_a_test():
+    """So that what is added to the module is not added without saying what it holds up."""
+    written = inspect.getsource(inspect.getmodule(test_every_name_has_a_test))
+    for name, value in vars(compat).items():
+        ours = getattr(value, "__module__", None) == compat.__name__ or name.isupper()
+        if ours and not name.startswith("_"):
+            assert f"compat.{name}" in written, name
