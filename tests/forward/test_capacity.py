@@ -8,11 +8,11 @@ from transformers import AutoConfig
 
 from helpers.answers import generate
 from helpers.models import VOCAB_SIZE, save_folder, tiny_causal_lm, tiny_classifier
+from helpers.prefixes import shared_hidden_states
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.capacity import context_length
 from rlhf_lightning.forward.hidden import hidden_states, response_logprobs
-from rlhf_lightning.forward.prefix import shared_hidden_states
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.adapters import folder_config
 

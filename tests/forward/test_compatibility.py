@@ -8,13 +8,13 @@ import torch
 from helpers.answers import generate
 from helpers.models import DROPOUT, tiny_causal_lm
 from helpers.other_families import REFUSED, RIGHT, other_causal_lm
+from helpers.prefixes import shared_hidden_states
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.compatibility import takes_left_padding
 from rlhf_lightning.forward.hidden import hidden_states, response_logprobs
 from rlhf_lightning.forward.numerics import tolerance
 from rlhf_lightning.forward.packed import packing_error
-from rlhf_lightning.forward.prefix import shared_hidden_states
 from rlhf_lightning.forward.unpadded import unpadded_hidden_states
 from rlhf_lightning.generation.decoding import remembers
 from rlhf_lightning.generation.sampling import Sampling

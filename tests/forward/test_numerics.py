@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from helpers.models import tiny_causal_lm
-from rlhf_lightning.forward.numerics import allowed_rounding, is_float32_exact, relative_distance, tolerance
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.forward.numerics import (
+    allowed_rounding,
+    is_float32_exact,
+    relative_distance,
+    self_test,
+    tolerance,
+)
 
 REAL = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -47,3 +54,32 @@ def test_float32_that_is_not_computed_as_such_is_allowed_more(precision, exact):
 def test_distances_are_measured_in_the_precision_of_the_numbers():
     one = torch.ones(1, 3, dtype=torch.float64)
     assert 0 < relative_distance(one + 1e-12, one) < 1e-11
+
+
+def test_a_self_test_runs_in_evaluation_without_gradients_or_autocast():
+    model = tiny_causal_lm("llama").train()
+
+    def look():
+        return model.training, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert self_test(model, look) == (False, False, False)
+    assert model.training
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no"), AttributeError("no"), AssertionError("no")])
+def test_a_self_test_returns_what_a_model_that_cannot_be_run_raises(error):
+    assert self_test(tiny_causal_lm("llama"), lambda: fail(error)) is error
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), UserError("refused"), KeyboardInterrupt()])
+def test_what_says_nothing_of_the_model_is_raised(error):
+    """A process that is out of memory would otherwise go another way than the others."""
+    model = tiny_causal_lm("llama").train()
+    with pytest.raises(type(error)):
+        self_test(model, lambda: fail(error))
+    assert model.training

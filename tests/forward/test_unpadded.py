@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.models import FAMILIES, LAYOUTS, spread_weights, tiny_causal_lm
-from rlhf_lightning.forward import unpadded
+from rlhf_lightning.forward import numerics, unpadded
 from rlhf_lightning.forward.backbone import position_ids
 from rlhf_lightning.forward.hidden import hidden_states, padded_hidden_states
 from rlhf_lightning.forward.prefix import share_rows
-from rlhf_lightning.forward.unpadded import unpadded_hidden_states
+from rlhf_lightning.forward.unpadded import unpadded_hidden_states, unpadding_obstacle
 from rlhf_lightning.models.finetune import enable_gradient_checkpointing
 
 SHAPE = {
@@ -128,3 +128,34 @@ def test_the_attention_is_changed_back_also_after_an_error(monkeypatch):
     with pytest.raises(TypeError):
         without(lm, ids, mask)
     assert lm.config._attn_implementation == "sdpa"
+
+
+def test_why_not(monkeypatch):
+    assert unpadding_obstacle(model("bloom")) == "it takes no position_ids"
+    assert unpadding_obstacle(model("falcon-alibi")) == "it uses ALiBi"
+    assert unpadding_obstacle(model("llama")) is None
+    lm = tiny_causal_lm("llama")
+    forward = lm.base_model.forward
+
+    def counts_places_otherwise(input_ids, attention_mask, position_ids, **kwargs):
+        return forward(input_ids, attention_mask, position_ids * input_ids.shape[1], **kwargs)
+
+    def needs_a_mask(input_ids, attention_mask, position_ids, **kwargs):
+        return forward(input_ids, attention_mask.long(), position_ids, **kwargs)
+
+    monkeypatch.setattr(lm.base_model, "forward", counts_places_otherwise)
+    assert unpadding_obstacle(lm) == "its hidden states would not be the same"
+    monkeypatch.setattr(lm.base_model, "forward", needs_a_mask)
+    assert unpadding_obstacle(lm) == "its attention is of another kind"
+
+
+def test_a_class_of_models_that_cannot_says_so_once(monkeypatch):
+    said = []
+    monkeypatch.setattr(numerics, "rank_zero_info", said.append)
+    monkeypatch.setattr(numerics, "_said", set())
+    for seed in (1, 2):
+        lm = tiny_causal_lm("falcon-alibi", seed)
+        for _ in range(2):
+            assert without(lm, *batch([9, 2])) is None
+    assert without(tiny_causal_lm("llama"), *batch([9, 2])) is not None
+    assert said == ["FalconForCausalLM computes the padding of its batches, too: it uses ALiBi"]

@@ -61,8 +61,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bert": (_ENCODER | {"is_decoder": True}, "its logits are more than its output layer"),
     "modernbert-decoder": (_SHAPE, "its logits are more than its output layer"),
     "camembert": (_ENCODER | {"is_decoder": True}, "it counts positions in a way of its own"),
-    "roformer": (_ENCODER, "it is no causal model"),
-    "xlnet": ({"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32}, "it is no causal model"),
+    "roformer": (_ENCODER, "it is not a causal model"),
+    "xlnet": ({"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32}, "it is not a causal model"),
     "llama4_text": (_SHAPE | {"num_local_experts": 2}, "it cannot be run without its output layer"),
 }
 """Model type, config, and why."""

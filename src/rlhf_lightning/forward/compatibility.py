@@ -3,13 +3,14 @@
 We run the backbone and the output layer apart, with positions and padding of our own. For most families that is the
 model's own forward. Some read padding on their left (a state that goes from token to token: RWKV; positions counted in
 the row: BART), some count positions otherwise (RoBERTa), some do more between backbone and logits (BERT), and some look
-ahead (XLNet). Each model is tried out once, on a few made-up tokens, before its first use.
+ahead (XLNet). Each model is tested once, on a few made-up tokens, before its first use.
 
-Notation: T tokens, D hidden size.
+Shapes: T tokens, D hidden size.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,12 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.forward.backbone import HEAD, evaluation_mode, run_backbone
-from rlhf_lightning.forward.numerics import made_up_tokens, typical_distance, typical_tolerance
+from rlhf_lightning.forward.backbone import HEAD, run_backbone
+from rlhf_lightning.forward.numerics import made_up_tokens, self_test, typical_distance, typical_tolerance
 from rlhf_lightning.forward.output_layer import output_logits
-
-TRIAL_ERRORS = (AssertionError, AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
-"""What a model raises that cannot be run in some way."""
 
 _LONG, _SHORT = 5, 3
 _pads_left: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -38,15 +36,11 @@ def takes_left_padding(model: PreTrainedModel) -> bool:
         UserError: the model computes something else than when it is run by itself.
     """
     if model not in _pads_left:
-        with evaluation_mode(model), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            try:
-                _pads_left[model] = _try_out(model)
-            except torch.OutOfMemoryError:
-                raise
-            except TRIAL_ERRORS as e:
-                if isinstance(e, UserError):
-                    raise
-                raise _refusal(model, f"it cannot be run without its output layer ({' '.join(str(e).split())})") from e
+        found = self_test(model, partial(_pads_left_rightly, model))
+        if isinstance(found, Exception):
+            reason = f"it cannot be run without its output layer ({' '.join(str(found).split())})"
+            raise _refusal(model, reason) from found
+        _pads_left[model] = found
     return _pads_left[model]
 
 
@@ -54,12 +48,12 @@ def _refusal(model: PreTrainedModel, reason: str) -> UserError:
     return UserError(f"{type(model).__name__} is not supported: {reason}")
 
 
-def _try_out(model: PreTrainedModel) -> bool:
+def _pads_left_rightly(model: PreTrainedModel) -> bool:
     tokens = made_up_tokens(model, _LONG)
     alone = [_alone(model, tokens[:length]) for length in (_LONG, _SHORT)]
     allowed = typical_tolerance(model)
     if typical_distance([alone[0][:_SHORT]], [alone[1]]) > allowed:  # NaN is none of our business
-        raise _refusal(model, "what it makes of a token depends on the tokens that follow, it is no causal model")
+        raise _refusal(model, "what it makes of a token depends on the tokens that follow, so it is not a causal model")
     if typical_distance(_padded(model, tokens, on_the_left=False), alone) > allowed:
         raise _refusal(model, "it counts positions in a way of its own, or does not hide padding")
     if not hasattr(model, HEAD) and typical_distance(*_logits(model, tokens)) > allowed / 20:  # hardly any rounding

@@ -1,22 +1,69 @@
-"""Trying out whether a model computes the same when its sequences are laid out another way.
+"""Self tests: whether a model computes the same when its sequences are laid out another way.
 
 Several sequences in one row (packed, sharing a prefix, without padding) are right for most families and wrong for some.
 What can be looked up is looked up; then a few made-up tokens are computed both ways.
+
+Shapes: T tokens, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.forward.backbone import evaluation_mode
+
+Found = TypeVar("Found")
 
 ORDINARY_LAYERS = frozenset({"full_attention", "sliding_attention"})
 """Kinds of layers, as configs name them, of which every other kind carries a state or cuts the row into pieces."""
 
+_FAILURES = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+"""What a model raises that cannot be run in some way; code of a model folder's own may do anything."""
+
+_said: set[str] = set()
 _AMPLIFIED = 256  # by attention and norms, at most; 10 was seen
 _LARGEST = 0.1  # a leak is of order 1
+
+
+def self_test(model: PreTrainedModel, test: Callable[[], Found]) -> Found | Exception:
+    """Run a test on a model in evaluation mode, without gradients and in its own precision.
+
+    Args:
+        model: every process must test it equally often.
+        test: runs the model on made-up tokens, so that every process finds the same.
+
+    Returns:
+        What the test returns, or the error that it ended in.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for the test, which says nothing of the model.
+        UserError: the test refused the model.
+    """
+    with evaluation_mode(model), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        try:
+            return test()
+        except (torch.OutOfMemoryError, UserError):
+            raise
+        except _FAILURES as error:
+            return error
+
+
+def say_once(message: str) -> None:
+    """Tell one line, on rank 0, the first time that it is to be told in this process.
+
+    Args:
+        message: which faster way a class of models does not take, and why.
+    """
+    if message not in _said:
+        _said.add(message)
+        rank_zero_info(message)
 
 
 def tolerance(model: PreTrainedModel) -> float:

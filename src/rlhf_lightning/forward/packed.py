@@ -1,4 +1,4 @@
-"""Whether a model keeps the examples of a packed row apart, tried out rather than looked up by name.
+"""Whether a model keeps the examples of a packed row apart, tested rather than looked up by name.
 
 transformers takes places that start again as the border between two examples, builds the attention mask from them, and
 counts positions by them; but some families ignore them, wholly (Bloom, Mamba) or in part (OPT, Falcon), and so do some
@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.compat import attention_kernel
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.forward.hidden import padded_hidden_states
-from rlhf_lightning.forward.numerics import relative_distance, tolerance
+from rlhf_lightning.forward.numerics import relative_distance, self_test, tolerance
 
 
 @torch.no_grad()
@@ -53,9 +52,8 @@ def check_packing(model: PreTrainedModel, tokens: Tensor) -> None:
     Raises:
         UserError: names the model.
     """
-    with evaluation_mode(model), torch.autocast(tokens.device.type, enabled=False):
-        error, allowed = packing_error(model, tokens), tolerance(model)
-    if not error <= allowed:  # nor NaN
+    apart = self_test(model, lambda: packing_error(model, tokens) <= tolerance(model))
+    if apart is not True:  # an error neither
         name, kernel = type(model).__name__, attention_kernel(model)
         raise UserError(
             f"{name} (attention '{kernel}') does not keep examples in a packed row apart; set packing: false"

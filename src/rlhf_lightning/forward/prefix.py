@@ -7,31 +7,32 @@ samples of one prompt.
 
 Not every model can: some take no positions, read the distance of two tokens off their places in the row (ALiBi), or
 carry a state from token to token; some attention kernels take no mask. Whether a model can is looked up where it is
-known, then tried out, once.
+known, then tested, once.
 
-Notation: B groups, K sequences in each, T padded length of a sequence, L padded length of a shared row, D hidden size.
+Shapes: B groups, K sequences in each, T padded length of a sequence, L padded length of a shared row, D hidden size.
 """
 
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.compat import attention_kernel
-from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.forward.capacity import explained_lookups
 from rlhf_lightning.forward.compatibility import takes_left_padding
-from rlhf_lightning.forward.hidden import hidden_states, padded_hidden_states
+from rlhf_lightning.forward.hidden import padded_hidden_states
 from rlhf_lightning.forward.numerics import (
     exceeds_sliding_window,
     made_up_tokens,
     relative_distance,
+    say_once,
+    self_test,
     tolerance,
     unusual_layers,
 )
@@ -165,29 +166,10 @@ def share_rows(ids: Tensor, mask: Tensor) -> SharedRows:
     return SharedRows(laid_out(ids, 0), laid_out(token, 0), laid_out(owner, count), torch.where(mask, places, 0))
 
 
-def shared_hidden_states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Last hidden states of sequences in groups that begin alike, each token of the beginning computed once.
-
-    Where sharing is impossible or does not pay, the sequences are computed one by one; always in one forward pass.
-
-    Args:
-        model: a language model or a scalar model.
-        ids: `[B, K, T]`, int64.
-        mask: True for real tokens, `[B, K, T]`, bool, padded on the right.
-
-    Returns:
-        `[B, K, T, D]`; arbitrary, but finite, on padding.
-    """
-    if not sharing_pays(model, ids, mask):
-        return hidden_states(model, ids.flatten(0, 1), mask.flatten(0, 1)).unflatten(0, ids.shape[:2])
-    rows = share_rows(ids, mask)
-    return rows.spread(rows.hidden_states(model))
-
-
 def sharing_pays(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
     """Whether the model can run these sequences as shared rows, and does so with less work than apart.
 
-    The first call for a model tries it out on made-up tokens, on every process alike; if the model cannot share, it
+    The first call for a model tests it on made-up tokens, on every process alike; if the model cannot share, it
     says so.
 
     Args:
@@ -211,7 +193,7 @@ def _shares(model: PreTrainedModel) -> bool:
         takes_left_padding(model)  # refuses what no layout makes right
         obstacle = sharing_obstacle(model)
         if obstacle is not None:
-            rank_zero_info(f"{type(model).__name__} runs sequences that begin alike one by one: {obstacle}")
+            say_once(f"{type(model).__name__} runs sequences that begin alike one by one: {obstacle}")
         _can_share[model] = obstacle is None
     return _can_share[model]
 
@@ -231,25 +213,19 @@ def sharing_obstacle(model: PreTrainedModel) -> str | None:
         return "it uses ALiBi"
     if other := unusual_layers(model):
         return f"it has layers of type '{other[0]}'"
-    with evaluation_mode(model), torch.autocast(model.device.type, enabled=False):
-        try:
-            error = _sharing_error(model)
-        except (IndexError, RuntimeError, TypeError, ValueError):  # code of a model folder's own may do anything
-            return "it takes no 4-D attention mask"
-        allowed = tolerance(model)
-    return None if error <= allowed else "its hidden states would not be the same"
+    same = self_test(model, partial(_shares_rightly, model))
+    if isinstance(same, Exception):
+        return "it takes no 4-D attention mask"
+    return None if same else "its hidden states would not be the same"
 
 
-@torch.no_grad()
-def _sharing_error(model: PreTrainedModel) -> float:
-    """Largest distance of shared from separate hidden states, relative to their norm, on a few made-up tokens.
-
-    Made up, so that every process finds the same.
-    """
+def _shares_rightly(model: PreTrainedModel) -> bool:
+    """Whether shared and separate hidden states of a few made-up tokens are the same."""
     tokens = made_up_tokens(model, 9)
     ids = torch.stack([tokens[:6], torch.cat([tokens[:3], tokens[6:]])]).unsqueeze(0)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, 1, -1] = False
     rows = share_rows(ids, mask)
     shared = rows.spread(rows.padded_hidden_states(model))[mask]
-    return relative_distance(shared, padded_hidden_states(model, ids[0], mask[0])[mask[0]])
+    apart = padded_hidden_states(model, ids[0], mask[0])[mask[0]]
+    return relative_distance(shared, apart) <= tolerance(model)

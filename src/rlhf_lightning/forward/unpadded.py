@@ -5,9 +5,9 @@ through it as one long row, without padding and in one large matrix product. Att
 For CPUs, where arithmetic is dear and a further call is cheap; elsewhere the batch stays as it is.
 
 Not every model can: attention must be one of transformers' exchangeable functions, and nothing else may look at several
-tokens. Whether a model can is looked up where it is known, then tried out, once.
+tokens. Whether a model can is looked up where it is known, then tested, once.
 
-Notation: B sequences, T padded length, N real tokens, D hidden size.
+Shapes: B sequences, T padded length, N real tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from rlhf_lightning.compat import (
 )
 from rlhf_lightning.forward.backbone import (
     cache_argument,
-    evaluation_mode,
     is_checkpointing,
     position_ids,
     run_backbone,
@@ -41,6 +40,8 @@ from rlhf_lightning.forward.numerics import (
     exceeds_sliding_window,
     made_up_tokens,
     relative_distance,
+    say_once,
+    self_test,
     tolerance,
     unusual_layers,
 )
@@ -76,7 +77,7 @@ def unpadded_hidden_states(
     Returns:
         `[B, T, D]`, 0 on padding; None where the model cannot do it, or there is too little to gain.
     """
-    # What depends on the batch comes last: on ZeRO-3 every process must try the model out, or none.
+    # What depends on the batch comes last: on ZeRO-3 every process must test the model, or none.
     if not can_unpad(model, attention_mask.device) or not _runs(model):
         return None
     if lengths is None:
@@ -119,7 +120,7 @@ def _run_row(
 
 
 def reads_rows(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
-    """Whether `read_row` may be called for prompts of these lengths; the model is tried out whatever they are.
+    """Whether `read_row` may be called for prompts of these lengths; the model is tested whatever they are.
 
     Args:
         model: a language model.
@@ -180,24 +181,37 @@ def _attend(
 
 def _runs(model: PreTrainedModel) -> bool:
     if model not in _can_run:
-        _can_run[model] = _can(model)
+        obstacle = unpadding_obstacle(model)
+        if obstacle is not None:
+            say_once(f"{type(model).__name__} computes the padding of its batches, too: {obstacle}")
+        _can_run[model] = obstacle is None
     return _can_run[model]
 
 
-def _can(model: PreTrainedModel) -> bool:
-    """Whether hidden states stay the same; two forward passes on made-up tokens, on every process alike."""
-    config = model.config.get_text_config()
-    if not takes_positions(model) or not takes_attention_functions(model) or getattr(config, "alibi", False):
-        return False
-    if unusual_layers(model):
-        return False
+def unpadding_obstacle(model: PreTrainedModel) -> str | None:
+    """Why a model cannot be run without padding; None if it can.
+
+    Args:
+        model: put in evaluation mode for a moment. Two forward passes are run unless the answer is known without.
+    """
+    if not takes_positions(model):
+        return "it takes no position_ids"
+    if getattr(model.config.get_text_config(), "alibi", False):
+        return "it uses ALiBi"
+    if not takes_attention_functions(model):
+        return "it takes no attention functions"
+    if other := unusual_layers(model):
+        return f"it has layers of type '{other[0]}'"
+    same = self_test(model, partial(_runs_rightly, model))
+    if isinstance(same, Exception):
+        return "its attention is of another kind"
+    return None if same else "its hidden states would not be the same"
+
+
+def _runs_rightly(model: PreTrainedModel) -> bool:
+    """Whether hidden states of a few made-up tokens are those of the padded batch."""
     ids, lengths = made_up_tokens(model, 10).view(2, 5), [5, 3]
     mask = torch.arange(5, device=model.device) < torch.tensor(lengths, device=model.device).unsqueeze(1)
-    try:
-        with evaluation_mode(model), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            found = _run(model, ids, mask, position_ids(mask), lengths, None)[mask]
-            expected = run_backbone(model, ids, mask).last_hidden_state[mask]
-            allowed = tolerance(model)
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        return False
-    return relative_distance(found, expected) <= allowed
+    found = _run(model, ids, mask, position_ids(mask), lengths, None)[mask]
+    expected = run_backbone(model, ids, mask).last_hidden_state[mask]
+    return relative_distance(found, expected) <= tolerance(model)
