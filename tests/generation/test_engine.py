@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 
 from helpers.answers import EOS, LENGTHS, OTHERS, model_of, prompts, responses
 from helpers.models import FAMILIES, LAYOUTS, closeness, precise, tiny_causal_lm
@@ -21,8 +22,8 @@ from rlhf_lightning.generation import attention as decode_attention
 from rlhf_lightning.generation import cache as rollout_cache
 from rlhf_lightning.generation import decoding
 from rlhf_lightning.generation.engine import TransformersEngine
-from rlhf_lightning.generation.merging import merged_adapters
 from rlhf_lightning.generation.sampling import Sampling, draw_tokens, uniforms
+from rlhf_lightning.models.merging import merged_adapters
 
 
 def run(model, sampling, lengths=LENGTHS, batch_size=None, order=None, extra=0, **options):
@@ -320,7 +321,7 @@ def test_merging_adapters_changes_nothing_and_leaves_no_trace(options, monkeypat
     for name, value in model.state_dict().items():
         assert value.data_ptr() == before[name][1]
         assert torch.equal(value, before[name][2])
-    monkeypatch.setattr("rlhf_lightning.generation.merging._mergeable", lambda _: [])
+    monkeypatch.setattr("rlhf_lightning.models.merging._mergeable", lambda _: [])
     apart = run(model, sampling, with_logprobs=True)
     assert responses(merged) == responses(apart)
     torch.testing.assert_close(merged.logprobs, apart.logprobs, **LAYOUTS)
@@ -347,3 +348,18 @@ def test_adapters_that_must_stay_apart_do():
         assert not model.lm_head.merged  # its weight is the embedding's
         assert model.model.layers[0].self_attn.q_proj.merged
         assert not model.model.layers[1].self_attn.q_proj.merged
+
+
+def test_adapters_of_other_kinds_stay_apart():
+    """What adds to the bias as well, or changes the layer otherwise, is not what the formula adds."""
+    layers = [adapted(["q_proj"], **options).model.layers[0].self_attn.q_proj for options in ({}, {"lora_bias": True})]
+    of_both = adapted(["q_proj"])
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["k_proj"]), of_both, "other")
+    for layer in of_both.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_adapter(["default", "other"])
+    layers.append(of_both.model.layers[0].self_attn.q_proj)
+    for layer, merges in zip(layers, [True, False, False], strict=True):
+        with merged_adapters(layer):
+            assert layer.merged == merges
+        assert not layer.merged

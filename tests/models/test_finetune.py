@@ -18,9 +18,9 @@ from rlhf_lightning.models.finetune import (
     add_adapter,
     choose_trained,
     describe_trained,
-    merged_state,
     prepare_for_training,
 )
+from rlhf_lightning.models.merging import merged_state
 
 IDS = torch.tensor([[40, 41, 42, 43, 44]])
 LORA = FineTune("lora", rank=4)

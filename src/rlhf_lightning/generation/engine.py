@@ -30,9 +30,9 @@ from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.generation.attention import attention_by_rows, attention_to_full_cache
 from rlhf_lightning.generation.compiled_step import CompiledStep
 from rlhf_lightning.generation.decoding import Decoding, Record, remembers
-from rlhf_lightning.generation.merging import merged_adapters
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.generation.skinny_gemm import skinny_gemm
+from rlhf_lightning.models.merging import merged_adapters
 from rlhf_lightning.models.tokenizer import filler_id
 
 

@@ -1,7 +1,8 @@
 """Which weights are trained: all of them, the last layer, or low-rank adapters beside frozen ones (LoRA).
 
 The order of calls is: load the model, `choose_trained`, then perhaps make a frozen twin that shares what is frozen,
-then `add_adapter`. What is saved comes from `merged_state` (a plain model) or `adapter_state` (a PEFT adapter).
+then `add_adapter`. What is saved comes from `merging.merged_state` (a plain model) or `adapter_state` (a PEFT
+adapter).
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from rlhf_lightning.models.lora_targets import layer_targets, parameter_targets,
 from rlhf_lightning.models.peft_library import (
     LoraConfig,
     LoraLayer,
-    ParamWrapper,
     cast_adapter_dtype,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -187,7 +187,7 @@ def _draw(model: nn.Module, name: str) -> None:
     As the scalar head, from a stream of their own. Also because ZeRO-3 splits a layer before peft can fill it.
     """
     random = generator("cpu", torch.initial_seed(), "adapter", name)
-    for _, layer in _lora_layers(model):
+    for _, layer in lora_layers(model):
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         bound = layer.lora_A[name].in_features ** -0.5
         size = layer.lora_A[name].out_features, layer.lora_A[name].in_features  # experts have `rank` rows each
@@ -197,7 +197,8 @@ def _draw(model: nn.Module, name: str) -> None:
             b.zero_()
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every layer with adapters, and its name."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
@@ -258,69 +259,6 @@ def _short(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return str(count)
-
-
-@torch.no_grad()
-def merged_state(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of the plain model that computes what this one does: adapters are added to their weights.
-
-    Works on a copy of the weights, not on the model, so that training goes on from weights untouched to the last bit.
-
-    Args:
-        model: with adapters or without.
-        weights: its state dict, for instance from `consolidated_state_dict`; names as in `model.state_dict()`.
-
-    Returns:
-        Names and types of the plain model; tensors without an adapter are those of `weights`.
-    """
-    merged = dict(weights)
-    for name, layer in _lora_layers(model):
-        if isinstance(layer, ParamWrapper):
-            _merge_parameter(name, layer, weights, merged)
-            continue
-        parts = {key.removeprefix(f"{name}."): merged.pop(key) for key in weights if key.startswith(f"{name}.")}
-        for key, tensor in parts.items():
-            if key.startswith("base_layer."):
-                merged[f"{name}.{key.removeprefix('base_layer.')}"] = tensor
-        merged[f"{name}.weight"] = _merge(layer, parts)
-    return merged
-
-
-def _merge_parameter(name: str, wrapper: Any, weights: dict[str, Tensor], merged: dict[str, Tensor]) -> None:
-    """Put a weight that is no layer, its adapters added, in its place; wrappers of one module stand in each other."""
-    for key in [key for key in merged if key.startswith(f"{name}.lora_")]:
-        del merged[key]
-    for key in [key for key in merged if key.startswith(f"{name}.base_layer.")]:
-        if ".lora_" not in key:
-            merged[key.replace(".base_layer", "")] = merged.pop(key)
-    inner, depth = wrapper, 0
-    while isinstance(inner, ParamWrapper):
-        inner, depth = inner.base_layer, depth + 1
-    base = weights[f"{name}{'.base_layer' * depth}.{wrapper.parameter_name}"]
-    dtype = torch.promote_types(base.dtype, torch.float32)
-    experts, weight = wrapper.num_experts, base.to(dtype)
-    for adapter in wrapper.active_adapters:
-        a, b = (weights[f"{name}.lora_{side}.{adapter}.weight"].to(dtype) for side in "AB")
-        a, b = a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts))
-        change = torch.einsum("ore,eri->eoi", b, a) * wrapper.scaling[adapter]
-        if base.dim() == 3 and getattr(inner, "is_transposed", False):  # [experts, in, out]
-            change = change.transpose(1, 2)
-        weight = weight + change.reshape(base.shape)
-    place = f"{name.replace('.base_layer', '')}.{wrapper.parameter_name}"
-    merged[place] = weight.to(base.dtype).contiguous()
-
-
-def _merge(layer: Any, parts: dict[str, Tensor]) -> Tensor:
-    base = parts["base_layer.weight"]
-    dtype = torch.promote_types(base.dtype, torch.float32)
-    weight = base.to(dtype).T if layer.fan_in_fan_out else base.to(dtype)  # [out, in]
-    for name in layer.active_adapters:
-        a, b = (parts[f"lora_{side}.{name}.weight"].to(dtype) for side in "AB")
-        weight = weight + layer.scaling[name] * (b @ a)
-        if layer.use_dora[name]:
-            magnitude = parts[f"lora_magnitude_vector.{name}.weight"].to(dtype)
-            weight = weight * (magnitude / weight.norm(dim=1)).unsqueeze(1)
-    return (weight.T if layer.fan_in_fan_out else weight).to(base.dtype).contiguous()
 
 
 def adapter_state(model: Any, weights: dict[str, Tensor], name: str = "default") -> dict[str, Tensor]:

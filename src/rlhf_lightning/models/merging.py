@@ -1,0 +1,139 @@
+"""Adapters added to the weights that they stand beside: for a while, and in what is exported.
+
+Both add them by the same formula, in float32 at least, and leave the model's own weights as they are to the last bit.
+(An adapter folder that a run starts from may hold more than LoRA, of anybody's making: PEFT itself merges it, in
+`adapters.merge_adapter`.)
+
+Shapes: E experts, r rank of the adapter; `in` and `out` are the layer's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_lightning.models.finetune import lora_layers
+from rlhf_lightning.models.peft_library import ParamWrapper
+from rlhf_lightning.training.zero import is_sharded
+
+
+@contextmanager
+def merged_adapters(model: nn.Module) -> Iterator[None]:
+    """Merge a model's LoRA adapters into their base weights for the length of a `with` block.
+
+    One product instead of three in each layer. Afterwards the base weights are the tensors that they were: the merged
+    ones are others, which cost the memory of the adapted weights meanwhile. Another model that shares the parameters
+    must not run inside the block. Left as they are: adapters of weights in half precision, whose rounding would swallow
+    the change; of weights that other layers use, or that are sharded; adapters that are merged already; and those that
+    are neither LoRA nor DoRA.
+
+    Args:
+        model: any model; nothing happens without adapters.
+    """
+    layers = _mergeable(model)
+    weights = [layer.get_base_layer().weight for layer in layers]
+    kept = [weight.data for weight in weights]
+    try:
+        with torch.no_grad():
+            for layer, weight in zip(layers, weights, strict=True):
+                weight.data = _merged_weight(layer, weight.data, dict(layer.named_parameters()))
+                layer.merged_adapters.extend(layer.active_adapters)
+        yield
+    finally:
+        for layer, weight, data in zip(layers, weights, kept, strict=True):
+            weight.data = data
+            layer.merged_adapters.clear()
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of the plain model that computes what this one does: adapters are added to their weights.
+
+    Works on a copy of the weights, not on the model, so that training goes on from weights untouched to the last bit.
+
+    Args:
+        model: with adapters or without.
+        weights: its state dict, for instance from `consolidated_state_dict`; names as in `model.state_dict()`.
+
+    Returns:
+        Names and types of the plain model; tensors without an adapter are those of `weights`.
+    """
+    merged = dict(weights)
+    for name, layer in lora_layers(model):
+        if isinstance(layer, ParamWrapper):
+            _merge_parameter(name, layer, weights, merged)
+            continue
+        parts = {key.removeprefix(f"{name}."): merged.pop(key) for key in weights if key.startswith(f"{name}.")}
+        for key, tensor in parts.items():
+            if key.startswith("base_layer."):
+                merged[f"{name}.{key.removeprefix('base_layer.')}"] = tensor
+        merged[f"{name}.weight"] = _merged_weight(layer, parts["base_layer.weight"], parts)
+    return merged
+
+
+def _merge_parameter(name: str, wrapper: Any, weights: dict[str, Tensor], merged: dict[str, Tensor]) -> None:
+    """Put a weight that is no layer, its adapters added, in its place; wrappers of one module stand in each other."""
+    for key in [key for key in merged if key.startswith(f"{name}.lora_")]:
+        del merged[key]
+    for key in [key for key in merged if key.startswith(f"{name}.base_layer.")]:
+        if ".lora_" not in key:
+            merged[key.replace(".base_layer", "")] = merged.pop(key)
+    inner, depth = wrapper, 0
+    while isinstance(inner, ParamWrapper):
+        inner, depth = inner.base_layer, depth + 1
+    base = weights[f"{name}{'.base_layer' * depth}.{wrapper.parameter_name}"]
+    dtype = torch.promote_types(base.dtype, torch.float32)
+    experts, weight = wrapper.num_experts, base.to(dtype)  # [E, out, in], or as the model holds it
+    for adapter in wrapper.active_adapters:
+        a, b = (weights[f"{name}.lora_{side}.{adapter}.weight"].to(dtype) for side in "AB")
+        a, b = a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts))  # [E, r, in], [out, r, E]
+        change = torch.einsum("ore,eri->eoi", b, a) * wrapper.scaling[adapter]  # [E, out, in]
+        if base.dim() == 3 and getattr(inner, "is_transposed", False):  # [E, in, out]
+            change = change.transpose(1, 2)
+        weight = weight + change.reshape(base.shape)
+    place = f"{name.replace('.base_layer', '')}.{wrapper.parameter_name}"
+    merged[place] = weight.to(base.dtype).contiguous()
+
+
+def _merged_weight(layer: Any, base: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    """The base weight, its adapters added; `parts` are the layer's tensors by their names in it."""
+    dtype = torch.promote_types(base.dtype, torch.float32)
+    weight = base.to(dtype).T if layer.fan_in_fan_out else base.to(dtype)  # [out, in]
+    for name in layer.active_adapters:
+        a, b = (parts[f"lora_{side}.{name}.weight"].to(dtype) for side in "AB")  # [r, in], [out, r]
+        weight = weight + layer.scaling[name] * (b @ a)  # [out, in]
+        if layer.use_dora[name]:
+            magnitude = parts[f"lora_magnitude_vector.{name}.weight"].to(dtype)  # [out]
+            weight = weight * (magnitude / weight.norm(dim=1)).unsqueeze(1)
+    return (weight.T if layer.fan_in_fan_out else weight).to(base.dtype).contiguous()
+
+
+def _mergeable(model: nn.Module) -> list[Any]:
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    layers = []
+    for _, layer in lora_layers(model):
+        base: Any = layer.get_base_layer()
+        if layer.merged or layer.disable_adapters or type(base) not in (nn.Linear, Conv1D):
+            continue
+        if _is_usual(layer) and _is_plain(base.weight) and owners[id(base.weight)] == 1:
+            layers.append(layer)
+    return layers
+
+
+def _is_usual(layer: Any) -> bool:
+    """Whether all its adapters are LoRA or DoRA, and none adds to the bias."""
+    return all(
+        name in layer.lora_A and not layer.lora_bias[name] and (name not in layer.lora_variant or layer.use_dora[name])
+        for name in layer.active_adapters
+    )
+
+
+def _is_plain(weight: Tensor) -> bool:
+    of_its_own = type(weight) is nn.Parameter and type(weight.data) is Tensor and not is_sharded(weight)
+    return weight.dtype in (torch.float32, torch.float64) and of_its_own
