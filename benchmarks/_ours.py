@@ -7,7 +7,6 @@ Run by compare.py.
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from _rows import data_module
-from measuring import Recorder
+from measuring import Recorder, arguments_of
 
 import rlhf_lightning
 from rlhf_lightning import KLPenalty, Objective, PPOModule, RewardModule, Sampling, ScoreShaping, SFTModule
@@ -76,7 +75,7 @@ def optimizer(job: dict[str, Any]) -> Any:
 
 def options(module: type, job: dict[str, Any]) -> dict[str, Any]:
     """The best settings that the module knows, then those asked for."""
-    known = inspect.signature(module).parameters
+    known = arguments_of(module)
     asked: dict[str, Any] = job["ours_options"]
     if unknown := set(asked) - set(known):
         sys.exit(f"{module.__name__} has no argument {sorted(unknown)[0]}")

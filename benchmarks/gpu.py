@@ -17,7 +17,6 @@ time and the device's bandwidth.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import logging
 import subprocess
@@ -30,7 +29,18 @@ from typing import Any
 
 import torch
 from _synthetic import FULL, TINY, Shape, instruction_batches, preference_batches, prompt_batches, write_model
-from measuring import GIB, between, device_peak_memory, machine, median, peak_memory, steady, synchronize, table
+from measuring import (
+    GIB,
+    arguments_of,
+    between,
+    device_peak_memory,
+    machine,
+    median,
+    peak_memory,
+    steady,
+    synchronize,
+    table,
+)
 
 PARTS = ("sft", "reward", "ppo", "ppo-lora", "decoding")
 PEAKS = {
@@ -53,7 +63,7 @@ PEAKS = {
 
 def known(module: type, **wanted: Any) -> dict[str, Any]:
     """Those arguments that the module has."""
-    names = inspect.signature(module).parameters
+    names = arguments_of(module)
     return {name: value for name, value in wanted.items() if name in names}
 
 

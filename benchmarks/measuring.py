@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import platform
@@ -162,3 +163,14 @@ def median(numbers: Sequence[float]) -> float:
         2.0
     """
     return statistics.median(numbers) if numbers else float("nan")
+
+
+def arguments_of(module: type) -> set[str]:
+    """What a module is made from, in this version of the package or an earlier one, that of its bases included."""
+    names: set[str] = set()
+    for owner in (each for each in module.__mro__ if "__init__" in vars(each)):
+        parameters = inspect.signature(vars(owner)["__init__"]).parameters.values()
+        names |= {parameter.name for parameter in parameters}
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return names

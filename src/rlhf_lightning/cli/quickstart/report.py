@@ -49,7 +49,8 @@ def print_table(console: Console, results: dict[str, Any]) -> None:
         console: where to.
         results: nested as in `results.json`.
     """
-    sft, reward, ppo = results["sft"], results["reward"], results["ppo"]
+    algorithm = results["algorithm"]
+    sft, reward, last = results["sft"], results["reward"], results[algorithm]
     stages = Table(title="Training", box=box.SIMPLE_HEAD, title_justify="left")
     for column in ("stage", "measured on held-out data", "value", "seconds"):
         stages.add_column(column, justify="right" if column in ("value", "seconds") else "left")
@@ -63,14 +64,15 @@ def print_table(console: Console, results: dict[str, Any]) -> None:
         f"{seconds['reward']:.0f}",
     )
     stages.add_row("", "accuracy against gold", f"{reward['accuracy_gold']:.1%}", "")
-    stages.add_row("PPO", "win rate over SFT by gold", f"{ppo['win_rate_gold']:.1%}", f"{seconds['ppo']:.0f}")
+    won = f"{last['win_rate_gold']:.1%}"
+    stages.add_row(algorithm.upper(), "win rate over SFT by gold", won, f"{seconds[algorithm]:.0f}")
     console.print(stages)
     answers = Table(
         title=f"Answers to {results['prompts']} held-out prompts", box=box.SIMPLE_HEAD, title_justify="left"
     )
     for column in ("", "gold score", "reward-model score", "KL to SFT (nats)", "ends with EOS", "tokens"):
         answers.add_column(column, justify="right" if column else "left")
-    for name, row in (("SFT", sft), ("PPO", ppo)):
+    for name, row in (("SFT", sft), (algorithm.upper(), last)):
         answers.add_row(
             name,
             f"{row['gold_mean']:+.2f}",
@@ -82,18 +84,21 @@ def print_table(console: Console, results: dict[str, Any]) -> None:
     console.print(answers)
 
 
-def print_answers(console: Console, sft: list[dict[str, Any]], ppo: list[dict[str, Any]], count: int = 5) -> None:
+def print_answers(
+    console: Console, sft: list[dict[str, Any]], last: list[dict[str, Any]], name_of_last: str, count: int = 5
+) -> None:
     """Print the answers of both models to the same prompts.
 
     Args:
         console: where to.
         sft: answers of the SFT model.
-        ppo: answers of the PPO model to the same prompts.
+        last: answers of the last model to the same prompts.
+        name_of_last: how it is called.
         count: how many.
     """
-    for before, after in list(zip(sft, ppo, strict=True))[:count]:
+    for before, after in list(zip(sft, last, strict=True))[:count]:
         console.print(f"[bold]{escape(before['prompt'].strip())}[/bold]")
-        for name, row in (("SFT", before), ("PPO", after)):
+        for name, row in (("SFT", before), (name_of_last, after)):
             console.print(f"  [cyan]{name}[/cyan] (gold {row['gold']:+.1f}) {escape(row['response'])}")
         console.print()
 
@@ -115,19 +120,24 @@ def _smooth(values: list[float], width: int = 9) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def plot_curves(path: Path, sft_log: Path, reward_log: Path, ppo_log: Path, points: Points) -> None:
-    """Draw SFT loss, reward accuracy, the course of PPO, and gold and proxy score against KL.
+def plot_curves(
+    path: Path, sft_log: Path, reward_log: Path, last_log: Path, points: Points, algorithm: str = "ppo"
+) -> None:
+    """Draw SFT loss, reward accuracy, the course of the last stage, and gold and proxy score against KL.
 
     Args:
         path: the PNG.
         sft_log: CSV of the SFT stage.
         reward_log: CSV of the reward stage.
-        ppo_log: CSV of the PPO stage.
-        points: KL, proxy score and gold score of each validation of PPO.
+        last_log: CSV of the last stage.
+        points: KL, proxy score and gold score of the SFT model and of each validation of the last stage.
+        algorithm: what that was.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from_pairs = algorithm == "dpo"
+    shown = ("train/margin", "lead of the chosen answer") if from_pairs else ("train/score", "score of the rollout")
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     loss, accuracy, course, overview = figure.subplots(2, 2).flat
@@ -136,18 +146,23 @@ def plot_curves(path: Path, sft_log: Path, reward_log: Path, ppo_log: Path, poin
         (loss, sft_log, "val/loss", "held out"),
         (accuracy, reward_log, "train/accuracy", "train"),
         (accuracy, reward_log, "val/accuracy", "held out"),
-        (course, ppo_log, "train/score", "score of the rollout"),
+        (course, last_log, *shown),
     ):
         steps, values = read_curve(log, name)
         validation = name.startswith("val/")
         axes.plot(steps, values if validation else _smooth(values), marker="o" if validation else "", label=label)
     loss.set(title="SFT", xlabel="optimizer step", ylabel="loss (nats per token)")
     accuracy.set(title="Reward model", xlabel="optimizer step", ylabel="accuracy against the labels")
-    course.set(title="PPO", xlabel="iteration", ylabel="reward-model score")
+    steps_of, measured = ("optimizer step", "implicit reward") if from_pairs else ("iteration", "reward-model score")
+    course.set(title=algorithm.upper(), xlabel=steps_of, ylabel=measured)
     kl, proxy, gold = zip(*points, strict=True)
     overview.plot(kl, proxy, marker="o", label="reward-model score (proxy)")
     overview.plot(kl, gold, marker="s", label="gold score")
-    overview.set(title="PPO on held-out prompts", xlabel="KL to the SFT model (nats per answer)", ylabel="mean score")
+    overview.set(
+        title=f"{algorithm.upper()} on held-out prompts",
+        xlabel="KL to the SFT model (nats per answer)",
+        ylabel="mean score",
+    )
     for axes in (loss, accuracy, course, overview):
         axes.grid(alpha=0.3)
         axes.legend()

@@ -1,18 +1,19 @@
-"""The three stages on the embedded data, through the modules, data modules and Trainer that users get."""
+"""The stages on the embedded data, through the modules, data modules and Trainer that users get."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
-from rlhf_lightning.algorithms import PPOModule, RewardModule, SFTModule
+from rlhf_lightning.algorithms import DPOModule, GRPOModule, PPOModule, RewardModule, RLOOModule, SFTModule
 from rlhf_lightning.algorithms.online.settings import KLPenalty, ScoreShaping
+from rlhf_lightning.algorithms.online.stage import OnlineStage
 from rlhf_lightning.callbacks import HFExport, SampleTexts, StageProgressBar
 from rlhf_lightning.cli.quickstart.toy import ToyPaths, gold_score
 from rlhf_lightning.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
@@ -20,6 +21,8 @@ from rlhf_lightning.generation.sampling import Sampling
 
 SAMPLING = Sampling(temperature=0.7, max_new_tokens=72)
 MAX_LENGTH = 160
+
+Algorithm = Literal["ppo", "rloo", "grpo", "dpo"]
 
 
 class StageResult(NamedTuple):
@@ -39,7 +42,7 @@ class StageResult(NamedTuple):
 
 
 class GoldCurve(Callback):
-    """Scores the validation answers of PPO by gold, which training never sees.
+    """Scores the validation answers of an online algorithm by gold, which training never sees.
 
     Attributes:
         points: KL to the reference (nats per response), mean reward-model score and mean gold score, one row for each
@@ -126,44 +129,33 @@ def train_reward(sft: Path, data: ToyPaths, folder: Path, seed: int) -> StageRes
         warmup_steps=20,
         micro_batch_size=8,
     )
-    datamodule = PreferenceDataModule(
-        str(sft),
-        data.preferences,
-        validation_data=data.preferences_validation,
-        max_length=MAX_LENGTH,
-        batch_size=32,
-        eval_batch_size=64,
-        seed=seed,
-    )
+    datamodule = _pairs(sft, data, seed)
     return _fit(_trainer(folder, [], max_epochs=1, val_check_interval=0.5), module, datamodule)
 
 
-def train_ppo(sft: Path, reward: Path, data: ToyPaths, folder: Path, seed: int) -> tuple[StageResult, GoldCurve]:
-    """Improve the SFT model against the reward model.
+def train_last(
+    algorithm: Algorithm, sft: Path, reward: Path, data: ToyPaths, folder: Path, seed: int
+) -> tuple[StageResult, GoldCurve]:
+    """Improve the SFT model, against the reward model or, with DPO, from the pairs that it was trained on.
 
     Args:
+        algorithm: which.
         sft: export of the SFT stage.
         reward: export of the reward stage.
         data: the embedded data.
         folder: where the run lives.
         seed: of all random numbers.
+
+    Returns:
+        The run, and its validations scored by gold, none for DPO.
     """
     pl.seed_everything(seed, verbose=False)
-    module = PPOModule(
-        str(sft),
-        str(reward),
-        sampling=SAMPLING,
-        rollout_batch_size=64,
-        minibatch_size=32,
-        micro_batch_size=16,
-        ppo_epochs=2,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=2e-4, eps=1e-5, weight_decay=0.0, fused=True),
-        value_lr=3e-4,
-        lr_schedule="linear",
-        kl=KLPenalty(coef=0.1),
-        score=ScoreShaping(missing_eos_penalty=1.0),
-    )
-    datamodule = PromptDataModule(
+    curve = GoldCurve()
+    if algorithm == "dpo":
+        datamodule = _pairs(sft, data, seed)
+        return _fit(_trainer(folder, [], max_epochs=1, val_check_interval=0.5), _dpo(sft), datamodule), curve
+    module = {"ppo": _ppo, "rloo": _rloo, "grpo": _grpo}[algorithm](str(sft), str(reward))
+    prompts = PromptDataModule(
         str(sft),
         data.prompts,
         validation_data=data.prompts_heldout,
@@ -172,21 +164,61 @@ def train_ppo(sft: Path, reward: Path, data: ToyPaths, folder: Path, seed: int) 
         eval_batch_size=128,
         seed=seed,
     )
-    curve = GoldCurve()
     options = {"limit_train_batches": 25, "max_epochs": 1, "val_check_interval": 5, "limit_val_batches": 1}
-    return _fit(_trainer(folder, [curve], **options), module, datamodule), curve
+    return _fit(_trainer(folder, [curve], **options), module, prompts), curve
 
 
-def answer(policy: Path, reward: Path, prompts: Path) -> list[dict[str, Any]]:
+def _adamw(lr: float) -> Any:
+    return lambda params: torch.optim.AdamW(params, lr=lr, eps=1e-5, weight_decay=0.0, fused=True)
+
+
+_ONLINE: dict[str, Any] = {"sampling": SAMPLING, "micro_batch_size": 16, "ppo_epochs": 2, "minibatch_size": 32}
+_GROUP_SCORE = ScoreShaping(scaling=False, clip=None, missing_eos_penalty=1.0)
+_GROUPS: dict[str, Any] = {"rollout_batch_size": 16, "samples_per_prompt": 4, "score": _GROUP_SCORE}
+
+
+def _ppo(sft: str, reward: str) -> OnlineStage:
+    settings: dict[str, Any] = {**_ONLINE, "rollout_batch_size": 64, "score": ScoreShaping(missing_eos_penalty=1.0)}
+    return PPOModule(sft, reward, **settings, optimizer=_adamw(2e-4), value_lr=3e-4, kl=KLPenalty(coef=0.1))
+
+
+def _rloo(sft: str, reward: str) -> OnlineStage:
+    settings: dict[str, Any] = {**_ONLINE, **_GROUPS}
+    return RLOOModule(sft, reward, **settings, optimizer=_adamw(2e-4), kl=KLPenalty(coef=0.1))
+
+
+def _grpo(sft: str, reward: str) -> OnlineStage:
+    settings: dict[str, Any] = {**_ONLINE, **_GROUPS}
+    return GRPOModule(sft, reward, **settings, optimizer=_adamw(2e-4), kl=KLPenalty(coef=0.1, estimator="k3"))
+
+
+def _dpo(sft: Path) -> DPOModule:
+    return DPOModule(str(sft), beta=0.1, optimizer=_adamw(2e-4), warmup_steps=20, micro_batch_size=16)
+
+
+def _pairs(model: Path, data: ToyPaths, seed: int) -> PreferenceDataModule:
+    return PreferenceDataModule(
+        str(model),
+        data.preferences,
+        validation_data=data.preferences_validation,
+        max_length=MAX_LENGTH,
+        batch_size=32,
+        eval_batch_size=64,
+        seed=seed,
+    )
+
+
+def answer(policy: Path, reward: Path, reference: Path, prompts: Path) -> list[dict[str, Any]]:
     """Answer prompts and score the answers, by the reward model and by gold.
 
     Args:
         policy: folder of a language model.
         reward: folder of the reward model.
+        reference: folder of the model that the KL is taken to.
         prompts: file of prompts.
 
     Returns:
-        For each prompt `prompt`, `response`, `ended`, `tokens`, `score` and `gold`.
+        For each prompt `prompt`, `response`, `ended`, `tokens`, `score`, `kl` and `gold`.
     """
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -195,7 +227,8 @@ def answer(policy: Path, reward: Path, prompts: Path) -> list[dict[str, Any]]:
         enable_model_summary=False,
         callbacks=[StageProgressBar()],
     )
-    module = PPOModule(str(policy), str(reward), sampling=SAMPLING, rollout_batch_size=128, minibatch_size=128)
+    sizes: dict[str, Any] = {"rollout_batch_size": 128, "minibatch_size": 128}
+    module = PPOModule(str(policy), str(reward), sampling=SAMPLING, reference=str(reference), **sizes)
     datamodule = PromptDataModule(
         str(policy),
         predict_data=prompts,
