@@ -140,7 +140,7 @@ def reinforced(part: str, shape: Shape, policy: str, reward: str, options: argpa
     seconds, logged = fit(module, prompt_batches(shape, options.steps), options)
     parts = ("generating", "scoring", "updating")
     split = {name: median([step[f"train/seconds_{name}"] for step in logged[options.warmup :]]) for name in parts}
-    not_so = compiling_failed(module.engine) if options.compile_decoding else ""
+    not_so = compiling_failed(module.rollout_engine) if options.compile_decoding else ""
     notes = [f"{part}: {not_so}"] if not_so else []
     return {"seconds": median(steady(seconds, options.warmup)), "split": split, "notes": notes}
 

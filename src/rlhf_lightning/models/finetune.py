@@ -191,7 +191,7 @@ def _draw(model: nn.Module, name: str) -> None:
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         bound = layer.lora_A[name].in_features ** -0.5
         size = layer.lora_A[name].out_features, layer.lora_A[name].in_features  # experts have `rank` rows each
-        drawn = (torch.rand(size, generator=random) * 2 - 1) * bound
+        drawn = (torch.rand(size, generator=random, device="cpu") * 2 - 1) * bound  # whatever the default device is
         with torch.no_grad(), gathered(a, b):
             a.copy_(drawn)
             b.zero_()

@@ -223,7 +223,8 @@ def new_scalar_lm(
     std = 0.0 if head == "zero" else (scalar.model.score.in_features + 1) ** -0.5
     # From a stream of its own, so that the head depends on the seed and not on what drew random numbers before.
     random, size = generator("cpu", torch.initial_seed(), "head"), (1, scalar.model.score.in_features)
-    drawn = torch.randn(size, generator=random, dtype=torch.float32)  # the same numbers in every precision
+    # The same numbers in every precision and on every device; Lightning loads models with theirs as the default.
+    drawn = torch.randn(size, generator=random, dtype=torch.float32, device="cpu")
     with torch.no_grad(), gathered(scalar.model.score.weight):
         scalar.model.score.weight.copy_(drawn * std)
     scalar.calibration = Calibration()

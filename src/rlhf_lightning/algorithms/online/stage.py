@@ -119,7 +119,7 @@ class OnlineStage(Stage):
         self.ppo_epochs = ppo_epochs
         self.kl = kl
         self.score = score
-        self.engine_factory = engine
+        self.engine = engine
         self.compile_decoding = compile_decoding
         self.frozen_dtype: FrozenDtype = frozen_dtype
         self.reward_timeout = reward_timeout
@@ -130,7 +130,7 @@ class OnlineStage(Stage):
         self.kl_controller = KLController(kl.coef, kl.target, kl.horizon)
         self.score_moments = RunningMoments()
         self.iteration = 0
-        self.engine: RolloutEngine | None = None
+        self.rollout_engine: RolloutEngine | None = None
         self._synced_at = 0
         self.eval_means = mean_metrics("score", "raw_score", "kl", "eos_rate", "response_length")
 
@@ -362,15 +362,15 @@ class OnlineStage(Stage):
     def _awake_engine(self) -> RolloutEngine:
         """The engine, kept with all that it has compiled, and with the policy's weights of now."""
         step = self.trainer.global_step
-        if self.engine is None:
+        if self.rollout_engine is None:
             compiled = partial(TransformersEngine, compiled=self.compile_decoding)
-            self.engine = (self.engine_factory or compiled)(self.policy, self.tokenizer, self.generation_batch_size)
+            self.rollout_engine = (self.engine or compiled)(self.policy, self.tokenizer, self.generation_batch_size)
         else:
-            self.engine.wake()
+            self.rollout_engine.wake()
             if step != self._synced_at:
-                self.engine.sync_weights()
+                self.rollout_engine.sync_weights()
         self._synced_at = step
-        return self.engine
+        return self.rollout_engine
 
     def measure_answers(
         self, prompts: PromptBatch, generation: Generation, texts: list[str], with_values: bool = False

@@ -193,7 +193,7 @@ def _grpo(sft: str, reward: str) -> OnlineStage:
 
 
 def _dpo(sft: Path) -> DPOModule:
-    return DPOModule(str(sft), beta=0.1, optimizer=_adamw(2e-4), warmup_steps=20, micro_batch_size=16)
+    return DPOModule(str(sft), beta=0.3, optimizer=_adamw(4e-4), warmup_steps=20, micro_batch_size=16)
 
 
 def _pairs(model: Path, data: ToyPaths, seed: int) -> PreferenceDataModule:
