@@ -292,7 +292,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 ROWS = st.lists(st.tuples(TEXT, st.lists(TEXT, max_size=3).map(tuple)).map(lambda row: Row(*row)), max_size=6)
 LIMITS = st.builds(
     lambda length, most, room, long, least: TokenLimits(
-        length, min(most, length - 1), min(room, length - 1), long, least
+        length, min(most, length - 1), min(room, length - 1), long, min(least, length - 1)
     ),
     st.integers(4, 60),
     st.integers(2, 40),

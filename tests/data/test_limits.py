@@ -77,11 +77,12 @@ def test_what_is_left_is_the_end_with_its_turns(data, length, room, bos):
 )
 def test_limits_that_do_not_go_together(limits, message):
     with pytest.raises(UserError, match=message):
-        TokenLimits.checked(*limits)
+        TokenLimits(*limits)
 
 
 def test_a_quarter_is_kept_for_the_response_unasked():
-    assert TokenLimits.checked(512, None, None, "cut") == TokenLimits(512, None, 128, "cut", 0)
+    assert TokenLimits(512).kept_room == TokenLimits(512, None, 128).kept_room == 128
+    assert TokenLimits(512).prompt_room([500]) == TokenLimits(512).prompt_room([]) == 384
 
 
 def test_the_context_of_the_model_beside_the_tokenizer(tmp_path):

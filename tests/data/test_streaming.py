@@ -137,7 +137,7 @@ def test_resumes_from_the_end_of_an_epoch(tmp_path, path, when):
 
 @pytest.mark.parametrize(("drop_last", "each"), [(False, 7), (True, 4)])
 def test_processes_share_out_every_round_and_make_as_many_batches(path, drop_last, each):
-    chat, limits = ChatEncoder(tiny_tokenizer()), TokenLimits.checked(64, None, None, "cut")
+    chat, limits = ChatEncoder(tiny_tokenizer()), TokenLimits(64, None, None, "cut")
     preparation = Preparation(Table(path, streaming=True), chat, limits, kinds=("finetune",))
     shares = []
     for rank in range(3):

@@ -13,6 +13,8 @@ from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.preparation import Preparation
 from rlhf_lightning.data.preparing.prepared import PARTS, PreparedFolder
 from rlhf_lightning.data.sources import as_source
+from rlhf_lightning.data.sources.files import open_parts
+from rlhf_lightning.data.sources.raw_rows import RawRows
 
 
 def preparation(
@@ -31,7 +33,7 @@ def preparation(
     return Preparation(
         data=as_source(data),
         chat=ChatEncoder(tokenizer or tiny_tokenizer(), dialogue_format),
-        limits=TokenLimits.checked(**defaults | given),
+        limits=TokenLimits(**defaults | given),
         **settings,
     )
 
@@ -46,3 +48,8 @@ def build(folder: Path, data: Any, **settings: Any) -> PreparedFolder:
 def row_ids(folder: PreparedFolder, need: Any) -> dict[str, list[int]]:
     """Numbers of the rows in each part of one kind of example."""
     return {part: folder.part(need, part).row_ids.tolist() for part in PARTS}
+
+
+def open_rows(data: Any, split: str | None = None, streaming: bool = False) -> RawRows:
+    """The raw rows that training reads."""
+    return open_parts(data, split, streaming)["train"]

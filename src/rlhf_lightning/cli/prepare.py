@@ -106,8 +106,14 @@ def prepare(
     check_arguments(prepare, locals(), RANGES)
     folder = Path(out).expanduser().absolute()
     _check_out(folder, overwrite)
-    limits = TokenLimits.checked(max_length, max_prompt_length, response_room, long_prompts, minimum_response_length)
-    splits = Splits(validation_split, test_split, stage_split, split_by)
+    limits = TokenLimits(
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        response_room=response_room,
+        long_prompts=long_prompts,
+        minimum_response_length=minimum_response_length,
+    )
+    splits = Splits(validation=validation_split, test=test_split, stages=stage_split, by=split_by)
     loaded = load_tokenizer(tokenizer, trust_remote_code)
     check_context(loaded, "max_length", max_length)
     preparation = Preparation(

@@ -140,9 +140,14 @@ class TextDataModule(ResumableDataModule, ABC):
         self.data, self.validation_data = data, validation_data
         self.test_data, self.predict_data = test_data, predict_data
         self.columns, self.on_bad_row, self.num_samples = columns, on_bad_row, num_samples
-        self.splits, self.filters = Splits(validation_split, test_split, stage_split, split_by), filters
-        self.limits = TokenLimits.checked(
-            max_length, max_prompt_length, response_room, long_prompts, minimum_response_length
+        self.splits = Splits(validation=validation_split, test=test_split, stages=stage_split, by=split_by)
+        self.filters = filters
+        self.limits = TokenLimits(
+            max_length=max_length,
+            max_prompt_length=max_prompt_length,
+            response_room=response_room,
+            long_prompts=long_prompts,
+            minimum_response_length=minimum_response_length,
         )
         self.dialogue_format, self.plain_format, self.chat_template = dialogue_format, plain_format, chat_template
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
@@ -327,10 +332,9 @@ class TextDataModule(ResumableDataModule, ABC):
         """The training part, packed if that is asked for, and its sampler."""
         self._keep_place()
         rank, world = self._rank_and_world()
+        shares: dict[str, Any] = {"num_replicas": world, "rank": rank, "seed": self.seed, "drop_last": self.drop_last}
         if self._streamed:
-            self._sampler = StreamedExamples(
-                self._preparation(), self.need, self.batch_size, world, rank, self.seed, self.drop_last
-            )
+            self._sampler = StreamedExamples(self._preparation(), self.need, batch_size=self.batch_size, **shares)
             return
         assert self._parts is not None
         table = self._parts["train"]
@@ -343,10 +347,7 @@ class TextDataModule(ResumableDataModule, ABC):
             rank_zero_info(f"{type(self).__name__}: {len(packed)} packed rows, {packed.filled:.1%} filled")
         self._sampler = ResumableSampler(
             self._train,
-            world,
-            rank,
-            self.seed,
-            self.drop_last,
+            **shares,
             lengths=table.total_lengths if self.length_grouped else None,
             length_grouped=self.length_grouped,
             batch_size=self.batch_size,

@@ -158,12 +158,18 @@ def collate_packed(
 def collate_pairs(examples: Sequence[EncodedPair], filler: int) -> PreferenceBatch:
     """Pairs, both sides padded on the right to the longest sequence of either."""
     length = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in examples)
-    chosen = pad([pair.chosen_ids for pair in examples], filler, "right", length)
-    rejected = pad([pair.rejected_ids for pair in examples], filler, "right", length)
-    margins = torch.tensor([pair.margin for pair in examples], dtype=torch.float32)
-    weights = torch.tensor([pair.weight for pair in examples], dtype=torch.float32)
-    prompt_lengths = torch.tensor([pair.prompt_length for pair in examples], dtype=torch.int64)
-    return PreferenceBatch(*chosen, *rejected, _row_ids(examples), margins, weights, prompt_lengths)
+    chosen_ids, chosen_mask = pad([pair.chosen_ids for pair in examples], filler, "right", length)
+    rejected_ids, rejected_mask = pad([pair.rejected_ids for pair in examples], filler, "right", length)
+    return PreferenceBatch(
+        chosen_ids=chosen_ids,
+        chosen_mask=chosen_mask,
+        rejected_ids=rejected_ids,
+        rejected_mask=rejected_mask,
+        row_ids=_row_ids(examples),
+        margins=torch.tensor([pair.margin for pair in examples], dtype=torch.float32),
+        weights=torch.tensor([pair.weight for pair in examples], dtype=torch.float32),
+        prompt_lengths=torch.tensor([pair.prompt_length for pair in examples], dtype=torch.int64),
+    )
 
 
 def collate_prompts(examples: Sequence[EncodedPrompt], filler: int) -> PromptBatch:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +14,6 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.capacity import RESIZE, context_length
 from rlhf_lightning.models.adapters import folder_config
 
-LongPrompts = Literal["cut", "drop"]
 _COUNTS = ("max_length", "max_prompt_length", "response_room", "num_samples", "num_proc")
 _BATCHES = ("batch_size", "eval_batch_size", "rollout_batch_size")
 RANGES = {
@@ -23,53 +23,50 @@ RANGES = {
 """What numbers may be, for `check_arguments`, wherever data are prepared or batched; all others are at least 0."""
 
 
-class TokenLimits(NamedTuple):
+@dataclass(frozen=True)
+class TokenLimits:
     """Limits in tokens, special tokens included.
 
-    Attributes:
+    Args:
         max_length: of prompt and response together.
         max_prompt_length: of the prompt; None leaves it what the response does not need.
-        response_room: how much of a response must have room at the least, whatever the prompt.
+        response_room: how much of a response must have room at the least, whatever the prompt; by default a quarter of
+            `max_length`.
         long_prompts: cut a prompt that is too long, or drop the row.
         minimum_response_length: rows with a response of fewer tokens are dropped; the EOS does not count.
+
+    Raises:
+        UserError: a limit below 1, or one that leaves no room for the other part.
     """
 
     max_length: int
-    max_prompt_length: int | None
-    response_room: int
-    long_prompts: LongPrompts
+    max_prompt_length: int | None = None
+    response_room: int | None = None
+    long_prompts: Literal["cut", "drop"] = "cut"
     minimum_response_length: int = 0
 
-    @classmethod
-    def checked(
-        cls,
-        max_length: int,
-        max_prompt_length: int | None,
-        response_room: int | None,
-        long_prompts: LongPrompts,
-        minimum_response_length: int = 0,
-    ) -> TokenLimits:
-        """Limits that make sense together; without a `response_room` that is a quarter of `max_length`.
-
-        Raises:
-            UserError: a limit below 1, or one that leaves no room for the other part.
-        """
-        check_arguments(cls.checked, locals(), RANGES)
-        if max_prompt_length is not None and max_prompt_length >= max_length:
+    def __post_init__(self) -> None:
+        check_arguments(TokenLimits, vars(self), RANGES)
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
             raise UserError(
-                f"max_prompt_length ({max_prompt_length}) must be below max_length ({max_length}), "
+                f"max_prompt_length ({self.max_prompt_length}) must be below max_length ({self.max_length}), "
                 "which counts prompt and response together"
             )
-        if response_room is None:
-            response_room = max(1, max_length // 4)
-        for name, value in (("response_room", response_room), ("minimum_response_length", minimum_response_length)):
-            if value >= max_length:
-                raise UserError(f"{name} ({value}) must be below max_length ({max_length})")
-        return cls(max_length, max_prompt_length, response_room, long_prompts, minimum_response_length)
+        for name, value in (
+            ("response_room", self.kept_room),
+            ("minimum_response_length", self.minimum_response_length),
+        ):
+            if value >= self.max_length:
+                raise UserError(f"{name} ({value}) must be below max_length ({self.max_length})")
+
+    @property
+    def kept_room(self) -> int:
+        """Tokens of a response that have room whatever the prompt."""
+        return max(1, self.max_length // 4) if self.response_room is None else self.response_room
 
     def prompt_room(self, response_lengths: Sequence[int]) -> int:
-        """How many tokens a prompt may have before responses of these lengths; before none, `response_room` is kept."""
-        room = self.max_length - min(max(response_lengths, default=self.response_room), self.response_room)
+        """How many tokens a prompt may have before responses of these lengths; before none, `kept_room` is left."""
+        room = self.max_length - min(max(response_lengths, default=self.kept_room), self.kept_room)
         return room if self.max_prompt_length is None else min(room, self.max_prompt_length)
 
 

@@ -134,9 +134,9 @@ def test_a_change_of_anything_makes_another_entry(rows, tmp_path):
     chat["template"] = ChatEncoder(tiny_tokenizer(), chat_template=CHAT_TEMPLATE)
     chat["other template"] = ChatEncoder(tiny_tokenizer(), chat_template=CHAT_TEMPLATE + " ")
     chat["format"] = ChatEncoder(tiny_tokenizer(), "plain")
-    limits = [TokenLimits.checked(*values) for values in [(32, None, None, "cut"), (64, 20, None, "cut")]]
-    limits += [TokenLimits.checked(64, None, 7, "cut"), TokenLimits.checked(64, None, None, "drop")]
-    limits += [TokenLimits.checked(64, None, None, "cut", 2)]
+    limits = [TokenLimits(*values) for values in [(32, None, None, "cut"), (64, 20, None, "cut")]]
+    limits += [TokenLimits(64, None, 7, "cut"), TokenLimits(64, None, None, "drop")]
+    limits += [TokenLimits(64, None, None, "cut", 2)]
     kept = Filters(), Filters(shuffle=True), Filters(shuffle=True, seed=1), Filters(duplicates="exact")
     kept += (Filters(duplicates="normalised"), Filters(remove_same_inputs=True))
     kept += (Filters(remove_same_responses=False), Filters(remove_evaluation_prompts=True))

@@ -354,7 +354,7 @@ def test_what_is_wrong_with_all_rows_names_the_first(tmp_path):
 
 def test_rows_read_for_prediction_are_neither_filtered_nor_split():
     rows = [PAIRS[0], PAIRS[0], {"prompt": None, "chosen": "a", "rejected": "b"}]
-    encoder = Encoder(ChatEncoder(tiny_tokenizer()), TokenLimits.checked(64, None, None, "cut"))
+    encoder = Encoder(ChatEncoder(tiny_tokenizer()), TokenLimits(64, None, None, "cut"))
     kept, said = read_all(as_source(rows), "preference", encoder, "skip")
     assert [row.row_id for row, _ in kept] == [0, 1]
     assert said == Counter({"rows": 3, "kept": 2, "dropped: prompt is null": 1})

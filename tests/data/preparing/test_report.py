@@ -27,7 +27,7 @@ from rlhf_lightning.data.preparing.report import print_report, render, report_on
 from rlhf_lightning.data.rows import Need, Row
 from rlhf_lightning.data.sources import Table
 
-LIMITS = TokenLimits.checked(64, None, None, "cut")
+LIMITS = TokenLimits(64, None, None, "cut")
 Make = Callable[..., PreparedFolder]
 
 
@@ -273,7 +273,7 @@ def test_the_max_length_that_is_named_keeps_95_percent_of_the_responses(lengths,
     chat = ChatEncoder(tiny_tokenizer())
 
     def encode(max_length):
-        limits = TokenLimits.checked(max_length, max_prompt_length, 1, "cut")
+        limits = TokenLimits(max_length, max_prompt_length, 1, "cut")
         return Encoder(chat, limits).encode(rows)
 
     whole = WholeLengths(max_prompt_length)

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.preparing import open_rows
 from rlhf_lightning.data.rows import BadRowError
 from rlhf_lightning.data.sources import files
-from rlhf_lightning.data.sources.files import file_fingerprint, is_local, open_parts, open_rows
+from rlhf_lightning.data.sources.files import file_fingerprint, is_local, open_parts
 from rlhf_lightning.errors import UserError
 
 ROWS = [{"prompt": f"p{i}", "response": f"r{i} \u00e9,\"'\n"} for i in range(3)]

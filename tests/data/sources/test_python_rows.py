@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.preparing import open_rows
 from rlhf_lightning.data.sources import Table, as_source
-from rlhf_lightning.data.sources.files import open_parts, open_rows
+from rlhf_lightning.data.sources.files import open_parts
 from rlhf_lightning.errors import UserError
 
 ROWS = [{"prompt": f"p{i}", "response": f"r{i}", "weight": float(i + 1)} for i in range(4)]

@@ -93,7 +93,7 @@ class Preparation:
         """The settings, as `args.json` says them."""
         return {
             "kinds": list(self._kinds),
-            "limits": self.limits._asdict(),
+            "limits": asdict(self.limits),
             "filters": asdict(self.filters),
             "splits": asdict(self.splits),
             "num_samples": self.num_samples,

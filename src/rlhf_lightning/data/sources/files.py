@@ -101,11 +101,6 @@ def open_parts(
     return {part: open_files(parts[name]) for part, name in chosen.items()}
 
 
-def open_rows(data: Any, split: str | None = None, streaming: bool = False) -> RawRows:
-    """The rows that training reads, see `open_parts`."""
-    return open_parts(data, split, streaming)["train"]
-
-
 def open_files(paths: list[Path]) -> RawRows:
     """The rows of files, one file after the other.
 
