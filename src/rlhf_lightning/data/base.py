@@ -31,7 +31,7 @@ from rlhf_lightning.data.resuming import ResumableDataModule
 from rlhf_lightning.data.rows import Need, Row
 from rlhf_lightning.data.sampler import LateLoader, ResumableSampler
 from rlhf_lightning.data.sources import DataSource, Source, as_source
-from rlhf_lightning.data.streaming import StreamedExamples, StreamLoader, check_streaming, evaluation_tables
+from rlhf_lightning.data.streaming import StreamedExamples, check_streaming, evaluation_tables
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer
 from rlhf_lightning.warning_filters import filter_warnings
@@ -239,13 +239,8 @@ class TextDataModule(ResumableDataModule, ABC):
             "drop_last": self.drop_last,
         }
         if isinstance(self._sampler, StreamedExamples):
-            return StreamLoader(self._sampler, self._current_epoch, collate_fn=self._collate(), **options)
-        return LateLoader(
-            self._train,  # type: ignore[arg-type]
-            sampler=self._sampler,
-            collate_fn=self._collate_train(),
-            **options,
-        )
+            return LateLoader(self._sampler, self._begin_epoch, collate_fn=self._collate(), **options)
+        return LateLoader(self._train, sampler=self._sampler, collate_fn=self._collate_train(), **options)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Validation batches; an empty list, which Lightning skips, where nothing is held out."""
@@ -395,6 +390,10 @@ class TextDataModule(ResumableDataModule, ABC):
         others = {"packing": self.packing, "length_grouped": self.length_grouped}
         check_streaming(self._preparation(), others | {"num_workers above 1": self.num_workers > 1})
         return evaluation_tables(self._preparation(), self.need, self.cache_dir)
+
+    def _begin_epoch(self) -> None:
+        assert isinstance(self._sampler, StreamedExamples)
+        self._sampler.begin(0 if self.trainer is None else self.trainer.current_epoch)
 
     @property
     def _filler(self) -> int:

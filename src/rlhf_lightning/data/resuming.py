@@ -44,9 +44,6 @@ class ResumableDataModule(pl.LightningDataModule):
             others = [callback for callback in trainer.callbacks if not isinstance(callback, _PlaceKeeper)]
             trainer.callbacks = [_PlaceKeeper(self), *others]  # first: before what saves checkpoints
 
-    def _current_epoch(self) -> int:
-        return 0 if self.trainer is None else self.trainer.current_epoch
-
     def _rank_and_world(self) -> tuple[int, int]:
         if self.trainer is not None:
             return self.trainer.global_rank, self.trainer.world_size
@@ -92,11 +89,7 @@ class ResumableDataModule(pl.LightningDataModule):
 
 
 class _PlaceKeeper(pl.Callback):
-    """Counts the batches of a fit for its data module, and makes Lightning count from there in a resumed one.
-
-    Args:
-        data: the data module.
-    """
+    """Counts the batches of a fit for its data module, and makes Lightning count from there in a resumed one."""
 
     def __init__(self, data: ResumableDataModule) -> None:
         self._data = data

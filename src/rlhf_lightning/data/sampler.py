@@ -6,7 +6,7 @@ of the loader to be gone already while `len(loader)` still speaks of the whole e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -149,10 +149,20 @@ class LateLoader(DataLoader[Any]):
 
     Lightning makes the iterator of a fit before it has told the sampler the epoch, and in some strategies before it has
     read the checkpoint. With workers an ordinary loader has by then drawn its first batches, from the wrong epoch.
+
+    Args:
+        dataset: the examples.
+        before: called when the first batch is asked for.
+        options: those of `DataLoader`.
     """
+
+    def __init__(self, dataset: Any, before: Callable[[], None] = lambda: None, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.before = before  # as Lightning finds it where it makes a loader anew
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """The batches."""
+        self.before()
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,6 @@ from rlhf_lightning.data.preparing.filters import Splits
 from rlhf_lightning.data.preparing.preparation import Preparation
 from rlhf_lightning.data.preparing.prepared import TokenTable
 from rlhf_lightning.data.rows import Need
-from rlhf_lightning.data.sampler import LateLoader
 from rlhf_lightning.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -113,25 +112,6 @@ class StreamedExamples(IterableDataset[Any]):
         reader.check_enough()
         if self._rank == 0:
             logger.info("epoch %d of the stream: %s", self.epoch, say_counts(reader.counts.said()))
-
-
-class StreamLoader(LateLoader):
-    """A loader of streamed examples that knows which epoch is wanted when its first batch is asked for.
-
-    Args:
-        dataset: the examples.
-        current_epoch: asks the trainer.
-        options: those of `DataLoader`.
-    """
-
-    def __init__(self, dataset: StreamedExamples, current_epoch: Callable[[], int], **options: Any) -> None:
-        super().__init__(dataset, **options)
-        self._examples, self._current_epoch = dataset, current_epoch
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """The batches."""
-        self._examples.begin(self._current_epoch())
-        yield from super().__iter__()
 
 
 def check_streaming(preparation: Preparation, others: Mapping[str, bool]) -> None:

@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
@@ -19,20 +19,14 @@ from rlhf_lightning.data.preparing.prepared import PreparedFolder
 from rlhf_lightning.data.sources.files import cache_root
 from rlhf_lightning.errors import UserError
 
+if TYPE_CHECKING:
+    from rlhf_lightning.data.preparing.legacy import LegacyPreparation
+    from rlhf_lightning.data.preparing.preparation import Preparation
+
 logger = logging.getLogger(__name__)
 
 
-class Buildable(Protocol):
-    """What a cache entry can be made of."""
-
-    def key(self) -> str:
-        """A hash of everything that decides what `build` writes."""
-
-    def build(self, folder: Path) -> None:
-        """Write a complete prepared folder into an empty one."""
-
-
-def find_or_build(preparation: Buildable, cache_dir: str | Path | None = None) -> PreparedFolder:
+def find_or_build(preparation: Preparation | LegacyPreparation, cache_dir: str | Path | None = None) -> PreparedFolder:
     """The cache entry of a preparation, built now if it is not there.
 
     Args:
@@ -65,7 +59,7 @@ def _whole(folder: Path) -> PreparedFolder | None:
         return None
 
 
-def _build(preparation: Buildable, root: Path, key: str) -> PreparedFolder:
+def _build(preparation: Preparation | LegacyPreparation, root: Path, key: str) -> PreparedFolder:
     # Under the lock nobody else on this host works on this key, so what is here was left by a build that was killed.
     # Some network disks do not show the lock to other hosts; their builds are left alone, and the first to end stands.
     host = platform.node()

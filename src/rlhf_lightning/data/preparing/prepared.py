@@ -58,10 +58,6 @@ def file_name(need: str, part: str) -> str:
 class TableWriter:
     """Writes one part, some rows at a time.
 
-    Args:
-        path: of the file.
-        need: the kind of example.
-
     Attributes:
         rows: rows written.
         tokens: ids written.
@@ -126,10 +122,6 @@ class TokenTable(Sequence[Any]):
     """One part of a prepared folder, mapped into memory; pickled by its path.
 
     Items are `EncodedExample`, `EncodedPair` or `EncodedPrompt` (without its text), copied out of the file.
-
-    Args:
-        path: of the file.
-        need: the kind of example.
 
     Attributes:
         row_ids: number of each row in the data, `[N]`, int64.
@@ -244,12 +236,7 @@ class Derived(Sequence[Any]):
 
 
 class PreparedFolder:
-    """A prepared folder, open for reading.
-
-    Args:
-        path: of the folder.
-        manifest: what its `manifest.json` says.
-    """
+    """A prepared folder, open for reading."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path, self.manifest = path, manifest
@@ -331,12 +318,7 @@ def is_prepared(data: Any) -> bool:
 
 
 class FolderWriter:
-    """Fills a new prepared folder.
-
-    Args:
-        path: an empty folder.
-        kinds: the kinds of example it will hold.
-    """
+    """Fills a new prepared folder."""
 
     def __init__(self, path: Path, kinds: Sequence[Need]) -> None:
         self.path, self.kinds = path, list(kinds)

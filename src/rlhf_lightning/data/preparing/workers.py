@@ -12,11 +12,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rlhf_lightning.chat.messages import exact_text
 from rlhf_lightning.data.encode import EncodedRow
 from rlhf_lightning.data.rows import Row
+
+if TYPE_CHECKING:
+    from rlhf_lightning.data.preparing.reading import Encoder
 
 WORTH_WORKERS = 30_000_000
 """Characters that must be left for workers to start. One takes 6 seconds of a core for its imports, in which a core
@@ -26,17 +29,10 @@ Chunk = TypeVar("Chunk")
 Encoded = list[EncodedRow | str]
 
 
-class Encodes(Protocol):
-    """What turns rows into ids; `chat` holds its tokenizer."""
-
-    def encode(self, rows: list[Row]) -> Encoded:
-        """Ids of each row, or the reason it is dropped for."""
-
-
 def encode_chunks(
     chunks: Iterator[Chunk],
     rows_of: Callable[[Chunk], list[Row]],
-    encoder: Encodes,
+    encoder: Encoder,
     num_proc: int,
     total_rows: int | None = None,
 ) -> Iterator[tuple[Chunk, Callable[[], Encoded]]]:
@@ -64,7 +60,7 @@ def _characters(row: Row) -> int:
 
 
 def _by_workers(
-    chunks: Iterator[Chunk], rows_of: Callable[[Chunk], list[Row]], encoder: Encodes, num_proc: int
+    chunks: Iterator[Chunk], rows_of: Callable[[Chunk], list[Row]], encoder: Encoder, num_proc: int
 ) -> Iterator[tuple[Chunk, Callable[[], Encoded]]]:
     # Fresh processes: a forked one would inherit the locks of the tokenizer's threads.
     context = multiprocessing.get_context("spawn")
@@ -95,10 +91,10 @@ def _script_hidden() -> Iterator[None]:
         sys.modules["__main__"] = script
 
 
-_worker: Encodes | None = None
+_worker: Encoder | None = None
 
 
-def _start_worker(encoder: Encodes) -> None:
+def _start_worker(encoder: Encoder) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = encoder

@@ -139,12 +139,7 @@ class DatasetRows(_MappedRows):
 
 
 class StreamedDataset(RawRows):
-    """Rows of a data set on the hub that is read as it arrives, without a copy on the disk.
-
-    Args:
-        dataset: a `datasets.IterableDataset`.
-        name: of the data set, its split included.
-    """
+    """Rows of a data set on the hub that is read as it arrives, without a copy on the disk."""
 
     def __init__(self, dataset: Any, name: str) -> None:
         self._dataset, self._name = dataset, name

@@ -136,11 +136,7 @@ def _as_json(value: Any) -> Any:
 
 
 class JoinedRows(RawRows):
-    """The rows of several files, one file after the other.
-
-    Args:
-        parts: at least one.
-    """
+    """The rows of several files, one file after the other."""
 
     def __init__(self, parts: list[RawRows]) -> None:
         self._parts = parts
