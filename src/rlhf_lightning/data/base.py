@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.plain import HUMAN_ASSISTANT, PlainFormat
-from rlhf_lightning.data.encode import NOTES, EncodedRow
+from rlhf_lightning.data.encode import NOTES, EncodedRow, Encoder
 from rlhf_lightning.data.limits import RANGES, TokenLimits, check_context, check_ids
 from rlhf_lightning.data.packing import PackedTable
 from rlhf_lightning.data.preparing.cache import find_or_build
@@ -26,7 +26,6 @@ from rlhf_lightning.data.preparing.given import holds_tokens, open_tokens, said_
 from rlhf_lightning.data.preparing.lengths import say_cuts
 from rlhf_lightning.data.preparing.preparation import Preparation, read_all
 from rlhf_lightning.data.preparing.prepared import PARTS, PreparedFolder, TokenTable
-from rlhf_lightning.data.preparing.reading import Encoder
 from rlhf_lightning.data.resuming import ResumableDataModule
 from rlhf_lightning.data.rows import Need, Row
 from rlhf_lightning.data.sampler import LateLoader, ResumableSampler

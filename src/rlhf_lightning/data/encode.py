@@ -95,6 +95,24 @@ def encode_rows(
     ]
 
 
+class Encoder(NamedTuple):
+    """What turns rows into ids; every process has its own copy.
+
+    Attributes:
+        chat: the tokenizer and the form of dialogues.
+        limits: what to cut to.
+        find_turns: look for earlier turns of the assistant in the prompt.
+    """
+
+    chat: ChatEncoder
+    limits: TokenLimits
+    find_turns: bool = False
+
+    def encode(self, rows: list[Row]) -> list[EncodedRow | str]:
+        """Ids of each row, or the reason it is dropped for."""
+        return encode_rows(rows, self.chat, self.limits, self.find_turns) if rows else []
+
+
 def whole_prompt(row: Row) -> Prompt:
     """The prompt with its suffix."""
     return row.prompt + row.suffix if isinstance(row.prompt, str) else row.prompt

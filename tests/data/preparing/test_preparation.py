@@ -10,12 +10,12 @@ from helpers.templates import shelf_tokenizer
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data import Blend, Table
+from rlhf_lightning.data.encode import Encoder
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.filters import Filters, Splits
 from rlhf_lightning.data.preparing.lengths import say_cuts
 from rlhf_lightning.data.preparing.preparation import read_all
 from rlhf_lightning.data.preparing.prepared import PARTS
-from rlhf_lightning.data.preparing.reading import Encoder
 from rlhf_lightning.data.sources import as_source
 from rlhf_lightning.errors import UserError
 

@@ -17,12 +17,12 @@ from rich.console import Console
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt
+from rlhf_lightning.data.encode import Encoder
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.filters import Splits
 from rlhf_lightning.data.preparing.lengths import WholeLengths
 from rlhf_lightning.data.preparing.preparation import Preparation
 from rlhf_lightning.data.preparing.prepared import FolderWriter, PreparedFolder
-from rlhf_lightning.data.preparing.reading import Encoder
 from rlhf_lightning.data.preparing.report import print_report, render, report_on, save_report
 from rlhf_lightning.data.rows import Need, Row
 from rlhf_lightning.data.sources import Table

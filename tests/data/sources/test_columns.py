@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.data.encode import Encoder
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.preparation import read_all
-from rlhf_lightning.data.preparing.reading import Encoder
 from rlhf_lightning.data.rows import KINDS, BadRowError, DroppedRow, Row
 from rlhf_lightning.data.sources import Table
 from rlhf_lightning.data.sources.forms import RowForm

@@ -14,7 +14,7 @@ from typing import Any
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from rlhf_lightning.chat.encoder import ChatEncoder
-from rlhf_lightning.data.encode import EncodedRow
+from rlhf_lightning.data.encode import EncodedRow, Encoder
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.counts import say_counts
 from rlhf_lightning.data.preparing.examples import ExampleMaker
@@ -30,7 +30,7 @@ from rlhf_lightning.data.preparing.filters import (
     served,
 )
 from rlhf_lightning.data.preparing.prepared import FORMAT, FolderWriter, Part
-from rlhf_lightning.data.preparing.reading import Choose, Encoder, Item, RowReader
+from rlhf_lightning.data.preparing.reading import Choose, Item, RowReader
 from rlhf_lightning.data.rows import KINDS, Need, OnBadRow, Row
 from rlhf_lightning.data.sources import Rows, Source
 from rlhf_lightning.errors import UserError

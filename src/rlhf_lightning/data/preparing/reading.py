@@ -7,12 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
-from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.messages import RefusedTurnsError
-from rlhf_lightning.data.encode import REFUSED, EncodedRow, encode_rows
-from rlhf_lightning.data.limits import TokenLimits
+from rlhf_lightning.data.encode import REFUSED, EncodedRow, Encoder
 from rlhf_lightning.data.preparing.counts import Counts
 from rlhf_lightning.data.preparing.lengths import WholeLengths
 from rlhf_lightning.data.preparing.workers import encode_chunks
@@ -28,24 +25,6 @@ _CHUNK = 1000  # rows tokenised in one call
 _LISTED = 1000  # bad rows whose places are kept
 _STREAMED = 1000  # rows of a stream, whose end is not known, that the share is taken of at the least
 _NOTHING = Row("")
-
-
-class Encoder(NamedTuple):
-    """What turns rows into ids; every process has its own copy.
-
-    Attributes:
-        chat: the tokenizer and the form of dialogues.
-        limits: what to cut to.
-        find_turns: look for earlier turns of the assistant in the prompt.
-    """
-
-    chat: ChatEncoder
-    limits: TokenLimits
-    find_turns: bool = False
-
-    def encode(self, rows: list[Row]) -> list[EncodedRow | str]:
-        """Ids of each row, or the reason it is dropped for."""
-        return encode_rows(rows, self.chat, self.limits, self.find_turns) if rows else []
 
 
 @dataclass

@@ -12,14 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from rlhf_lightning.chat.messages import exact_text
-from rlhf_lightning.data.encode import EncodedRow
+from rlhf_lightning.data.encode import EncodedRow, Encoder
 from rlhf_lightning.data.rows import Row
-
-if TYPE_CHECKING:
-    from rlhf_lightning.data.preparing.reading import Encoder
 
 WORTH_WORKERS = 30_000_000
 """Characters that must be left for workers to start. One takes 6 seconds of a core for its imports, in which a core
