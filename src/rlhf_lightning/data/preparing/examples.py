@@ -52,9 +52,12 @@ class ExampleMaker:
         if not examples:
             self._reader.drop_kept(known or lost, item, ids)
             return examples
-        counts.lacking.update([lost] if lost else [])
-        counts.others.update([DUPLICATE] if known else [])
-        counts.others[FURTHER] += max(0, len(examples.get("preference", ())) - 1)
+        if lost:
+            counts.lacking[lost] += 1
+        if known:
+            counts.others[DUPLICATE] += 1
+        if (count := len(examples.get("preference", ()))) > 1:
+            counts.others[FURTHER] += count - 1
         return examples
 
     def _came_before(self, prompt: np.ndarray) -> bool:
