@@ -33,7 +33,7 @@ NEEDED = {
 ZERO_MAKES_SENSE = {
     *("seed", "num_workers", "num_examples", "logging_level", "refresh_rate", "stage"),
     *("validation_split", "test_split", "stage_split", "minimum_response_length"),
-    *("warmup_steps", "label_smoothing", "gradient_clip_val", "value_lr"),
+    *("warmup_steps", "label_smoothing", "gradient_clip_val", "value_lr", "sft_coef"),
     *("temperature", "top_k", "min_new_tokens", "dropout"),
     *("coef", "missing_eos_penalty", "value_coef", "gamma", "gae_lambda"),
 }
