@@ -134,7 +134,7 @@ def test_somebody_elses_folder_is_refused_before_training_and_left_alone(model, 
     thesis = tmp_path / "export" / "thesis.txt"
     thesis.parent.mkdir()
     thesis.write_text("three years of work")
-    with pytest.raises(UserError, match="exists and is no export of this package"):
+    with pytest.raises(UserError, match="exists and is not an export of this package"):
         fit(model, tmp_path, HFExport())
     assert [path.name for path in thesis.parent.iterdir()] == ["thesis.txt"]
     assert not (tmp_path / "checkpoints").exists()

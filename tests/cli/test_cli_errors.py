@@ -163,7 +163,7 @@ CASES = [
     ([*BASE, "--model.model_name_or_path=empty_folder"], "'empty_folder' is not a model folder: it has no config.json"),
     ([*BASE, "--ckpt_path=missing.ckpt"], "--ckpt_path: 'missing.ckpt' does not exist"),
     ([*BASE, "--ckpt_path=last"], "--ckpt_path last: there is no checkpoint in 'run/checkpoints'"),
-    ([*BASE, "--ckpt_path=bad.ckpt"], "--ckpt_path: 'bad.ckpt' is no whole checkpoint"),
+    ([*BASE, "--ckpt_path=bad.ckpt"], "--ckpt_path: 'bad.ckpt' is not a complete checkpoint"),
     ([*BASE, "--ckpt_path=other.ckpt"], "--ckpt_path: 'other.ckpt' is no Lightning checkpoint"),
     (
         [*BASE, "--trainer.accumulate_grad_batches=4"],

@@ -222,8 +222,8 @@ def test_an_untied_output_layer_may_have_an_adapter():
             "q_proj",
             r"no layer is called 'q_proj'; a string is a regular expression for whole names; th",
         ),
-        (tiny_causal_lm, ["mlp"], r"'model.layers.0.mlp' is no linear layer; there are down_proj"),
-        (tiny_causal_lm, ["embed_tokens"], r"'model.embed_tokens' is no linear layer"),
+        (tiny_causal_lm, ["mlp"], r"'model.layers.0.mlp' is not a linear layer; there are down_proj"),
+        (tiny_causal_lm, ["embed_tokens"], r"'model.embed_tokens' is not a linear layer"),
         (tiny_classifier, ["score"], r"'score' can have no adapter, it is trained as a whole; leave it out"),
     ],
 )
@@ -249,7 +249,7 @@ def test_a_tied_output_layer_can_have_no_adapter(family):
         ({"alpha": 0}, r"alpha \(0\) must be above 0"),
         ({"dropout": 1.0}, r"dropout \(1.0\) must be at least 0 and below 1"),
         ({"target_modules": []}, "target_modules is empty"),
-        ({"target_modules": "("}, r"target_modules '\(' is no regular expression"),
+        ({"target_modules": "("}, r"target_modules '\(' is not a regular expression"),
     ],
 )
 def test_settings_that_make_no_sense(wrong, message):

@@ -113,7 +113,7 @@ def test_what_stays_frozen_is_said(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_modules": ["gate_up_proj"]}, "is no layer but a weight .*name it in finetune.target_parameters"),
+        ({"target_modules": ["gate_up_proj"]}, "is not a layer but a weight .*name it in finetune.target_parameters"),
         (
             {"target_parameters": ["nothing"]},
             "no weight is called 'nothing'; there are experts.down_proj, experts.gate",

@@ -75,7 +75,7 @@ class HFExport(Callback):
             )
         target = self.target(trainer)
         if target.exists() and any(target.iterdir()) and not _is_ours(target):
-            raise UserError(f"HFExport: '{target}' exists and is no export of this package; choose another dirpath")
+            raise UserError(f"HFExport: '{target}' exists and is not an export of this package; choose another dirpath")
         self._stamps = trainer.strategy.broadcast(_checkpoint_stamps(trainer))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -52,7 +52,7 @@ more:
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point: print the overview, run the quickstart, prepare data, or hand over to LightningCLI.
 
-    Leaves with code 2 and one line on stderr where the user can mend something, and with 130 after Ctrl-C.
+    Leaves with code 2 and one line on stderr where the user can fix something, and with 130 after Ctrl-C.
 
     Args:
         args: the words after `rlhf`; None for those of this process.

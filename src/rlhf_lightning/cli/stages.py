@@ -193,7 +193,7 @@ def check_checkpoint(path: str) -> None:
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as e:
-        raise UserError(f"--ckpt_path: '{path}' is no whole checkpoint; resume from an earlier one") from e
+        raise UserError(f"--ckpt_path: '{path}' is not a complete checkpoint; resume from an earlier one") from e
     if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
         raise UserError(f"--ckpt_path: '{path}' is no Lightning checkpoint; a model goes to --model.model_name_or_path")
 
@@ -231,7 +231,7 @@ def _flat(key: str, values: dict[str, Any], known: set[str]) -> dict[str, Any]:
 
 
 def user_error(error: BaseException) -> UserError | None:
-    """What of an error the user can mend, if anything.
+    """What of an error the user can fix, if anything.
 
     Args:
         error: as it left Lightning or jsonargparse, which wraps what a constructor raises.
@@ -260,7 +260,7 @@ def run_stage(command: str, options: Sequence[str]) -> None:
         options: the words after it, recipes resolved.
 
     Raises:
-        UserError: something the user can mend.
+        UserError: something the user can fix.
     """
     filter_warnings()
     check_words(options)
@@ -279,8 +279,8 @@ def run_stage(command: str, options: Sequence[str]) -> None:
             parser_kwargs={"prog": "rlhf", **usage},
         )
     except (MisconfigurationException, ValueError, RuntimeError) as e:
-        if mendable := user_error(e):
-            raise mendable from e
+        if fixable := user_error(e):
+            raise fixable from e
         raise
     except SystemExit as e:
         # Lightning turns Ctrl-C into exit code 1.

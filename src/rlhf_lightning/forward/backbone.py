@@ -1,6 +1,6 @@
 """Running a transformer without its output layer.
 
-Notation: B batch, T padded length, D hidden size.
+Shapes: B batch, T padded length, D hidden size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def position_ids(attention_mask: Tensor) -> Tensor:
         >>> position_ids(torch.tensor([[False, True, True]]))
         tensor([[0, 0, 1]])
     """
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # [B, T]
 
 
 @contextmanager
@@ -87,6 +87,6 @@ def run_backbone(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
         The backbone's output; its `last_hidden_state` is `[B, T, D]`.
     """
     if takes_positions(model):
-        kwargs["position_ids"] = position_ids(attention_mask)[:, -input_ids.shape[1] :]
+        kwargs["position_ids"] = position_ids(attention_mask)[:, -input_ids.shape[1] :]  # [B, T]
     kwargs.setdefault("use_cache", False)
     return model.base_model(input_ids=input_ids, attention_mask=attention_mask.long(), **kwargs)

@@ -1,4 +1,7 @@
-"""What a model has room for: tokens of a text, and ids of a vocabulary."""
+"""What a model has room for: tokens of a text, and ids of a vocabulary.
+
+Shapes: B batch, T padded length.
+"""
 
 from __future__ import annotations
 

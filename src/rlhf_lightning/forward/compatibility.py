@@ -5,7 +5,7 @@ model's own forward. Some read padding on their left (a state that goes from tok
 the row: BART), some count positions otherwise (RoBERTa), some do more between backbone and logits (BERT), and some look
 ahead (XLNet). Each model is tested once, on a few made-up tokens, before its first use.
 
-Shapes: T tokens, D hidden size.
+Shapes: T tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def _refusal(model: PreTrainedModel, reason: str) -> UserError:
 
 def _pads_left_rightly(model: PreTrainedModel) -> bool:
     tokens = made_up_tokens(model, _LONG)
-    alone = [_alone(model, tokens[:length]) for length in (_LONG, _SHORT)]
+    alone = [_alone(model, tokens[:length]) for length in (_LONG, _SHORT)]  # [T, D] each
     allowed = typical_tolerance(model)
-    if typical_distance([alone[0][:_SHORT]], [alone[1]]) > allowed:  # NaN is none of our business
+    if typical_distance([alone[0][:_SHORT]], [alone[1]]) > allowed:  # NaN is not judged here
         raise _refusal(model, "what it makes of a token depends on the tokens that follow, so it is not a causal model")
     if typical_distance(_padded(model, tokens, on_the_left=False), alone) > allowed:
         raise _refusal(model, "it counts positions in a way of its own, or does not hide padding")
@@ -63,7 +63,7 @@ def _pads_left_rightly(model: PreTrainedModel) -> bool:
 
 def _alone(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Hidden states of one sequence, `[T, D]`, as the model computes them that is told nothing else."""
-    ids = tokens.unsqueeze(0)
+    ids = tokens.unsqueeze(0)  # [1, T]
     hidden: Tensor = model.base_model(
         input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
     ).last_hidden_state[0]
@@ -77,12 +77,12 @@ def _padded(model: PreTrainedModel, tokens: Tensor, on_the_left: bool) -> list[T
     ids, mask = tokens.new_zeros(2, _LONG), tokens.new_zeros(2, _LONG, dtype=torch.bool)
     for number, (row, place) in enumerate(zip(rows, places, strict=True)):
         ids[number, place], mask[number, place] = row, True
-    hidden = run_backbone(model, ids, mask).last_hidden_state
+    hidden = run_backbone(model, ids, mask).last_hidden_state  # [2, T, D]
     return [hidden[number, place] for number, place in enumerate(places)]
 
 
 def _logits(model: PreTrainedModel, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Ours and the model's own."""
-    ids = tokens.unsqueeze(0)
-    own = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    ids = tokens.unsqueeze(0)  # [1, T]
+    own = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]  # [T, V]
     return [output_logits(model, _alone(model, tokens))], [own]

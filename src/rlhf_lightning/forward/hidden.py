@@ -1,6 +1,7 @@
 """Hidden states and log-probabilities of padded batches, whichever way the rows are laid out meanwhile.
 
-Notation: B batch, T padded length, R padded response length, D hidden size.
+Shapes: B batch, T padded length, P padded prompt length, R padded response length, N real tokens of the batch, D hidden
+size.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ def _hidden_states(
     if can_unpad(model, input_ids.device):
         positions, lengths = packed_positions, None
         if positions is None:
-            positions = position_ids(attention_mask)
+            positions = position_ids(attention_mask)  # [B, T]
         else:
-            starts = (positions[attention_mask] == 0).nonzero().squeeze(1)
-            ends = torch.cat([starts[1:], attention_mask.sum().reshape(1)])
+            starts = (positions[attention_mask] == 0).nonzero().squeeze(1)  # [examples], places among N
+            ends = torch.cat([starts[1:], attention_mask.sum().reshape(1)])  # [examples]
             lengths = (ends - starts).tolist()
         hidden = unpadded_hidden_states(model, input_ids, attention_mask, positions, lengths)
     if hidden is not None:
@@ -58,9 +59,9 @@ def _hidden_states(
 
 def _hidden_states_from_the_left(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """As `hidden_states`, for models that read what stands on their left: all padding goes to the right."""
-    order = attention_mask.long().argsort(dim=1, descending=True, stable=True)
+    order = attention_mask.long().argsort(dim=1, descending=True, stable=True)  # [B, T], real tokens first
     hidden = padded_hidden_states(model, input_ids.gather(1, order), attention_mask.gather(1, order))
-    return hidden.gather(1, order.argsort(dim=1).unsqueeze(2).expand_as(hidden))
+    return hidden.gather(1, order.argsort(dim=1).unsqueeze(2).expand_as(hidden))  # [B, T, D]
 
 
 def padded_hidden_states(
@@ -89,7 +90,7 @@ def response_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
     Returns:
         `[B, R, D]`.
     """
-    return hidden_states(model, input_ids, attention_mask)[:, -response_length - 1 : -1]
+    return hidden_states(model, input_ids, attention_mask)[:, -response_length - 1 : -1]  # [B, R, D]
 
 
 def response_logprobs(
@@ -137,8 +138,8 @@ def logprobs_from_hidden(
         with_entropy: also compute the entropy of each prediction.
     """
     # Only real response positions meet the output matrix, a chunk at a time.
-    token_ids = sequences[:, -response_mask.shape[1] :][response_mask]
+    token_ids = sequences[:, -response_mask.shape[1] :][response_mask]  # [N]
     logprobs, entropies = token_logprobs_at(model, hidden[response_mask], token_ids, temperature, with_entropy)
-    empty = torch.zeros(response_mask.shape, dtype=torch.float32, device=sequences.device)
-    spread = empty if entropies is None else empty.masked_scatter(response_mask, entropies.float())
-    return empty.masked_scatter(response_mask, logprobs.float()), spread
+    zeros = torch.zeros(response_mask.shape, dtype=torch.float32, device=sequences.device)  # [B, R]
+    padded = [zeros if x is None else zeros.masked_scatter(response_mask, x.float()) for x in (logprobs, entropies)]
+    return padded[0], padded[1]

@@ -1,6 +1,6 @@
 """The output layer of a language model, applied where its logits are needed and without holding them all.
 
-Notation: B batch, T padded length, N tokens, D hidden size, V vocabulary.
+Shapes: B batch, T padded length, N tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
         `[..., V]`.
     """
     scale, cap = logit_scaling(model)
-    logits = model.get_output_embeddings()(hidden)
+    logits = model.get_output_embeddings()(hidden)  # [..., V]
     if scale != 1.0:
         logits = logits * scale
     if cap is not None:
@@ -88,7 +88,7 @@ def cross_entropy_at(
     Returns:
         Two scalars in nats, float32: the loss, and the negative log-likelihood, which has no gradient.
     """
-    hidden, targets = hidden[mask], targets[mask]
+    hidden, targets = hidden[mask], targets[mask]  # [N, D], [N]
 
     def fused(head: nn.Linear, rows: Tensor) -> tuple[Tensor, Tensor]:
         return linear_cross_entropy_sum(

@@ -3,6 +3,8 @@
 transformers takes places that start again as the border between two examples, builds the attention mask from them, and
 counts positions by them; but some families ignore them, wholly (Bloom, Mamba) or in part (OPT, Falcon), and so do some
 attention kernels.
+
+Shapes: N tokens of a packed row, D hidden size.
 """
 
 from __future__ import annotations
@@ -33,11 +35,14 @@ def packing_error(model: PreTrainedModel, tokens: Tensor) -> float:
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return float("inf")
     halves = tokens.tensor_split(2)
-    alone = [padded_hidden_states(model, half[None], torch.ones_like(half[None]).bool())[0] for half in halves]
+    alone = [
+        padded_hidden_states(model, half[None], torch.ones_like(half[None]).bool())[0] for half in halves
+    ]  # [N/2, D]
     places = [torch.arange(len(half), device=tokens.device) for half in halves]
     ids, positions, expected = (
         torch.stack([torch.cat(parts), torch.cat(parts[::-1])]) for parts in (halves, tuple(places), tuple(alone))
     )
+    # Both orders are rows of a batch: ids and positions [2, N], expected [2, N, D].
     packed = padded_hidden_states(model, ids, torch.ones_like(ids).bool(), positions)
     return relative_distance(packed, expected)
 

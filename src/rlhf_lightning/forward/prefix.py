@@ -66,8 +66,8 @@ class SharedRows(NamedTuple):
         """Which tokens each token attends to, `[B, 1, L, L]`, bool; every token, padding too, attends to itself."""
         length = self.owner.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=self.owner.device).tril()
-        related = (self.owner[:, None, :] == -1) | (self.owner[:, None, :] == self.owner[:, :, None])
-        return (related & causal).unsqueeze(1)
+        related = (self.owner[:, None, :] == -1) | (self.owner[:, None, :] == self.owner[:, :, None])  # [B, L, L]
+        return (related & causal).unsqueeze(1)  # [B, 1, L, L]
 
     def hidden_states(self, model: PreTrainedModel) -> Tensor:
         """Last hidden states of the rows, `[B, L, D]`.
@@ -82,6 +82,7 @@ class SharedRows(NamedTuple):
         hidden = None
         if can_unpad(model, self.ids.device):
             mask, lengths = self.sees(), self.mask.sum(dim=1).tolist()
+            # [1, 1, length, length] of each row
             seen = [mask[row : row + 1, :, :length, :length] for row, length in enumerate(lengths)]
             hidden = unpadded_hidden_states(model, self.ids, self.mask, self.positions, lengths, seen)
         return self.padded_hidden_states(model) if hidden is None else hidden
@@ -107,8 +108,8 @@ class SharedRows(NamedTuple):
             `[B, K, T]` or `[B, K, T, D]`; padding holds the value of some real token.
         """
         rows, length = values.shape[:2]
-        first = torch.arange(rows, device=values.device).view(-1, 1, 1) * length
-        index = first + self.places
+        first = torch.arange(rows, device=values.device).view(-1, 1, 1) * length  # [B, 1, 1]
+        index = first + self.places  # [B, K, T], into the rows one after the other
         return values.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
@@ -124,7 +125,7 @@ def shared_prefix_length(ids: Tensor, mask: Tensor) -> Tensor:
         >>> shared_prefix_length(ids, torch.ones_like(ids).bool())
         tensor([2])
     """
-    alike = (mask & (ids == ids[:, :1])).all(dim=1)
+    alike = (mask & (ids == ids[:, :1])).all(dim=1)  # [B, T]
     return alike.long().cumprod(dim=1).sum(dim=1)
 
 
@@ -147,21 +148,21 @@ def share_rows(ids: Tensor, mask: Tensor) -> SharedRows:
         (tensor([[5, 6, 7, 8]]), tensor([[0, 1, 2, 1]]), tensor([[-1,  0,  0,  1]]))
     """
     groups, count, width = ids.shape
-    prefix = shared_prefix_length(ids, mask).view(-1, 1, 1)
+    prefix = shared_prefix_length(ids, mask).view(-1, 1, 1)  # [B, 1, 1]
     rests = mask.sum(dim=2) - prefix.squeeze(2)  # [B, K]
-    shifts = (rests.cumsum(dim=1) - rests).unsqueeze(2)  # tokens of earlier rests
+    shifts = (rests.cumsum(dim=1) - rests).unsqueeze(2)  # [B, K, 1], tokens of earlier rests
     length = int(shared_lengths(ids, mask).max())
 
-    token = torch.arange(width, device=ids.device).expand_as(ids)
-    in_prefix = token < prefix
-    places = token + torch.where(in_prefix, 0, shifts)
-    owner = torch.where(in_prefix, -1, torch.arange(count, device=ids.device).view(1, -1, 1))
+    token = torch.arange(width, device=ids.device).expand_as(ids)  # [B, K, T]
+    in_prefix = token < prefix  # [B, K, T]
+    places = token + torch.where(in_prefix, 0, shifts)  # [B, K, T]
+    owner = torch.where(in_prefix, -1, torch.arange(count, device=ids.device).view(1, -1, 1))  # [B, K, T]
     # Padding goes to a column of its own, which is thrown away.
-    targets = torch.where(mask, places, length).flatten(1)
+    targets = torch.where(mask, places, length).flatten(1)  # [B, K * T]
 
     def laid_out(values: Tensor, padding: int) -> Tensor:
-        row = torch.full((groups, length + 1), padding, dtype=torch.int64, device=ids.device)
-        return row.scatter_(1, targets, values.flatten(1))[:, :length]
+        row = torch.full((groups, length + 1), padding, dtype=torch.int64, device=ids.device)  # [B, L + 1]
+        return row.scatter_(1, targets, values.flatten(1))[:, :length]  # [B, L]
 
     return SharedRows(laid_out(ids, 0), laid_out(token, 0), laid_out(owner, count), torch.where(mask, places, 0))
 
@@ -181,7 +182,7 @@ def sharing_pays(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
         return False
     # Per token and layer, the matrices cost about 24 D^2 operations and attention 4 D times the length of the row.
     matrices = 6 * model.config.get_text_config().hidden_size
-    shared, longest = shared_lengths(ids, mask), mask.sum(dim=2).amax(dim=1)
+    shared, longest = shared_lengths(ids, mask), mask.sum(dim=2).amax(dim=1)  # [B], [B]
     if exceeds_sliding_window(model, ids.shape[2], shared.max()):
         return False
     apart = ids.shape[1] * longest * (matrices + longest)

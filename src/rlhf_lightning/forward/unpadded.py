@@ -7,7 +7,7 @@ For CPUs, where arithmetic is dear and a further call is cheap; elsewhere the ba
 Not every model can: attention must be one of transformers' exchangeable functions, and nothing else may look at several
 tokens. Whether a model can is looked up where it is known, then tested, once.
 
-Shapes: B sequences, T padded length, N real tokens, D hidden size.
+Shapes: B sequences, T padded length, N real tokens, D hidden size, H heads of d numbers.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ def _run(
     lengths: Sequence[int],
     sees: Sequence[Tensor] | None,
 ) -> Tensor:
-    real = attention_mask.flatten().nonzero().squeeze(1)
+    real = attention_mask.flatten().nonzero().squeeze(1)  # [N], places among B * T
     hidden = _run_row(model, input_ids.flatten()[real], positions.flatten()[real], lengths, sees, use_cache=False)
-    empty = hidden.new_zeros(attention_mask.numel(), hidden.shape[1])
-    return empty.index_copy(0, real, hidden).unflatten(0, tuple(attention_mask.shape))
+    empty = hidden.new_zeros(attention_mask.numel(), hidden.shape[1])  # [B * T, D]
+    return empty.index_copy(0, real, hidden).unflatten(0, tuple(attention_mask.shape))  # [B, T, D]
 
 
 def _run_row(
@@ -115,7 +115,7 @@ def _run_row(
     attend = partial(_attend, list(lengths), sees)
     with attention_function(model, NAME, attend, lambda *args, **kwargs: None):
         row = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": None}
-        hidden: Tensor = model.base_model(**row, **kwargs).last_hidden_state[0]
+        hidden: Tensor = model.base_model(**row, **kwargs).last_hidden_state[0]  # [N, D]
     return hidden
 
 
@@ -144,7 +144,7 @@ def read_row(model: PreTrainedModel, ids: Tensor, lengths: Sequence[int], cache:
     Returns:
         Hidden states at their ends, `[prompts, D]`.
     """
-    positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
+    positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])  # [N]
     hidden = _run_row(model, ids, positions, lengths, None, use_cache=True, **{cache_argument(model): cache})
     return hidden[torch.tensor(lengths, device=ids.device).cumsum(dim=0) - 1]
 
@@ -171,10 +171,11 @@ def _attend(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: query `[1, heads, N, d]`, key and value `[1, key heads, N, d]`."""
+    """An attention function of transformers: query `[1, H, N, d]`, key and value `[1, key heads, N, d]`."""
     if attention_mask is not None or any(kwargs.get(name) is not None for name in UNUSUAL_ARGUMENTS):
         raise NotImplementedError("attention of another kind")
     masks = [None] * len(lengths) if sees is None else sees
+    # Each sequence's part is [1, heads, length, d]; what comes of it [1, length, H, d].
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), masks, strict=True)
     return torch.cat([sdpa_attention_forward(module, *part, **kwargs)[0] for part in parts], dim=1), None
 

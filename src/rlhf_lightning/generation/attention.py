@@ -6,6 +6,8 @@ each head.
 With prompts of different lengths most of a left-padded cache is padding, which a mask hides but the kernel reads. Rows
 are sorted by length, so a few rows at a time need the same, shorter range of columns. Exact: only columns that the mask
 hides from all of them are left out. For CPUs; elsewhere more calls cost more than shorter ranges save.
+
+Shapes: N rows, Q new tokens of each, T columns of the cache, H heads that share K keys, D numbers of a head.
 """
 
 from __future__ import annotations
@@ -60,15 +62,15 @@ def _attend_full(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: query `[N, heads, 1, D]`, key and value `[N, key heads, T, D]`."""
+    """An attention function of transformers: query `[N, H, 1, D]`, key and value `[N, K, T, D]`."""
     if query.shape[2] > 1 or any(kwargs.get(name) is not None for name in UNUSUAL_ARGUMENTS):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     batch, heads, _, size = query.shape
-    query = query.reshape(batch, key.shape[1], -1, size)
+    query = query.reshape(batch, key.shape[1], -1, size)  # [N, K, H / K, D]
     output = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
     )
-    return output.reshape(batch, 1, heads, value.shape[3]), None
+    return output.reshape(batch, 1, heads, value.shape[3]), None  # [N, 1, H, D]
 
 
 def _attend(
@@ -80,7 +82,7 @@ def _attend(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: query `[N, heads, Q, D]`, key and value `[N, key heads, T, D]`."""
+    """An attention function of transformers: query `[N, H, Q, D]`, key and value `[N, K, T, D]`."""
     batch, heads, length, size = query.shape
     full_range = key.shape[2] == cache.visible and attention_mask is not None and attention_mask.shape[1] == 1
     if (
@@ -91,7 +93,7 @@ def _attend(
     ):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     assert attention_mask is not None
-    query = query.reshape(batch, key.shape[1], -1, size)
+    query = query.reshape(batch, key.shape[1], -1, size)  # [N, K, H / K, D]
     pieces = [
         torch.nn.functional.scaled_dot_product_attention(
             query[rows],
@@ -102,4 +104,4 @@ def _attend(
         )
         for rows, start in cache.groups
     ]
-    return torch.cat(pieces).reshape(batch, 1, heads, value.shape[3]), None
+    return torch.cat(pieces).reshape(batch, 1, heads, value.shape[3]), None  # [N, 1, H, D]

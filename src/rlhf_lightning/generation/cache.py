@@ -3,8 +3,8 @@
 transformers' dynamic cache is copied whole for every token. Here a token writes its own column. Prompts enter in groups
 of similar length, and rows whose response has ended can leave.
 
-Notation: N rows of the batch, P width of the longest prompt; column c of the cache is the token at place c when all
-prompts are padded on the left to P.
+Shapes: N rows of the batch, n of them that are left, P width of the longest prompt, C columns of the buffers, K key
+heads of D numbers; column c of the cache is the token at place c when all prompts are padded on the left to P.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Place:
 
 
 class _Layer(DynamicLayer):
-    """One layer's buffers, `[N, heads, capacity, D]`."""
+    """One layer's buffers, `[N, K, C, D]`."""
 
     def __init__(self, place: _Place, capacity: int, window: int | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -76,7 +76,7 @@ class _Layer(DynamicLayer):
         seen = []
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             assert buffer is not None
-            buffer[place.rows, :, place.past : end] = states
+            buffer[place.rows, :, place.past : end] = states  # [rows, K, width, D]
             seen.append(states if place.prefilling else buffer[place.rows, :, self._start(width) : end])
         return seen[0], seen[1]
 
@@ -89,7 +89,7 @@ class _Layer(DynamicLayer):
     def _take_apart(self, key_states: Tensor, value_states: Tensor, lengths: list[int]) -> None:
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             assert buffer is not None
-            for row, prompt in enumerate(states[0].split(lengths, dim=1), self.place.rows.start):
+            for row, prompt in enumerate(states[0].split(lengths, dim=1), self.place.rows.start):  # [K, length, D]
                 buffer[row, :, self.place.past - prompt.shape[1] : self.place.past] = prompt
 
     def _start(self, width: int) -> int:
@@ -115,7 +115,7 @@ class _Layer(DynamicLayer):
         for buffer in (self.keys, self.values):
             assert buffer is not None
             columns = slice(self.place.first, self.place.past)
-            buffer[: len(rows), :, columns] = buffer[:, :, columns].index_select(0, rows)
+            buffer[: len(rows), :, columns] = buffer[:, :, columns].index_select(0, rows)  # [n, K, columns, D]
 
 
 class RolloutCache(Cache):

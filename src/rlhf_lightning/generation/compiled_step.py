@@ -2,8 +2,9 @@
 
 A step reads one token of each row, so most of its time goes into launching small kernels. Compiled, they are fewer; on
 CUDA they are also replayed as a graph, with nothing left to Python. Both ask for shapes and buffers that do not change:
-batches are filled up to the size of the largest so far, attention covers the whole cache, ended rows stay. Notation: N
-rows of the step, n of them in use, C columns of the cache.
+batches are filled up to the size of the largest so far, attention covers the whole cache, ended rows stay.
+
+Shapes: N rows of the step, n of them in use, C columns of the cache, P width of the longest prompt, D hidden size.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class CompiledStep:
                 mark_static(layer.keys)
                 mark_static(layer.values)
         self.mask.zero_()
-        self.mask[: len(mask), 0, 0, : mask.shape[1]] = mask
+        self.mask[: len(mask), 0, 0, : mask.shape[1]] = mask  # [n, P]
 
     def read(self, ids: Tensor, positions: Tensor, expected: Tensor | None = None) -> Tensor | None:
         """Read the next token of each row, into the cache's next column.
@@ -110,11 +111,11 @@ class CompiledStep:
         """
         assert self.cache is not None
         column = self.cache.place.past
-        self.ids[: len(ids), 0], self.positions[: len(ids), 0] = ids, positions
+        self.ids[: len(ids), 0], self.positions[: len(ids), 0] = ids, positions  # [n], [n]
         self.mask[:, :, :, column] = True
         self.column.fill_(column)
         try:
-            hidden = self._read()[: len(ids)].clone()  # a replayed graph writes the same memory again
+            hidden = self._read()[: len(ids)].clone()  # [n, D]; a replayed graph writes the same memory again
         except Exception as error:
             if not is_compiler_error(error):
                 raise
@@ -158,9 +159,9 @@ class CompiledStep:
         self.checks_left = 3 if self.is_replayed else 1
         mode = "reduce-overhead" if self.is_replayed else "default"
         self._compiled = torch.compile(self._run, fullgraph=True, dynamic=False, mode=mode)
-        self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.positions = torch.zeros_like(self.ids)
-        self.mask = torch.zeros(rows, 1, 1, capacity, dtype=torch.bool, device=device)
+        self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)  # [N, 1]
+        self.positions = torch.zeros_like(self.ids)  # [N, 1]
+        self.mask = torch.zeros(rows, 1, 1, capacity, dtype=torch.bool, device=device)  # [N, 1, 1, C]
         self.column = torch.zeros(1, dtype=torch.long, device=device)
 
     def _run(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
@@ -168,14 +169,14 @@ class CompiledStep:
         output = self.model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache
         )
-        hidden: Tensor = output.last_hidden_state[:, -1]
+        hidden: Tensor = output.last_hidden_state[:, -1]  # [N, D]
         return hidden
 
 
 def _obstacle(model: PreTrainedModel) -> str:
     """Why a model's step cannot be compiled, as far as it can be looked up."""
     if is_sharded(model):
-        return "its weights are split over processes (ZeRO-3)"
+        return "its weights are sharded over processes (ZeRO-3)"
     if not takes_positions(model) or unusual_layers(model):
         return f"{type(model).__name__} is not of the usual kind, or takes no positions"
     if (kernel := attention_kernel(model)) != SDPA:

@@ -1,6 +1,7 @@
 """One batch of prompts, answered token by token.
 
-Notation: B prompts of the caller, N rows of this batch that are still in it, P width of its longest prompt.
+Shapes: B prompts of the caller, N rows of this batch that are still in it, P width of its longest prompt, R tokens of a
+response at most, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -131,14 +132,14 @@ class Decoding:
     ) -> None:
         self.model, self.tokenizer, self.sampling, self.record, self.synced = model, tokenizer, sampling, record, synced
         self.rows = rows
-        self.lengths = prompt_mask[rows].sum(dim=1)
+        self.lengths = prompt_mask[rows].sum(dim=1)  # [N]
         lengths = self.lengths.tolist()
         self.widths = [max(1, length) for length in lengths]
         self.width = self.widths[0]
-        self.prompt_ids = prompt_ids[rows, -self.width :]
-        response = prompt_mask.new_ones(len(rows), sampling.max_new_tokens)
-        self.mask = torch.cat([prompt_mask[rows, -self.width :], response], dim=1).long()
-        self.finished = torch.zeros_like(rows, dtype=torch.bool)
+        self.prompt_ids = prompt_ids[rows, -self.width :]  # [N, P]
+        response = prompt_mask.new_ones(len(rows), sampling.max_new_tokens)  # [N, R]
+        self.mask = torch.cat([prompt_mask[rows, -self.width :], response], dim=1).long()  # [N, P + R]
+        self.finished = torch.zeros_like(rows, dtype=torch.bool)  # [N]
         self.ends = torch.tensor(eos_ids(tokenizer, model.generation_config.eos_token_id), device=rows.device)
         capacity = self.mask.shape[1] - 1  # the last token is never read
         self.cache = compiled.open(len(rows), self.width, capacity) if compiled is not None and cached else None
@@ -199,7 +200,7 @@ class Decoding:
         assert isinstance(self.cache, RolloutCache)
         lengths = self.widths[group]
         self.cache.prefill_row(group, lengths)
-        ids = self.prompt_ids[group][self.mask[group, : self.width].bool()]
+        ids = self.prompt_ids[group][self.mask[group, : self.width].bool()]  # [real tokens of the group]
         with explained_lookups(self.model, ids.unsqueeze(0), self.mask[group, : self.width]):
             return read_row(self.model, ids, lengths, self.cache)
 
@@ -214,7 +215,7 @@ class Decoding:
         """Read the tokens of a step; hidden states, `[N, D]`."""
         if self.any_cache is None:
             return self._read_again(step + 1)
-        ids, positions = self.record.ids[self.rows, step], self.lengths + step
+        ids, positions = self.record.ids[self.rows, step], self.lengths + step  # [N], [N]
         hidden = None
         if self.compiled is not None:
             # The first of all is read both ways, into the same column.
@@ -229,12 +230,12 @@ class Decoding:
 
     def _continue_plain(self, ids: Tensor, positions: Tensor, step: int) -> Tensor:
         first = 0 if self.cache is None else self.cache.first
-        mask = self.mask[:, first : self.width + step + 1]
+        mask = self.mask[:, first : self.width + step + 1]  # [N, columns that are seen]
         return self._read(ids.unsqueeze(1), mask, positions.unsqueeze(1))
 
     def _read_again(self, tokens: int) -> Tensor:
         """Read prompts and the tokens drawn so far; hidden states at their ends, `[N, D]`."""
-        ids = torch.cat([self.prompt_ids, self.record.ids[self.rows, :tokens]], dim=1)
+        ids = torch.cat([self.prompt_ids, self.record.ids[self.rows, :tokens]], dim=1)  # [N, P + tokens]
         return hidden_states(self.model, ids, self.mask[:, : ids.shape[1]].bool())[:, -1]
 
     def _read(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
@@ -244,11 +245,11 @@ class Decoding:
             if not self.attends:
                 mask = mask[:, -ids.shape[1] :]
             output = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=True, **kwargs)
-        hidden: Tensor = output.last_hidden_state[:, -1]
+        hidden: Tensor = output.last_hidden_state[:, -1]  # [N, D]
         return hidden
 
     def _pick(self, step: int, logits: Tensor) -> None:
-        """Draw the tokens of a step, write them down, and see which responses end with them."""
+        """Draw the tokens of a step from logits `[N, V]`, write them down, and see which responses end with them."""
         record, rows, sampling = self.record, self.rows, self.sampling
         if step == 0 and logits.isnan().any():  # once, for asking stops the device
             raise UserError(
@@ -256,11 +257,11 @@ class Decoding:
                 "go back to an earlier checkpoint and lower the learning rate"
             )
         allowed = logits.index_fill(-1, self.ends, float("-inf")) if step < sampling.min_new_tokens else logits
-        tokens = pick_tokens(allowed, sampling, record.uniforms[rows, step])
+        tokens = pick_tokens(allowed, sampling, record.uniforms[rows, step])  # [N]
         record.ids[rows, step] = torch.where(self.finished, record.filler, tokens)
         record.lengths[rows] += ~self.finished
         if record.logprobs is not None:
-            logprobs = token_logprobs(logits, tokens, sampling.temperature or 1.0)
+            logprobs = token_logprobs(logits, tokens, sampling.temperature or 1.0)  # [N]
             record.logprobs[rows, step] = logprobs.masked_fill(self.finished, 0.0)
         self.finished = self.finished | torch.isin(tokens, self.ends)
         if sampling.stop_strings:
@@ -274,7 +275,7 @@ class Decoding:
         stop_strings = self.sampling.stop_strings
         # A token is a byte at least, and what stands before the last few was looked at before.
         tail = max(len(stop.encode()) for stop in stop_strings) + SPARE_TOKENS
-        ids = self.record.ids[self.rows[places], max(0, step + 1 - tail) : step + 1]
+        ids = self.record.ids[self.rows[places], max(0, step + 1 - tail) : step + 1]  # [places, up to tail]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=False)
         found = [any(stop in text for stop in stop_strings) for text in texts]
         self.finished[places] = torch.tensor(found, device=ids.device)
@@ -354,7 +355,7 @@ def _remembers_rightly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         for _ in decoding:
             pass
     mask = torch.cat([mask, mask.new_ones(2, length)], dim=1)
-    expected = response_hidden(model, torch.cat([ids, record.ids], dim=1), mask, length)
+    expected = response_hidden(model, torch.cat([ids, record.ids], dim=1), mask, length)  # [2, R, D]
     assert record.hidden is not None
-    # NaN is none of our business.
+    # NaN is not judged here.
     return not typical_distance(list(record.hidden), list(expected)) > typical_tolerance(model)

@@ -9,8 +9,9 @@ What makes it quick: prompts are read in groups of similar length, so that littl
 values live in buffers that are written in place; rows whose response has ended leave the batch; adapters are merged;
 on a CPU, products with few rows are taken the other way round.
 
-Left out: beam search, penalties, speculative decoding. Notation: B batch, P padded prompt length, R padded response
-length.
+Left out: beam search, penalties, speculative decoding.
+
+Shapes: B batch, P padded prompt length, R padded response length, D hidden size.
 """
 
 from __future__ import annotations
@@ -210,7 +211,7 @@ class TransformersEngine(RolloutEngine):
         on_token: Callable[[int], None] | None,
     ) -> None:
         """Answer the prompts, batch by batch, into the record."""
-        order = prompt_mask.sum(dim=1).sort(descending=True, stable=True).indices
+        order = prompt_mask.sum(dim=1).sort(descending=True, stable=True).indices  # [B], the longest first
         done, step_of = 0, self.compiled_step
         # A graph that is replayed reads the weights where they were when it was recorded; merged ones lie elsewhere.
         merging = nullcontext() if step_of is not None and step_of.is_replayed else merged_adapters(self.model)

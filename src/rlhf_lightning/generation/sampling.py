@@ -3,7 +3,7 @@
 One uniform number decides one token, by inverting the cumulative distribution. So a row's token depends on nothing but
 its logits and its own number: not on the company it is in, on the order of the rows, or on who has left the batch.
 
-Notation: N rows, V vocabulary.
+Shapes: N rows, V vocabulary, `blocks` of BLOCK tokens.
 """
 
 from __future__ import annotations
@@ -134,14 +134,15 @@ def _invert(logits: Tensor, uniform: Tensor) -> Tensor:
     A running sum over a whole vocabulary in float32 would lose the tail, and one in float64 is slow.
     """
     size = logits.shape[1]
-    weights = logits.new_zeros(len(logits), -(-size // BLOCK) * BLOCK)
+    weights = logits.new_zeros(len(logits), -(-size // BLOCK) * BLOCK)  # [N, V rounded up]
     torch.exp(logits - logits.amax(dim=1, keepdim=True), out=weights[:, :size])
-    blocks = weights.view(len(logits), -1, BLOCK)
-    before = blocks.sum(dim=2, dtype=uniform.dtype).cumsum(dim=1)
-    target = uniform.unsqueeze(1) * before[:, -1:]
-    block = torch.searchsorted(before, target)
+    blocks = weights.view(len(logits), -1, BLOCK)  # [N, blocks, BLOCK]
+    before = blocks.sum(dim=2, dtype=uniform.dtype).cumsum(dim=1)  # [N, blocks]
+    target = uniform.unsqueeze(1) * before[:, -1:]  # [N, 1]
+    block = torch.searchsorted(before, target)  # [N, 1]
     # The search finds the first sum that is not below the target, which is positive: never a token without weight.
     target = target - torch.where(block > 0, before.gather(1, (block - 1).clamp(min=0)), 0)
-    inside = blocks.gather(1, block.unsqueeze(2).expand(-1, 1, BLOCK)).squeeze(1).to(uniform.dtype).cumsum(dim=1)
+    weights = blocks.gather(1, block.unsqueeze(2).expand(-1, 1, BLOCK)).squeeze(1)  # [N, BLOCK]
+    inside = weights.to(uniform.dtype).cumsum(dim=1)  # [N, BLOCK]
     # The two sums round differently, so the target may lie a hair above the last one.
     return (block * BLOCK + torch.searchsorted(inside, target.minimum(inside[:, -1:]))).squeeze(1)

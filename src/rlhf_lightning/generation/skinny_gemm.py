@@ -3,6 +3,8 @@
 The matrix library takes `x W^T` for few rows of x at less than half the speed that it takes `W x^T` at: on two cores of
 a Xeon, 16 rows against weights of 1536 by 576 ran at 32 and at 76 GFLOP/s. The weights stay as they are; only the rows
 are transposed, which is a copy of a few kilobytes.
+
+Shapes: n rows, `in` and `out` are the layer's.
 """
 
 from __future__ import annotations
@@ -42,8 +44,9 @@ class _FewRowsLinear(nn.Linear):
         rows = inputs.numel() // inputs.shape[-1]
         if not FEWEST <= rows <= MOST or inputs.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return super().forward(inputs)
-        columns = inputs.reshape(rows, -1).t().contiguous()
+        columns = inputs.reshape(rows, -1).t().contiguous()  # [in, n]
         weight, bias = self.weight, self.bias
+        # [out, in] x [in, n]
         product = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
         outputs: Tensor = product.t().contiguous().unflatten(0, inputs.shape[:-1])
         return outputs

@@ -21,7 +21,7 @@ CALIBRATION_FILE = "reward_calibration.json"
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a name means a local folder that holds an adapter rather than a whole model."""
+    """Whether a name means a local folder that holds an adapter rather than a model."""
     return (Path(name) / ADAPTER_CONFIG).is_file()
 
 
@@ -47,7 +47,7 @@ def adapter_base(name: str) -> str:
     if looks_local(base) and not os.path.isdir(base):
         raise UserError(
             f"the base model of adapter '{name}' is missing: there is no folder '{recorded}' here or in the adapter's "
-            f"folder; mend base_model_name_or_path in its {ADAPTER_CONFIG}"
+            f"folder; fix base_model_name_or_path in its {ADAPTER_CONFIG}"
         )
     if is_adapter(base):
         raise UserError(f"the base model of adapter '{name}' is an adapter itself ('{base}'); merge that one first")
@@ -73,7 +73,7 @@ def fit_tokenizer(model: PreTrainedModel, name: str, trust_remote_code: bool = F
 
 
 def merge_adapter(model: PreTrainedModel, name: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Add an adapter to the weights of its base, and replace the modules it holds whole.
+    """Add an adapter to the weights of its base, and replace the modules that it holds as a whole.
 
     Args:
         model: the base, which must not be used any more.
@@ -84,7 +84,7 @@ def merge_adapter(model: PreTrainedModel, name: str, trust_remote_code: bool = F
         A plain model.
 
     Raises:
-        UserError: the weights are split (ZeRO-3).
+        UserError: the weights are sharded (ZeRO-3).
         ValueError: the adapter does not fit.
     """
     if is_sharded(model):

@@ -81,7 +81,9 @@ class FineTune:
             try:
                 re.compile(self.target_modules)
             except re.error as e:
-                raise UserError(f"finetune.target_modules '{self.target_modules}' is no regular expression: {e}") from e
+                raise UserError(
+                    f"finetune.target_modules '{self.target_modules}' is not a regular expression: {e}"
+                ) from e
 
 
 def choose_trained(model: PreTrainedModel, finetune: FineTune) -> None:
@@ -247,11 +249,11 @@ def describe_trained(model: nn.Module, finetune: FineTune) -> str:
         >>> describe_trained(nn.Linear(1000, 3), FineTune())
         'training 3.0 k of 3.0 k parameters (all)'
     """
-    # ZeRO-3 holds a share of each weight, and its whole size in ds_numel.
+    # ZeRO-3 holds a shard of each weight; its full shape is recorded beside it.
     sizes = [(full_shape(p).numel(), p.requires_grad) for p in model.parameters()]
-    trained, whole = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
+    trained, total = sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
     rank = f", rank {finetune.rank}" if finetune.mode == "lora" else ""
-    return f"training {_short(trained)} of {_short(whole)} parameters ({finetune.mode}{rank})"
+    return f"training {_short(trained)} of {_short(total)} parameters ({finetune.mode}{rank})"
 
 
 def _short(count: int) -> str:

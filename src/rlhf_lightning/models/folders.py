@@ -58,7 +58,7 @@ def read_config(name: str, file: str = "config.json") -> dict[str, Any]:
         file: its name in the folder.
 
     Raises:
-        UserError: the file is no JSON object.
+        UserError: the file is not a JSON object.
     """
     path = Path(name) / file
     if not path.is_file():
@@ -68,7 +68,7 @@ def read_config(name: str, file: str = "config.json") -> dict[str, Any]:
     except ValueError as e:
         raise UserError(f"'{path}' is not valid JSON ({e}); export the model again") from e
     if not isinstance(config, dict):
-        raise UserError(f"'{path}' holds no JSON object; export the model again")
+        raise UserError(f"'{path}' does not hold a JSON object; export the model again")
     return config
 
 

@@ -21,7 +21,7 @@ def fuse_adapters(model: nn.Module) -> None:
     """Make a model's LoRA layers such ones where they stand beside plain linear layers; no state changes.
 
     Args:
-        model: changed in place. Weights that are split over processes (ZeRO-3) are gathered by PEFT's layers only.
+        model: changed in place. Weights that are sharded over processes (ZeRO-3) are gathered by PEFT's layers only.
     """
     if is_sharded(model):
         return
@@ -55,9 +55,9 @@ class FusedLoraLinear(LoraLinear):
         base: Any = self.get_base_layer()
         types = {x.dtype, base.weight.dtype, self.lora_A[name].weight.dtype, self.lora_B[name].weight.dtype}
         trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-        # What ZeRO-3 splits later is gathered for modules that are called; here none is.
-        split = is_sharded(base.weight)
-        plain = len(types) == 1 and not trained and not split and not self.lora_bias[name]
+        # What ZeRO-3 shards later is gathered for modules that are called; here none is.
+        sharded = is_sharded(base.weight)
+        plain = len(types) == 1 and not trained and not sharded and not self.lora_bias[name]
         return name if plain and not torch.is_autocast_enabled(x.device.type) else None
 
 

@@ -38,7 +38,7 @@ def layer_targets(model: PreTrainedModel, wanted: str | list[str]) -> tuple[str 
         found = {name for name, _ in model.named_modules() if _matches(target, name, isinstance(targets, str))}
         if not found and not isinstance(targets, str) and (weights := _weights_called(model, target)):
             raise UserError(
-                f"finetune.target_modules: '{target}' is no layer but a weight ({weights[0]}); name it in "
+                f"finetune.target_modules: '{target}' is not a layer but a weight ({weights[0]}); name it in "
                 "finetune.target_parameters"
             )
         if not found:
@@ -51,7 +51,7 @@ def layer_targets(model: PreTrainedModel, wanted: str | list[str]) -> tuple[str 
     for name in sorted(matched):
         module = model.get_submodule(name)
         if name not in linear:
-            raise UserError(f"finetune.target_modules: '{name}' is no linear layer; there are {', '.join(inside)}")
+            raise UserError(f"finetune.target_modules: '{name}' is not a linear layer; there are {', '.join(inside)}")
         if module is getattr(model, HEAD, None) or (module is output and is_tied(model, module)):
             reason = "trained as a whole" if module is not output else "tied to the input embeddings"
             raise UserError(f"finetune.target_modules: '{name}' can have no adapter, it is {reason}; leave it out")
@@ -67,7 +67,7 @@ def parameter_targets(model: PreTrainedModel, wanted: list[str]) -> list[str]:
         wanted: ends of names of weights that are no layers.
 
     Raises:
-        UserError: one is no such weight.
+        UserError: one is not such a weight.
     """
     others = sorted(_without_layer(model))
     hint = f"there are {', '.join(_endings(others))}" if others else f"{type(model).__name__} has none"

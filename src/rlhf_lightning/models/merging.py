@@ -78,7 +78,7 @@ def merged_state(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tens
 
 
 def _merge_parameter(name: str, wrapper: Any, weights: dict[str, Tensor], merged: dict[str, Tensor]) -> None:
-    """Put a weight that is no layer, its adapters added, in its place; wrappers of one module stand in each other."""
+    """Merge adapters of a bare parameter, such as fused experts; wrappers of one module stand in each other."""
     for key in [key for key in merged if key.startswith(f"{name}.lora_")]:
         del merged[key]
     for key in [key for key in merged if key.startswith(f"{name}.base_layer.")]:

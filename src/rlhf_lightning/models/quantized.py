@@ -32,7 +32,7 @@ def nf4_options(name: str) -> dict[str, Any]:
         raise UserError(f"'{name}' is a PEFT adapter, which cannot be merged into four bits: merge and save it before")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("frozen_dtype nf4 needs bitsandbytes: pip install 'rlhf-lightning[quantization]'")
-    _import_quietly()
+    _import_without_notice()
     on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -43,7 +43,7 @@ def nf4_options(name: str) -> dict[str, Any]:
     return {"quantization_config": config}
 
 
-def _import_quietly() -> None:
+def _import_without_notice() -> None:
     """Import bitsandbytes without what it says of a kernel that `settle_nf4` leaves alone."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level

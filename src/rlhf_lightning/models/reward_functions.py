@@ -169,7 +169,7 @@ def _in_time(call: Callable[[], Any], seconds: float) -> Any:
 
 
 def _listed(returned: Any, count: int) -> Any:
-    """What a function returned as a list, `count + 1` items of what has no length; as it is where it is no sequence."""
+    """What a function returned as a list, `count + 1` items of what has no length; anything but a sequence as it is."""
     returned = _plain(returned)
     if isinstance(returned, str | bytes | Mapping | Set) or not isinstance(returned, Iterable):
         if inspect.iscoroutine(returned):

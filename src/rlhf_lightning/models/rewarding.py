@@ -111,15 +111,15 @@ class TextScorer(nn.Module):
         """
         said = self.spacing.content(written, response)
         prompt, answer = self.chat.encode_dialogue(written.prompt, said, written.tools, ended)
-        whole: list[int] = [*prompt.tolist(), *answer.tolist()]
-        if self._context is None or len(whole) <= self._context:
-            return whole
+        dialogue: list[int] = [*prompt.tolist(), *answer.tolist()]
+        if self._context is None or len(dialogue) <= self._context:
+            return dialogue
         self._warn_once(
             f"prompts and responses of more than {self._context} tokens are too long for the reward model: such "
             "prompts lose their beginning"
         )
         begun = self.chat.prefix
-        return [*begun, *whole[len(whole) - self._context + len(begun) :]]
+        return [*begun, *dialogue[len(dialogue) - self._context + len(begun) :]]
 
     def forward(self, batch: Responses) -> Tensor:
         """Calibrated score at the last real token, `[B]`.

@@ -313,7 +313,7 @@ def attach_reward_adapter(
         The calibrated reward model, all dropout off.
 
     Raises:
-        UserError: the adapter does not fit, or the weights are split (ZeRO-3).
+        UserError: the adapter does not fit, or the weights are sharded (ZeRO-3).
     """
     name = check_model_folder(name_or_path)
     if is_sharded(model):

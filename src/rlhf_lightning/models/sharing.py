@@ -93,7 +93,7 @@ def scalar_beside(model: PreTrainedModel) -> ScalarLM:
     """A scalar model on the frozen backbone of a language model; its head says 0.
 
     Args:
-        model: a language model whose backbone is frozen whole.
+        model: a language model whose whole backbone is frozen.
 
     Returns:
         A model that shares the backbone's weights and trains its head.

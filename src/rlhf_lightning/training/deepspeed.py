@@ -1,4 +1,4 @@
-"""Lightning's DeepSpeed strategy, mended where manual optimisation and Hugging Face models need it."""
+"""Lightning's DeepSpeed strategy, fixed where manual optimisation and Hugging Face models need it."""
 
 import argparse
 import logging
