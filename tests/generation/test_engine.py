@@ -20,7 +20,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import response_hidden, response_logprobs
 from rlhf_lightning.generation import attention as decode_attention
 from rlhf_lightning.generation import cache as rollout_cache
-from rlhf_lightning.generation import decoding
+from rlhf_lightning.generation import decoding, engine
 from rlhf_lightning.generation.engine import TransformersEngine
 from rlhf_lightning.generation.sampling import Sampling, draw_tokens, uniforms
 from rlhf_lightning.models.merging import merged_adapters
@@ -30,8 +30,8 @@ def run(model, sampling, lengths=LENGTHS, batch_size=None, order=None, extra=0, 
     ids, mask = prompts(lengths, extra)
     if order is not None:
         ids, mask = ids[order], mask[order]
-    engine = TransformersEngine(model, tiny_tokenizer(), batch_size)
-    return engine.generate(ids, mask, sampling, generator=torch.Generator().manual_seed(0), **options)
+    answering = TransformersEngine(model, tiny_tokenizer(), batch_size)
+    return answering.generate(ids, mask, sampling, generator=torch.Generator().manual_seed(0), **options)
 
 
 @pytest.fixture
@@ -321,7 +321,7 @@ def test_merging_adapters_changes_nothing_and_leaves_no_trace(options, monkeypat
     for name, value in model.state_dict().items():
         assert value.data_ptr() == before[name][1]
         assert torch.equal(value, before[name][2])
-    monkeypatch.setattr("rlhf_lightning.models.merging._mergeable", lambda _: [])
+    monkeypatch.setattr(engine, "merged_adapters", lambda _: nullcontext())
     apart = run(model, sampling, with_logprobs=True)
     assert responses(merged) == responses(apart)
     torch.testing.assert_close(merged.logprobs, apart.logprobs, **LAYOUTS)

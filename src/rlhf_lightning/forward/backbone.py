@@ -1,6 +1,6 @@
 """Running a transformer without its output layer.
 
-Shapes: B batch, T padded length, D hidden size.
+Notation: B batch, T padded length, D hidden size.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a model has room for: tokens of a text, and ids of a vocabulary.
 
-Shapes: B batch, T padded length.
+Notation: B batch, T padded length.
 """
 
 from __future__ import annotations

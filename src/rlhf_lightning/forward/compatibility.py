@@ -5,7 +5,7 @@ model's own forward. Some read padding on their left (a state that goes from tok
 the row: BART), some count positions otherwise (RoBERTa), some do more between backbone and logits (BERT), and some look
 ahead (XLNet). Each model is tested once, on a few made-up tokens, before its first use.
 
-Shapes: T tokens, D hidden size, V vocabulary.
+Notation: T tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Hidden states and log-probabilities of padded batches, whichever way the rows are laid out meanwhile.
 
-Shapes: B batch, T padded length, P padded prompt length, R padded response length, N real tokens of the batch, D hidden
-size.
+Notation: B batch, T padded length, P padded prompt length, R padded response length, N real tokens of the batch, D
+hidden size.
 """
 
 from __future__ import annotations

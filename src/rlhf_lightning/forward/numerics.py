@@ -3,7 +3,7 @@
 Several sequences in one row (packed, sharing a prefix, without padding) are right for most families and wrong for some.
 What can be looked up is looked up; then a few made-up tokens are computed both ways.
 
-Shapes: T tokens, D hidden size.
+Notation: T tokens, D hidden size.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The output layer of a language model, applied where its logits are needed and without holding them all.
 
-Shapes: B batch, T padded length, N tokens, D hidden size, V vocabulary.
+Notation: B batch, T padded length, N tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ transformers takes places that start again as the border between two examples, b
 counts positions by them; but some families ignore them, wholly (Bloom, Mamba) or in part (OPT, Falcon), and so do some
 attention kernels.
 
-Shapes: N tokens of a packed row, D hidden size.
+Notation: N tokens of a packed row, D hidden size.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Not every model can: some take no positions, read the distance of two tokens off
 carry a state from token to token; some attention kernels take no mask. Whether a model can is looked up where it is
 known, then tested, once.
 
-Shapes: B groups, K sequences in each, T padded length of a sequence, L padded length of a shared row, D hidden size.
+Notation: B groups, K sequences in each, T padded length of a sequence, L padded length of a shared row, D hidden size.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ For CPUs, where arithmetic is dear and a further call is cheap; elsewhere the ba
 Not every model can: attention must be one of transformers' exchangeable functions, and nothing else may look at several
 tokens. Whether a model can is looked up where it is known, then tested, once.
 
-Shapes: B sequences, T padded length, N real tokens, D hidden size, H heads of d numbers.
+Notation: B sequences, T padded length, N real tokens, D hidden size, H heads of d numbers.
 """
 
 from __future__ import annotations

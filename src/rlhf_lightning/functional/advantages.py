@@ -1,6 +1,6 @@
 """From scores to advantages: the KL penalty, rewards per token, and generalised advantage estimation.
 
-Shapes: B batch, R padded response length; `response_mask[b, r]` is True for the tokens the policy produced, the EOS
+Notation: B batch, R padded response length; `response_mask[b, r]` is True for the tokens the policy produced, the EOS
 included, and responses start at r = 0.
 """
 

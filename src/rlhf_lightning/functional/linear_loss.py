@@ -8,7 +8,7 @@ own for each token, so their backward pass computes the logits again.
 `torch.nn.functional.linear_cross_entropy` is not used: it is absent before torch 2.13, knows no soft cap, chunks
 neither smoothed losses nor log-probabilities with entropy, and took over twice as long on a CPU.
 
-Shapes: N tokens, n of them in a chunk, D hidden size, V vocabulary; `part` is a chunk's slice of N.
+Notation: N tokens, n of them in a chunk, D hidden size, V vocabulary; `part` is a chunk's slice of N.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens under given logits.
 
-Shapes: [...] any leading shape, V vocabulary.
+Notation: [...] any leading shape, V vocabulary.
 """
 
 from __future__ import annotations

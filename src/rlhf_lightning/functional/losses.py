@@ -1,7 +1,7 @@
 """The losses of the three stages, as sums or per-pair values; the caller divides by the global count.
 
 A loss here never averages: the number of valid tokens (or pairs) of the whole minibatch, over all micro-batches and
-ranks, is known only to the module. Shapes: B batch, T padded length, R padded response length, N selected tokens,
+ranks, is known only to the module. Notation: B batch, T padded length, R padded response length, N selected tokens,
 V vocabulary.
 """
 

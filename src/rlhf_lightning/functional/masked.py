@@ -1,6 +1,6 @@
 """Sums, means and whitening over the entries that count.
 
-Shapes: B batch, T padded length. A mask is boolean, True means "counts". What lies under a False is never read, so
+Notation: B batch, T padded length. A mask is boolean, True means "counts". What lies under a False is never read, so
 NaN or infinity there does no harm.
 """
 

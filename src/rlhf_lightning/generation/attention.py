@@ -7,7 +7,7 @@ With prompts of different lengths most of a left-padded cache is padding, which 
 are sorted by length, so a few rows at a time need the same, shorter range of columns. Exact: only columns that the mask
 hides from all of them are left out. For CPUs; elsewhere more calls cost more than shorter ranges save.
 
-Shapes: N rows, Q new tokens of each, T columns of the cache, H heads that share K keys, D numbers of a head.
+Notation: N rows, Q new tokens of each, T columns of the cache, H heads that share K keys, D numbers of a head.
 """
 
 from __future__ import annotations

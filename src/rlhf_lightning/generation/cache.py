@@ -3,7 +3,7 @@
 transformers' dynamic cache is copied whole for every token. Here a token writes its own column. Prompts enter in groups
 of similar length, and rows whose response has ended can leave.
 
-Shapes: N rows of the batch, n of them that are left, P width of the longest prompt, C columns of the buffers, K key
+Notation: N rows of the batch, n of them that are left, P width of the longest prompt, C columns of the buffers, K key
 heads of D numbers; column c of the cache is the token at place c when all prompts are padded on the left to P.
 """
 

@@ -4,7 +4,7 @@ A step reads one token of each row, so most of its time goes into launching smal
 CUDA they are also replayed as a graph, with nothing left to Python. Both ask for shapes and buffers that do not change:
 batches are filled up to the size of the largest so far, attention covers the whole cache, ended rows stay.
 
-Shapes: N rows of the step, n of them in use, C columns of the cache, P width of the longest prompt, D hidden size.
+Notation: N rows of the step, n of them in use, C columns of the cache, P width of the longest prompt, D hidden size.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One batch of prompts, answered token by token.
 
-Shapes: B prompts of the caller, N rows of this batch that are still in it, P width of its longest prompt, R tokens of a
-response at most, D hidden size, V vocabulary.
+Notation: B prompts of the caller, N rows of this batch that are still in it, P width of its longest prompt, R tokens of
+a response at most, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations

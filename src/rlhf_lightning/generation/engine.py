@@ -11,7 +11,7 @@ on a CPU, products with few rows are taken the other way round.
 
 Left out: beam search, penalties, speculative decoding.
 
-Shapes: B batch, P padded prompt length, R padded response length, D hidden size.
+Notation: B batch, P padded prompt length, R padded response length, D hidden size.
 """
 
 from __future__ import annotations

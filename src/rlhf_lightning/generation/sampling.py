@@ -3,7 +3,7 @@
 One uniform number decides one token, by inverting the cumulative distribution. So a row's token depends on nothing but
 its logits and its own number: not on the company it is in, on the order of the rows, or on who has left the batch.
 
-Shapes: N rows, V vocabulary, `blocks` of BLOCK tokens.
+Notation: N rows, V vocabulary, `blocks` of BLOCK tokens.
 """
 
 from __future__ import annotations

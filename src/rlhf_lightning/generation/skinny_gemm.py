@@ -4,7 +4,7 @@ The matrix library takes `x W^T` for few rows of x at less than half the speed t
 a Xeon, 16 rows against weights of 1536 by 576 ran at 32 and at 76 GFLOP/s. The weights stay as they are; only the rows
 are transposed, which is a copy of a few kilobytes.
 
-Shapes: n rows, `in` and `out` are the layer's.
+Notation: n rows, `in` and `out` are the layer's.
 """
 
 from __future__ import annotations

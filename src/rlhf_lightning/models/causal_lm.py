@@ -48,7 +48,8 @@ def load_causal_lm(
     model: Any
     try:
         if is_adapter(name):
-            model = merge_adapter(load_causal_lm(adapter_base(name), True, trust_remote_code), name, trust_remote_code)
+            base = load_causal_lm(adapter_base(name), dropout=True, trust_remote_code=trust_remote_code)
+            model = merge_adapter(base, name, trust_remote_code)
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
             model, info = loaded

@@ -35,7 +35,9 @@ def layer_targets(model: PreTrainedModel, wanted: str | list[str]) -> tuple[str 
     targets = inside if wanted == "all-linear" else wanted
     matched: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
-        found = {name for name, _ in model.named_modules() if _matches(target, name, isinstance(targets, str))}
+        found = {
+            name for name, _ in model.named_modules() if _matches(target, name, is_pattern=isinstance(targets, str))
+        }
         if not found and not isinstance(targets, str) and (weights := _weights_called(model, target)):
             raise UserError(
                 f"finetune.target_modules: '{target}' is not a layer but a weight ({weights[0]}); name it in "
@@ -81,7 +83,7 @@ def parameter_targets(model: PreTrainedModel, wanted: list[str]) -> list[str]:
 
 
 def _weights_called(model: nn.Module, target: str) -> list[str]:
-    return [name for name, _ in model.named_parameters() if _matches(target, name, is_pattern=False)]
+    return [name for name, _ in model.named_parameters() if _matches(target, name)]
 
 
 def _without_layer(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -105,7 +107,7 @@ def say_what_has_none(model: PreTrainedModel, wanted: list[str]) -> None:
         model: without adapters.
         wanted: as for `parameter_targets`; these have one.
     """
-    frozen = {name: p for name, p in _without_layer(model).items() if not any(_matches(t, name, False) for t in wanted)}
+    frozen = {name: p for name, p in _without_layer(model).items() if not any(_matches(t, name) for t in wanted)}
     sizes = {name: full_shape(p).numel() for name, p in model.named_parameters()}
     share = sum(full_shape(p).numel() for p in frozen.values()) / sum(sizes.values())
     if share >= _WORTH_SAYING:
@@ -115,6 +117,6 @@ def say_what_has_none(model: PreTrainedModel, wanted: list[str]) -> None:
         )
 
 
-def _matches(target: str, name: str, is_pattern: bool) -> bool:
+def _matches(target: str, name: str, is_pattern: bool = False) -> bool:
     # As in peft: a string matches whole names, an item of a list the last part of one.
     return bool(re.fullmatch(target, name)) if is_pattern else name == target or name.endswith(f".{target}")

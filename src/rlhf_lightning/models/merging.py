@@ -4,7 +4,7 @@ Both add them by the same formula, in float32 at least, and leave the model's ow
 (An adapter folder that a run starts from may hold more than LoRA, of anybody's making: PEFT itself merges it, in
 `adapters.merge_adapter`.)
 
-Shapes: E experts, r rank of the adapter; `in` and `out` are the layer's.
+Notation: E experts, r rank of the adapter; `in` and `out` are the layer's.
 """
 
 from __future__ import annotations

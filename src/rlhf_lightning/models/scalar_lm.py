@@ -154,7 +154,7 @@ def _adapted_classifier(name: str, trust_remote_code: bool) -> tuple[Any, set[st
         model = merge_adapter(model, name, trust_remote_code)
         _restore_records(model.config, name)
         return model, set() if HEAD_WEIGHT in load_peft_weights(name, device="cpu") else missing
-    merged = load_causal_lm(name, True, trust_remote_code)
+    merged = load_causal_lm(name, dropout=True, trust_remote_code=trust_remote_code)
     fit_tokenizer(model, name, trust_remote_code)
     model.base_model.load_state_dict(merged.base_model.state_dict(), assign=True)
     return model.requires_grad_(True), {"score.weight"}
