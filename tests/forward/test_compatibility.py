@@ -16,7 +16,7 @@ from rlhf_lightning.forward.hidden import hidden_states, response_logprobs
 from rlhf_lightning.forward.numerics import tolerance
 from rlhf_lightning.forward.packed import packing_error
 from rlhf_lightning.forward.unpadded import unpadded_hidden_states
-from rlhf_lightning.generation.decoding import remembers
+from rlhf_lightning.generation.decoding import supports_cache
 from rlhf_lightning.generation.sampling import Sampling
 
 PROMPTS = [[31, 45, 77, 90], [40], [50, 51]]
@@ -114,7 +114,7 @@ def test_a_model_is_tried_out_once_and_left_in_its_mode(monkeypatch):
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba", "jamba", "qwen3_next", "lfm2", "mixtral"])
 def test_a_state_that_goes_from_token_to_token_is_kept(family):
     """Also where no layer attends, and a mask of the earlier tokens would be taken for one of the new."""
-    assert remembers(other_causal_lm(family), tiny_tokenizer())
+    assert supports_cache(other_causal_lm(family), tiny_tokenizer())
 
 
 def test_a_model_that_forgets_is_read_again_with_a_line_that_says_so():

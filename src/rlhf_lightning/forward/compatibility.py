@@ -3,7 +3,7 @@
 We run the backbone and the output layer apart, with positions and padding of our own. For most families that is the
 model's own forward. Some read padding on their left (a state that goes from token to token: RWKV; positions counted in
 the row: BART), some count positions otherwise (RoBERTa), some do more between backbone and logits (BERT), and some look
-ahead (XLNet). Each model is tested once, on a few made-up tokens, before its first use.
+ahead (XLNet). Each model is tested once, on a few dummy tokens, before its first use.
 
 Notation: T tokens, D hidden size, V vocabulary.
 """
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import HEAD, run_backbone
-from rlhf_lightning.forward.numerics import made_up_tokens, self_test, typical_distance, typical_tolerance
+from rlhf_lightning.forward.numerics import dummy_tokens, self_test, typical_distance, typical_tolerance
 from rlhf_lightning.forward.output_layer import output_logits
 
 _LONG, _SHORT = 5, 3
@@ -49,7 +49,7 @@ def _refusal(model: PreTrainedModel, reason: str) -> UserError:
 
 
 def _pads_left_rightly(model: PreTrainedModel) -> bool:
-    tokens = made_up_tokens(model, _LONG)
+    tokens = dummy_tokens(model, _LONG)
     alone = [_alone(model, tokens[:length]) for length in (_LONG, _SHORT)]  # [T, D] each
     allowed = typical_tolerance(model)
     if typical_distance([alone[0][:_SHORT]], [alone[1]]) > allowed:  # NaN is not judged here

@@ -1,7 +1,7 @@
 """Self tests: whether a model computes the same when its sequences are laid out another way.
 
 Several sequences in one row (packed, sharing a prefix, without padding) are right for most families and wrong for some.
-What can be looked up is looked up; then a few made-up tokens are computed both ways.
+What can be looked up is looked up; then a few dummy tokens are computed both ways.
 
 Notation: T tokens, D hidden size.
 """
@@ -37,7 +37,7 @@ def self_test(model: PreTrainedModel, test: Callable[[], Found]) -> Found | Exce
 
     Args:
         model: every process must test it equally often.
-        test: runs the model on made-up tokens, so that every process finds the same.
+        test: runs the model on dummy tokens, so that every process finds the same.
 
     Returns:
         What the test returns, or the error that it ended in.
@@ -163,7 +163,7 @@ def typical_distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> flo
     return float(torch.stack(distances).max())
 
 
-def made_up_tokens(model: PreTrainedModel, count: int) -> Tensor:
+def dummy_tokens(model: PreTrainedModel, count: int) -> Tensor:
     """Ids to try a model with, the same on every process, `[count]`, int64.
 
     Args:

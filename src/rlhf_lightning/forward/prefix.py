@@ -28,8 +28,8 @@ from rlhf_lightning.forward.capacity import explained_lookups
 from rlhf_lightning.forward.compatibility import takes_left_padding
 from rlhf_lightning.forward.hidden import padded_hidden_states
 from rlhf_lightning.forward.numerics import (
+    dummy_tokens,
     exceeds_sliding_window,
-    made_up_tokens,
     relative_distance,
     say_once,
     self_test,
@@ -170,7 +170,7 @@ def share_rows(ids: Tensor, mask: Tensor) -> SharedRows:
 def sharing_pays(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
     """Whether the model can run these sequences as shared rows, and does so with less work than apart.
 
-    The first call for a model tests it on made-up tokens, on every process alike; if the model cannot share, it
+    The first call for a model tests it on dummy tokens, on every process alike; if the model cannot share, it
     says so.
 
     Args:
@@ -221,8 +221,8 @@ def sharing_obstacle(model: PreTrainedModel) -> str | None:
 
 
 def _shares_rightly(model: PreTrainedModel) -> bool:
-    """Whether shared and separate hidden states of a few made-up tokens are the same."""
-    tokens = made_up_tokens(model, 9)
+    """Whether shared and separate hidden states of a few dummy tokens are the same."""
+    tokens = dummy_tokens(model, 9)
     ids = torch.stack([tokens[:6], torch.cat([tokens[:3], tokens[6:]])]).unsqueeze(0)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, 1, -1] = False

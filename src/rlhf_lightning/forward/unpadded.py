@@ -37,8 +37,8 @@ from rlhf_lightning.forward.backbone import (
     takes_positions,
 )
 from rlhf_lightning.forward.numerics import (
+    dummy_tokens,
     exceeds_sliding_window,
-    made_up_tokens,
     relative_distance,
     say_once,
     self_test,
@@ -210,8 +210,8 @@ def unpadding_obstacle(model: PreTrainedModel) -> str | None:
 
 
 def _runs_rightly(model: PreTrainedModel) -> bool:
-    """Whether hidden states of a few made-up tokens are those of the padded batch."""
-    ids, lengths = made_up_tokens(model, 10).view(2, 5), [5, 3]
+    """Whether hidden states of a few dummy tokens are those of the padded batch."""
+    ids, lengths = dummy_tokens(model, 10).view(2, 5), [5, 3]
     mask = torch.arange(5, device=model.device) < torch.tensor(lengths, device=model.device).unsqueeze(1)
     found = _run(model, ids, mask, position_ids(mask), lengths, None)[mask]
     expected = run_backbone(model, ids, mask).last_hidden_state[mask]

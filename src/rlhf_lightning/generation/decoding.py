@@ -21,7 +21,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import attends, cache_argument, position_ids, takes_positions
 from rlhf_lightning.forward.capacity import explained_lookups
 from rlhf_lightning.forward.hidden import hidden_states, response_hidden
-from rlhf_lightning.forward.numerics import made_up_tokens, self_test, typical_distance, typical_tolerance
+from rlhf_lightning.forward.numerics import dummy_tokens, self_test, typical_distance, typical_tolerance
 from rlhf_lightning.forward.output_layer import output_logits
 from rlhf_lightning.forward.unpadded import read_row, reads_rows
 from rlhf_lightning.functional import token_logprobs
@@ -180,7 +180,7 @@ class Decoding:
             if (step + 1) % self.steps_between_looks == 0:
                 if self._is_over():
                     return
-                self._let_go()
+                self._drop_finished()
             hidden = self._continue(step)
 
     def _groups(self) -> Iterator[slice]:
@@ -287,7 +287,7 @@ class Decoding:
         dist.all_reduce(unfinished, op=dist.ReduceOp.MAX)
         return not bool(unfinished)
 
-    def _let_go(self) -> None:
+    def _drop_finished(self) -> None:
         """Take the rows that have ended out of the batch, if there are enough of them."""
         leaving = int(self.finished.sum())
         if (
@@ -307,10 +307,10 @@ class Decoding:
         self.finished = self.finished[kept]
 
 
-_remembers: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_supports_cache: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
-def remembers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+def supports_cache(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a model goes on from our caches as if it had read everything again; tested once.
 
     What keeps a state in a way of its own would answer without memory, or read padding. If so, a line says what it
@@ -320,22 +320,22 @@ def remembers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> boo
         model: a language model in evaluation mode; every process asks equally often.
         tokenizer: as for `Decoding`.
     """
-    if model not in _remembers:
-        right = self_test(model, partial(_remembers_rightly, model, tokenizer)) is True
+    if model not in _supports_cache:
+        right = self_test(model, partial(_cache_is_right, model, tokenizer)) is True
         if not right:
             rank_zero_warn(
                 f"{type(model).__name__} keeps what it has read in a way that is not known here: every token of a "
                 "response reads the whole text again, which is right but slow for long ones"
             )
-        _remembers[model] = right
-    return _remembers[model]
+        _supports_cache[model] = right
+    return _supports_cache[model]
 
 
-def _remembers_rightly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _cache_is_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the hidden states of two short responses are those of a plain forward pass."""
     device = model.device
     width, length, short = _TEST_PROMPT, _TEST_RESPONSE, _TEST_PROMPT // 2
-    ids = made_up_tokens(model, 2 * width).view(2, width)
+    ids = dummy_tokens(model, 2 * width).view(2, width)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, : width - short] = False
     sampling = Sampling(temperature=0.0, max_new_tokens=length, min_new_tokens=length)

@@ -30,7 +30,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.generation.attention import attention_by_rows, attention_to_full_cache
 from rlhf_lightning.generation.compiled_step import CompiledStep
-from rlhf_lightning.generation.decoding import Decoding, Record, remembers
+from rlhf_lightning.generation.decoding import Decoding, Record, supports_cache
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.generation.skinny_gemm import skinny_gemm
 from rlhf_lightning.models.merging import merged_adapters
@@ -216,7 +216,7 @@ class TransformersEngine(RolloutEngine):
         # A graph that is replayed reads the weights where they were when it was recorded; merged ones lie elsewhere.
         merging = nullcontext() if step_of is not None and step_of.is_replayed else merged_adapters(self.model)
         with evaluation_mode(self.model), merging, skinny_gemm(self.model):
-            cached = remembers(self.model, self.tokenizer)
+            cached = supports_cache(self.model, self.tokenizer)
             for rows in order.split(self.batch_size or len(order)):
                 decoding = Decoding(
                     self.model,

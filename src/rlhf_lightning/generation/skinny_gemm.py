@@ -29,7 +29,7 @@ def skinny_gemm(model: nn.Module) -> Iterator[None]:
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear and "forward" not in vars(layer)]
     layers = [layer for layer in layers if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32]
     for layer in layers:
-        layer.__class__ = _FewRowsLinear
+        layer.__class__ = _SkinnyLinear
     try:
         yield
     finally:
@@ -37,7 +37,7 @@ def skinny_gemm(model: nn.Module) -> Iterator[None]:
             layer.__class__ = nn.Linear
 
 
-class _FewRowsLinear(nn.Linear):
+class _SkinnyLinear(nn.Linear):
     """A class and not an attribute of each layer: what is compiled against it stays valid in the next `with` block."""
 
     def forward(self, inputs: Tensor) -> Tensor:
