@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from helpers.cli_runs import QUESTIONS, dialogue, save_model
 from rlhf_lightning import HFExport, InstructionDataModule, SampleTexts, Sampling, SFTModule, UserError
+from rlhf_lightning.callbacks.hf_export import model_card
 
 PROMPTS = ["\n\nHuman: how do i bake bread?\n\nAssistant:", "Once upon"]
 
@@ -81,6 +84,24 @@ def test_the_folder_is_complete_and_plain_transformers_generates_from_it(model, 
     assert generation.pad_token_id == tokenizer.pad_token_id
     ids = tokenizer(PROMPTS[0], return_tensors="pt")
     assert loaded.generate(**ids, max_new_tokens=2, do_sample=False).shape[1] <= ids["input_ids"].shape[1] + 2
+
+
+class AnyStage:
+    """Keeps what it is given, as somebody's own stage may."""
+
+    def __init__(self, engine, share, sampling, paths, optimizer):
+        self.engine, self.share, self.sampling, self.paths, self.optimizer = engine, share, sampling, paths, optimizer
+        self.model_name_or_path = "lm"
+
+
+def test_no_setting_can_keep_a_model_card_from_being_written():
+    """It is written when all training is done."""
+    trainer = SimpleNamespace(callback_metrics={}, precision="32-true", world_size=1, global_step=3)
+    options = Sampling(stop_strings=["a"]), [Path("x"), ("y", None)], torch.optim.SGD
+    card = model_card(trainer, AnyStage(object(), np.float64(0.5), *options))
+    settings = yaml.safe_load(card.split("```yaml\n")[1].partition("```")[0])["module"]
+    assert (settings["engine"], settings["share"], settings["paths"]) == ("object", 0.5, ["x", ["y", None]])
+    assert settings["sampling"]["stop_strings"] == ["a"]
 
 
 def test_the_model_card_names_base_model_data_and_settings(model, tmp_path):

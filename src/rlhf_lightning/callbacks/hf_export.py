@@ -272,12 +272,16 @@ def _optimizer_settings(make_optimizer: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """A setting as YAML can write it; of any other object, such as an engine, the name of its class."""
     if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
+        return _plain(asdict(value))
     if isinstance(value, list) and len(value) > 20:
         return f"{len(value)} rows given in Python"
-    if isinstance(value, tuple):
-        return list(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
     if callable(value) or isinstance(value, Path):
         return getattr(value, "__name__", str(value))
-    return value
+    kind = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
+    return value if value is None else type(value).__name__ if kind is None else kind(value)
