@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.data.sources.raw_rows import ListRows, RawRows
+from rlhf_lightning.data.sources.raw_rows import ListRows, RawRows, column_rows
 from rlhf_lightning.errors import UserError
 
 ACCEPTED = (
@@ -77,22 +77,6 @@ def open_object(
     return {"train": ListRows(list(data), f"{name} row")}
 
 
-def column_rows(columns: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """Columns as rows.
-
-    Raises:
-        UserError: columns of unequal length.
-    """
-    lists = {column: _plain(values) for column, values in columns.items()}
-    lengths = {column: len(values) for column, values in lists.items()}
-    if len(set(lengths.values())) > 1:
-        said = ", ".join(f"{column} {length}" for column, length in lengths.items())
-        raise UserError(
-            f"the columns of {name} differ in length ({said}); give one value a row, null where there is none"
-        )
-    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
-
-
 def _frame_rows(frame: Any) -> list[dict[str, Any]]:
     """The rows of a DataFrame; what is missing there (NaN, NaT) is null."""
     columns = [str(column) for column in frame.columns]
@@ -102,15 +86,6 @@ def _frame_rows(frame: Any) -> list[dict[str, Any]]:
     return column_rows(
         dict(zip(columns, (values.iloc[:, i] for i in range(len(columns))), strict=True)), "the DataFrame"
     )
-
-
-def _plain(value: Any) -> Any:
-    """Arrays within values as lists, as Parquet files give them to data frames."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _is_columns(data: Any) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.data.rows import BadRowError
+from rlhf_lightning.errors import UserError
 
 RawRow = Mapping[str, Any]
 
@@ -189,3 +190,28 @@ def check_object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadRowError(f'expected an object such as {{"prompt": ...}}, found {type(value).__name__}')
     return value
+
+
+def column_rows(columns: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """Columns as rows.
+
+    Raises:
+        UserError: columns of unequal length.
+    """
+    lists = {column: _plain(values) for column, values in columns.items()}
+    lengths = {column: len(values) for column, values in lists.items()}
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{column} {length}" for column, length in lengths.items())
+        raise UserError(
+            f"the columns of {name} differ in length ({said}); give one value a row, null where there is none"
+        )
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+
+
+def _plain(value: Any) -> Any:
+    """Arrays within values as lists, as Parquet files give them to data frames."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value

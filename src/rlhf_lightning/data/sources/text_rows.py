@@ -20,8 +20,7 @@ from typing import Any, BinaryIO, cast
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from rlhf_lightning.data.rows import BadRowError
-from rlhf_lightning.data.sources.python_rows import column_rows
-from rlhf_lightning.data.sources.raw_rows import LineRows, RawRow, check_object
+from rlhf_lightning.data.sources.raw_rows import LineRows, RawRow, check_object, column_rows
 from rlhf_lightning.errors import UserError
 
 _DELIMITERS = ",;\t|"
