@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from datasets import Dataset
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from safetensors.torch import load_file
@@ -19,8 +21,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from helpers.cli_runs import QUESTIONS, dialogue, save_model
-from rlhf_lightning import HFExport, InstructionDataModule, SampleTexts, Sampling, SFTModule, UserError
+from helpers.stages import share_of_letters
+from rlhf_lightning import (
+    Blend,
+    HelpfulHarmless,
+    HFExport,
+    InstructionDataModule,
+    PPOModule,
+    SampleTexts,
+    Sampling,
+    SFTModule,
+    Table,
+    UserError,
+)
 from rlhf_lightning.callbacks.hf_export import model_card
+from rlhf_lightning.data.sources import Source
+from rlhf_lightning.generation.engine import TransformersEngine
 
 PROMPTS = ["\n\nHuman: how do i bake bread?\n\nAssistant:", "Once upon"]
 
@@ -119,6 +135,47 @@ def test_the_model_card_names_base_model_data_and_settings(model, tmp_path):
     assert set(metrics) >= {"train/loss", "val/loss"}
     assert "after 4 optimizer" in body
     assert "0x" not in card
+
+
+class Own(Source):
+    """Data of a class of somebody's own."""
+
+    name = "mine"
+
+    def open(self) -> Any: ...
+
+
+class Given:
+    """A data module that keeps what it was given."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (HelpfulHarmless("hh.jsonl"), "HelpfulHarmless hh.jsonl"),
+        (Blend([Table("a.jsonl"), Own()], [1.0, 0.5]), "Blend a.jsonl + mine"),
+        ([Path("a.jsonl"), Path("b.jsonl")], ["a.jsonl", "b.jsonl"]),
+        ({"prompt": ["x"]}, {"prompt": ["x"]}),
+        (Dataset.from_dict({"prompt": ["x"]}), "Dataset"),
+    ],
+)
+def test_the_model_card_names_settings_that_are_objects(model, data, said):
+    module = PPOModule(str(model), share_of_letters, engine=partial(TransformersEngine, compiled=False))
+    module.engine = TransformersEngine(module, None)  # as a rollout leaves it
+    trainer = SimpleNamespace(
+        datamodule=Given(data),
+        precision="32-true",
+        world_size=1,
+        callback_metrics={},
+        global_step=0,
+    )
+    settings = yaml.safe_load(model_card(trainer, module).split("```")[1].removeprefix("yaml"))
+    assert settings["data"]["data"] == said
+    assert settings["module"]["engine"] == "TransformersEngine"
+    assert settings["module"]["reward"] == "share_of_letters"
 
 
 def test_bfloat16_is_what_is_written_and_tied_weights_stay_tied(model, tmp_path):

@@ -272,7 +272,7 @@ def _optimizer_settings(make_optimizer: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as YAML can write it; of any other object, such as an engine, the name of its class."""
+    """A setting as YAML can write it; of any other object what it is called, as `Table a.jsonl`."""
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(asdict(value))
     if isinstance(value, list) and len(value) > 20:
@@ -281,7 +281,10 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
-    if callable(value) or isinstance(value, Path):
-        return getattr(value, "__name__", str(value))
+    if isinstance(value, Path):
+        return str(value)
     kind = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
-    return value if value is None else type(value).__name__ if kind is None else kind(value)
+    if value is None or kind is not None:
+        return value if kind is None else kind(value)
+    called, name = getattr(value, "__name__", type(value).__name__), getattr(value, "name", None)
+    return f"{called} {name}" if isinstance(name, str) else called
