@@ -19,17 +19,23 @@ from helpers.stages import (
     trainer,
 )
 from rlhf_lightning import (
+    DPOModule,
+    GRPOModule,
     InstructionDataModule,
     PPOModule,
     PreferenceDataModule,
     PromptDataModule,
     RewardModule,
+    RLOOModule,
     Sampling,
     SFTModule,
 )
 
 PAGE = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
+RAW = {"train/raw_score", "val/raw_score", "test/raw_score"}
+"""What only a reward model has."""
+STAGES = ("SFT", "Reward model", "DPO", "PPO", "RLOO and GRPO")
 
 
 def documented(section: str) -> set[str]:
@@ -47,6 +53,18 @@ def logged(module: Any, data: Any) -> set[str]:
     return {name for call in logger.calls for name in call} - {"epoch"}
 
 
+def prompts(folder: str, rollout_batch_size: int) -> PromptDataModule:
+    rows = prompt_rows(8)
+    return PromptDataModule(
+        folder,
+        rows,
+        validation_data=rows,
+        test_data=rows,
+        rollout_batch_size=rollout_batch_size,
+        max_prompt_length=40,
+    )
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("llama"))
@@ -58,8 +76,8 @@ def reward_folder(folder, tmp_path_factory):
 
 
 def test_the_page_has_a_section_for_each_stage():
-    assert {"SFT", "Reward model", "PPO", "Texts"} == set(SECTIONS)
-    assert all(len(documented(stage)) > 9 for stage in ("SFT", "Reward model", "PPO"))
+    assert {*STAGES, "Texts"} == set(SECTIONS)
+    assert all(len(documented(stage)) > 9 for stage in STAGES)
 
 
 def test_sft_logs_what_the_page_says(folder):
@@ -74,13 +92,26 @@ def test_reward_training_logs_what_the_page_says(folder):
     assert logged(RewardModule(folder), data) == documented("Reward model")
 
 
+@pytest.mark.parametrize("sft_coef", [0.0, 0.5])
+def test_dpo_logs_what_the_page_says(folder, sft_coef):
+    rows = preference_rows(8)
+    data = PreferenceDataModule(folder, rows, validation_data=rows, test_data=rows, batch_size=4, max_length=48)
+    assert logged(DPOModule(folder, sft_coef=sft_coef), data) == documented("DPO")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [(RLOOModule, {}), (GRPOModule, {}), (GRPOModule, {"kl_in": "reward", "ppo_epochs": 1})]
+)
+@pytest.mark.parametrize("of_a_model", [True, False])
+def test_rloo_and_grpo_log_what_the_page_says(folder, reward_folder, kind, settings, of_a_model):
+    sizes = {"rollout_batch_size": 8, "samples_per_prompt": 2, "minibatch_size": 16, "ppo_epochs": 2}
+    reward = reward_folder if of_a_model else share_of_letters
+    module = kind(folder, reward, **sizes | settings, sampling=Sampling(max_new_tokens=4))
+    assert logged(module, prompts(folder, 8)) == documented("RLOO and GRPO") - (set() if of_a_model else RAW)
+
+
 @pytest.mark.parametrize("of_a_model", [True, False])
 def test_ppo_logs_what_the_page_says(folder, reward_folder, of_a_model):
-    rows = prompt_rows(8)
     sizes = {"rollout_batch_size": 4, "minibatch_size": 4, "ppo_epochs": 1, "sampling": Sampling(max_new_tokens=4)}
     module = PPOModule(folder, reward_folder if of_a_model else share_of_letters, **sizes)
-    data = PromptDataModule(
-        folder, rows, validation_data=rows, test_data=rows, rollout_batch_size=4, max_prompt_length=40
-    )
-    missing = set() if of_a_model else {"train/raw_score", "val/raw_score", "test/raw_score"}
-    assert logged(module, data) == documented("PPO") - missing
+    assert logged(module, prompts(folder, 4)) == documented("PPO") - (set() if of_a_model else RAW)
