@@ -96,7 +96,8 @@ def command(*args: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """One thread, no GPU, no hub."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": TESTS}
+    paths = os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
 
 
 def run(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,7 @@
 """The same gradient, clipping, schedule and step count on every strategy; real DeepSpeed, real processes."""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy as LightningDeepSpeed
 from pytorch_lightning.strategies import FSDPStrategy, SingleDeviceStrategy
 
 import rlhf_lightning
+from helpers.cli_runs import environment
 from helpers.distributed import run_in_processes
 from helpers.strategy_runs import fit, save_model, validate
 from rlhf_lightning.errors import UserError
@@ -279,6 +282,32 @@ def test_two_different_clip_values_are_refused(folder: str) -> None:
 
     with pytest.raises(UserError, match=r"gradient_clipping is 1.0 .* gradient_clip_val is 0.5"):
         strategy._format_config()
+
+
+WITHOUT_DEEPSPEED = """
+import sys
+sys.modules["deepspeed"] = None  # importing it fails, as where it is not installed
+from helpers.stages import fit, preference_rows, prompt_rows, save_llama, share_of_letters
+from rlhf_lightning import DPOModule, FineTune, PPOModule, PreferenceDataModule, PromptDataModule, Sampling
+from rlhf_lightning.cli.main import main
+
+save_llama("lm")
+lora = FineTune("lora", rank=2)
+fit(DPOModule("lm", finetune=lora), PreferenceDataModule("lm", preference_rows(8), max_length=48), max_steps=1)
+sizes = {"rollout_batch_size": 4, "minibatch_size": 4, "sampling": Sampling(max_new_tokens=4)}
+module = PPOModule("lm", share_of_letters, finetune=lora, **sizes)
+fit(module, PromptDataModule("lm", prompt_rows(8), rollout_batch_size=4, max_prompt_length=40), max_steps=1)
+main(["fit", "--config=sft.yaml", "--config=trainer/deepspeed_zero2.yaml", "--trainer.accelerator=cpu"])
+"""
+
+
+def test_all_runs_without_deepspeed_but_its_strategy_which_says_what_to_install(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", WITHOUT_DEEPSPEED]
+    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "error: DeepSpeedStrategy needs DeepSpeed (Linux): pip install 'rlhf-lightning[deepspeed]'"
+    )
 
 
 # What our code leans on in the libraries; a failure here means that something above can be made simpler.

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from importlib.util import find_spec
 from typing import Any
 
 from lightning_fabric.utilities.seed import reset_seed
@@ -36,7 +37,8 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
         **kwargs: everything else `pytorch_lightning.strategies.DeepSpeedStrategy` takes.
 
     Raises:
-        UserError: when the run starts, if `config` clips gradients to another value than the module.
+        UserError: DeepSpeed is not installed; or, when the run starts, `config` clips gradients to another value than
+            the module.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
         **kwargs: Any,
     ) -> None:
         check_arguments(DeepSpeedStrategy, locals(), {"stage": Range(at_least=0, at_most=3)})
+        if find_spec("deepspeed") is None:
+            raise UserError("DeepSpeedStrategy needs DeepSpeed (Linux): pip install 'rlhf-lightning[deepspeed]'")
         super().__init__(
             stage=stage,
             offload_optimizer=offload_optimizer,
