@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from transformers import AutoTokenizer
 
 from helpers.cli_runs import save_model, save_pairs
-from rlhf_lightning import HFExport, PreferenceDataModule, RewardModule
+from rlhf_lightning import HFExport, PreferenceDataModule, PromptDataModule, RewardModule
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 TRAIN, GENERATE, SCORE, CALIBRATED, FUNCTION = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -52,6 +53,21 @@ def test_the_five_lines_train_and_export_and_plain_transformers_answers(exports,
     names = run(GENERATE.replace("runs/ppo/export", "runs/sft/export"))
     assert capsys.readouterr().out == names["tokenizer"].decode(names["answer"], skip_special_tokens=True) + "\n"
     assert 0 < len(names["answer"]) <= 64
+
+
+def test_a_chat_template_is_asked_as_the_data_modules_ask_it(tmp_path):
+    folder = save_model(tmp_path / "chat", chat_template=True)
+    (asked,) = re.findall(r"`(tokenizer\.apply_chat_template\([^`]*)`", README)
+    messages = [{"role": "user", "content": "how do i bake bread?"}]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = eval(asked, {"tokenizer": tokenizer, "messages": messages})
+    data = PromptDataModule(
+        str(folder), [{"prompt": messages}], rollout_batch_size=1, max_prompt_length=64, validation_split=0.0
+    )
+    data.prepare_data()
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert torch.equal(prompt["input_ids"], batch.prompt_ids)
 
 
 def test_scores_in_plain_transformers_and_here_differ_by_the_calibration(exports, capsys):
