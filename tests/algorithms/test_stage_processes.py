@@ -73,7 +73,7 @@ def test_clipping_was_at_work(one, stage):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_exports_hold_the_trained_weights(two, exports, name):
-    for stage, load in [("sft", load_causal_lm), ("ppo", load_causal_lm), ("reward", load_reward_model)]:
+    for stage, load in [(stage, load_reward_model if stage == "reward" else load_causal_lm) for stage in STAGES]:
         loaded = load(exports / f"{stage} {name}")
         model = loaded if stage != "reward" else loaded.model
         (trained, _) = two[stage, name]

@@ -18,12 +18,15 @@ from helpers.stages import (
     trainer,
 )
 from rlhf_lightning import (
+    DPOModule,
+    GRPOModule,
     InstructionDataModule,
     KLPenalty,
     PPOModule,
     PreferenceDataModule,
     PromptDataModule,
     RewardModule,
+    RLOOModule,
     Sampling,
     SFTModule,
     UserError,
@@ -72,8 +75,50 @@ def ppo(folders):
     return module, data
 
 
-STAGES = {"sft": (sft, 1), "reward": (reward, 1), "ppo": (ppo, 4)}
+def dpo(folders):
+    module = DPOModule(
+        folders["base"], sft_coef=0.1, optimizer=adamw(1e-3), warmup_steps=2, micro_batch_size=2, dropout=True
+    )
+    rows = preference_rows(12)
+    return module, PreferenceDataModule(folders["base"], rows, validation_data=rows[:3], max_length=48, batch_size=4)
+
+
+def groups(kind):
+    def build(folders):
+        module = kind(
+            folders["base"],
+            folders["reward"],
+            sampling=Sampling(max_new_tokens=6, stop_strings=list("aeiou")),
+            rollout_batch_size=4,
+            samples_per_prompt=2,
+            minibatch_size=4,
+            micro_batch_size=2,
+            ppo_epochs=2,
+            optimizer=adamw(1e-3),
+            kl=KLPenalty(0.1, target=0.01, horizon=100),
+        )
+        rows = prompt_rows(12)
+        data = PromptDataModule(
+            folders["base"], rows, validation_data=rows[:3], rollout_batch_size=4, max_prompt_length=40
+        )
+        return module, data
+
+    return build
+
+
+STAGES = {
+    "sft": (sft, 1),
+    "reward": (reward, 1),
+    "ppo": (ppo, 4),
+    "dpo": (dpo, 1),
+    "rloo": (groups(RLOOModule), 4),
+    "grpo": (groups(GRPOModule), 4),
+}
 """What builds a stage anew, and its optimizer steps per batch."""
+
+
+ONLINE = {"ppo": 4, "rloo": 8, "grpo": 8}
+"""Stages that answer prompts, and the answers of each iteration."""
 
 
 class Cut(Exception):
@@ -200,9 +245,9 @@ def test_a_finished_run_goes_on_with_the_learning_rate_of_its_step_in_the_longer
 def test_the_runs_have_something_to_remember(whole):
     """Otherwise the test above would show little."""
     stage, log, end = whole
-    if stage == "ppo":
+    if stage in ONLINE:
         assert len(set(log.series("train/kl_coef"))) == EPOCHS * BATCHES
-        assert end["rlhf_lightning"]["score_moments"]["count"] == EPOCHS * BATCHES * 4
+        assert end["rlhf_lightning"]["score_moments"]["count"] == EPOCHS * BATCHES * ONLINE[stage]
         assert len(log.series("val/score")) == EPOCHS
     else:
         assert len(set(log.series("train/lr"))) > 2

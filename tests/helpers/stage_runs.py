@@ -9,6 +9,7 @@ from pytorch_lightning.strategies import Strategy
 from helpers.stages import MemoryLogger, instruction_rows, preference_rows, prompt_rows, sgd, trainer
 from rlhf_lightning import (
     DeepSpeedStrategy,
+    DPOModule,
     HFExport,
     InstructionDataModule,
     KLPenalty,
@@ -55,6 +56,14 @@ def reward(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule
     return module, data
 
 
+def dpo(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, Any]:
+    """Two steps on weighed pairs, the chosen responses' likelihood included, in micro-batches of 90 tokens."""
+    module = DPOModule(folder, sft_coef=0.3, optimizer=sgd(0.5), max_tokens_per_batch=90, **CONSTANT)
+    rows = preference_rows(EXAMPLES)
+    data = WeighedPairs(folder, rows, validation_data=rows[:8], batch_size=GLOBAL_BATCH // processes, max_length=48)
+    return module, data
+
+
 def ppo(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, Any]:
     """Two iterations of two steps over the whole rollout.
 
@@ -79,7 +88,7 @@ def ppo(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, A
     return module, data
 
 
-STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
+STAGES = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}
 LEFT_OUT = "seconds", "tokens_per_second", "padding_share"
 """Metrics that depend on the clock, or on how the examples fall into batches."""
 
@@ -116,7 +125,7 @@ def run(stage: str, name: str, folder: str, reward: str, export: str | None = No
     """Fit one stage.
 
     Args:
-        stage: `sft`, `reward` or `ppo`.
+        stage: a key of `STAGES`.
         name: the strategy; `auto` runs on one process, everything else on two.
         folder: language model.
         reward: reward model.

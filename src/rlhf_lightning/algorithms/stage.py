@@ -364,7 +364,7 @@ class Stage(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out frozen weights, which come from their own folders; keep the run's state under one key."""
         drop_frozen_weights(self, checkpoint)
-        checkpoint[_STATE] = {"seed": self.seed, **self.run_state()}
+        checkpoint[_STATE] = {"seed": self.seed, "stage": type(self).__name__, **self.run_state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the run that wrote the checkpoint was.
@@ -376,6 +376,9 @@ class Stage(pl.LightningModule):
         check_trained_weights(self, checkpoint)
         if _STATE not in checkpoint:
             raise UserError("the checkpoint was not made by this package; resume from one of its own")
+        made_by = checkpoint[_STATE].get("stage")
+        if made_by not in (None, *(kind.__name__ for kind in type(self).__mro__)):
+            raise UserError(f"the checkpoint is of {made_by}: it was made with another model or stage")
         self._run_state = checkpoint[_STATE]
         self.load_run_state(self._run_state)
 
