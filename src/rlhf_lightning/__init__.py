@@ -1,4 +1,4 @@
-"""RLHF as a PyTorch Lightning package: supervised fine-tuning, reward modelling, PPO."""
+"""RLHF as a PyTorch Lightning package: supervised fine-tuning, reward modelling, PPO, RLOO, GRPO, DPO."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 
 from helpers.closed_form import EOS, gradient_of_one_step, save_closed_form_lm
 from helpers.stage_runs import CONSTANT
-from helpers.stages import adamw, fit, preference_rows, save_llama, sgd, weights
-from rlhf_lightning import DPOModule, FineTune, PreferenceDataModule, UserError
+from helpers.stages import MemoryLogger, adamw, fit, preference_rows, save_llama, sgd, trainer, weights
+from rlhf_lightning import DPOModule, FineTune, PreferenceDataModule, Table, UserError
+from rlhf_lightning.algorithms.pairs import Pairs
 from rlhf_lightning.batches import PreferenceBatch
 
 PAIRS = [
@@ -249,3 +250,43 @@ def test_batches_that_do_not_say_how_long_prompts_are_are_refused(llama):
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         DPOModule("nowhere", **settings)
+
+
+def trained(llama, checkpoint=None, **settings):
+    rows = preference_rows(12)
+    data = PreferenceDataModule(llama, rows, validation_data=rows[:3], batch_size=4, max_length=60)
+    module = DPOModule(llama, optimizer=adamw(1e-2), **CONSTANT, **settings)
+    run = trainer(max_epochs=2, logger=(log := MemoryLogger()))
+    run.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    return module, log
+
+
+def test_a_reference_that_is_computed_before_training_says_the_same(llama, tmp_path):
+    (plain, log), (module, other) = trained(llama), trained(llama, precompute_reference=True)
+    assert module.reference_model.model is None
+    for name in ("train/loss", "train/margin", "val/loss"):
+        assert other.series(name) == pytest.approx(log.series(name), abs=1e-5)
+    for name, tensor in weights(plain.policy).items():
+        torch.testing.assert_close(weights(module.policy)[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_a_resumed_run_goes_on_with_what_the_reference_said(llama, tmp_path):
+    module, _ = trained(llama, precompute_reference=True)
+    module.trainer.save_checkpoint(tmp_path / "run.ckpt")
+    resumed, _ = trained(llama, checkpoint=tmp_path / "run.ckpt", precompute_reference=True)
+    assert resumed.reference_model.known() == module.reference_model.known()
+    assert len(module.reference_model.known()["keys"]) == 12
+
+
+def test_pairs_that_were_not_there_are_refused(llama):
+    module, _ = trained(llama, precompute_reference=True)
+    with pytest.raises(UserError, match="a pair was not there when the reference was computed"):
+        module.reference_model(Pairs(batch_of(PAIRS)))
+
+
+def test_a_stream_cannot_be_read_beforehand(llama):
+    data = PreferenceDataModule(
+        llama, Table(preference_rows(8), streaming=True), validation_split=0.0, batch_size=4, max_length=60
+    )
+    with pytest.raises(UserError, match="precompute_reference needs data that do not come as a stream"):
+        fit(DPOModule(llama, precompute_reference=True, **CONSTANT), data, max_steps=1)

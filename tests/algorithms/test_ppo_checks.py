@@ -226,7 +226,7 @@ def validated(policy, **settings):
 def test_an_exported_policy_is_measured_against_the_model_it_came_from(folder, tmp_path):
     export, kl = exported_ppo(folder, tmp_path)
     assert abs(kl) > 0.01
-    said = rf"'{export}' was trained by PPO from '{folder}': .* 0 by construction; pass --model\.reference {folder} "
+    said = rf"'{export}' was trained from '{folder}': .* 0 by construction; pass --model\.reference {folder} "
     with pytest.warns(match=said):
         assert validated(export) == pytest.approx(0, abs=1e-5)
     for finetune in (FineTune(), FineTune(mode="lora", rank=4)):
@@ -267,7 +267,7 @@ def test_training_may_be_held_near_another_model_than_it_starts_from(folder, tmp
         ({"minibatch_size": 0}, r"minibatch_size \(0\) must be at least 1"),
         (
             {"sampling": Sampling(temperature=0)},
-            r"PPO learns from sampled responses: sampling\.temperature must be above 0",
+            r"the policy learns from sampled responses: sampling\.temperature must be above 0",
         ),
     ],
 )

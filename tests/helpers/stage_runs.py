@@ -58,7 +58,8 @@ def reward(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule
 
 def dpo(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, Any]:
     """Two steps on weighed pairs, the chosen responses' likelihood included, in micro-batches of 90 tokens."""
-    module = DPOModule(folder, sft_coef=0.3, optimizer=sgd(0.5), max_tokens_per_batch=90, **CONSTANT)
+    options = {"sft_coef": 0.3, "precompute_reference": processes > 1, "max_tokens_per_batch": 90}
+    module = DPOModule(folder, optimizer=sgd(0.5), **options, **CONSTANT)
     rows = preference_rows(EXAMPLES)
     data = WeighedPairs(folder, rows, validation_data=rows[:8], batch_size=GLOBAL_BATCH // processes, max_length=48)
     return module, data

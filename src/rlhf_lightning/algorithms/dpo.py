@@ -10,21 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.algorithms.hyperparameters import from_config
-from rlhf_lightning.algorithms.pairs import Pairs, PairStage, pair_weights, response_logprobs, response_mask
+from rlhf_lightning.algorithms.pairs import Pairs, PairStage, chosen_tokens, pair_weights, response_logprobs
+from rlhf_lightning.algorithms.reference import Reference
 from rlhf_lightning.algorithms.stage import Loss
 from rlhf_lightning.arguments import POSITIVE, Range, check_arguments
-from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.functional import DPOLoss, dpo_loss
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.causal_lm import load_causal_lm
 from rlhf_lightning.models.finetune import add_adapter, choose_trained, enable_gradient_checkpointing
 from rlhf_lightning.models.sharing import load_reference
-from rlhf_lightning.training import sum_over_ranks
 
 
 class DPOModule(PairStage):
@@ -40,6 +38,8 @@ class DPOModule(PairStage):
         length_normalized: take log-ratios per token, so that length is worth nothing; then `beta` is 2 or more.
         sft_coef: weight of the chosen responses' negative log-likelihood per token, added to the loss.
         reference: folder or hub id of the frozen reference; None for `model_name_or_path`, which is free with LoRA.
+        precompute_reference: let the reference read all pairs once, before training, and keep its log-probabilities in
+            its place: one model in memory instead of two, and a quarter less work, for the time of one pass.
         reference_free: compare log-probabilities themselves, as if the reference found everything equally likely.
         sampling: how sample texts are generated.
         **options: those of `PairStage` and `Stage`. An example is a pair.
@@ -47,7 +47,7 @@ class DPOModule(PairStage):
 
     LOGGED = ("accuracy", "chosen_reward", "rejected_reward", "margin", "chosen_logprob", "rejected_logprob", "nll")
     policy: PreTrainedModel
-    reference_model: PreTrainedModel | None
+    reference_model: Reference
 
     def __init__(
         self,
@@ -59,6 +59,7 @@ class DPOModule(PairStage):
         length_normalized: bool = False,
         sft_coef: float = 0.0,
         reference: str | None = None,
+        precompute_reference: bool = False,
         reference_free: bool = False,
         sampling: Sampling = Sampling(),
         **options: Any,
@@ -73,18 +74,17 @@ class DPOModule(PairStage):
         self.length_normalized = length_normalized
         self.sft_coef = sft_coef
         self.reference = reference
+        self.precompute_reference = precompute_reference
         self.reference_free = reference_free
         self.sampling = sampling
-        self._pairs_per_token = torch.zeros(())
 
     def load_models(self) -> None:
         """Load the policy, to be trained, and the reference, frozen."""
         name, trust = self.model_name_or_path, self.trust_remote_code
         policy = load_causal_lm(name, self.dropout, trust)
         choose_trained(policy, self.finetune)
-        self.reference_model = None
-        if not self.reference_free:
-            self.reference_model = load_reference(policy, name, self.reference, self.tokenizer, trust)
+        known = None if self.reference_free else load_reference(policy, name, self.reference, self.tokenizer, trust)
+        self.reference_model = Reference(known)
         add_adapter(policy, self.finetune)
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(policy)
@@ -98,7 +98,7 @@ class DPOModule(PairStage):
     def pair_metrics(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each pair, and what is logged of it; rewards are those that the policy implies."""
         logprobs, lengths = response_logprobs(self.policy, pairs)  # [B, 2]
-        ratios = logprobs - self._reference_logprobs(pairs)
+        ratios = logprobs - self.reference_model(pairs)
         compared = ratios / lengths if self.length_normalized else ratios
         losses = dpo_loss(compared[:, 0], compared[:, 1], self.loss, self.beta, self.label_smoothing)
         chosen, rejected = (self.beta * ratios.detach()).unbind(dim=1)
@@ -106,22 +106,24 @@ class DPOModule(PairStage):
         values = (chosen > rejected).float(), chosen, rejected, chosen - rejected, *logprobs.detach().unbind(dim=1), nll
         return losses, dict(zip(self.LOGGED, values, strict=True))
 
-    @torch.no_grad()
-    def _reference_logprobs(self, pairs: Pairs) -> Tensor | float:
-        return 0.0 if self.reference_model is None else response_logprobs(self.reference_model, pairs)[0]
+    def on_fit_start(self) -> None:
+        """Let the reference read all pairs, if it is to do so once."""
+        super().on_fit_start()
+        if self.precompute_reference:
+            self.reference_model.precompute(self)
+
+    def run_state(self) -> dict[str, Any]:
+        """What the reference said, if it is not asked again."""
+        return {"reference": self.reference_model.known()}
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Go on with what the reference said."""
+        self.reference_model.load_known(state["reference"])
 
     def losses(self, pairs: Pairs) -> Iterator[Loss]:
         """As for all pairs, and the likelihood of the chosen responses, a mean over all their tokens in the step."""
         losses, logged = self.pair_metrics(pairs)
-        weights, tokens = pair_weights(pairs.batch), response_mask(pairs.batch)[:, 0].sum(dim=1)  # [B]
-        loss, nll = (losses * weights).sum(), (logged["nll"] * tokens * weights).sum()
+        weights = pair_weights(pairs.batch)
+        loss, nll = (losses * weights).sum(), (logged["nll"] * chosen_tokens(pairs.batch)).sum()
         sums = {name: (value.detach() * weights).sum() for name, value in logged.items()}
-        yield loss + self.sft_coef * nll * self._pairs_per_token, {"loss": loss.detach(), **sums}
-
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """One optimizer step on one batch; returns its loss, detached, for callbacks."""
-        self.check_batch(batch, PreferenceBatch, "PreferenceDataModule")
-        weights, tokens = pair_weights(batch), response_mask(batch)[:, 0].sum(dim=1)  # [B]
-        pairs, chosen_tokens = sum_over_ranks(self, torch.stack([weights.sum(), (weights * tokens).sum()]))
-        self._pairs_per_token = pairs / chosen_tokens.clamp(min=1)
-        return super().training_step(batch, batch_idx)
+        yield loss + self.sft_coef * nll * self.step_weight / self.step_tokens, {"loss": loss.detach(), **sums}

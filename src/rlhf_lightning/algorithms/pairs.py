@@ -89,6 +89,13 @@ def response_mask(batch: PreferenceBatch) -> Tensor:
     return mask & (torch.arange(mask.shape[2], device=mask.device) >= batch.prompt_lengths.view(-1, 1, 1))
 
 
+def chosen_tokens(batch: PreferenceBatch) -> Tensor:
+    """Tokens of each chosen response, times the weight of its pair, `[B]`, float32; 0 where prompts have no length."""
+    if batch.prompt_lengths is None:
+        return torch.zeros(len(batch.row_ids), device=batch.row_ids.device)
+    return pair_weights(batch) * response_mask(batch)[:, 0].sum(dim=1)
+
+
 def response_logprobs(model: PreTrainedModel, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Log-probability of each response given its prompt, in nats, and its number of tokens, both `[B, 2]`.
 
@@ -114,8 +121,14 @@ class PairStage(Stage):
             are the same to rounding; a model or attention kernel that cannot do it says so and runs both apart.
         dropout: keep the dropout that the model's config asks for; by default it is off.
         **options: those of `Stage`. An example is a pair.
+
+    Attributes:
+        step_weight: weight of all pairs of an optimizer step, on all ranks, a scalar.
+        step_tokens: tokens of their chosen responses, each as often as its pair counts, likewise.
     """
 
+    step_weight: Tensor
+    step_tokens: Tensor
     LOGGED: tuple[str, ...] = ()
 
     def __init__(
@@ -150,8 +163,10 @@ class PairStage(Stage):
         self.check_batch(batch, PreferenceBatch, "PreferenceDataModule")
         started, lr = time.perf_counter(), self.learning_rates()[0]
         pieces = self._pieces(batch)
+        counts = torch.stack([pair_weights(batch).sum(), chosen_tokens(batch).sum()])
         # Only pairs of weight 0 sum to 0.
-        total = sum_over_ranks(self, pair_weights(batch).sum()).clamp(min=torch.finfo(torch.float32).tiny)
+        total, self.step_tokens = sum_over_ranks(self, counts).clamp(min=torch.finfo(torch.float32).tiny)
+        self.step_weight = total
         step = self.optimise(pieces, self.losses, total, name_rows(batch.row_ids))
         # The speed is that of the data, the padding that of what was run.
         data, shown = [both_sides(piece.batch)[1] for piece in pieces], [piece.shown for piece in pieces]

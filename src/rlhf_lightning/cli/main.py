@@ -18,21 +18,22 @@ STAGE_COMMANDS = ("fit", "validate", "test", "predict")
 OVERVIEW = """\
 usage: rlhf COMMAND [options]
 
-Align a language model with human preferences: supervised fine-tuning, reward model, PPO.
+Align a language model with human preferences: supervised fine-tuning, reward
+model, PPO, RLOO, GRPO, DPO.
 
 commands:
-  quickstart   train a tiny model through all three stages in a few minutes; needs no data and no network
+  quickstart   train a tiny model through all stages in a few minutes; needs no data and no network
   prepare      turn data into token ids once, for all stages, and report what was kept, cut and dropped
   fit          train one stage
   validate     measure one stage on held-out data
   test         the same on test data
   predict      answer prompts, or score answers, and write them to a file
 
-the three stages, each starting from what the one before exported:
+the stages, each starting from what the one before exported:
   rlhf fit --config sft.yaml --model.model_name_or_path MODEL --data.data FILE
   rlhf fit --config reward.yaml --model.model_name_or_path runs/sft/export --data.data FILE
   rlhf fit --config ppo.yaml --model.model_name_or_path runs/sft/export --model.reward runs/reward/export \\
-      --data.data FILE
+      --data.data FILE                        (or rloo.yaml, grpo.yaml; dpo.yaml needs no reward model)
   rlhf predict --config reward.yaml --model.model_name_or_path runs/reward/export --data.predict_data FILE
 
 data first, if you want to see what is in it (the stages then take --data.data runs/data):

@@ -1,1 +1,1 @@
-"""Proximal policy optimisation against a reward, with a KL penalty to the SFT model."""
+"""What algorithms share that learn from scores of their policy's own answers: PPO, RLOO, GRPO."""

@@ -40,7 +40,7 @@ def check_context(part: Any, max_prompt_length: int | None, max_new_tokens: int)
     """The longest prompt and response together fit the model.
 
     Args:
-        part: one of PPO's models; what does not read the policy's ids by itself passes.
+        part: one of the models; what does not read the policy's ids by itself passes.
         max_prompt_length: the data module's limit, in tokens; None if unknown.
         max_new_tokens: the longest response.
 
@@ -69,7 +69,7 @@ def check_temperature(sampling: Sampling) -> None:
         UserError: the temperature is 0.
     """
     if sampling.temperature == 0:
-        raise UserError("PPO learns from sampled responses: sampling.temperature must be above 0")
+        raise UserError("the policy learns from sampled responses: sampling.temperature must be above 0")
 
 
 def check_scores(module: pl.LightningModule, scores: Tensor, row_ids: Tensor) -> None:
@@ -227,15 +227,16 @@ def check_first_gradient(module: pl.LightningModule, grad_norm: Tensor, to_learn
 
 
 def warn_own_reference(model: str) -> None:
-    """Say where a policy made by PPO is about to be compared with itself.
+    """Say where a policy that was held near a reference is about to be compared with itself.
 
     Args:
         model: the policy's folder or hub id, which no reference was named beside.
     """
     card = Path(model).expanduser() / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    if "ppo_epochs:" in text and (start := _STARTED_FROM.search(text)):
+    held_near_it = "ppo_epochs:" in text or "length_normalized:" in text  # online, or by DPO
+    if held_near_it and (start := _STARTED_FROM.search(text)):
         rank_zero_warn(
-            f"'{model}' was trained by PPO from '{start[1]}': with no other reference its KL is that to itself, 0 by "
+            f"'{model}' was trained from '{start[1]}': with no other reference its KL is that to itself, 0 by "
             f"construction; pass --model.reference {start[1]} for the KL to where it started"
         )

@@ -1,4 +1,4 @@
-"""Settings of PPO, in groups; each default names its source."""
+"""Settings of online algorithms, in groups; each default names its source."""
 
 from __future__ import annotations
 
