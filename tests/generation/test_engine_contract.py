@@ -25,7 +25,8 @@ from helpers.models import table_tokenizer
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.generation.engine import Generation, RolloutEngine, TransformersEngine, respond
 from rlhf_lightning.generation.sampling import Sampling
-from rlhf_lightning.models.tokenizer import eos_ids, filler_id
+from rlhf_lightning.models.eos import eos_ids
+from rlhf_lightning.models.tokenizer import filler_id
 
 
 class Ends(StoppingCriteria):

@@ -23,7 +23,8 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import response_hidden, response_logprobs
 from rlhf_lightning.generation.engine import EngineFactory, Generation, RolloutEngine, respond
 from rlhf_lightning.generation.sampling import Sampling
-from rlhf_lightning.models.tokenizer import eos_ids, filler_id
+from rlhf_lightning.models.eos import eos_ids
+from rlhf_lightning.models.tokenizer import filler_id
 
 LENGTHS = [3, 17, 1, 9, 9, 12, 2]
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8)

@@ -6,7 +6,8 @@ from helpers.models import table_tokenizer
 from helpers.templates import shelf_tokenizer
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.tokenizer import eos_ids, filler_id, load_tokenizer, own_pad_token, same_tokenizer
+from rlhf_lightning.models.eos import eos_ids
+from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer, own_pad_token, same_tokenizer
 
 
 @pytest.mark.parametrize("pad", ["own", "eos", "none"])

@@ -56,7 +56,8 @@ class Pairs(NamedTuple):
         if self.rows is not None:
             return self.rows.spread(self.rows.hidden_states(model))
         ids, mask = both_sides(self.batch)
-        return hidden_states(model, ids.flatten(0, 1), mask.flatten(0, 1)).unflatten(0, ids.shape[:2])
+        hidden: Tensor = hidden_states(model, ids.flatten(0, 1), mask.flatten(0, 1)).unflatten(0, ids.shape[:2])
+        return hidden
 
     @property
     def shown(self) -> Tensor:

@@ -203,19 +203,19 @@ def ppo_losses(
     Yields:
         A loss summed over response tokens, a scalar, and sums to be logged.
     """
-    rows = batch.sequences, batch.sequence_mask, batch.response_mask
+    ids, kept, mask = batch.sequences, batch.sequence_mask, batch.response_mask  # [B, P + R], [B, P + R], [B, R]
     trunk = value if isinstance(value, TrunkValue) else None
-    logprobs, entropies, values = logprobs_and_values(policy, trunk, *rows, temperature, with_entropy=on_policy)
+    logprobs, entropies, values = logprobs_and_values(
+        policy, trunk, ids, kept, mask, temperature, with_entropy=on_policy
+    )
     loss, logged = clipped_policy_loss(logprobs, batch, objective.clip_range, on_policy=on_policy)
     if on_policy:
-        logged["entropy"] = masked_sum(entropies.detach(), batch.response_mask)
+        logged["entropy"] = masked_sum(entropies.detach(), mask)
     if not isinstance(value, TrunkValue):
         yield loss, logged
         del loss, logprobs, entropies  # the graph is gone before the next one is built
-        values = response_values(value, *rows)
+        values = response_values(value, ids, kept, mask)
         loss, logged = torch.zeros((), device=values.device), {}
-    value_loss, stats = ppo_value_loss(
-        values, batch.values, batch.returns, batch.response_mask, objective.value_clip_range
-    )
+    value_loss, stats = ppo_value_loss(values, batch.values, batch.returns, mask, objective.value_clip_range)
     logged |= {"value_loss": value_loss.detach(), "value_clip_fraction": stats["clip_fraction"]}
     yield loss + objective.value_coef * value_loss, logged

@@ -78,7 +78,8 @@ class RewardModule(PairStage):
     @property
     def export_model(self) -> PreTrainedModel:
         """The classifier that plain transformers loads."""
-        return self.scalar.model
+        model: PreTrainedModel = self.scalar.model
+        return model
 
     def on_fit_start(self) -> None:
         """Train the head, whether it is fresh or not."""

@@ -30,8 +30,8 @@ class RLOOModule(GroupStage):
 
     def policy_loss(self, logprobs: Tensor, batch: Experience) -> Loss:
         """Summed over responses, each with one probability ratio."""
-        clip = self.clip_range, self.clip_range_high
-        return clipped_policy_loss(logprobs, batch, *clip, on_policy=self.on_policy, per_response=True)
+        low, high = self.clip_range, self.clip_range_high
+        return clipped_policy_loss(logprobs, batch, low, high, on_policy=self.on_policy, per_response=True)
 
     def loss_total(self, minibatch: Experience, num_tokens: Tensor) -> Tensor:
         """Responses of the update, on all ranks."""

@@ -182,7 +182,7 @@ class Stage(pl.LightningModule):
     @property
     def seed(self) -> int:
         """The seed of the run: that of the checkpoint it was resumed from, else torch's (`seed_everything`)."""
-        return self._run_state.get("seed", torch.initial_seed())
+        return int(self._run_state.get("seed", torch.initial_seed()))
 
     def random(self, *place: int | str, device: torch.device | str | None = None) -> torch.Generator:
         """Random numbers for one place in the run, each rank its own.

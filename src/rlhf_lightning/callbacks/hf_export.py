@@ -24,11 +24,11 @@ from rlhf_lightning.arguments import check_arguments, constructor_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import CALIBRATION_FILE, is_adapter
+from rlhf_lightning.models.eos import eos_ids
 from rlhf_lightning.models.finetune import HEAD, adapter_state
 from rlhf_lightning.models.merging import merged_state
 from rlhf_lightning.models.rewarding import rendering_of
 from rlhf_lightning.models.scalar_lm import CALIBRATION, RENDERING
-from rlhf_lightning.models.tokenizer import eos_ids
 from rlhf_lightning.training import consolidated_state_dict
 
 _CARD = "README.md"

@@ -29,7 +29,7 @@ from rlhf_lightning.generation.attention import attention_by_rows
 from rlhf_lightning.generation.cache import RolloutCache, rollout_cache
 from rlhf_lightning.generation.compiled_step import CompiledStep
 from rlhf_lightning.generation.sampling import Sampling, pick_tokens, uniforms
-from rlhf_lightning.models.tokenizer import eos_ids
+from rlhf_lightning.models.eos import eos_ids
 
 PREFILL_TOKENS = {"cpu": 512}
 """By device, tokens of a group of prompts, with its padding: enough to keep the device busy, and little padding."""

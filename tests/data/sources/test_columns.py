@@ -14,7 +14,7 @@ from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.preparation import read_all
 from rlhf_lightning.data.rows import KINDS, BadRowError, DroppedRow, Row
 from rlhf_lightning.data.sources import Table
-from rlhf_lightning.data.sources.forms import RowForm
+from rlhf_lightning.data.sources.row_forms import RowForm
 
 
 def system(text):

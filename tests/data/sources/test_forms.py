@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from rlhf_lightning.data.rows import BadRowError, DroppedRow, Row
 from rlhf_lightning.data.sources import Table
-from rlhf_lightning.data.sources.forms import RowForm
+from rlhf_lightning.data.sources.row_forms import RowForm
 from rlhf_lightning.errors import UserError
 
 

@@ -138,14 +138,14 @@ class GroupStage(OnlineStage):
             logprobs: under the policy being trained, `[B, R]`.
             batch: a micro-batch.
         """
-        weights, clip = self.token_weights(batch), (self.clip_range, self.clip_range_high)
-        return clipped_policy_loss(logprobs, batch, *clip, on_policy=self.on_policy, weights=weights)
+        weights, low, high = self.token_weights(batch), self.clip_range, self.clip_range_high
+        return clipped_policy_loss(logprobs, batch, low, high, on_policy=self.on_policy, weights=weights)
 
     def losses(self, batch: Experience) -> Iterator[Loss]:
         """Policy loss, and the KL penalty if that is in the loss."""
-        rows, mask = (batch.sequences, batch.sequence_mask), batch.response_mask
+        ids, kept, mask = batch.sequences, batch.sequence_mask, batch.response_mask  # [B, P + R], [B, P + R], [B, R]
         with_entropy = self.on_policy  # else the rollout has measured it
-        logprobs, entropies = response_logprobs(self.policy, *rows, mask, self.sampling.temperature, with_entropy)
+        logprobs, entropies = response_logprobs(self.policy, ids, kept, mask, self.sampling.temperature, with_entropy)
         loss, logged = self.policy_loss(logprobs, batch)
         if with_entropy:
             logged["entropy"] = masked_sum(entropies.detach(), mask)

@@ -35,13 +35,13 @@ def clipped_policy_loss(
         weights: of each token in the loss, `[B, R]`; None for 1.
         per_response: a response is one action with one probability ratio and one advantage (Ahmadian et al. 2024).
     """
-    mask, clip = batch.response_mask, (clip_range, clip_range_high)
+    mask, clip = batch.response_mask, {"clip_range": clip_range, "clip_range_high": clip_range_high or clip_range}
     old = logprobs.detach() if on_policy else batch.logprobs
     if per_response:
         sums, old_sums = (torch.where(mask, some, 0).sum(dim=1, keepdim=True) for some in (logprobs, old))  # [B, 1]
-        loss, _ = ppo_policy_loss(sums, old_sums, batch.advantages[:, :1], mask[:, :1], *clip)
+        loss, _ = ppo_policy_loss(sums, old_sums, batch.advantages[:, :1], mask[:, :1], **clip)
     else:
         advantages = batch.advantages if weights is None else batch.advantages * weights
-        loss, _ = ppo_policy_loss(logprobs, old, advantages, mask, *clip)
-    _, stats = ppo_policy_loss(logprobs.detach(), batch.logprobs, batch.advantages, mask, *clip)
+        loss, _ = ppo_policy_loss(logprobs, old, advantages, mask, **clip)
+    _, stats = ppo_policy_loss(logprobs.detach(), batch.logprobs, batch.advantages, mask, **clip)
     return loss, {"policy_loss": loss.detach(), **stats}

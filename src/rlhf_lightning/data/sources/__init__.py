@@ -12,9 +12,9 @@ from rlhf_lightning.arguments import POSITIVE, check_arguments
 from rlhf_lightning.data.rows import BadRowError, DroppedRow, Need, Row
 from rlhf_lightning.data.sources.blend import BlendRows
 from rlhf_lightning.data.sources.files import is_local, open_files, open_parts
-from rlhf_lightning.data.sources.forms import SAME, RowForm
 from rlhf_lightning.data.sources.python_rows import check_data, name_of
 from rlhf_lightning.data.sources.raw_rows import RawRow, RawRows
+from rlhf_lightning.data.sources.row_forms import SAME, RowForm
 from rlhf_lightning.data.sources.table_rows import Rows, TableRows
 from rlhf_lightning.errors import UserError
 
@@ -94,7 +94,7 @@ class _TableSource(Source):
 
 
 class Table(_TableSource):
-    """Anything with rows and columns; `rlhf_lightning.data.sources.forms` says which forms of row are known.
+    """Anything with rows and columns; `rlhf_lightning.data.sources.row_forms` says which forms of row are known.
 
     Args:
         path: a file (.json, .jsonl, .csv, .tsv, .parquet, each possibly .gz), a list, folder or glob of such files, a

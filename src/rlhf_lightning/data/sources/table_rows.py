@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from rlhf_lightning.chat.messages import exact_text
 from rlhf_lightning.data.rows import BadRowError, DroppedRow, LabelledRow, Need, Row
-from rlhf_lightning.data.sources.forms import SAME, RowForm
 from rlhf_lightning.data.sources.raw_rows import RawRow, RawRows
+from rlhf_lightning.data.sources.row_forms import SAME, RowForm
 from rlhf_lightning.errors import UserError
 
 _PARSER = 3
