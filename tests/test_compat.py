@@ -198,6 +198,20 @@ def test_validation_data_are_loaded_when_no_validation_has_been(tmp_path):
     assert states[2] == "train"
 
 
+def test_training_data_can_be_loaded_before_the_run(tmp_path):
+    """Else DPO's reference could not read the pairs beforehand in a run that is limited by max_steps alone."""
+    seen = []
+
+    class Watched(BoringModel):
+        def on_fit_start(self):
+            compat.load_training_data(self.trainer)
+            seen.append(len(self.trainer.train_dataloader.dataset))
+
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_steps": 1}
+    pl.Trainer(accelerator="cpu", default_root_dir=tmp_path, enable_model_summary=False, **options).fit(Watched())
+    assert seen == [64]
+
+
 def test_every_name_has_a_test():
     """So that what is added to the module is not added without saying what it holds up."""
     written = inspect.getsource(inspect.getmodule(test_every_name_has_a_test))

@@ -119,6 +119,11 @@ def parser_actions(parser: ArgumentParser) -> list[Any]:
     return list(parser._actions)
 
 
+def load_training_data(trainer: Trainer) -> None:
+    """What Lightning does before a run's first batch, for what must see the data before; twice does nothing more."""
+    trainer.fit_loop.setup_data()
+
+
 def load_validation_data(trainer: Trainer) -> None:
     """What Lightning does before a run's first validation, for runs that end without one."""
     trainer.validating = True

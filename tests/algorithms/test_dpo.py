@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from helpers.closed_form import EOS, gradient_of_one_step, save_closed_form_lm
+from helpers.models import save_folder, tiny_causal_lm
 from helpers.stage_runs import CONSTANT
-from helpers.stages import MemoryLogger, adamw, fit, preference_rows, save_llama, sgd, trainer, weights
-from rlhf_lightning import DPOModule, FineTune, PreferenceDataModule, Table, UserError
+from helpers.stages import MemoryLogger, adamw, fit, preference_rows, same_weights, save_llama, sgd, trainer, weights
+from helpers.tokenizers import tiny_tokenizer
+from rlhf_lightning import DPOModule, FineTune, HFExport, PreferenceDataModule, Table, UserError
 from rlhf_lightning.algorithms.pairs import Pairs
 from rlhf_lightning.batches import PreferenceBatch
 
@@ -147,7 +150,7 @@ def one_step(folders, batch, **settings):
     policy, reference = folders
     module = DPOModule(
         policy,
-        reference=reference,
+        reference=None if settings.get("reference_free") else reference,
         optimizer=sgd(1.0),
         gradient_clip_val=None,
         lr_schedule="constant",
@@ -246,6 +249,10 @@ def test_batches_that_do_not_say_how_long_prompts_are_are_refused(llama):
     ({"beta": 0.0}, r"beta \(0.0\) must be above 0"),
     ({"label_smoothing": 0.5}, r"label_smoothing \(0.5\) must be at least 0 and below 0.5"),
     ({"loss": "simpo"}, "loss 'simpo' is unknown"),
+    ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing is for sigmoid and robust, and loss is ipo"),
+    ({"reference_free": True, "reference": "a/b"}, "reference_free needs no reference"),
+    ({"reference_free": True, "precompute_reference": True}, "reference_free needs no reference"),
+    ({"reference": "./nowhere"}, "model folder './nowhere' does not exist"),
 ])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
@@ -290,3 +297,65 @@ def test_a_stream_cannot_be_read_beforehand(llama):
     )
     with pytest.raises(UserError, match="precompute_reference needs data that do not come as a stream"):
         fit(DPOModule(llama, precompute_reference=True, **CONSTANT), data, max_steps=1)
+
+
+def test_a_run_with_max_steps_alone_reads_its_pairs_beforehand(llama):
+    data = PreferenceDataModule(llama, preference_rows(8), batch_size=4, max_length=60)
+    module = DPOModule(llama, precompute_reference=True, **CONSTANT)
+    fit(module, data, max_steps=1, max_epochs=-1)
+    assert len(module.reference_model.known()["keys"]) == 8
+
+
+@pytest.mark.parametrize("family", ["gemma2"])
+def test_a_reference_that_cannot_share_rows_is_run_apart(tmp_path, family):
+    tokenizer = tiny_tokenizer()
+    policy, other = (
+        save_folder(tmp_path / name, tiny_causal_lm(name, vocab_size=len(tokenizer)), tokenizer)
+        for name in ("llama", family)
+    )
+    rows = preference_rows(6)
+    data = PreferenceDataModule(policy, rows, validation_data=rows, batch_size=6, max_length=60)
+    losses = []
+    for sharing in (True, False):
+        module = DPOModule(policy, reference=other, prefix_sharing=sharing)
+        (found,) = trainer().validate(module, data, verbose=False)
+        losses.append(found["val/loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_pairs_of_weight_0_and_empty_responses_leave_the_loss_a_number(llama):
+    batch = batch_of([([3, 4], [5, EOS], [8, EOS]), ([9, 10], [], [12, EOS])])
+    for weights_of, settings in [([0.0, 0.0], {}), ([1.0, 1.0], {}), ([1.0, 1.0], {"sft_coef": 0.1})]:
+        weighed = batch._replace(weights=torch.tensor(weights_of))
+        log = fit(DPOModule(llama, **CONSTANT, **settings), DataLoader([weighed], batch_size=None), max_steps=1)
+        assert all(math.isfinite(call[name]) for call in log.calls for name in call)
+
+
+def test_there_is_nothing_to_predict(llama):
+    data = PreferenceDataModule(llama, predict_data=preference_rows(4), max_length=60)
+    with pytest.raises(UserError, match=r"DPOModule predicts nothing: rlhf predict --config sft\.yaml"):
+        trainer().predict(DPOModule(llama), data)
+
+
+def test_an_export_that_is_measured_against_itself_is_named(llama, tmp_path):
+    rows = preference_rows(8)
+    data = PreferenceDataModule(llama, rows, validation_data=rows, batch_size=4, max_length=60)
+    fit(DPOModule(llama, **CONSTANT), data, max_steps=1, callbacks=[HFExport(str(tmp_path / "dpo"))])
+    with pytest.warns(UserWarning, match=r"was trained from .*: with no other reference its KL is that to itself"):
+        trainer().validate(DPOModule(str(tmp_path / "dpo")), data, verbose=False)
+
+
+class Fixed(DPOModule):
+    def __init__(self, model, **options):
+        super().__init__(model, beta=0.3, **options)
+
+
+@pytest.mark.parametrize("kind", [DPOModule, Fixed])
+def test_a_module_comes_back_from_its_checkpoint(llama, tmp_path, kind):
+    data = PreferenceDataModule(llama, preference_rows(8), batch_size=4, max_length=60)
+    module = kind(Path(llama), sft_coef=0.2, **CONSTANT)
+    fit(module, data, max_steps=1)
+    module.trainer.save_checkpoint(tmp_path / "run.ckpt")
+    loaded = kind.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+    assert (loaded.beta, loaded.sft_coef) == (module.beta, 0.2)
+    assert same_weights(weights(loaded.policy), weights(module.policy))

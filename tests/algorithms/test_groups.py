@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from helpers.closed_form import EOS, closed_form_lm, gradient_of_one_step, save_closed_form_lm
-from helpers.stages import adamw, fit, prompt_rows, save_llama, sgd, share_of_letters, weights
-from rlhf_lightning import GRPOModule, KLPenalty, PromptDataModule, RLOOModule, Sampling, UserError
+from helpers.stages import adamw, fit, prompt_rows, same_weights, save_llama, sgd, share_of_letters, trainer, weights
+from rlhf_lightning import GRPOModule, KLPenalty, PromptDataModule, RLOOModule, Sampling, ScoreShaping, UserError
 from rlhf_lightning.algorithms.online.experience import Measurements
 from rlhf_lightning.batches import PromptBatch, repeat_prompts
 from rlhf_lightning.forward.hidden import response_logprobs
-from rlhf_lightning.generation.engine import Generation
+from rlhf_lightning.functional import group_advantages
+from rlhf_lightning.generation.engine import Generation, TransformersEngine
 
 PROMPTS = [[3, 4], [9, 10, 11], [2, 16, 6, 3]]
 RESPONSES = [
@@ -241,3 +245,79 @@ def test_groups_that_teach_nothing_are_counted(llama, kind):
 def test_a_single_response_has_nobody_to_be_judged_by(llama):
     with pytest.raises(UserError, match=r"samples_per_prompt \(1\) must be at least 2"):
         RLOOModule(llama, share_of_letters, **SIZES | {"samples_per_prompt": 1, "minibatch_size": 4})
+
+
+def test_equal_scores_teach_nothing_whatever_their_mean_rounds_to():
+    assert not group_advantages(torch.full((12,), 100.3), 6, "mean", scaled=True).any()
+
+
+def test_a_cut_response_teaches_where_scores_are_equal(llama):
+    score = ScoreShaping(scaling=False, clip=None, missing_eos_penalty=1.0)
+    sampling = Sampling(max_new_tokens=6, stop_strings=["e", "a"])
+    module = RLOOModule(
+        llama, lambda prompts, responses: [1.0] * len(prompts), **SIZES | {"sampling": sampling}, score=score
+    )
+    log = fit(module, data_module(llama), max_epochs=1)
+    assert 0 < log.series("train/eos_rate")[0] < 1
+    assert log.series("train/no_signal")[0] < 1
+
+
+@pytest.mark.parametrize("kind", [RLOOModule, GRPOModule])
+def test_a_penalty_without_a_pull_is_refused(llama, kind):
+    with pytest.raises(UserError, match=r"kl_in: loss needs kl\.estimator k2 or k3"):
+        kind(llama, share_of_letters, **SIZES, kl_in="loss", kl=KLPenalty(estimator="k1"))
+
+
+def test_settings_given_in_part_keep_the_defaults_of_the_algorithm(llama):
+    module = GRPOModule(llama, share_of_letters, **SIZES, kl={"coef": 0.1}, score={"missing_eos_penalty": 1.0})
+    assert (module.kl.coef, module.kl.estimator) == (0.1, "k3")
+    assert (module.score.scaling, module.score.clip, module.score.missing_eos_penalty) == (False, None, 1.0)
+
+
+class Copying(TransformersEngine):
+    """Answers with weights of its own."""
+
+    def __init__(self, model, tokenizer, batch_size=None):
+        super().__init__(copy.deepcopy(model), tokenizer, batch_size)
+        self.source, self.asleep = model, False
+
+    def sync_weights(self):
+        self.model.load_state_dict(self.source.state_dict())
+
+    def wake(self):
+        self.asleep = False
+
+    def sleep(self):
+        self.asleep = True
+
+    def generate(self, *args, **options):
+        assert not self.asleep
+        assert same_weights(weights(self.model), weights(self.source))
+        return super().generate(*args, **options)
+
+
+def test_an_engine_with_weights_of_its_own_has_those_of_now(llama, tmp_path):
+    optimizer = partial(torch.optim.AdamW, lr=1e-2)  # a lambda could not come back
+    module = RLOOModule(llama, share_of_letters, **SIZES, optimizer=optimizer, engine=Copying)
+    data = data_module(llama, validation_data=prompt_rows(3))
+    trainer().validate(module, data, verbose=False)
+    fit(module, data, max_epochs=2)
+    assert module.rollout_engine.asleep
+    module.trainer.save_checkpoint(tmp_path / "run.ckpt")
+    trainer().validate(module, data, verbose=False)
+    loaded = RLOOModule.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True, reward=share_of_letters)
+    assert loaded.engine is Copying
+    trainer().validate(loaded, data, verbose=False)
+
+
+def test_an_engine_that_fails_is_put_to_sleep(llama):
+    def fails(*args, **options):
+        raise RuntimeError("out of order")
+
+    module = RLOOModule(llama, share_of_letters, **SIZES, engine=Copying)
+    module.configure_model()
+    module.rollout_engine = engine = Copying(module.policy, module.tokenizer)
+    engine.generate = fails
+    with pytest.raises(RuntimeError, match="out of order"):
+        fit(module, data_module(llama), max_epochs=1)
+    assert engine.asleep

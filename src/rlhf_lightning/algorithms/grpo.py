@@ -22,6 +22,8 @@ from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.training import sum_over_ranks
 
 GRPOLoss = Literal["grpo", "dapo", "dr_grpo"]
+KL = KLPenalty(coef=0.04, estimator="k3")
+"""The penalty of Shao et al. 2024, section 4.2."""
 
 
 class GRPOModule(GroupStage):
@@ -54,11 +56,11 @@ class GRPOModule(GroupStage):
         scaled: bool = True,
         samples_per_prompt: int = 8,
         minibatch_size: int = 128,
-        kl: KLPenalty = KLPenalty(coef=0.04, estimator="k3"),
+        kl: KLPenalty = KL,
         kl_in: KLPlace = "loss",
         **options: Any,
     ) -> None:
-        kl = from_config(KLPenalty, kl)
+        kl = from_config(KLPenalty, kl, KL)
         check_arguments(GRPOModule, {"loss": loss, "scaled": scaled})
         super().__init__(
             model_name_or_path,

@@ -94,11 +94,11 @@ def chosen_tokens(batch: PreferenceBatch) -> Tensor:
     """Tokens of each chosen response, times the weight of its pair, `[B]`, float32; 0 where prompts have no length."""
     if batch.prompt_lengths is None:
         return torch.zeros(len(batch.row_ids), device=batch.row_ids.device)
-    return pair_weights(batch) * response_mask(batch)[:, 0].sum(dim=1)
+    return pair_weights(batch) * response_mask(batch)[:, 0, 1:].sum(dim=1)
 
 
 def response_logprobs(model: PreTrainedModel, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Log-probability of each response given its prompt, in nats, and its number of tokens, both `[B, 2]`.
+    """Log-probability of each response given its prompt, in nats, and its number of tokens, at least 1, both `[B, 2]`.
 
     Args:
         model: a language model.
@@ -108,7 +108,7 @@ def response_logprobs(model: PreTrainedModel, pairs: Pairs) -> tuple[Tensor, Ten
     hidden = pairs.hidden_states(model)[:, :, :-1][counted]  # [N, D]; token t is predicted from t - 1
     logprobs, _ = token_logprobs_at(model, hidden, ids[counted], temperature=1.0, with_entropy=False)
     spread = torch.zeros(counted.shape, dtype=logprobs.dtype, device=ids.device).masked_scatter(counted, logprobs)
-    return spread.sum(dim=2), counted.sum(dim=2)
+    return spread.sum(dim=2), counted.sum(dim=2).clamp(min=1)  # an empty response has log-probability 0
 
 
 class PairStage(Stage):
@@ -124,12 +124,11 @@ class PairStage(Stage):
         **options: those of `Stage`. An example is a pair.
 
     Attributes:
-        step_weight: weight of all pairs of an optimizer step, on all ranks, a scalar.
-        step_tokens: tokens of their chosen responses, each as often as its pair counts, likewise.
+        pairs_per_token: pairs of an optimizer step, by the tokens of their chosen responses, each pair as often as it
+            counts, on all ranks, a scalar.
     """
 
-    step_weight: Tensor
-    step_tokens: Tensor
+    pairs_per_token: Tensor
     LOGGED: tuple[str, ...] = ()
 
     def __init__(
@@ -166,8 +165,8 @@ class PairStage(Stage):
         pieces = self._pieces(batch)
         counts = torch.stack([pair_weights(batch).sum(), chosen_tokens(batch).sum()])
         # Only pairs of weight 0 sum to 0.
-        total, self.step_tokens = sum_over_ranks(self, counts).clamp(min=torch.finfo(torch.float32).tiny)
-        self.step_weight = total
+        total, tokens = sum_over_ranks(self, counts).clamp(min=torch.finfo(torch.float32).tiny)
+        self.pairs_per_token = total / tokens
         step = self.optimise(pieces, self.losses, total, name_rows(batch.row_ids))
         # The speed is that of the data, the padding that of what was run.
         data, shown = [both_sides(piece.batch)[1] for piece in pieces], [piece.shown for piece in pieces]
@@ -186,7 +185,16 @@ class PairStage(Stage):
         return [Pairs.of(piece, shares) for piece in pieces]
 
     def _shares(self, batch: PreferenceBatch) -> bool:
-        return self.prefix_sharing and sharing_pays(self.export_model, *both_sides(batch))
+        if not self.prefix_sharing:
+            return False
+        ids, mask = both_sides(batch)
+        pays = [sharing_pays(model, ids, mask) for model in self.readers]  # each process asks for all
+        return all(pays)
+
+    @property
+    def readers(self) -> list[PreTrainedModel]:
+        """The models that read the pairs."""
+        return [self.export_model]
 
     def evaluate(self, batch: PreferenceBatch, task: str) -> dict[str, Tensor]:
         """Log means over a validation or test set; what is known of this batch's pairs, each `[B]`.
@@ -203,6 +211,22 @@ class PairStage(Stage):
             on_bar = name in ("loss", "accuracy")
             self.log(f"{task}/{name}", metric, prog_bar=on_bar, batch_size=len(batch.row_ids))
         return logged
+
+    def setup(self, stage: str) -> None:
+        """Refuse to predict where an algorithm says nothing of single sequences.
+
+        Raises:
+            UserError: says what answers prompts instead.
+        """
+        if stage == "predict" and type(self).predict_step is PairStage.predict_step:
+            raise UserError(
+                f"{type(self).__name__} predicts nothing: rlhf predict --config sft.yaml answers prompts with what it "
+                "exported"
+            )
+
+    def predict_step(self, *args: Any) -> Any:
+        """Overridden by algorithms that say something of single sequences; see `setup`."""
+        raise NotImplementedError
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Means over the whole validation set."""

@@ -1,29 +1,40 @@
-"""What a frozen reference says of every pair, computed once before training: no second model in memory, no second pass.
+"""A policy that learns from pairs beside a frozen reference, which may say all that it has to say before training.
 
-A pair is known by its tokens, so that neither the order of the data nor the process that reads it matters.
+A pair is then known by its tokens, so that neither the order of the data nor the process that reads it matters.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel
 
-from rlhf_lightning.algorithms.pairs import Pairs, both_sides, response_logprobs
+from rlhf_lightning.algorithms.pairs import Pairs, PairStage, both_sides, response_logprobs
 from rlhf_lightning.algorithms.stage import Stage
+from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.batches import PreferenceBatch
-from rlhf_lightning.compat import load_validation_data
+from rlhf_lightning.compat import load_training_data, load_validation_data
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.causal_lm import load_causal_lm
+from rlhf_lightning.models.finetune import add_adapter, choose_trained, enable_gradient_checkpointing
+from rlhf_lightning.models.folders import check_model_folder
+from rlhf_lightning.models.sharing import load_reference
 from rlhf_lightning.training import world_size
 
 _BYTES = 15
 """Of a pair's hash: two numbers of 60 bits, which no two pairs of a data set are likely to share."""
+
+
+_STARTED_FROM = re.compile(r"started from `([^`]+)`")
+"""What the model card of an export says."""
 
 
 class Reference(nn.Module):
@@ -45,11 +56,11 @@ class Reference(nn.Module):
         Args:
             pairs: B of them, all of which were there when the reference was computed, if it was computed before.
         """
+        if self.model is not None:
+            return response_logprobs(self.model, pairs)[0]
         if self._known:
             return self._looked_up(pairs.batch)
-        if self.model is None:
-            return torch.zeros(len(pairs.batch.row_ids), 2, device=pairs.batch.row_ids.device)
-        return response_logprobs(self.model, pairs)[0]
+        return torch.zeros(len(pairs.batch.row_ids), 2, device=pairs.batch.row_ids.device)
 
     @torch.no_grad()
     def precompute(self, stage: Stage) -> None:
@@ -63,6 +74,7 @@ class Reference(nn.Module):
         """
         trainer: Any = stage.trainer
         if self.model is not None and not self._known:
+            load_training_data(trainer)
             if trainer.val_dataloaders is None and trainer.enable_validation:
                 load_validation_data(trainer)
             held_out = trainer.val_dataloaders or []
@@ -92,7 +104,7 @@ class Reference(nn.Module):
         except KeyError as e:
             raise UserError(
                 "a pair was not there when the reference was computed: resume with the data that the run began with, "
-                "or set precompute_reference to false"
+                "and test in a run of its own, or set precompute_reference to false"
             ) from e
         return torch.tensor(rows, dtype=torch.float32, device=batch.chosen_ids.device)
 
@@ -131,3 +143,97 @@ def _keys(batch: PreferenceBatch) -> list[tuple[int, int]]:
         number = int.from_bytes(digest, "big")
         keys.append((number >> 60, number & ((1 << 60) - 1)))
     return keys
+
+
+def warn_own_reference(model: str) -> None:
+    """Say where a policy that was held near a reference is about to be compared with itself.
+
+    Args:
+        model: the policy's folder or hub id, which no reference was named beside.
+    """
+    card = Path(model).expanduser() / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    held_near_it = "ppo_epochs:" in text or "length_normalized:" in text  # online, or by DPO
+    if held_near_it and (start := _STARTED_FROM.search(text)):
+        rank_zero_warn(
+            f"'{model}' was trained from '{start[1]}': with no other reference its KL is that to itself, 0 by "
+            f"construction; pass --model.reference {start[1]} for the KL to where it started"
+        )
+
+
+class ReferenceStage(PairStage):
+    """Learns from pairs beside a frozen reference.
+
+    Args:
+        model_name_or_path: Hugging Face folder or hub id of the SFT model, which the policy starts from.
+        reference: folder or hub id of the frozen reference; None for `model_name_or_path`, which is free with LoRA.
+        precompute_reference: let the reference read all pairs once, before training, and keep its log-probabilities in
+            its place: afterwards one model in memory instead of two (with LoRA there is one anyway), and a quarter less
+            work, for the time of one pass.
+        reference_free: compare log-probabilities themselves, as if the reference found everything equally likely.
+        **options: those of `PairStage` and `Stage`. An example is a pair.
+    """
+
+    policy: PreTrainedModel
+    reference_model: Reference
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        *,
+        reference: str | None = None,
+        precompute_reference: bool = False,
+        reference_free: bool = False,
+        **options: Any,
+    ) -> None:
+        check_arguments(ReferenceStage, locals())
+        if reference_free and (reference is not None or precompute_reference):
+            raise UserError("reference_free needs no reference: leave out reference and precompute_reference")
+        super().__init__(model_name_or_path, **options)
+        check_model_folder(reference or model_name_or_path)  # before minutes go into data
+        self.strict_loading = False  # the reference is not in the checkpoint
+        self.reference = reference
+        self.precompute_reference = precompute_reference
+        self.reference_free = reference_free
+
+    def load_models(self) -> None:
+        """Load the policy, to be trained, and the reference, frozen."""
+        name, trust = self.model_name_or_path, self.trust_remote_code
+        policy = load_causal_lm(name, self.dropout, trust)
+        choose_trained(policy, self.finetune)
+        known = None if self.reference_free else load_reference(policy, name, self.reference, self.tokenizer, trust)
+        self.reference_model = Reference(known)
+        add_adapter(policy, self.finetune)
+        if self.gradient_checkpointing:
+            enable_gradient_checkpointing(policy)
+        self.policy = policy
+
+    @property
+    def export_model(self) -> PreTrainedModel:
+        """The policy."""
+        return self.policy
+
+    @property
+    def readers(self) -> list[PreTrainedModel]:
+        """The policy, and its reference while that reads."""
+        return [self.policy, *([self.reference_model.model] if self.reference_model.model is not None else [])]
+
+    def setup(self, stage: str) -> None:
+        """Say where an evaluation would compare a policy with itself."""
+        super().setup(stage)
+        if stage != "fit" and self.reference is None and not self.reference_free and not self.trainer.ckpt_path:
+            warn_own_reference(self.model_name_or_path)
+
+    def on_fit_start(self) -> None:
+        """Let the reference read all pairs, if it is to do so once."""
+        super().on_fit_start()
+        if self.precompute_reference:
+            self.reference_model.precompute(self)
+
+    def run_state(self) -> dict[str, Any]:
+        """What the reference said, if it is not asked again."""
+        return {"reference": self.reference_model.known()}
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Go on with what the reference said."""
+        self.reference_model.load_known(state["reference"])

@@ -23,10 +23,11 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.parsing import collect_init_args
 from torch import Tensor, nn
+from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.algorithms.checkpoints import check_trained_weights, drop_frozen_weights
-from rlhf_lightning.algorithms.hyperparameters import as_config, from_config, optimizer_from_config
+from rlhf_lightning.algorithms.hyperparameters import PLAIN, as_config, from_config, optimizer_from_config
 from rlhf_lightning.algorithms.trainer_checks import check_trainer, let_checkpoints_save
 from rlhf_lightning.arguments import AT_LEAST_1, check_arguments
 from rlhf_lightning.errors import UserError
@@ -43,7 +44,6 @@ Loss = tuple[Tensor, dict[str, Tensor]]
 """A loss summed over what counts (tokens, pairs), a scalar; and sums that are logged beside it, without gradient."""
 
 _STATE = "rlhf_lightning"
-_PLAIN = (str, int, float, bool, list, type(None))
 
 
 class Step(NamedTuple):
@@ -127,10 +127,13 @@ class Stage(pl.LightningModule):
         """Save the arguments of this class and of the subclass that is being made, as a config would hold them."""
         frame: Any = inspect.currentframe()
         arguments: dict[str, Any] = {}
-        for taken in collect_init_args(frame.f_back, [], classes=(Stage,)):
+        frames = collect_init_args(frame.f_back, [], classes=(Stage,))  # of the bases first
+        # Somebody's subclass may fix what a base takes: given back to it, that would be one argument twice.
+        for taken in frames if type(self).__module__.startswith("rlhf_lightning.") else frames[-1:]:
             arguments |= taken
-        structured = {name: value for name, value in arguments.items() if not isinstance(value, _PLAIN)}
-        self.save_hyperparameters(ignore=[*structured], frame=frame.f_back)
+        structured = {name: value for name, value in arguments.items() if not isinstance(value, PLAIN)}
+        left_out = {name for taken in frames for name in taken} - arguments.keys()
+        self.save_hyperparameters(ignore=[*structured, *left_out], frame=frame.f_back)
         self.save_hyperparameters(as_config(**structured), frame=frame.f_back)
 
     # What an algorithm says of itself.
@@ -233,7 +236,7 @@ class Stage(pl.LightningModule):
 
         def scaled(losses: Iterable[Loss]) -> Iterator[Tensor]:
             for loss, logged in losses:
-                sums.update({name: sums.get(name, 0) + value for name, value in logged.items()})
+                sums.update({name: sums.get(name, 0) + value.detach() for name, value in logged.items()})
                 yield loss / total
 
         with forked_rng(self.device, self.seed, type(self).__name__, self.trainer.global_step, self.global_rank):
@@ -349,6 +352,9 @@ class Stage(pl.LightningModule):
         """Put what is trained in training mode: `from_pretrained` leaves it in evaluation mode."""
         for part in self.trained_parts.values():
             part.train()
+        for metric in self.modules():
+            if isinstance(metric, Metric):
+                metric.reset()  # Lightning validates in inference mode, whose tensors cannot be updated in a fit
         if self.finetune.mode != "all":
             rank_zero_info(describe_trained(self.export_model, self.finetune))
 
@@ -364,7 +370,7 @@ class Stage(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out frozen weights, which come from their own folders; keep the run's state under one key."""
         drop_frozen_weights(self, checkpoint)
-        checkpoint[_STATE] = {"seed": self.seed, "stage": type(self).__name__, **self.run_state()}
+        checkpoint[_STATE] = {**self.run_state(), "seed": self.seed, "stage": type(self).__name__}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the run that wrote the checkpoint was.

@@ -31,7 +31,7 @@ class SampleTexts(Callback):
     Args:
         prompts: as in the data: plain text, or a dialogue in Human and Assistant turns.
         path: the Markdown file, appended to; by default `samples.md` in the trainer's `default_root_dir`.
-        sampling: how answers are drawn; by default as the module's.
+        sampling: how answers are drawn; by default as the module's, or `Sampling()`.
     """
 
     def __init__(self, prompts: list[str], path: str | None = None, sampling: Sampling | None = None) -> None:
@@ -54,6 +54,9 @@ class SampleTexts(Callback):
 
     @torch.no_grad()
     def _write(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not pl_module.export_model.can_generate():
+            raise UserError(f"SampleTexts: {type(pl_module).__name__} trains no language model; leave the callback out")
+        sampling = self.sampling or getattr(pl_module, "sampling", None) or Sampling()
         tokenizer = pl_module.tokenizer
         chat = getattr(getattr(trainer, "datamodule", None), "chat", None) or ChatEncoder(tokenizer)
         encoded = [chat.encode_prompt(prompt) for prompt in self.prompts]
@@ -64,7 +67,7 @@ class SampleTexts(Callback):
                 TransformersEngine(pl_module.export_model, tokenizer),
                 tokenizer,
                 batch,
-                self.sampling or pl_module.sampling,
+                sampling,
                 generator=generator(pl_module.device, "sample texts"),
                 synced=synced(pl_module),
             )

@@ -35,6 +35,7 @@ def group_advantages(rewards: Tensor, size: int, baseline: Baseline = "mean", sc
         (tensor([-2.,  0.,  2.]), tensor([-3.,  0.,  3.]))
     """
     groups = rewards.view(-1, size)  # [G, K]
+    groups = groups - groups[:, :1]  # equal rewards are 0 exactly, whatever the mean rounds to
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if baseline == "leave_one_out":
         advantages = advantages * (size / (size - 1))

@@ -63,7 +63,7 @@ class RolloutEngine(ABC):
     `tests/helpers/engine_contract.py` holds what is asked of every engine, as functions to run on yours.
 
     Attributes:
-        has_logprobs: `generate` can return log-probabilities. Without them PPO always measures the policy itself.
+        has_logprobs: `generate` can return log-probabilities. Without them the policy is always measured itself.
         has_hidden: `generate` can return hidden states. Without them a value head on the policy reads its own.
     """
 
@@ -114,7 +114,10 @@ class RolloutEngine(ABC):
         """Get ready to answer; called before a rollout. An engine is awake when it is made."""
 
     def sleep(self) -> None:  # noqa: B027
-        """Give memory to training; called after a rollout. What was compiled or allocated may be kept."""
+        """Give memory to training; called after each `generate`.
+
+        The weights must be kept: they are taken over anew only after they have changed.
+        """
 
 
 EngineFactory = Callable[[PreTrainedModel, PreTrainedTokenizerBase, int | None], RolloutEngine]

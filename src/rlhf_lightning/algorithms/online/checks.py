@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -31,9 +29,6 @@ _PROBE_TOLERANCE, _PROBE_TOLERANCE_NF4 = 0.1, 1.0
 """Standard deviations; a reward model may be held in a lower precision than it was saved in."""
 _PROBE_ROUNDING = 0.03
 """Share of 1 + a raw score that bfloat16 (2^-8, a few layers on) may change, however small the deviation is."""
-
-_STARTED_FROM = re.compile(r"started from `([^`]+)`")
-"""What the model card of an export says."""
 
 
 def check_context(part: Any, max_prompt_length: int | None, max_new_tokens: int) -> None:
@@ -224,19 +219,3 @@ def check_first_gradient(module: pl.LightningModule, grad_norm: Tensor, to_learn
     """
     if float(sum_over_ranks(module, masked_sum(to_learn, mask))) > 0 and float(grad_norm) == 0:
         raise AssertionError("the first update has no gradient, although there is something to learn from")
-
-
-def warn_own_reference(model: str) -> None:
-    """Say where a policy that was held near a reference is about to be compared with itself.
-
-    Args:
-        model: the policy's folder or hub id, which no reference was named beside.
-    """
-    card = Path(model).expanduser() / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    held_near_it = "ppo_epochs:" in text or "length_normalized:" in text  # online, or by DPO
-    if held_near_it and (start := _STARTED_FROM.search(text)):
-        rank_zero_warn(
-            f"'{model}' was trained from '{start[1]}': with no other reference its KL is that to itself, 0 by "
-            f"construction; pass --model.reference {start[1]} for the KL to where it started"
-        )

@@ -1,4 +1,4 @@
-"""The two things PPO remembers between iterations besides weights: the KL coefficient and the scale of the scores."""
+"""What online algorithms remember between iterations besides weights: the KL coefficient and the scale of scores."""
 
 from __future__ import annotations
 

@@ -12,8 +12,10 @@ import torch
 from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor
 
+from rlhf_lightning.algorithms.hyperparameters import from_config
 from rlhf_lightning.algorithms.online.experience import Experience, Measurements
 from rlhf_lightning.algorithms.online.losses import clipped_policy_loss
+from rlhf_lightning.algorithms.online.rollout import shape_scores
 from rlhf_lightning.algorithms.online.settings import KLPenalty, ScoreShaping
 from rlhf_lightning.algorithms.online.stage import OnlineStage
 from rlhf_lightning.algorithms.stage import Loss
@@ -26,6 +28,9 @@ from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.training import sum_over_ranks
 from rlhf_lightning.training.optim import PPO_ADAMW, Schedule
+
+SCORE = ScoreShaping(scaling=False, clip=None)
+"""What happens to scores: nothing, since the responses to a prompt judge one another."""
 
 KLPlace = Literal["reward", "loss"]
 
@@ -66,12 +71,17 @@ class GroupStage(OnlineStage):
         kl_in: KLPlace = "reward",
         clip_range: float = 0.2,
         clip_range_high: float | None = None,
-        score: ScoreShaping = ScoreShaping(scaling=False, clip=None),
+        score: ScoreShaping = SCORE,
         optimizer: OptimizerCallable = PPO_ADAMW,
         lr_schedule: Schedule = "linear",
         warmup_steps: float = 0,
         **options: Any,
     ) -> None:
+        kl, score = from_config(KLPenalty, kl), from_config(ScoreShaping, score, SCORE)
+        if kl_in == "loss" and kl.estimator == "k1" and kl.coef > 0:
+            raise UserError(
+                "kl_in: loss needs kl.estimator k2 or k3; the gradient of k1 is 0 on average, it holds nothing"
+            )
         own = {"kl_in": kl_in, "clip_range": clip_range, "clip_range_high": clip_range_high}
         check_arguments(GroupStage, own, {"clip_range": POSITIVE, "clip_range_high": POSITIVE})
         if samples_per_prompt == 1:
@@ -117,8 +127,9 @@ class GroupStage(OnlineStage):
         return Experience.of(prompts, generation, measured, per_token, advantages, returns=torch.zeros_like(advantages))
 
     def experience_metrics(self, experience: Experience) -> dict[str, Tensor]:
-        """As for every algorithm, and the share of prompts whose responses all got one score."""
-        silent = groups_without_signal(experience.scores, self.samples_per_prompt)
+        """As for every algorithm, and the share of prompts whose responses all got one score, as `score` shapes it."""
+        scores = shape_scores(experience.scores, experience.ended, self.score_moments, self.score)
+        silent = groups_without_signal(scores, self.samples_per_prompt)
         groups = torch.full_like(silent, len(experience.scores) // self.samples_per_prompt)
         silent, groups = sum_over_ranks(self, torch.stack([silent, groups]))
         return {**super().experience_metrics(experience), "no_signal": silent.float() / groups.float()}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_lightning.algorithms.hyperparameters import from_config
+from rlhf_lightning.algorithms.hyperparameters import from_config, made_from_config
 from rlhf_lightning.algorithms.online import checks
 from rlhf_lightning.algorithms.online.controllers import KLController, RunningMoments
 from rlhf_lightning.algorithms.online.experience import Experience, Measurements
@@ -25,6 +25,7 @@ from rlhf_lightning.algorithms.online.models import FrozenDtype, ModelSource, Tr
 from rlhf_lightning.algorithms.online.rollout import experience_metrics, measure, raw_score, shape_scores
 from rlhf_lightning.algorithms.online.settings import KLPenalty, ScoreShaping
 from rlhf_lightning.algorithms.pairs import mean_metrics
+from rlhf_lightning.algorithms.reference import warn_own_reference
 from rlhf_lightning.algorithms.stage import Loss, Stage
 from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, check_arguments, check_batch_sizes
 from rlhf_lightning.batches import PromptBatch, length_sorted_pieces, name_rows, repeat_prompts
@@ -119,7 +120,7 @@ class OnlineStage(Stage):
         self.ppo_epochs = ppo_epochs
         self.kl = kl
         self.score = score
-        self.engine = engine
+        self.engine: Any = made_from_config("engine", engine)
         self.compile_decoding = compile_decoding
         self.frozen_dtype: FrozenDtype = frozen_dtype
         self.reward_timeout = reward_timeout
@@ -131,7 +132,7 @@ class OnlineStage(Stage):
         self.score_moments = RunningMoments()
         self.iteration = 0
         self.rollout_engine: RolloutEngine | None = None
-        self._synced_at = 0
+        self._synced_at: int | None = None
         self.eval_means = mean_metrics("score", "raw_score", "kl", "eos_rate", "response_length")
 
     def _check_sizes(self) -> None:
@@ -238,8 +239,9 @@ class OnlineStage(Stage):
 
     def setup(self, stage: str) -> None:
         """Say where an evaluation would compare a policy with itself."""
+        self._synced_at = None  # each run counts its steps from where it begins, and may bring other weights
         if stage != "fit" and self.reference is None and not self.trainer.ckpt_path:
-            checks.warn_own_reference(self.model_name_or_path)
+            warn_own_reference(self.model_name_or_path)
 
     def on_fit_start(self) -> None:
         """Check that the longest sequence fits the models."""
@@ -345,30 +347,33 @@ class OnlineStage(Stage):
         """
         engine, size = self._awake_engine(), self.generation_batch_size
         tokens = math.ceil(len(prompts.prompts) / size) * self.sampling.max_new_tokens
-        answered = respond(
-            engine,
-            self.tokenizer,
-            prompts,
-            self.sampling,
-            generator=random,
-            synced=synced(self),
-            on_token=lambda done: report_progress(self, "generating", done, tokens),
-            with_logprobs=with_logprobs and engine.has_logprobs,
-            with_hidden=with_logprobs and engine.has_hidden and isinstance(self.value, TrunkValue),
-        )
-        engine.sleep()
-        return answered
+        try:
+            return respond(
+                engine,
+                self.tokenizer,
+                prompts,
+                self.sampling,
+                generator=random,
+                synced=synced(self),
+                on_token=lambda done: report_progress(self, "generating", done, tokens),
+                with_logprobs=with_logprobs and engine.has_logprobs,
+                with_hidden=with_logprobs and engine.has_hidden and isinstance(self.value, TrunkValue),
+            )
+        finally:
+            engine.sleep()
 
     def _awake_engine(self) -> RolloutEngine:
         """The engine, kept with all that it has compiled, and with the policy's weights of now."""
         step = self.trainer.global_step
-        if self.rollout_engine is None:
-            compiled = partial(TransformersEngine, compiled=self.compile_decoding)
-            self.rollout_engine = (self.engine or compiled)(self.policy, self.tokenizer, self.generation_batch_size)
-        else:
-            self.rollout_engine.wake()
-            if step != self._synced_at:
-                self.rollout_engine.sync_weights()
+        with torch.inference_mode(False):  # what it makes for itself must also serve training, after a validation
+            if self.rollout_engine is None:
+                compiled = partial(TransformersEngine, compiled=self.compile_decoding)
+                make = self.engine or compiled
+                self.rollout_engine = make(self.policy, self.tokenizer, self.generation_batch_size)
+            else:
+                self.rollout_engine.wake()
+                if step != self._synced_at:
+                    self.rollout_engine.sync_weights()
         self._synced_at = step
         return self.rollout_engine
 
