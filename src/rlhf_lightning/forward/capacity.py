@@ -5,8 +5,6 @@ Notation: B batch, T padded length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +14,9 @@ from transformers import PreTrainedModel
 from rlhf_lightning.errors import UserError
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
+
+LOOKUP_ERRORS = (IndexError, RuntimeError)
+"""What a model raises that is given an id or a position beyond its own."""
 
 
 def context_length(config: Any) -> int | None:
@@ -44,33 +45,29 @@ def context_length(config: Any) -> int | None:
     return max(context, *map(int, reaches))
 
 
-@contextmanager
-def explained_lookups(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Iterator[None]:
-    """Say in one line which id or position a model has no row for, where it fails over one.
+def explain_lookup(error: Exception, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> None:
+    """Say in one line which id or position a model has no row for, if that is why it failed.
 
     Args:
-        model: run inside the `with` block.
-        input_ids: what it reads, `[B, T]`, int64.
-        attention_mask: True for real tokens, `[B, T]`, bool; all that have been read, if more than T.
+        error: what running the model ended in; one of `LOOKUP_ERRORS`.
+        model: the model.
+        input_ids: what it read, `[B, T]`, int64.
+        attention_mask: True for real tokens, `[B, T]`, bool; all that had been read, if more than T.
 
     Raises:
         UserError: an id or a position is beyond the model's.
     """
-    try:
-        yield
-    except (IndexError, RuntimeError) as e:
-        if isinstance(e, torch.OutOfMemoryError) or input_ids.device.type != "cpu":  # elsewhere all is lost by now
-            raise
-        rows, largest = embedding_rows(model), int(input_ids.max())
-        context, longest = context_length(model.config), int(attention_mask.sum(dim=1).max())
-        if largest >= rows:
-            raise UserError(f"the model has {rows} embeddings but is given the id {largest}; {RESIZE}") from e
-        if context is not None and longest > context:
-            raise UserError(
-                f"a text of {longest} tokens is beyond the {context} positions of {type(model).__name__}: lower "
-                "max_length, max_prompt_length or sampling.max_new_tokens"
-            ) from e
-        raise
+    if isinstance(error, torch.OutOfMemoryError) or input_ids.device.type != "cpu":  # elsewhere all is lost by now
+        return
+    rows, largest = embedding_rows(model), int(input_ids.max())
+    context, longest = context_length(model.config), int(attention_mask.sum(dim=1).max())
+    if largest >= rows:
+        raise UserError(f"the model has {rows} embeddings but is given the id {largest}; {RESIZE}") from error
+    if context is not None and longest > context:
+        raise UserError(
+            f"a text of {longest} tokens is beyond the {context} positions of {type(model).__name__}: lower "
+            "max_length, max_prompt_length or sampling.max_new_tokens"
+        ) from error
 
 
 RESIZE = (

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.forward.backbone import position_ids, run_backbone
-from rlhf_lightning.forward.capacity import explained_lookups
+from rlhf_lightning.forward.capacity import LOOKUP_ERRORS, explain_lookup
 from rlhf_lightning.forward.compatibility import takes_left_padding
 from rlhf_lightning.forward.output_layer import token_logprobs_at
 from rlhf_lightning.forward.unpadded import can_unpad, unpadded_hidden_states
@@ -33,8 +33,11 @@ def hidden_states(
         `[B, T, D]`; anything finite on padding.
     """
     pads_left = takes_left_padding(model)
-    with explained_lookups(model, input_ids, attention_mask):
+    try:
         return _hidden_states(model, input_ids, attention_mask, packed_positions, pads_left)
+    except LOOKUP_ERRORS as error:
+        explain_lookup(error, model, input_ids, attention_mask)
+        raise
 
 
 def _hidden_states(

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.compat import attention_kernel
-from rlhf_lightning.forward.capacity import explained_lookups
+from rlhf_lightning.forward.capacity import LOOKUP_ERRORS, explain_lookup
 from rlhf_lightning.forward.compatibility import takes_left_padding
 from rlhf_lightning.forward.hidden import padded_hidden_states
 from rlhf_lightning.forward.numerics import (
@@ -75,8 +75,11 @@ class SharedRows(NamedTuple):
         Args:
             model: one that passes `sharing_obstacle`.
         """
-        with explained_lookups(model, self.ids, self.mask):
+        try:
             return self._hidden_states(model)
+        except LOOKUP_ERRORS as error:
+            explain_lookup(error, model, self.ids, self.mask)
+            raise
 
     def _hidden_states(self, model: PreTrainedModel) -> Tensor:
         hidden = None

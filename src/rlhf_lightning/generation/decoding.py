@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import attends, cache_argument, position_ids, takes_positions
-from rlhf_lightning.forward.capacity import explained_lookups
+from rlhf_lightning.forward.capacity import LOOKUP_ERRORS, explain_lookup
 from rlhf_lightning.forward.hidden import hidden_states, response_hidden
 from rlhf_lightning.forward.numerics import dummy_tokens, self_test, typical_distance, typical_tolerance
 from rlhf_lightning.forward.output_layer import output_logits
@@ -201,8 +201,11 @@ class Decoding:
         lengths = self.widths[group]
         self.cache.prefill_row(group, lengths)
         ids = self.prompt_ids[group][self.mask[group, : self.width].bool()]  # [real tokens of the group]
-        with explained_lookups(self.model, ids.unsqueeze(0), self.mask[group, : self.width]):
+        try:
             return read_row(self.model, ids, lengths, self.cache)
+        except LOOKUP_ERRORS as error:
+            explain_lookup(error, self.model, ids.unsqueeze(0), self.mask[group, : self.width])
+            raise
 
     def _read_batch(self, group: slice) -> Tensor:
         width = self.widths[group.start]
@@ -241,10 +244,12 @@ class Decoding:
     def _read(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         kwargs: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
         kwargs[self.cache_argument] = self.any_cache
-        with explained_lookups(self.model, ids, mask):
-            if not self.attends:
-                mask = mask[:, -ids.shape[1] :]
-            output = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=True, **kwargs)
+        seen = mask if self.attends else mask[:, -ids.shape[1] :]
+        try:
+            output = self.model.base_model(input_ids=ids, attention_mask=seen, use_cache=True, **kwargs)
+        except LOOKUP_ERRORS as error:
+            explain_lookup(error, self.model, ids, mask)
+            raise
         hidden: Tensor = output.last_hidden_state[:, -1]  # [N, D]
         return hidden
 
