@@ -30,6 +30,14 @@ def test_models_tell_whether_they_take_attention_functions():
     assert not compat.takes_attention_functions(tiny_causal_lm("bloom"))
 
 
+def test_a_model_tells_whether_it_computes_activations_again():
+    """Else the backward pass of batches without padding would find another attention than the forward pass."""
+    model = tiny_causal_lm("llama")
+    assert not compat.is_checkpointing(model)
+    model.gradient_checkpointing_enable()
+    assert compat.is_checkpointing(model)
+
+
 def test_an_attention_function_stands_in_for_sdpa_for_a_while():
     """Else prompts could not be read as one row, nor keys be shared by heads while decoding."""
     model, ids = tiny_causal_lm("llama"), torch.tensor([[5, 6, 7]])

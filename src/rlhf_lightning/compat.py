@@ -42,6 +42,15 @@ def takes_attention_functions(model: PreTrainedModel) -> bool:
     return bool(model._supports_attention_backend)
 
 
+def is_checkpointing(model: PreTrainedModel) -> bool:
+    """Whether activations are computed again in the backward pass."""
+    # transformers 5.23 has the second name and warns of the first.
+    name = (
+        "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else "is_gradient_checkpointing"
+    )
+    return bool(getattr(model, name, False))
+
+
 @contextmanager
 def attention_function(
     model: PreTrainedModel, name: str, attend: Callable[..., Any], make_mask: Callable[..., Any]

@@ -17,8 +17,8 @@ from helpers.stages import (
     weights,
 )
 from rlhf_lightning import HFExport, PPOModule, PromptDataModule, Sampling
+from rlhf_lightning.compat import is_checkpointing
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.forward.backbone import is_checkpointing
 from rlhf_lightning.models.causal_lm import load_causal_lm
 from rlhf_lightning.models.finetune import FineTune
 

@@ -146,7 +146,7 @@ def test_a_token_budget_changes_nothing_but_the_size_of_micro_batches(
     reward_folder, loss, budget, sharing, monkeypatch
 ):
     monkeypatch.setattr(
-        "rlhf_lightning.forward.unpadded.DEVICES", set()
+        "rlhf_lightning.forward.hidden.DEVICES", set()
     )  # so that the model is shown whole micro-batches
     data = batches(reward_folder, ROWS, batch_size=8)
     trained = []

@@ -11,11 +11,14 @@ from helpers.other_families import REFUSED, RIGHT, other_causal_lm
 from helpers.prefixes import shared_hidden_states
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.forward.compatibility import takes_left_padding
-from rlhf_lightning.forward.hidden import hidden_states, response_logprobs
+from rlhf_lightning.forward.hidden import (
+    hidden_states,
+    response_logprobs,
+    takes_left_padding,
+    unpadded_hidden_states,
+)
 from rlhf_lightning.forward.numerics import tolerance
 from rlhf_lightning.forward.packed import packing_error
-from rlhf_lightning.forward.unpadded import unpadded_hidden_states
 from rlhf_lightning.generation.decoding import supports_cache
 from rlhf_lightning.generation.sampling import Sampling
 
@@ -76,8 +79,7 @@ def test_other_layouts_of_rows_are_right_or_not_used(family):
     shared = shared_hidden_states(model, pairs, mask)
     torch.testing.assert_close(shared[0, 0], alone[0], atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(shared[0, 1, :4], alone[1], atol=1e-4, rtol=1e-3)
-    places = torch.arange(5).expand(2, 5)
-    if (row := unpadded_hidden_states(model, pairs[0], mask[0], places)) is not None:
+    if (row := unpadded_hidden_states(model, pairs[0], mask[0])) is not None:
         torch.testing.assert_close(row[mask[0]], torch.cat(alone), atol=1e-4, rtol=1e-3)
     if packing_error(model, torch.arange(40, 56)) > tolerance(model):
         return  # and `check_packing` refuses it

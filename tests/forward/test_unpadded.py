@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.models import FAMILIES, LAYOUTS, spread_weights, tiny_causal_lm
-from rlhf_lightning.forward import numerics, unpadded
-from rlhf_lightning.forward.backbone import position_ids
-from rlhf_lightning.forward.hidden import hidden_states, padded_hidden_states
+from rlhf_lightning.forward import hidden, numerics
+from rlhf_lightning.forward.hidden import (
+    hidden_states,
+    padded_hidden_states,
+    unpadded_hidden_states,
+    unpadding_obstacle,
+)
 from rlhf_lightning.forward.prefix import share_rows
-from rlhf_lightning.forward.unpadded import unpadded_hidden_states, unpadding_obstacle
 from rlhf_lightning.models.finetune import enable_gradient_checkpointing
 
 SHAPE = {
@@ -52,7 +55,7 @@ def batch(lengths, side="right"):
 
 
 def without(lm, ids, mask):
-    return unpadded_hidden_states(lm, ids, mask, position_ids(mask))
+    return unpadded_hidden_states(lm, ids, mask)
 
 
 @pytest.mark.parametrize("family", ABLE)
@@ -62,11 +65,11 @@ def test_hidden_states_and_gradients_are_those_of_the_padded_batch(family, lengt
     lm = model(family)
     ids, mask = batch([14, *lengths], side)
     gradients = []
-    for hidden in (without(lm, ids, mask), padded_hidden_states(lm, ids, mask)):
+    for states in (without(lm, ids, mask), padded_hidden_states(lm, ids, mask)):
         lm.zero_grad()
-        weights = torch.randn(hidden[mask].shape, generator=torch.Generator().manual_seed(1), dtype=hidden.dtype)
-        (hidden[mask] * weights).sum().backward()
-        gradients.append((hidden.detach()[mask], [p.grad.clone() for p in lm.base_model.parameters()]))
+        weights = torch.randn(states[mask].shape, generator=torch.Generator().manual_seed(1), dtype=states.dtype)
+        (states[mask] * weights).sum().backward()
+        gradients.append((states.detach()[mask], [p.grad.clone() for p in lm.base_model.parameters()]))
     torch.testing.assert_close(*gradients, **LAYOUTS)
 
 
@@ -124,7 +127,7 @@ def test_the_attention_is_changed_back_also_after_an_error(monkeypatch):
     ids, mask = batch([9, 2])
     without(lm, ids, mask)
     assert lm.config._attn_implementation == "sdpa"
-    monkeypatch.setattr(unpadded, "sdpa_attention_forward", None)
+    monkeypatch.setattr(hidden, "sdpa_attention_forward", None)
     with pytest.raises(TypeError):
         without(lm, ids, mask)
     assert lm.config._attn_implementation == "sdpa"

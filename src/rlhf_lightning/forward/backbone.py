@@ -1,4 +1,4 @@
-"""Running a transformer without its output layer.
+"""Running a transformer without its output layer, and what is to be known of its layers.
 
 Notation: B batch, T padded length, D hidden size.
 """
@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 
 HEAD = "score"
 """Name of a classifier's output layer."""
+
+ORDINARY_LAYERS = frozenset({"full_attention", "sliding_attention"})
+"""Kinds of layers, as configs name them, of which every other kind carries a state or cuts the row into pieces."""
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -65,13 +68,30 @@ def attends(model: PreTrainedModel) -> bool:
     return set(kinds or []) != {"linear_attention"} and cache_argument(model) != "cache_params"
 
 
-def is_checkpointing(model: PreTrainedModel) -> bool:
-    """Whether activations are computed again in the backward pass."""
-    # transformers 5.23 has the second name and warns of the first.
-    name = (
-        "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else "is_gradient_checkpointing"
-    )
-    return bool(getattr(model, name, False))
+def unusual_layers(model: PreTrainedModel) -> list[str]:
+    """Kinds of the model's layers that are not ordinary attention, sorted.
+
+    Args:
+        model: any Hugging Face model.
+    """
+    return sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or []) - ORDINARY_LAYERS)
+
+
+def exceeds_sliding_window(model: PreTrainedModel, sequence: int, row: int | Tensor) -> bool:
+    """Whether some layer's window is shorter than what one's own mask would let it see.
+
+    Args:
+        model: any Hugging Face model.
+        sequence: tokens of the longest sequence.
+        row: places of the longest row, in which several sequences may stand; a tensor is looked at only if it matters.
+    """
+    config = model.config.get_text_config()
+    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
+    window = getattr(config, "sliding_window", None) if "sliding_attention" in layers else None
+    if window is not None and sequence > window:
+        return True
+    window = getattr(config, "window_size", None)  # GPT-Neo counts places in the row, not positions
+    return window is not None and bool(row > window)
 
 
 def run_backbone(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:

@@ -3,7 +3,7 @@
 We run the backbone and the output layer apart, with positions and padding of our own. For most families that is the
 model's own forward. Some read padding on their left (a state that goes from token to token: RWKV; positions counted in
 the row: BART), some count positions otherwise (RoBERTa), some do more between backbone and logits (BERT), and some look
-ahead (XLNet). Each model is tested once, on a few dummy tokens, before its first use.
+ahead (XLNet). Each model is tested on a few dummy tokens.
 
 Notation: T tokens, D hidden size, V vocabulary.
 """
@@ -11,7 +11,6 @@ Notation: T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from functools import partial
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,25 +22,22 @@ from rlhf_lightning.forward.numerics import dummy_tokens, self_test, typical_dis
 from rlhf_lightning.forward.output_layer import output_logits
 
 _LONG, _SHORT = 5, 3
-_pads_left: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
-def takes_left_padding(model: PreTrainedModel) -> bool:
-    """Whether padding on the left changes nothing; padding on the right never does. Six small passes, once.
+def ignores_left_padding(model: PreTrainedModel) -> bool:
+    """Whether padding on the left changes nothing; padding on the right never does. Six small passes.
 
     Args:
-        model: a language model or a scalar model; every process must ask equally often.
+        model: a language model or a scalar model; every process must test it equally often.
 
     Raises:
         UserError: the model computes something else than when it is run by itself.
     """
-    if model not in _pads_left:
-        found = self_test(model, partial(_pads_left_rightly, model))
-        if isinstance(found, Exception):
-            reason = f"it cannot be run without its output layer ({' '.join(str(found).split())})"
-            raise _refusal(model, reason) from found
-        _pads_left[model] = found
-    return _pads_left[model]
+    found = self_test(model, partial(_pads_left_rightly, model))
+    if isinstance(found, Exception):
+        reason = f"it cannot be run without its output layer ({' '.join(str(found).split())})"
+        raise _refusal(model, reason) from found
+    return found
 
 
 def _refusal(model: PreTrainedModel, reason: str) -> UserError:

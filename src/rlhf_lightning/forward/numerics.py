@@ -21,9 +21,6 @@ from rlhf_lightning.forward.backbone import evaluation_mode
 
 Found = TypeVar("Found")
 
-ORDINARY_LAYERS = frozenset({"full_attention", "sliding_attention"})
-"""Kinds of layers, as configs name them, of which every other kind carries a state or cuts the row into pieces."""
-
 _FAILURES = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 """What a model raises that cannot be run in some way; code of a model folder's own may do anything."""
 
@@ -171,29 +168,3 @@ def dummy_tokens(model: PreTrainedModel, count: int) -> Tensor:
         count: how many.
     """
     return (torch.arange(count, device=model.device) * 7919 + 11) % model.config.get_text_config().vocab_size
-
-
-def unusual_layers(model: PreTrainedModel) -> list[str]:
-    """Kinds of the model's layers that are not ordinary attention, sorted.
-
-    Args:
-        model: any Hugging Face model.
-    """
-    return sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or []) - ORDINARY_LAYERS)
-
-
-def exceeds_sliding_window(model: PreTrainedModel, sequence: int, row: int | Tensor) -> bool:
-    """Whether some layer's window is shorter than what one's own mask would let it see.
-
-    Args:
-        model: any Hugging Face model.
-        sequence: tokens of the longest sequence.
-        row: places of the longest row, in which several sequences may stand; a tensor is looked at only if it matters.
-    """
-    config = model.config.get_text_config()
-    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
-    window = getattr(config, "sliding_window", None) if "sliding_attention" in layers else None
-    if window is not None and sequence > window:
-        return True
-    window = getattr(config, "window_size", None)  # GPT-Neo counts places in the row, not positions
-    return window is not None and bool(row > window)

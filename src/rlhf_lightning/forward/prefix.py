@@ -14,7 +14,6 @@ Notation: B groups, K sequences in each, T padded length of a sequence, L padded
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -24,19 +23,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.compat import attention_kernel
+from rlhf_lightning.forward.backbone import exceeds_sliding_window, takes_positions, unusual_layers
 from rlhf_lightning.forward.capacity import LOOKUP_ERRORS, explain_lookup
-from rlhf_lightning.forward.compatibility import takes_left_padding
-from rlhf_lightning.forward.hidden import padded_hidden_states
-from rlhf_lightning.forward.numerics import (
-    dummy_tokens,
-    exceeds_sliding_window,
-    relative_distance,
-    say_once,
-    self_test,
-    tolerance,
-    unusual_layers,
+from rlhf_lightning.forward.hidden import (
+    can_unpad,
+    padded_hidden_states,
+    takes_left_padding,
+    unpadded_hidden_states,
 )
-from rlhf_lightning.forward.unpadded import can_unpad, unpadded_hidden_states
+from rlhf_lightning.forward.numerics import dummy_tokens, relative_distance, say_once, self_test, tolerance
 
 _KERNELS = {"sdpa", "eager"}
 _can_share: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -209,7 +204,7 @@ def sharing_obstacle(model: PreTrainedModel) -> str | None:
         model: put in evaluation mode for a moment. Two forward passes are run unless the answer is known without.
     """
     config, kernel = model.config.get_text_config(), attention_kernel(model)
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+    if not takes_positions(model):
         return "it takes no position_ids"
     if kernel not in _KERNELS:
         return f"attention '{kernel}' takes no mask of one's own"

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.compat import SDPA, attention_kernel, compiler_settings, is_compiler_error, mark_static
-from rlhf_lightning.forward.backbone import cache_argument, takes_positions
-from rlhf_lightning.forward.numerics import relative_distance, tolerance, unusual_layers
+from rlhf_lightning.forward.backbone import cache_argument, takes_positions, unusual_layers
+from rlhf_lightning.forward.numerics import relative_distance, tolerance
 from rlhf_lightning.generation.cache import RolloutCache, rollout_cache
 from rlhf_lightning.training.zero import is_sharded
 

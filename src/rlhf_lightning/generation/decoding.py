@@ -20,10 +20,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import attends, cache_argument, position_ids, takes_positions
 from rlhf_lightning.forward.capacity import LOOKUP_ERRORS, explain_lookup
-from rlhf_lightning.forward.hidden import hidden_states, response_hidden
+from rlhf_lightning.forward.hidden import hidden_states, read_row, reads_rows, response_hidden
 from rlhf_lightning.forward.numerics import dummy_tokens, self_test, typical_distance, typical_tolerance
 from rlhf_lightning.forward.output_layer import output_logits
-from rlhf_lightning.forward.unpadded import read_row, reads_rows
 from rlhf_lightning.functional import token_logprobs
 from rlhf_lightning.generation.attention import attention_by_rows
 from rlhf_lightning.generation.cache import RolloutCache, rollout_cache
