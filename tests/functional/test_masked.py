@@ -93,9 +93,9 @@ def test_two_processes_whiten_as_one(rows):
     values, mask = rows
     theirs = torch.tensor([2.0, -4.0])
     everything = torch.cat([values[mask], theirs])
-    # What the other process adds to each of the three sums: count, sum, squares around the common mean.
+    # What the other process adds to each of the sums: count and sum, squares around the common mean.
     squares = ((theirs - everything.mean()) ** 2).sum()
-    contributions = iter([torch.tensor(2), theirs.sum(), squares])
+    contributions = iter([torch.stack([torch.tensor(2.0), theirs.sum()]), squares])
 
     here = masked_whiten(values, mask, reduce=lambda ours: ours + next(contributions))
 

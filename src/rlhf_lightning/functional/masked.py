@@ -49,8 +49,11 @@ def masked_moments(values: Tensor, mask: Tensor, reduce: Reduce = identity) -> t
         Count, mean and variance, three scalars, the same on every process. The variance is taken around the global
         mean in a second pass, which stays exact where the mean is large against the deviation.
     """
-    count = reduce(mask.sum()).clamp(min=1)
-    mean = reduce(masked_sum(values, mask)) / count
+    total = masked_sum(values, mask)
+    dtype = torch.promote_types(total.dtype, torch.float32)  # which counts exactly up to 2^24
+    count, total = reduce(torch.stack([mask.sum().to(dtype), total.to(dtype)]))
+    count = count.clamp(min=1)
+    mean = total / count
     variance = reduce(masked_sum((values - mean) ** 2, mask)) / count
     return count, mean, variance
 

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.training.deepspeed import DeepSpeedStrategy
-from rlhf_lightning.training.ranks import clip_value, world_size
+from rlhf_lightning.training.ranks import clip_value
 
 
 class GradientAccumulation:
@@ -58,6 +58,7 @@ class GradientAccumulation:
     ) -> None:
         _refuse_unsupported(module.trainer)
         self._module = module
+        self._world_size = module.trainer.world_size
         self._left = num_micro_batches
         self._parts = parts or {}
         self.part_norms: dict[str, Tensor] = {}
@@ -86,7 +87,7 @@ class GradientAccumulation:
         for loss in parts if self._backend.takes_parts(is_last) else [_total(parts)]:
             self._loss = self._loss + loss.detach().float()
             # Strategies average gradients over ranks; the losses are to be summed.
-            self._backend.backward(loss * world_size(self._module), is_last)
+            self._backend.backward(loss * self._world_size, is_last)
 
     def step(self, context: str = "") -> Tensor:
         """Clip the gradient, move the weights once, clear the gradient, move the learning-rate schedule once.
@@ -236,7 +237,7 @@ def _refuse_non_finite(module: pl.LightningModule, losses: Tensor, norm: Tensor 
     if not bad:
         raise NonFiniteError(_non_finite_message("the gradient is not finite", step, context))
     what = f"the loss is {next(iter(bad.values()))}"
-    if world_size(module) > 1:
+    if module.trainer.world_size > 1:
         what += f" on rank {', '.join(map(str, bad))}"
     raise NonFiniteError(_non_finite_message(what, step, context if module.global_rank in bad else ""))
 
