@@ -13,7 +13,7 @@ from helpers.compiling import count_compiling, use_backend
 from helpers.models import FAMILIES, LAYOUTS, precise
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.forward.backbone import cache_argument
-from rlhf_lightning.generation import attention as decode_attention
+from rlhf_lightning.generation import cache as rollout_cache
 from rlhf_lightning.generation import compiled_step
 from rlhf_lightning.generation.compiled_step import COLUMNS, CompiledStep
 from rlhf_lightning.generation.engine import TransformersEngine
@@ -165,7 +165,7 @@ def test_heads_that_share_a_key_are_not_copied(counter, monkeypatch):
         asked.append((query.shape, key.shape))
         return original(query, key, *args, **kwargs)
 
-    monkeypatch.setattr(decode_attention.torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(rollout_cache.torch.nn.functional, "scaled_dot_product_attention", watched)
     answer(engines(model_of("llama-grouped"))[1])
     shape = len(LENGTHS), 2, 2, 8  # 4 heads on 2 keys
     assert asked[-1] == (shape, (len(LENGTHS), 2, COLUMNS, 8))

@@ -18,7 +18,6 @@ from helpers.models import FAMILIES, LAYOUTS, closeness, precise, tiny_causal_lm
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import response_hidden, response_logprobs
-from rlhf_lightning.generation import attention as decode_attention
 from rlhf_lightning.generation import cache as rollout_cache
 from rlhf_lightning.generation import decoding, engine
 from rlhf_lightning.generation.engine import TransformersEngine
@@ -163,7 +162,7 @@ def test_when_rows_leave_does_not_matter(patch, monkeypatch):
     assert len(set(plain.response_mask.sum(dim=1).tolist())) > 4
     for name, value in patch.items():
         if name == "attention_by_rows":
-            monkeypatch.setattr(decode_attention, "attention_function", lambda *_: nullcontext())
+            monkeypatch.setattr(rollout_cache, "attention_function", lambda *_: nullcontext())
         else:
             monkeypatch.setattr(decoding, name, value)
     other = run(model, sampling, with_logprobs=True)
@@ -238,7 +237,7 @@ def test_an_error_in_between_leaves_the_model_as_it_was():
     model = model_of("llama-grouped").train()
 
     def interrupt(count):
-        assert model.config._attn_implementation == decode_attention.NAME
+        assert model.config._attn_implementation == rollout_cache.BY_ROWS
         raise KeyError(count)
 
     with pytest.raises(KeyError, match="1") as error:

@@ -44,7 +44,7 @@ from rlhf_lightning.forward.compatibility import ignores_left_padding
 from rlhf_lightning.forward.numerics import dummy_tokens, relative_distance, say_once, self_test, tolerance
 from rlhf_lightning.forward.output_layer import token_logprobs_at
 
-NAME = "rlhf_lightning_unpadded"
+UNPADDED = "rlhf_lightning_unpadded"
 """What transformers' configs call the attention while it is in use."""
 
 DEVICES = {"cpu"}
@@ -247,7 +247,7 @@ def _run_row(
 ) -> Tensor:
     """Hidden states of real tokens, `[N, D]`; ids and positions are `[N]`, the rest as in `unpadded_hidden_states`."""
     attend = partial(_attend, list(lengths), sees)
-    with attention_function(model, NAME, attend, lambda *args, **kwargs: None):
+    with attention_function(model, UNPADDED, attend, lambda *args, **kwargs: None):
         row = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": None}
         hidden: Tensor = model.base_model(**row, **kwargs).last_hidden_state[0]  # [N, D]
     return hidden

@@ -1,10 +1,17 @@
-"""Keys and values of a batch that is being answered, in buffers allocated once.
+"""Keys and values of a batch that is being answered, in buffers allocated once, and the attention of its new tokens.
 
 transformers' dynamic cache is copied whole for every token. Here a token writes its own column. Prompts enter in groups
 of similar length, and rows whose response has ended can leave.
 
-Notation: N rows of the batch, n of them that are left, P width of the longest prompt, C columns of the buffers, K key
-heads of D numbers; column c of the cache is the token at place c when all prompts are padded on the left to P.
+In the attention of one new token per row, heads that share a key become positions of one head, so that keys and values
+are read as they lie and not copied for each head. With prompts of different lengths most of a left-padded cache is
+padding, which a mask hides but the kernel reads. Rows are sorted by length, so a few rows at a time need the same,
+shorter range of columns. Exact: only columns that the mask hides from all of them are left out. For CPUs; elsewhere
+more calls cost more than shorter ranges save.
+
+Notation: N rows of the batch, n of them that are left, P width of the longest prompt, C columns of the buffers, T of
+them that a token sees, H heads that share K key heads of D numbers, Q new tokens of each row; column c of the cache is
+the token at place c when all prompts are padded on the left to P.
 """
 
 from __future__ import annotations
@@ -12,11 +19,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from rlhf_lightning.compat import UNUSUAL_ARGUMENTS, attention_function, sdpa_attention_forward, sdpa_mask
+
+BY_ROWS, FULL_CACHE = "rlhf_lightning_by_rows", "rlhf_lightning_full_cache"
+"""What transformers' configs call the attention to the cache while it is in use."""
 
 ROWS_PER_GROUP = 8
 """Rows of similar length that share a range of columns."""
@@ -233,3 +247,82 @@ def rollout_cache(config: PretrainedConfig, num_rows: int, width: int, capacity:
             return None
         windows.append(layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None)
     return RolloutCache(windows, num_rows, width, capacity)
+
+
+@contextmanager
+def attention_by_rows(model: PreTrainedModel, cache: RolloutCache | None) -> Iterator[None]:
+    """Use it for the length of a `with` block, where the model runs on a CPU and takes attention functions.
+
+    Args:
+        model: a language model; elsewhere nothing changes.
+        cache: tells which rows need which columns.
+    """
+    if cache is None or model.device.type != "cpu":
+        yield
+        return
+    with attention_function(model, BY_ROWS, partial(_attend, cache), sdpa_mask):
+        yield
+
+
+@contextmanager
+def attention_to_full_cache(model: PreTrainedModel) -> Iterator[None]:
+    """Let each new token attend to all columns of a cache for the length of a `with` block, on any device.
+
+    Args:
+        model: a language model that is given its mask, `[N, 1, 1, T]`, bool.
+    """
+    with attention_function(model, FULL_CACHE, _attend_full, sdpa_mask):
+        yield
+
+
+def _attend_full(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: query `[N, H, 1, D]`, key and value `[N, K, T, D]`."""
+    if query.shape[2] > 1 or any(kwargs.get(name) is not None for name in UNUSUAL_ARGUMENTS):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    batch, heads, _, size = query.shape
+    query = query.reshape(batch, key.shape[1], -1, size)  # [N, K, H / K, D]
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
+    )
+    return output.reshape(batch, 1, heads, value.shape[3]), None  # [N, 1, H, D]
+
+
+def _attend(
+    cache: RolloutCache,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: query `[N, H, Q, D]`, key and value `[N, K, T, D]`."""
+    batch, heads, length, size = query.shape
+    full_range = key.shape[2] == cache.visible and attention_mask is not None and attention_mask.shape[1] == 1
+    if (
+        length > 1
+        or not cache.groups
+        or not full_range
+        or any(kwargs.get(name) is not None for name in UNUSUAL_ARGUMENTS)
+    ):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    assert attention_mask is not None
+    query = query.reshape(batch, key.shape[1], -1, size)  # [N, K, H / K, D]
+    pieces = [
+        torch.nn.functional.scaled_dot_product_attention(
+            query[rows],
+            key[rows, :, start:],
+            value[rows, :, start:],
+            attn_mask=attention_mask[rows, :, :, start:],
+            scale=kwargs.get("scaling"),
+        )
+        for rows, start in cache.groups
+    ]
+    return torch.cat(pieces).reshape(batch, 1, heads, value.shape[3]), None  # [N, 1, H, D]

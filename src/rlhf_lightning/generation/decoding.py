@@ -24,8 +24,7 @@ from rlhf_lightning.forward.hidden import hidden_states, read_row, reads_rows, r
 from rlhf_lightning.forward.numerics import dummy_tokens, self_test, typical_distance, typical_tolerance
 from rlhf_lightning.forward.output_layer import output_logits
 from rlhf_lightning.functional import token_logprobs
-from rlhf_lightning.generation.attention import attention_by_rows
-from rlhf_lightning.generation.cache import RolloutCache, rollout_cache
+from rlhf_lightning.generation.cache import RolloutCache, attention_by_rows, rollout_cache
 from rlhf_lightning.generation.compiled_step import CompiledStep
 from rlhf_lightning.generation.sampling import Sampling, pick_tokens, uniforms
 from rlhf_lightning.models.eos import eos_ids

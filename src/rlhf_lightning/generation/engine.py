@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
-from rlhf_lightning.generation.attention import attention_by_rows, attention_to_full_cache
+from rlhf_lightning.generation.cache import attention_by_rows, attention_to_full_cache
 from rlhf_lightning.generation.compiled_step import CompiledStep
 from rlhf_lightning.generation.decoding import Decoding, Record, supports_cache
 from rlhf_lightning.generation.sampling import Sampling
