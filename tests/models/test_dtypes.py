@@ -8,10 +8,10 @@ from torch import nn
 from torchmetrics import CatMetric, MeanMetric
 from transformers import AutoModelForCausalLM
 
-from helpers.models import FAMILIES, save_folder, table_scalar, tiny_causal_lm
+from helpers.models import FAMILIES, save_folder, tiny_causal_lm
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.models.causal_lm import load_causal_lm
-from rlhf_lightning.models.dtypes import keep_dtype, keep_tables, linear_in_float32
+from rlhf_lightning.models.dtypes import keep_dtype, keep_tables
 from rlhf_lightning.models.scalar_lm import new_scalar_lm
 
 CASTS = {
@@ -72,27 +72,3 @@ def test_a_metric_counts_beyond_what_bfloat16_can(cast):
     module["all"].update(torch.tensor([1.001]))
     assert module["mean"].compute().item() == pytest.approx(2001 / 1001)
     assert module["all"].compute().item() == pytest.approx(1.001)
-
-
-@pytest.mark.parametrize("autocast", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_in_float32_whatever_its_weights_are(autocast, dtype):
-    torch.manual_seed(0)
-    layer, rows = nn.Linear(16, 1).to(dtype), torch.randn(8, 16).to(dtype)
-    expected = rows.float() @ layer.weight.float().T + layer.bias.float()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        outputs = linear_in_float32(layer, rows)
-    assert outputs.dtype == torch.float32
-    torch.testing.assert_close(outputs, expected)
-    outputs.sum().backward()
-    assert layer.weight.grad.dtype == dtype
-    torch.testing.assert_close(layer.weight.grad[0].float(), rows.float().sum(dim=0), rtol=1e-2, atol=1e-2)
-    assert "forward" not in vars(layer)
-
-
-def test_scores_that_are_close_do_not_tie_in_bfloat16():
-    scalar = table_scalar([5.0, 5.0]).to(torch.bfloat16)
-    scalar.model.score = nn.Linear(2, 1, bias=False, dtype=torch.bfloat16)
-    scalar.model.score.weight.data.fill_(0.125)
-    hidden = torch.tensor([[40.0, 0.0], [40.0, 0.0625]], dtype=torch.bfloat16)
-    assert scalar.head(hidden).tolist() == [5.0, 5.0078125]

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from helpers.models import FAMILIES, WITHOUT_CLASSIFIER, save_folder, tiny_causal_lm, tiny_classifier
+from helpers.models import FAMILIES, WITHOUT_CLASSIFIER, save_folder, table_scalar, tiny_causal_lm, tiny_classifier
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.forward.hidden import hidden_states
 from rlhf_lightning.models.causal_lm import freeze
@@ -15,6 +16,7 @@ from rlhf_lightning.models.scalar_lm import (
     Calibration,
     ScalarLM,
     has_reward_head,
+    linear_in_float32,
     load_reward_model,
     new_scalar_lm,
 )
@@ -177,3 +179,27 @@ def test_freeze_makes_a_constant():
 def test_which_folders_have_a_reward_head(tmp_path):
     assert has_reward_head(save_folder(tmp_path / "reward", tiny_classifier(), tiny_tokenizer()))
     assert not has_reward_head(save_folder(tmp_path / "lm", tiny_causal_lm(), tiny_tokenizer()))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_in_float32_whatever_its_weights_are(autocast, dtype):
+    torch.manual_seed(0)
+    layer, rows = nn.Linear(16, 1).to(dtype), torch.randn(8, 16).to(dtype)
+    expected = rows.float() @ layer.weight.float().T + layer.bias.float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs = linear_in_float32(layer, rows)
+    assert outputs.dtype == torch.float32
+    torch.testing.assert_close(outputs, expected)
+    outputs.sum().backward()
+    assert layer.weight.grad.dtype == dtype
+    torch.testing.assert_close(layer.weight.grad[0].float(), rows.float().sum(dim=0), rtol=1e-2, atol=1e-2)
+    assert "forward" not in vars(layer)
+
+
+def test_scores_that_are_close_do_not_tie_in_bfloat16():
+    scalar = table_scalar([5.0, 5.0]).to(torch.bfloat16)
+    scalar.model.score = nn.Linear(2, 1, bias=False, dtype=torch.bfloat16)
+    scalar.model.score.weight.data.fill_(0.125)
+    hidden = torch.tensor([[40.0, 0.0], [40.0, 0.0625]], dtype=torch.bfloat16)
+    assert scalar.head(hidden).tolist() == [5.0, 5.0078125]

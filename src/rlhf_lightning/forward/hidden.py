@@ -42,7 +42,7 @@ from rlhf_lightning.forward.backbone import (
 from rlhf_lightning.forward.capacity import LOOKUP_ERRORS, explain_lookup
 from rlhf_lightning.forward.compatibility import ignores_left_padding
 from rlhf_lightning.forward.numerics import dummy_tokens, relative_distance, say_once, self_test, tolerance
-from rlhf_lightning.forward.output_layer import token_logprobs_at
+from rlhf_lightning.forward.output_layer import logprobs_from_hidden
 
 UNPADDED = "rlhf_lightning_unpadded"
 """What transformers' configs call the attention while it is in use."""
@@ -156,32 +156,6 @@ def response_logprobs(
     """
     hidden = response_hidden(model, sequences, sequence_mask, response_mask.shape[1])
     return logprobs_from_hidden(model, hidden, sequences, response_mask, temperature, with_entropy)
-
-
-def logprobs_from_hidden(
-    model: PreTrainedModel,
-    hidden: Tensor,
-    sequences: Tensor,
-    response_mask: Tensor,
-    temperature: float = 1.0,
-    with_entropy: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """As `response_logprobs`, where the hidden states are there already.
-
-    Args:
-        model: a language model; its output layer is used.
-        hidden: from `response_hidden`, `[B, R, D]`.
-        sequences: prompts and responses, `[B, P + R]`, int64.
-        response_mask: True for response tokens, `[B, R]`, bool.
-        temperature: the sampling temperature.
-        with_entropy: also compute the entropy of each prediction.
-    """
-    # Only real response positions meet the output matrix, a chunk at a time.
-    token_ids = sequences[:, -response_mask.shape[1] :][response_mask]  # [N]
-    logprobs, entropies = token_logprobs_at(model, hidden[response_mask], token_ids, temperature, with_entropy)
-    zeros = torch.zeros(response_mask.shape, dtype=torch.float32, device=sequences.device)  # [B, R]
-    padded = [zeros if x is None else zeros.masked_scatter(response_mask, x.float()) for x in (logprobs, entropies)]
-    return padded[0], padded[1]
 
 
 def unpadded_hidden_states(

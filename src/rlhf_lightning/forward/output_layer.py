@@ -1,6 +1,7 @@
 """The output layer of a language model, applied where its logits are needed and without holding them all.
 
-Notation: B batch, T padded length, N tokens, D hidden size, V vocabulary.
+Notation: B batch, T padded length, P padded prompt length, R padded response length, N tokens, D hidden size, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -102,6 +103,32 @@ def cross_entropy_at(
         return _inside_head(model, fused, hidden)
     losses, nlls = zip(*_by_chunks(model, plain, hidden, targets), strict=True)
     return torch.stack(losses).sum(), torch.stack(nlls).sum()
+
+
+def logprobs_from_hidden(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    sequences: Tensor,
+    response_mask: Tensor,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As `hidden.response_logprobs`, where the hidden states are there already.
+
+    Args:
+        model: a language model; its output layer is used.
+        hidden: from `hidden.response_hidden`, `[B, R, D]`.
+        sequences: prompts and responses, `[B, P + R]`, int64.
+        response_mask: True for response tokens, `[B, R]`, bool.
+        temperature: the sampling temperature.
+        with_entropy: also compute the entropy of each prediction.
+    """
+    # Only real response positions meet the output matrix, a chunk at a time.
+    token_ids = sequences[:, -response_mask.shape[1] :][response_mask]  # [N]
+    logprobs, entropies = token_logprobs_at(model, hidden[response_mask], token_ids, temperature, with_entropy)
+    zeros = torch.zeros(response_mask.shape, dtype=torch.float32, device=sequences.device)  # [B, R]
+    padded = [zeros if x is None else zeros.masked_scatter(response_mask, x.float()) for x in (logprobs, entropies)]
+    return padded[0], padded[1]
 
 
 def token_logprobs_at(

@@ -30,7 +30,7 @@ from rlhf_lightning.models.adapters import (
     merge_adapter,
 )
 from rlhf_lightning.models.causal_lm import disable_dropout, load_causal_lm, train_every_row
-from rlhf_lightning.models.dtypes import keep_tables, linear_in_float32
+from rlhf_lightning.models.dtypes import keep_tables
 from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
 from rlhf_lightning.models.fused_lora import fuse_adapters
 from rlhf_lightning.models.peft_library import (
@@ -69,6 +69,33 @@ class Calibration:
     std: float = 1.0
     probe_ids: list[int] = field(default_factory=list)
     probe_score: float = 0.0
+
+
+def linear_in_float32(layer: Any, inputs: Tensor) -> Tensor:
+    """Call a small linear layer in float32, for outputs that are differences of large numbers.
+
+    A score of 5 in bfloat16 is one of 4.97, 5 and 5.03, so that a pair's two scores often tie.
+
+    Args:
+        layer: an `nn.Linear` of any precision.
+        inputs: `[..., D]`, of any precision; under autocast too.
+
+    Returns:
+        `[..., N]`, float32.
+    """
+
+    def forward(rows: Tensor) -> Tensor:
+        bias = None if layer.bias is None else layer.bias.float()
+        return nn.functional.linear(rows.float(), layer.weight.float(), bias)
+
+    # As the layer's own forward: under ZeRO-3 its weight is there only while it is called.
+    layer.forward = forward
+    try:
+        with torch.autocast(inputs.device.type, enabled=False):
+            outputs: Tensor = layer(inputs)
+            return outputs
+    finally:
+        del layer.forward
 
 
 class ScalarLM(nn.Module):

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.forward.hidden import logprobs_from_hidden, response_hidden
+from rlhf_lightning.forward.hidden import response_hidden
+from rlhf_lightning.forward.output_layer import logprobs_from_hidden
 from rlhf_lightning.models.causal_lm import freeze, load_causal_lm
-from rlhf_lightning.models.dtypes import linear_in_float32
 from rlhf_lightning.models.finetune import FineTune, add_adapter, choose_trained
 from rlhf_lightning.models.folders import check_model_folder, same_model
 from rlhf_lightning.models.reward_functions import RewardFunction
@@ -38,6 +38,7 @@ from rlhf_lightning.models.scalar_lm import (
     ScalarLM,
     attach_reward_adapter,
     check_reward_model,
+    linear_in_float32,
     load_reward_model,
     new_scalar_lm,
     response_values,
