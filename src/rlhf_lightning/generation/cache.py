@@ -42,7 +42,7 @@ class _Place:
 
     Attributes:
         rows: the rows that the model sees.
-        first: the first column that it sees.
+        first: the first column that it sees, for some row needs it; the mask that it gets begins there.
         past: the column that it writes next.
         prefilling: it reads its prompts and sees nothing of the buffers.
         lengths: of the prompts that it reads as one row, without padding; None if they are rows of a batch.
@@ -218,11 +218,6 @@ class RolloutCache(Cache):
         self.place.first = self.width - widths[0]
         starts = range(0, len(widths), ROWS_PER_GROUP)
         self.groups = [(slice(row, row + ROWS_PER_GROUP), widths[0] - widths[row]) for row in starts]
-
-    @property
-    def first(self) -> int:
-        """The first column that some row needs; the mask that the model gets begins there."""
-        return self.place.first
 
     @property
     def visible(self) -> int:

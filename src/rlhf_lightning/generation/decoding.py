@@ -230,7 +230,7 @@ class Decoding:
         return hidden
 
     def _continue_plain(self, ids: Tensor, positions: Tensor, step: int) -> Tensor:
-        first = 0 if self.cache is None else self.cache.first
+        first = 0 if self.cache is None else self.cache.place.first
         mask = self.mask[:, first : self.width + step + 1]  # [N, columns that are seen]
         return self._read(ids.unsqueeze(1), mask, positions.unsqueeze(1))
 

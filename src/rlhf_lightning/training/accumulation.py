@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.training.deepspeed import DeepSpeedStrategy
-from rlhf_lightning.training.ranks import clip_value
+from rlhf_lightning.training.optim import clip_value
 
 
 class GradientAccumulation:

@@ -11,7 +11,7 @@ from torch import nn
 
 from rlhf_lightning.arguments import Range, check_arguments
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.training.ranks import clip_value
+from rlhf_lightning.training.optim import clip_value
 
 
 class DeepSpeedStrategy(LightningDeepSpeedStrategy):

@@ -1,10 +1,11 @@
-"""Parameter groups and learning-rate schedules."""
+"""Parameter groups, gradient clipping and learning-rate schedules."""
 
 from __future__ import annotations
 
 import math
 from typing import Any, Literal
 
+import pytorch_lightning as pl
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -35,6 +36,11 @@ def parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     vectors = [p for p, d in zip(parameters, dims, strict=True) if d < 2]
     groups = [{"params": matrices, **options}, {"params": vectors, "weight_decay": 0.0, **options}]
     return [group for group in groups if group["params"]]
+
+
+def clip_value(module: pl.LightningModule | None) -> float | None:
+    """The norm that a module wants its gradient clipped to; None for no clipping."""
+    return getattr(module, "gradient_clip_val", None) or None  # 0 means no clipping, as in Lightning
 
 
 def learning_rate_factor(

@@ -27,7 +27,7 @@ def sum_over_ranks(module: pl.LightningModule, tensor: Tensor) -> Tensor:
     Returns:
         The sum, same shape and type, no gradient, the same on every process.
     """
-    if world_size(module) == 1:
+    if module.trainer.world_size == 1:
         return tensor
     return module.all_gather(tensor).sum(dim=0, dtype=tensor.dtype)  # type: ignore[union-attr]
 
@@ -76,11 +76,6 @@ def _is_zero_3(module: pl.LightningModule) -> bool:
     return isinstance(strategy, LightningDeepSpeedStrategy) and strategy.zero_stage_3
 
 
-def clip_value(module: pl.LightningModule | None) -> float | None:
-    """The norm that a module wants its gradient clipped to; None for no clipping."""
-    return getattr(module, "gradient_clip_val", None) or None  # 0 means no clipping, as in Lightning
-
-
 def equally_many(module: pl.LightningModule, cut: Callable[[int], list[PieceT]]) -> list[PieceT]:
     """Cut a batch into as many pieces on this process as on every other; each must go through the model as often.
 
@@ -94,7 +89,7 @@ def equally_many(module: pl.LightningModule, cut: Callable[[int], list[PieceT]])
             pieces = equally_many(self, lambda n: micro_batches(batch, max_tokens=4096, min_pieces=n))
     """
     pieces = cut(1)
-    if world_size(module) == 1:
+    if module.trainer.world_size == 1:
         return pieces
     most = module.all_gather(torch.tensor(len(pieces), device=module.device)).max()  # type: ignore[union-attr]
     return pieces if len(pieces) == int(most) else cut(int(most))
