@@ -8,9 +8,9 @@ Left out: FSDP, and float16 (its loss scaler skips steps, which cannot be told f
 """
 
 from rlhf_lightning.training.accumulation import GradientAccumulation as GradientAccumulation
+from rlhf_lightning.training.accumulation import equally_many as equally_many
+from rlhf_lightning.training.accumulation import sum_over_ranks as sum_over_ranks
+from rlhf_lightning.training.accumulation import world_size as world_size
 from rlhf_lightning.training.deepspeed import DeepSpeedStrategy as DeepSpeedStrategy
-from rlhf_lightning.training.ranks import consolidated_state_dict as consolidated_state_dict
-from rlhf_lightning.training.ranks import equally_many as equally_many
-from rlhf_lightning.training.ranks import sum_over_ranks as sum_over_ranks
-from rlhf_lightning.training.ranks import synced as synced
-from rlhf_lightning.training.ranks import world_size as world_size
+from rlhf_lightning.training.zero import consolidated_state_dict as consolidated_state_dict
+from rlhf_lightning.training.zero import synced as synced

@@ -1,4 +1,4 @@
-"""One optimizer step from several micro-batches, the same on every strategy.
+"""One optimizer step from several micro-batches and processes, the same on every strategy.
 
 The loss of a step is a sum over tokens divided by the number of tokens on all ranks, so no strategy may average
 anything on top: DDP and DeepSpeed average over ranks, hence each loss is multiplied by the number of ranks; DeepSpeed
@@ -6,9 +6,9 @@ would also divide by the number of micro-batches, which is switched off.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -20,6 +20,47 @@ from torch.nn.utils import clip_grads_with_norm_
 from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.training.deepspeed import DeepSpeedStrategy
 from rlhf_lightning.training.optim import clip_value
+
+PieceT = TypeVar("PieceT")
+
+
+def world_size(module: pl.LightningModule) -> int:
+    """Number of processes that train this module together."""
+    return module.trainer.world_size
+
+
+def sum_over_ranks(module: pl.LightningModule, tensor: Tensor) -> Tensor:
+    """Sum a tensor over all processes; every process must call it with the same shape.
+
+    Args:
+        module: a module attached to a running trainer.
+        tensor: any shape; on one process it is returned as it is.
+
+    Returns:
+        The sum, same shape and type, no gradient, the same on every process.
+    """
+    if module.trainer.world_size == 1:
+        return tensor
+    return module.all_gather(tensor).sum(dim=0, dtype=tensor.dtype)  # type: ignore[union-attr]
+
+
+def equally_many(module: pl.LightningModule, cut: Callable[[int], list[PieceT]]) -> list[PieceT]:
+    """Cut a batch into as many pieces on this process as on every other; each must go through the model as often.
+
+    Args:
+        module: attached to a trainer; every process must call this.
+        cut: gives the pieces of this process, at least as many as it is asked for.
+
+    Example:
+        In a `training_step`::
+
+            pieces = equally_many(self, lambda n: micro_batches(batch, max_tokens=4096, min_pieces=n))
+    """
+    pieces = cut(1)
+    if module.trainer.world_size == 1:
+        return pieces
+    most = module.all_gather(torch.tensor(len(pieces), device=module.device)).max()  # type: ignore[union-attr]
+    return pieces if len(pieces) == int(most) else cut(int(most))
 
 
 class GradientAccumulation:
