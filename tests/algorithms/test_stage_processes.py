@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from helpers.distributed import run_in_processes
+from helpers.models import save_folder
 from helpers.stage_runs import STAGES, run
 from helpers.stages import save_llama, save_reward_model
+from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import load_causal_lm, load_reward_model
 
 STRATEGIES = ["ddp", "zero2", "zero3"]
@@ -15,6 +17,11 @@ STRATEGIES = ["ddp", "zero2", "zero3"]
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     base = save_llama(root / "llama")
+    reference = load_causal_lm(base)
+    with torch.no_grad():
+        for weight in reference.parameters():
+            weight.mul_(1.3)
+    save_folder(root / "llama-reference", reference, tiny_tokenizer())
     return {"folder": base, "reward": save_reward_model(root / "reward", base)}
 
 

@@ -95,7 +95,7 @@ def groups(kind):
             micro_batch_size=2,
             ppo_epochs=2,
             optimizer=adamw(1e-3),
-            kl=KLPenalty(0.1, target=0.01, horizon=100),
+            kl=KLPenalty(0.1, target=0.01, horizon=100, estimator="k3"),
         )
         rows = prompt_rows(12)
         data = PromptDataModule(

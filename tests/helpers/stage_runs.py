@@ -57,9 +57,12 @@ def reward(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule
 
 
 def dpo(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, Any]:
-    """Two steps on weighed pairs, the chosen responses' likelihood included, in micro-batches of 90 tokens."""
+    """Two steps on weighed pairs, the chosen responses' likelihood included, in micro-batches of 90 tokens.
+
+    The reference is another model: from one of its own, leads at the first step would be rounding.
+    """
     options = {"sft_coef": 0.3, "precompute_reference": processes > 1, "max_tokens_per_batch": 90}
-    module = DPOModule(folder, optimizer=sgd(0.5), **options, **CONSTANT)
+    module = DPOModule(folder, reference=f"{folder}-reference", optimizer=sgd(0.5), **options, **CONSTANT)
     rows = preference_rows(EXAMPLES)
     data = WeighedPairs(folder, rows, validation_data=rows[:8], batch_size=GLOBAL_BATCH // processes, max_length=48)
     return module, data

@@ -187,6 +187,11 @@ class Stage(pl.LightningModule):
         """The seed of the run: that of the checkpoint it was resumed from, else torch's (`seed_everything`)."""
         return int(self._run_state.get("seed", torch.initial_seed()))
 
+    @property
+    def _algorithm(self) -> str:
+        """Name of the class of this package that the stage is, or derives from."""
+        return next(kind.__name__ for kind in type(self).__mro__ if kind.__module__.startswith("rlhf_lightning."))
+
     def random(self, *place: int | str, device: torch.device | str | None = None) -> torch.Generator:
         """Random numbers for one place in the run, each rank its own.
 
@@ -370,7 +375,7 @@ class Stage(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out frozen weights, which come from their own folders; keep the run's state under one key."""
         drop_frozen_weights(self, checkpoint)
-        checkpoint[_STATE] = {**self.run_state(), "seed": self.seed, "stage": type(self).__name__}
+        checkpoint[_STATE] = {**self.run_state(), "seed": self.seed, "stage": self._algorithm}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the run that wrote the checkpoint was.
@@ -383,7 +388,7 @@ class Stage(pl.LightningModule):
         if _STATE not in checkpoint:
             raise UserError("the checkpoint was not made by this package; resume from one of its own")
         made_by = checkpoint[_STATE].get("stage")
-        if made_by not in (None, *(kind.__name__ for kind in type(self).__mro__)):
+        if made_by not in (None, self._algorithm):
             raise UserError(f"the checkpoint is of {made_by}: it was made with another model or stage")
         self._run_state = checkpoint[_STATE]
         self.load_run_state(self._run_state)

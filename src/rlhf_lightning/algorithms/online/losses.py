@@ -42,6 +42,7 @@ def clipped_policy_loss(
         loss, _ = ppo_policy_loss(sums, old_sums, batch.advantages[:, :1], mask[:, :1], **clip)
     else:
         advantages = batch.advantages if weights is None else batch.advantages * weights
-        loss, _ = ppo_policy_loss(logprobs, old, advantages, mask, **clip)
-    _, stats = ppo_policy_loss(logprobs.detach(), batch.logprobs, batch.advantages, mask, **clip)
+        loss, stats = ppo_policy_loss(logprobs, old, advantages, mask, **clip)
+    if per_response or on_policy:
+        _, stats = ppo_policy_loss(logprobs.detach(), batch.logprobs, batch.advantages, mask, **clip)
     return loss, {"policy_loss": loss.detach(), **stats}
