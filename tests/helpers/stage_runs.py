@@ -10,6 +10,7 @@ from helpers.stages import MemoryLogger, instruction_rows, preference_rows, prom
 from rlhf_lightning import (
     DeepSpeedStrategy,
     DPOModule,
+    GRPOModule,
     HFExport,
     InstructionDataModule,
     KLPenalty,
@@ -17,11 +18,13 @@ from rlhf_lightning import (
     PreferenceDataModule,
     PromptDataModule,
     RewardModule,
+    RLOOModule,
     Sampling,
     ScoreShaping,
     SFTModule,
 )
-from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.batches import PreferenceBatch, PromptBatch
+from rlhf_lightning.generation.engine import Generation, decode_responses
 from rlhf_lightning.training import consolidated_state_dict
 
 GLOBAL_BATCH, EXAMPLES = 8, 16
@@ -92,7 +95,60 @@ def ppo(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, A
     return module, data
 
 
-STAGES = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}
+class Told:
+    """Answers each row in the same way, whichever process asks; every sample in a way of its own."""
+
+    def answer(self: Any, prompts: PromptBatch, random: Any, with_logprobs: bool = False) -> Any:
+        places = torch.cat([torch.zeros(1), prompts.row_ids.diff() == 0]).long()  # 1 for a prompt's second answer
+        lengths = 1 + (prompts.row_ids + places) % 4
+        step = torch.arange(4)
+        ids = 40 + (7 * prompts.row_ids + 3 * places).unsqueeze(1) % 11 + step
+        mask = step < lengths.unsqueeze(1)
+        generation = Generation(torch.where(mask, ids, 0), mask, lengths < 4)
+        return generation, decode_responses(self.tokenizer, generation)
+
+
+class ToldRLOO(Told, RLOOModule):
+    pass
+
+
+class ToldGRPO(Told, GRPOModule):
+    pass
+
+
+def groups(kind: Any, folder: str, processes: int, reward: str, **options: Any) -> tuple[pl.LightningModule, Any]:
+    """Two iterations of two steps each over the whole rollout, two answers to each prompt."""
+    share = GLOBAL_BATCH // processes
+    module = kind(
+        folder,
+        reward,
+        sampling=Sampling(max_new_tokens=4),
+        rollout_batch_size=share,
+        samples_per_prompt=2,
+        minibatch_size=2 * share,
+        micro_batch_size=2,
+        ppo_epochs=2,
+        optimizer=sgd(0.3),
+        score=ScoreShaping(scaling=False, clip=None, missing_eos_penalty=0.5),
+        **options,
+        **CONSTANT,
+    )
+    rows = prompt_rows(EXAMPLES)
+    data = PromptDataModule(folder, rows, validation_data=rows[:8], rollout_batch_size=share, max_prompt_length=40)
+    return module, data
+
+
+def rloo(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, Any]:
+    """The KL in the reward, one ratio for each response."""
+    return groups(ToldRLOO, folder, processes, reward, kl=KLPenalty(0.1, target=0.001, horizon=100))
+
+
+def grpo(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, Any]:
+    """The KL in the loss, which is a mean over responses of means over tokens."""
+    return groups(ToldGRPO, folder, processes, reward, loss="grpo", kl=KLPenalty(0.1, estimator="k3"))
+
+
+STAGES = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "rloo": rloo, "grpo": grpo}
 LEFT_OUT = "seconds", "tokens_per_second", "padding_share"
 """Metrics that depend on the clock, or on how the examples fall into batches."""
 
