@@ -57,7 +57,8 @@ CASES = [
     (["fit", "--config", "lm/model.safetensors"], "config 'lm/model.safetensors' is no text file"),
     (
         ["fit"],
-        "nothing says which model and data class to use; pass --config with a recipe (ppo.yaml, reward.yaml, sft",
+        "nothing says which model and data class to use; pass --config with a recipe "
+        "(dpo.yaml, grpo.yaml, ppo.yaml, reward.yaml, rloo.yaml, sft",
     ),
     (["train"], "unknown command 'train'; did you mean `rlhf fit`?"),
     (["reward"], "unknown command 'reward'; did you mean `rlhf fit --config reward.yaml`?"),

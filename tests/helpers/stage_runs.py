@@ -1,5 +1,6 @@
 """Whole stages on one process or several, told as JSON values; imported on both sides of `helpers.distributed`."""
 
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -62,10 +63,12 @@ def reward(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule
 def dpo(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, Any]:
     """Two steps on weighed pairs, the chosen responses' likelihood included, in micro-batches of 90 tokens.
 
-    The reference is another model: from one of its own, leads at the first step would be rounding.
+    The reference is another model, where there is one: from one of its own, leads at the first step would be rounding.
     """
     options = {"sft_coef": 0.3, "precompute_reference": processes > 1, "max_tokens_per_batch": 90}
-    module = DPOModule(folder, reference=f"{folder}-reference", optimizer=sgd(0.5), **options, **CONSTANT)
+    other = f"{folder}-reference"
+    reference = other if Path(other).is_dir() else None
+    module = DPOModule(folder, reference=reference, optimizer=sgd(0.5), **options, **CONSTANT)
     rows = preference_rows(EXAMPLES)
     data = WeighedPairs(folder, rows, validation_data=rows[:8], batch_size=GLOBAL_BATCH // processes, max_length=48)
     return module, data
