@@ -285,6 +285,15 @@ def test_a_resumed_run_goes_on_with_what_the_reference_said(llama, tmp_path):
     assert len(module.reference_model.known()["keys"]) == 12
 
 
+def test_a_resumed_run_with_another_reference_asks_that_one(llama, tmp_path):
+    module, _ = trained(llama, precompute_reference=True)
+    module.trainer.save_checkpoint(tmp_path / "run.ckpt")
+    other = save_llama(tmp_path / "other", hidden_size=16)
+    resumed, _ = trained(llama, checkpoint=tmp_path / "run.ckpt", precompute_reference=True, reference=other)
+    fresh, _ = trained(llama, precompute_reference=True, reference=other)
+    assert resumed.reference_model.known() == fresh.reference_model.known() != module.reference_model.known()
+
+
 def test_pairs_that_were_not_there_are_refused(llama):
     module, _ = trained(llama, precompute_reference=True)
     with pytest.raises(UserError, match="a pair was not there when the reference was computed"):

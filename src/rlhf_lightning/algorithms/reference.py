@@ -42,11 +42,12 @@ class Reference(nn.Module):
 
     Args:
         model: frozen; None for a reference to which everything is equally likely.
+        name: its folder or hub id.
     """
 
-    def __init__(self, model: PreTrainedModel | None) -> None:
+    def __init__(self, model: PreTrainedModel | None, name: str) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.name = model, name
         self._known: dict[tuple[int, int], tuple[float, float]] = {}
 
     @torch.no_grad()
@@ -110,14 +111,16 @@ class Reference(nn.Module):
 
     def known(self) -> dict[str, Any]:
         """What was computed before training, as plain lists for a checkpoint."""
-        return {"keys": [*map(list, self._known)], "values": [*map(list, self._known.values())]}
+        return {"of": self.name, "keys": [*map(list, self._known)], "values": [*map(list, self._known.values())]}
 
     def load_known(self, known: dict[str, Any]) -> None:
-        """Take over what `known` gave.
+        """Take over what `known` gave, unless another reference said it: then this one is asked anew.
 
         Args:
             known: as it was in the checkpoint.
         """
+        if known["of"] != self.name:
+            return
         self._known = dict(zip(map(tuple, known["keys"]), map(tuple, known["values"]), strict=True))
 
 
@@ -202,7 +205,7 @@ class ReferenceStage(PairStage):
         policy = load_causal_lm(name, self.dropout, trust)
         choose_trained(policy, self.finetune)
         known = None if self.reference_free else load_reference(policy, name, self.reference, self.tokenizer, trust)
-        self.reference_model = Reference(known)
+        self.reference_model = Reference(known, str(self.reference or name))
         add_adapter(policy, self.finetune)
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(policy)
