@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1] / "src" / "rlhf_lightning"
 FLOORS = (
     ("__main__", ""),
     ("cli",),
-    ("callbacks",),
+    ("app", "callbacks"),
+    ("report",),
+    ("evaluation",),
     ("algorithms", "data"),
     ("generation",),
     ("models",),

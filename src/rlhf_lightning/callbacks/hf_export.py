@@ -27,8 +27,8 @@ from rlhf_lightning.models.adapters import CALIBRATION_FILE, is_adapter
 from rlhf_lightning.models.eos import eos_ids
 from rlhf_lightning.models.finetune import HEAD, adapter_state
 from rlhf_lightning.models.merging import merged_state
-from rlhf_lightning.models.rewarding import rendering_of
-from rlhf_lightning.models.scalar_lm import CALIBRATION, RENDERING
+from rlhf_lightning.models.rendering import RENDERING, rendering_of
+from rlhf_lightning.models.scalar_lm import CALIBRATION
 from rlhf_lightning.training import consolidated_state_dict
 
 _CARD = "README.md"
@@ -151,13 +151,12 @@ class HFExport(Callback):
 
 
 def _record_rendering(trainer: pl.Trainer, pl_module: Any) -> None:
-    """Let the folder say how its dialogues were written: the data's chat template, and a reward model's format."""
+    """Let the folder say how its dialogues were written: the data's chat template, and the format."""
     chat = getattr(getattr(trainer, "datamodule", None), "chat", None)
     if isinstance(chat, ChatEncoder):
         pl_module.tokenizer.chat_template = chat.tokenizer.chat_template
-    if hasattr(pl_module.export_model, HEAD):
-        # Null, too, is a record: what the model that training started from was trained on counts no more.
-        setattr(pl_module.export_model.config, RENDERING, rendering_of(chat) if isinstance(chat, ChatEncoder) else None)
+    # Null, too, is a record: what the model that training started from was trained on counts no more.
+    setattr(pl_module.export_model.config, RENDERING, rendering_of(chat) if isinstance(chat, ChatEncoder) else None)
 
 
 def _exports_adapter(pl_module: Any) -> bool:

@@ -5,6 +5,7 @@ That is `stages`, `prepare` and `quickstart`.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ from rlhf_lightning.cli.spelling import command_hint
 from rlhf_lightning.errors import UserError
 
 STAGE_COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = {"quickstart": "quickstart", "prepare": "prepare"}
+"""Commands beside the stages, and the module of `cli` whose `main` is given the words after them."""
 
 OVERVIEW = """\
 usage: rlhf COMMAND [options]
@@ -76,22 +79,12 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _dispatch(command: str, options: list[str]) -> None:
-    if command == "quickstart":
-        from rlhf_lightning.cli.quickstart import main as quickstart
-
-        quickstart(options)
-    elif command == "prepare":
-        resolved = resolve_recipes(options)
-
-        from rlhf_lightning.cli.prepare import main as prepare
-
-        prepare(resolved)
-    elif command in STAGE_COMMANDS:
-        resolved = resolve_recipes(options)
-
+    resolved = resolve_recipes(options)
+    if command in STAGE_COMMANDS:
         from rlhf_lightning.cli.stages import run_stage
 
         run_stage(command, resolved)
+    elif command in COMMANDS:
+        importlib.import_module(f"rlhf_lightning.cli.{COMMANDS[command]}").main(resolved)
     else:
-        hint = command_hint(command, [*STAGE_COMMANDS, "quickstart", "prepare"])
-        raise UserError(f"unknown command '{command}'; {hint}")
+        raise UserError(f"unknown command '{command}'; {command_hint(command, [*STAGE_COMMANDS, *COMMANDS])}")

@@ -26,7 +26,7 @@ from rlhf_lightning.forward.output_layer import output_logits
 from rlhf_lightning.functional import token_logprobs
 from rlhf_lightning.generation.cache import RolloutCache, attention_by_rows, rollout_cache
 from rlhf_lightning.generation.compiled_step import CompiledStep
-from rlhf_lightning.generation.sampling import Sampling, pick_tokens, uniforms
+from rlhf_lightning.generation.sampling import RandomSource, Sampling, pick_tokens, uniforms
 from rlhf_lightning.models.eos import eos_ids
 
 PREFILL_TOKENS = {"cpu": 512}
@@ -66,7 +66,7 @@ class Record:
         sampling: Sampling,
         *,
         filler: int,
-        generator: torch.Generator | None,
+        generator: RandomSource | None,
         device: torch.device,
         with_logprobs: bool,
         with_hidden: bool,

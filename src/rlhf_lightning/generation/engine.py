@@ -31,7 +31,7 @@ from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.generation.cache import attention_by_rows, attention_to_full_cache
 from rlhf_lightning.generation.compiled_step import CompiledStep
 from rlhf_lightning.generation.decoding import Decoding, Record, supports_cache
-from rlhf_lightning.generation.sampling import Sampling
+from rlhf_lightning.generation.sampling import RandomSource, Sampling
 from rlhf_lightning.generation.skinny_gemm import skinny_gemm
 from rlhf_lightning.models.merging import merged_adapters
 from rlhf_lightning.models.tokenizer import filler_id
@@ -164,13 +164,16 @@ class TransformersEngine(RolloutEngine):
         prompt_mask: Tensor,
         sampling: Sampling,
         *,
-        generator: torch.Generator | None = None,
+        generator: RandomSource | None = None,
         synced: bool = False,
         on_token: Callable[[int], None] | None = None,
         with_logprobs: bool = False,
         with_hidden: bool = False,
     ) -> Generation:
-        """Continue each prompt until EOS, a stop string or the limit; see `RolloutEngine.generate`."""
+        """Continue each prompt until EOS, a stop string or the limit; see `RolloutEngine.generate`.
+
+        `generator` may also be a list, one for each prompt.
+        """
         if self.compiled_step is not None and torch.is_inference_mode_enabled():
             # What lives on until the next rollout must not be made of inference tensors.
             with torch.inference_mode(False):

@@ -8,6 +8,7 @@ Notation: N rows, V vocabulary, `blocks` of BLOCK tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,9 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 
 from rlhf_lightning.arguments import AT_LEAST_1, Range, check_arguments
 from rlhf_lightning.errors import UserError
+
+RandomSource = torch.Generator | Sequence[torch.Generator]
+"""Where random numbers come from: one generator for all rows, or one for each, so that no row depends on the others."""
 
 BLOCK = 256
 """Tokens per block of the search; about the square root of a vocabulary."""
@@ -84,7 +88,7 @@ def pick_tokens(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 
 
 def uniforms(
-    shape: tuple[int, ...], generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    shape: tuple[int, ...], generator: RandomSource | None = None, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Random numbers for `draw_tokens`, above 0 and at most 1, in float64.
 
@@ -93,6 +97,8 @@ def uniforms(
         generator: source of the random numbers, on the device; torch's global one if None.
         device: where they are made.
     """
+    if isinstance(generator, Sequence):
+        return torch.stack([uniforms(shape[1:], one, device) for one in generator])
     return 1 - torch.rand(shape, generator=generator, device=device, dtype=_wide(torch.device(device)))
 
 

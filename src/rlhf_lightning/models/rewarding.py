@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import asdict
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,13 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.chat.encoder import ChatEncoder, DialogueFormat
 from rlhf_lightning.chat.messages import RefusedTurnsError
-from rlhf_lightning.chat.plain import PlainFormat
 from rlhf_lightning.chat.spacing import NO_SPACING, Spacing
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.capacity import context_length
+from rlhf_lightning.models.rendering import recorded_chat
 from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction, import_function, names_function
-from rlhf_lightning.models.scalar_lm import CALIBRATION, RENDERING, ScalarLM, check_reward_model, load_reward_model
+from rlhf_lightning.models.scalar_lm import CALIBRATION, ScalarLM, check_reward_model, load_reward_model
 from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer, same_tokenizer
 
 
@@ -260,15 +259,6 @@ def _writing(chat: ChatEncoder) -> dict[str, Any]:
     return said | {"prefix": chat.prefix}
 
 
-def rendering_of(chat: ChatEncoder) -> dict[str, Any]:
-    """How dialogues are written, as a reward model's config records it; the template is the tokenizer's.
-
-    Args:
-        chat: of the data that the reward model is trained on.
-    """
-    return {"dialogue_format": chat.dialogue_format, "plain_format": asdict(chat.plain_format)}
-
-
 def reward_chat(model: ScalarLM, tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
     """What writes dialogues as in a reward model's training.
 
@@ -281,13 +271,9 @@ def reward_chat(model: ScalarLM, tokenizer: PreTrainedTokenizerBase) -> ChatEnco
     Raises:
         UserError: a record that says nothing sound.
     """
+    if recorded := recorded_chat(model.model.config, tokenizer):
+        return recorded
     name = model.model.config.name_or_path
-    if record := getattr(model.model.config, RENDERING, None):
-        try:
-            recorded: DialogueFormat = record["dialogue_format"] if tokenizer.chat_template else "plain"
-            return ChatEncoder(tokenizer, recorded, plain_format=PlainFormat(**record["plain_format"]))
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{RENDERING} in the config of '{name}' is not as it should be: {error!r}") from error
     ours = getattr(model.model.config, CALIBRATION, None) is not None
     guess: DialogueFormat = "plain" if not tokenizer.chat_template else "auto" if ours else "chat_template"
     how = "in the plain Human and Assistant format" if guess == "plain" else "by its tokenizer's chat template"

@@ -41,6 +41,7 @@ from rlhf_lightning.models.peft_library import (
     set_peft_model_state_dict,
 )
 from rlhf_lightning.models.quantized import nf4_options, settle_nf4
+from rlhf_lightning.models.rendering import RENDERING
 from rlhf_lightning.rng import generator
 from rlhf_lightning.training.zero import gathered, is_sharded
 
@@ -49,9 +50,6 @@ HEAD_WEIGHT = "base_model.model.score.weight"
 
 CALIBRATION = "reward_calibration"
 """Key of `config.json` under which mean and standard deviation of the raw scores are recorded."""
-
-RENDERING = "dialogue_rendering"
-"""Key under which it says how the dialogues of reward training were written."""
 
 
 @dataclass(frozen=True)

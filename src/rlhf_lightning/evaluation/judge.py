@@ -1,0 +1,96 @@
+"""A reward that is asked about texts: a reward model, which writes dialogues as in its own training, or a function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.batches import length_sorted_pieces
+from rlhf_lightning.chat.written import WrittenPrompt
+from rlhf_lightning.data.collate import pad
+from rlhf_lightning.evaluation.policy import Dtype, default_device, dtype_on
+from rlhf_lightning.models.causal_lm import freeze
+from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction
+from rlhf_lightning.models.rewarding import TextScorer, find_reward, reward_chat
+from rlhf_lightning.models.scalar_lm import load_reward_model
+from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer
+
+
+class Judge:
+    """Scores what any model said, from the texts alone.
+
+    Args:
+        scores_by: a reward model that reads texts, or a checked function.
+        name: as results name it.
+    """
+
+    def __init__(self, scores_by: TextScorer | ScoringFunction, name: str) -> None:
+        self.scores_by, self.name = scores_by, name
+
+    @classmethod
+    def load(
+        cls,
+        reward: str | RewardFunction,
+        *,
+        dtype: Dtype = "auto",
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+        timeout: float | None = None,
+    ) -> Judge:
+        """Load a judge.
+
+        Args:
+            reward: folder or hub id of a reward model, import path of a function, or the function itself.
+            dtype: of a reward model's weights; see `Policy.load`.
+            device: where a reward model runs; see `Policy.load`.
+            trust_remote_code: allow the folder to run Python code of its own.
+            timeout: seconds that one call of a function may take; None for no limit.
+
+        Raises:
+            UserError: it names neither.
+        """
+        found = find_reward(reward, timeout)
+        if isinstance(found, ScoringFunction):
+            return cls(found, found.name)
+        place, before = default_device() if device is None else torch.device(device), torch.get_default_dtype()
+        torch.set_default_dtype(dtype_on(place, dtype))
+        try:
+            model = load_reward_model(found, trust_remote_code=trust_remote_code)
+        finally:
+            torch.set_default_dtype(before)
+        freeze(model)
+        return cls(TextScorer(model.to(place), reward_chat(model, load_tokenizer(found, trust_remote_code))), found)
+
+    @torch.no_grad()
+    def scores(
+        self,
+        prompts: list[WrittenPrompt],
+        responses: list[str],
+        ended: list[bool] | None = None,
+        rows: list[int] | None = None,
+        max_tokens: int = 8192,
+    ) -> Tensor:
+        """Scores of responses, `[B]`, float32, on the CPU; calibrated ones of a reward model.
+
+        Args:
+            prompts: B of them, as they were written.
+            responses: what was said.
+            ended: whether each response ended by itself; None for all.
+            rows: number of each row, for messages; None to count them.
+            max_tokens: read at once by a reward model, padding included.
+
+        Raises:
+            UserError: a prompt that the reward model's template refuses, or a function that fails.
+        """
+        numbers = [*range(len(prompts))] if rows is None else rows
+        if isinstance(self.scores_by, ScoringFunction):
+            texts, messages = [written.text for written in prompts], [written.messages for written in prompts]
+            return torch.tensor(self.scores_by(texts, responses, messages, numbers), dtype=torch.float32)
+        ends = [True] * len(prompts) if ended is None else ended
+        ids = [self.scores_by.encode(*row) for row in zip(prompts, responses, ends, strict=True)]
+        scores, model = torch.zeros(len(ids)), self.scores_by.model
+        for piece in length_sorted_pieces(torch.tensor([len(row) for row in ids]), None, max_tokens):
+            sequences, mask = pad([ids[i] for i in piece.tolist()], filler_id(self.scores_by.tokenizer), "right")
+            device = next(model.parameters()).device
+            scores[piece] = model.scores(sequences.to(device), mask.to(device)).float().cpu()
+        return scores
