@@ -14,7 +14,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.capacity import context_length
 from rlhf_lightning.forward.hidden import hidden_states, response_logprobs
 from rlhf_lightning.generation.sampling import Sampling
-from rlhf_lightning.models.adapters import folder_config
+from rlhf_lightning.models.adapter_folders import folder_config
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}

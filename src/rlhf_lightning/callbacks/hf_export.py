@@ -23,7 +23,7 @@ from rlhf_lightning import __version__
 from rlhf_lightning.arguments import check_arguments, constructor_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.adapters import CALIBRATION_FILE, is_adapter
+from rlhf_lightning.models.adapter_folders import CALIBRATION_FILE, is_adapter
 from rlhf_lightning.models.eos import eos_ids
 from rlhf_lightning.models.finetune import HEAD, adapter_state
 from rlhf_lightning.models.merging import merged_state

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.arguments import AT_LEAST_1, SHARE_BELOW_1, check_arguments
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.capacity import RESIZE, context_length
-from rlhf_lightning.models.adapters import folder_config
+from rlhf_lightning.models.adapter_folders import folder_config
 
 _COUNTS = ("max_length", "max_prompt_length", "response_room", "num_samples", "num_proc")
 _BATCHES = ("batch_size", "eval_batch_size", "rollout_batch_size")

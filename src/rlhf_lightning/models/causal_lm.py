@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_lightning.compat import DROPOUTS
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.adapters import adapter_base, is_adapter, is_reward_adapter, merge_adapter
+from rlhf_lightning.models.adapter_folders import adapter_base, is_adapter, is_reward_adapter, merge_adapter
 from rlhf_lightning.models.dtypes import keep_tables
 from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
 from rlhf_lightning.models.quantized import nf4_options, settle_nf4

@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.numerics import allowed_rounding, relative_distance
-from rlhf_lightning.models.adapters import is_adapter
+from rlhf_lightning.models.adapter_folders import is_adapter
 
 _ROWS = 3  # of the input that a layer is tried on
 

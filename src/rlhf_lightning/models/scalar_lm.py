@@ -21,7 +21,7 @@ from rlhf_lightning.compat import has_unmerged_adapter
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import hidden_states, response_hidden
 from rlhf_lightning.functional import scores_at_end
-from rlhf_lightning.models.adapters import (
+from rlhf_lightning.models.adapter_folders import (
     CALIBRATION_FILE,
     adapter_base,
     fit_tokenizer,
