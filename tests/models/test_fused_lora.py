@@ -14,8 +14,9 @@ from torch import nn
 from helpers.models import tiny_causal_lm
 from rlhf_lightning import FineTune
 from rlhf_lightning.models import fused_lora
-from rlhf_lightning.models.finetune import add_adapter, choose_trained
+from rlhf_lightning.models.finetune import choose_trained
 from rlhf_lightning.models.fused_lora import FusedLoraLinear, fuse_adapters
+from rlhf_lightning.models.lora import add_adapter
 
 
 def adapted(outputs=5, inputs=7, bias=True, dtype=torch.float64, **options):

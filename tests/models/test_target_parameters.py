@@ -18,7 +18,8 @@ from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import hidden_states
 from rlhf_lightning.models.causal_lm import load_causal_lm
-from rlhf_lightning.models.finetune import adapter_state, add_adapter, choose_trained
+from rlhf_lightning.models.finetune import choose_trained
+from rlhf_lightning.models.lora import adapter_state, add_adapter
 from rlhf_lightning.models.merging import merged_adapters, merged_state
 from rlhf_lightning.models.sharing import frozen_twin
 

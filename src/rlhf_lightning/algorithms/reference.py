@@ -24,8 +24,9 @@ from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.compat import load_training_data, load_validation_data
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.causal_lm import load_causal_lm
-from rlhf_lightning.models.finetune import add_adapter, choose_trained, enable_gradient_checkpointing
+from rlhf_lightning.models.finetune import choose_trained, enable_gradient_checkpointing
 from rlhf_lightning.models.folders import check_model_folder
+from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.sharing import load_reference
 from rlhf_lightning.training import world_size
 

@@ -23,9 +23,10 @@ from rlhf_lightning import __version__
 from rlhf_lightning.arguments import check_arguments, constructor_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.forward.backbone import HEAD
 from rlhf_lightning.models.adapter_folders import CALIBRATION_FILE, is_adapter
 from rlhf_lightning.models.eos import eos_ids
-from rlhf_lightning.models.finetune import HEAD, adapter_state
+from rlhf_lightning.models.lora import adapter_state
 from rlhf_lightning.models.merging import merged_state
 from rlhf_lightning.models.rendering import RENDERING, rendering_of
 from rlhf_lightning.models.scalar_lm import CALIBRATION

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_lightning.models.finetune import lora_layers
+from rlhf_lightning.models.lora import lora_layers
 from rlhf_lightning.models.peft_library import ParamWrapper
 from rlhf_lightning.training.zero import is_sharded
 
