@@ -15,8 +15,8 @@ import pyarrow
 import pyarrow.parquet
 
 from rlhf_lightning.data.rows import BadRowError
+from rlhf_lightning.data.sources.gzip_files import open_seekable, scratch_file
 from rlhf_lightning.data.sources.raw_rows import FileRows, RawRow, RawRows, find_part
-from rlhf_lightning.data.sources.text_rows import open_seekable, scratch_file
 from rlhf_lightning.errors import UserError
 
 _ROWS_A_BATCH = 1024

@@ -17,17 +17,11 @@ from typing import Any
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from rlhf_lightning.data.sources.csv_rows import CsvRows
+from rlhf_lightning.data.sources.gzip_files import head_of, looks_like_html, packed_twice
+from rlhf_lightning.data.sources.json_rows import JsonLines, is_one_object, read_json
 from rlhf_lightning.data.sources.python_rows import names_paths, open_object
 from rlhf_lightning.data.sources.raw_rows import JoinedRows, ListRows, RawRows
-from rlhf_lightning.data.sources.text_rows import (
-    CsvRows,
-    JsonLines,
-    head_of,
-    is_one_object,
-    looks_like_html,
-    packed_twice,
-    read_json,
-)
 from rlhf_lightning.errors import UserError
 
 _KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
