@@ -8,7 +8,7 @@ from helpers.tokenizers import BOS_CHAT_TEMPLATE, CHAT_TEMPLATE, Slow, tiny_toke
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.messages import RefusedTurnsError, exact_text
 from rlhf_lightning.chat.plain import PlainFormat, parse_dialogue, render_plain
-from rlhf_lightning.chat.tokens import TextTokens, default_prefix, token_spans
+from rlhf_lightning.chat.tokenization import TextTokens, default_prefix, token_spans
 from rlhf_lightning.chat.writer import NO_TURNS, Dialogue
 from rlhf_lightning.errors import UserError
 

@@ -3,9 +3,9 @@
 import pytest
 
 from helpers.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
+from rlhf_lightning.chat.control_tokens import MARK
 from rlhf_lightning.chat.messages import RefusedTurnsError
 from rlhf_lightning.chat.plain import HUMAN_ASSISTANT, PlainFormat
-from rlhf_lightning.chat.tokens import MARK
 from rlhf_lightning.chat.writer import ACTING, HIDDEN, LEFT_OUT, NO_END, NO_TURNS, REWRITES, Dialogue, DialogueWriter
 
 CALL = {"function": {"name": "find", "arguments": {}}}

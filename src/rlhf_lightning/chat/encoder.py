@@ -20,7 +20,7 @@ from rlhf_lightning.chat.fingerprint import hash_of, hash_of_template, hash_of_t
 from rlhf_lightning.chat.messages import Prompt, RefusedTurnsError, Response
 from rlhf_lightning.chat.plain import HUMAN_ASSISTANT, PlainFormat
 from rlhf_lightning.chat.templates import set_chat_template
-from rlhf_lightning.chat.tokens import default_prefix, shared_start, token_spans
+from rlhf_lightning.chat.tokenization import default_prefix, shared_start, token_spans
 from rlhf_lightning.chat.writer import Dialogue, DialogueFormat, DialogueWriter, Kind, Written, name_of
 from rlhf_lightning.errors import UserError
 

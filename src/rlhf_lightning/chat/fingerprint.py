@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.chat.tokens import RESERVED
+from rlhf_lightning.chat.control_tokens import RESERVED
 
 _ADDED = '"added_tokens":'  # stands in a tokenizer's file before everything that is long
 

@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_lightning.chat.control_tokens import ControlTokens, is_thought
 from rlhf_lightning.chat.messages import Message, RefusedTurnsError
-from rlhf_lightning.chat.tokens import ControlTokens, is_thought
 from rlhf_lightning.errors import UserError
 
 # Words that no template writes, one token more or less: only where they stand matters.

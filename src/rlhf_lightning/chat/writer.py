@@ -9,10 +9,11 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_lightning.chat.control_tokens import MARK, ControlTokens
 from rlhf_lightning.chat.messages import Message, Prompt, RefusedTurnsError, Response, Spans, merge_turns
 from rlhf_lightning.chat.plain import PlainFormat, parse_dialogue, render_plain
 from rlhf_lightning.chat.templates import ChatTemplate
-from rlhf_lightning.chat.tokens import MARK, ControlTokens, TextTokens, shared_start
+from rlhf_lightning.chat.tokenization import TextTokens, shared_start
 from rlhf_lightning.errors import UserError
 
 DialogueFormat = Literal["auto", "chat_template", "plain"]

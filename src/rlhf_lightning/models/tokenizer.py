@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf_lightning.chat.tokens import RESERVED
+from rlhf_lightning.chat.control_tokens import RESERVED
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folders import looks_local
 

@@ -1,4 +1,4 @@
-"""Control tokens in texts: which count, and how they are hidden and shown again."""
+"""Texts to ids: hidden control tokens become ordinary ones, and nothing is added unasked."""
 
 from types import SimpleNamespace
 
@@ -7,32 +7,7 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
 from helpers.models import table_tokenizer
 from helpers.tokenizers import Slow, tiny_tokenizer
-from rlhf_lightning.chat.tokens import MARK, ControlTokens, TextTokens, is_thought, shared_start, token_spans
-
-
-def test_of_tokens_that_begin_alike_the_longest_is_found():
-    control = ControlTokens(["<|a", "<|a|>", "ab", "x"])
-    assert control.all("<|a|> ab <|a x") == ["<|a|>", "ab", "<|a"]
-    assert control.first("x <|a|>").span() == (2, 7)
-    assert not control.within("x")  # one character is text
-
-
-def test_hidden_tokens_are_marked_behind_their_first_character_and_shown_again():
-    control = ControlTokens(["<|a", "<|a|>", "ab"])
-    hidden = control.hide("say <|a|> or ab")
-    assert hidden == f"say <{MARK}|a|> or a{MARK}b"
-    assert control.marks(hidden) == [5, 15]
-    assert control.shown(hidden) == "say <|a|> or ab"
-    own = f"a mark {MARK} of one's own"
-    assert (control.hide(own), control.shown(own), control.marks(own)) == (own, own, [])
-    marked = ControlTokens([f"<a{MARK}b>"])
-    assert marked.shown(marked.hide(f"<a{MARK}b>")) == f"<a{MARK}b>"
-
-
-@pytest.mark.parametrize("token", ["<think>", "</THINK>", "<|begin_of_thought|>", "[reasoning]"])
-def test_tokens_around_thoughts_are_known_by_name(token):
-    assert is_thought(token)
-    assert not is_thought("<|end|>")
+from rlhf_lightning.chat.tokenization import TextTokens, shared_start, token_spans
 
 
 def adding_unasked():
@@ -51,10 +26,6 @@ def test_a_tokenizer_that_takes_a_mark_into_a_token_is_given_the_pieces(tokenize
     assert tokens.ids(texts) == [a + b, b, a + ba + b]
     if tokenizer.is_fast:
         assert tokens.placed(texts[:1]) == [(a + b, [(0, 1), (2, 3)])]  # the mark is at 1
-
-
-def test_no_tokens_are_found_where_there_are_none():
-    assert not ControlTokens([]).within("anything")
 
 
 def test_what_sequences_begin_with_alike():

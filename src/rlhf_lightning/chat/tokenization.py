@@ -1,8 +1,7 @@
-"""Texts to ids, and the control tokens that a text may hold without meaning them."""
+"""Texts to ids, without what tokenizers add unasked."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -10,14 +9,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_lightning.chat.control_tokens import MARK, ControlTokens, is_thought
 from rlhf_lightning.chat.messages import Spans
-
-RESERVED = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>")
-"""Tokens that vocabularies carry for this purpose or that ordinary text never contains, most fitting first."""
-
-MARK = "\U0010fffd"
-"""The last character for private use, which hides a control token; its own tokens are taken out again."""
-_THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)
 
 Placed = tuple[list[int], list[tuple[int, int]]]
 """Ids, and for each the characters that it stands for."""
@@ -31,56 +24,6 @@ def default_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if with_special[start : start + len(plain)] == plain:
             return list(with_special[:start])
     return []
-
-
-def is_thought(token: str) -> bool:
-    """Whether a token opens or closes what a model thinks, which its messages may write themselves."""
-    return bool(_THOUGHT.search(token))
-
-
-class ControlTokens:
-    r"""Finds control tokens in texts, and writes them so that no tokenizer takes them for what they say.
-
-    Args:
-        tokens: as texts; those of one character, and those of white space alone, are text to us.
-
-    Example:
-        >>> control = ControlTokens(["<|end|>"])
-        >>> hidden = control.hide("say <|end|>")
-        >>> hidden == "say <|end|>", control.shown(hidden)
-        (False, 'say <|end|>')
-    """
-
-    def __init__(self, tokens: Iterable[str]) -> None:
-        # Vocabularies add runs of spaces and line breaks for brevity; no turn ends at one of them.
-        meant = (token for token in tokens if len(token) > 1 and not token.isspace())
-        longest_first = sorted(meant, key=lambda token: (-len(token), token))
-        self._tokens = _any_of(longest_first)
-        self._hidden = _any_of([token[0] + MARK + token[1:] for token in longest_first])
-
-    def within(self, text: str) -> bool:
-        """Whether a text holds one."""
-        return self._tokens.search(text) is not None
-
-    def first(self, text: str) -> re.Match[str] | None:
-        """The first in a text."""
-        return self._tokens.search(text)
-
-    def all(self, text: str) -> list[str]:
-        """All in a text, in order."""
-        return self._tokens.findall(text)
-
-    def hide(self, text: str) -> str:
-        """A text in which each has a mark within, that `TextTokens` takes for no character."""
-        return self._tokens.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
-
-    def shown(self, text: str) -> str:
-        """A text as it was before `hide`."""
-        return self._hidden.sub(lambda found: found[0].replace(MARK, "", 1), text)
-
-    def marks(self, text: str) -> list[int]:
-        """Where the marks of `hide` stand in a text."""
-        return [found.start() + 1 for found in self._hidden.finditer(text)]
 
 
 class TextTokens:
@@ -199,10 +142,6 @@ def shared_start(sequences: Sequence[str] | Sequence[list[int]]) -> int:
     least: Any = min(sequences)
     most: Any = max(sequences)
     return next((i for i, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), min(len(least), len(most)))
-
-
-def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, texts)) if texts else r"(?!)")
 
 
 def _between(marks: Sequence[int], length: int) -> list[tuple[int, int]]:
