@@ -9,23 +9,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.plain import HUMAN_ASSISTANT, PlainFormat
-from rlhf_lightning.data.encode import NOTES, EncodedRow, Encoder
+from rlhf_lightning.data.encode import EncodedRow, Encoder
 from rlhf_lightning.data.limits import RANGES, TokenLimits, check_context, check_ids
 from rlhf_lightning.data.packing import PackedTable
 from rlhf_lightning.data.preparing.cache import find_or_build
-from rlhf_lightning.data.preparing.counts import say_counts
 from rlhf_lightning.data.preparing.filters import NO_FILTERS, Filters, Splits
-from rlhf_lightning.data.preparing.given import holds_tokens, open_tokens, said_of_rows
-from rlhf_lightning.data.preparing.lengths import say_cuts
+from rlhf_lightning.data.preparing.given import holds_tokens, open_tokens
 from rlhf_lightning.data.preparing.preparation import Preparation, read_all
 from rlhf_lightning.data.preparing.prepared import PARTS, PreparedFolder, TokenTable
+from rlhf_lightning.data.preparing.summary import said_of_rows, say_prepared
 from rlhf_lightning.data.resuming import ResumableDataModule
 from rlhf_lightning.data.rows import Need, Row
 from rlhf_lightning.data.sampler import LateLoader, ResumableSampler
@@ -280,13 +279,7 @@ class TextDataModule(ResumableDataModule, ABC):
         self.counts.update(said_of_rows(sources))
         self.counts.update({part: len(table) for part, table in self._parts.items() if part != "test" or len(table)})
         self._weights = sources["data"]["source_weights"]
-        names = [f"{role.replace('_', ' ')}: {said['name']}" for role, said in sources.items()]
-        where = "; " + ", ".join(names) if len(names) > 1 else ""
-        notes = [f"{self.counts[name]:,} {meaning}" for name, meaning in NOTES.items() if self.counts[name]]
-        for line in (f"{say_counts(self.counts)}{where}", *notes):
-            rank_zero_info(f"{type(self).__name__}: {line}")
-        for line in say_cuts(folder.manifest):
-            rank_zero_warn(line)
+        say_prepared(type(self).__name__, folder.manifest, self.counts)
 
     def _folder(self) -> PreparedFolder:
         """The prepared folder: the user's, or the cache's, where it is made if it is not there."""
@@ -303,13 +296,9 @@ class TextDataModule(ResumableDataModule, ABC):
         return open_tokens(Path(str(self.data)), self.need, self.chat, limit, self.find_turns, self.cache_dir)
 
     def _preparation(self) -> Preparation:
-        sources = {
-            role: None if data is None else as_source(data, self.columns)
-            for role, data in (("validation_data", self.validation_data), ("test_data", self.test_data))
-        }
-        assert self.data is not None
+        given = {"data": self.data, "validation_data": self.validation_data, "test_data": self.test_data}
+        sources = {role: as_source(data, self.columns) for role, data in given.items() if data is not None}
         return Preparation(
-            data=as_source(self.data, self.columns),
             **sources,
             chat=self.chat,
             limits=self.limits,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from rlhf_lightning.data.limits import check_context, check_ids
 from rlhf_lightning.data.preparing.cache import find_or_build
 from rlhf_lightning.data.preparing.legacy import LegacyPreparation, is_legacy
 from rlhf_lightning.data.preparing.prepared import PARTS, PreparedFolder, is_prepared
-from rlhf_lightning.data.rows import KINDS, Need
+from rlhf_lightning.data.rows import Need
 from rlhf_lightning.errors import UserError
 
 
@@ -56,18 +54,3 @@ def open_tokens(
             "here; a prepared folder is read as it is, prepare it again with that limit to have it obeyed"
         )
     return folder
-
-
-def said_of_rows(sources: Mapping[str, Mapping[str, Any]]) -> Counter[str]:
-    """Counts of the rows of all sources, those of `validation_data` and `test_data` with that word in front.
-
-    Args:
-        sources: from a manifest.
-    """
-    counts: Counter[str] = Counter()
-    written = tuple(f"{kind} " for kind in KINDS)  # examples, of which a data module reads one kind
-    for role, said in sources.items():
-        word = "" if role == "data" else f"{role.removesuffix('_data')} "
-        rows = {name: count for name, count in said["counts"].items() if not name.startswith(written)}
-        counts.update({f"{word}{name}": count for name, count in rows.items()})
-    return counts
