@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -33,6 +34,15 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     yield
     for name in ("RLHF_LIGHTNING_CACHE", "TORCH_EXTENSIONS_DIR"):
         del os.environ[name]
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """The lines that were logged so far, by Lightning's loggers too, which other tests may have silenced."""
+    for logger in ("pytorch_lightning", "lightning_fabric"):  # either may carry the message; caplog listens at the root
+        monkeypatch.setattr(logging.getLogger(logger), "propagate", True)
+        caplog.set_level(logging.INFO, logger=logger)
+    return lambda: caplog.messages
 
 
 @pytest.fixture

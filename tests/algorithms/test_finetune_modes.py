@@ -137,12 +137,10 @@ def test_gradient_checkpointing_trains_the_same(llama, stage, mode):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_one_line_says_how_much_is_trained(llama, stage, monkeypatch):
-    lines = []
-    monkeypatch.setattr("rlhf_lightning.algorithms.stage.rank_zero_info", lines.append)
+def test_one_line_says_how_much_is_trained(llama, stage, logged):
     module, data = stage(llama, MODES["lora"])
     fit(module, data, max_steps=2, limit_val_batches=0)
-    (line,) = lines
+    (line,) = (line for line in logged() if line.startswith("training "))
     assert re.fullmatch(r"training \d+\.\d k of \d+\.\d k parameters \(lora, rank 4\)", line)
 
 

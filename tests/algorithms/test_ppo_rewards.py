@@ -189,18 +189,17 @@ def test_ids_are_handed_over_only_where_they_are_written_alike(tmp_path):
     ],
 )
 def test_a_reward_model_without_a_record_is_read_by_its_tokenizer_and_that_is_said(
-    tmp_path, monkeypatch, template, ours, dialogue_format, how
+    tmp_path, logged, template, ours, dialogue_format, how
 ):
     folder = reward_folder(tmp_path, tokenizer_of(template, more=["yeast"]))
     if not ours:
         config = json.loads((Path(folder) / "config.json").read_text())
         del config["reward_calibration"]
         (Path(folder) / "config.json").write_text(json.dumps(config))
-    lines = []
-    monkeypatch.setattr("rlhf_lightning.models.rewarding.rank_zero_info", lines.append)
     scorer = load_scorer(folder, ChatEncoder(tokenizer_of(GEMMA_LIKE)))
     assert scorer.chat.dialogue_format == dialogue_format
-    assert lines == [f"reward model '{folder}' does not record how its dialogues were written; they are written {how}"]
+    (line,) = (line for line in logged() if line.startswith("reward model"))
+    assert line == f"reward model '{folder}' does not record how its dialogues were written; they are written {how}"
 
 
 def test_a_record_that_says_nothing_sound_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import yaml
 from datasets import Dataset
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -35,6 +37,7 @@ from rlhf_lightning import (
     UserError,
 )
 from rlhf_lightning.callbacks.hf_export import model_card
+from rlhf_lightning.callbacks.samples import sample_section
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.generation.engine import TransformersEngine
 
@@ -218,16 +221,25 @@ def test_somebody_elses_folder_is_refused_before_training_and_left_alone(model, 
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_an_export_that_fails_leaves_the_earlier_one_whole(model, tmp_path, monkeypatch):
+class SmallFiles(pl.Callback):
+    """From the end of training on no file may become as large as the model's weights."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_an_export_that_fails_leaves_the_earlier_one_whole(model, tmp_path):
     fit(model, tmp_path, HFExport())
     before = {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()}
-
-    def full_disk(*_: Any) -> str:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("rlhf_lightning.callbacks.hf_export.model_card", full_disk)
-    with pytest.raises(OSError, match="no space left"):
-        fit(model, tmp_path, HFExport())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises((OSError, SafetensorError), match="File too large"):
+            fit(model, tmp_path, SmallFiles(len(before["model.safetensors"]) - 1), HFExport())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()} == before
     assert sorted(path.name for path in tmp_path.glob("export*")) == ["export"]
 
@@ -268,10 +280,9 @@ def test_training_is_the_same_with_and_without_samples(model, tmp_path):
         assert torch.equal(watched.state_dict()[name], tensor), name
 
 
-def test_an_answer_cannot_break_out_of_its_fence(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("rlhf_lightning.callbacks.samples.respond", lambda *_, **__: (None, ["## Step 9\n````\n", "b"]))
-    fit(model, tmp_path, SampleTexts(PROMPTS), steps=1)
-    assert "`````text\n## Step 9\n````\n`````" in (tmp_path / "samples.md").read_text()
+def test_an_answer_cannot_break_out_of_its_fence():
+    section = sample_section("so?\n\n# Step 8", "## Step 9\n````\n")
+    assert section == "> so?\n>\n> # Step 8\n\n`````text\n## Step 9\n````\n`````"
 
 
 def test_sample_texts_without_prompts_are_refused():

@@ -16,6 +16,7 @@ from rlhf_lightning.data import (
     Table,
 )
 from rlhf_lightning.data.preparing.filters import Splits
+from rlhf_lightning.data.preparing.preparation import Preparation
 from rlhf_lightning.errors import UserError
 
 # A prepared folder
@@ -140,7 +141,7 @@ def test_a_test_part_is_held_out_or_given(kind):
 def test_a_second_start_reads_the_cache(kind, tmp_path, monkeypatch):
     size = {"rollout_batch_size": 1} if kind is PromptDataModule else {}
     first = ready(kind, "fit", data=HH_ROWS, cache_dir=tmp_path, **size)
-    monkeypatch.setattr("rlhf_lightning.data.preparing.preparation.Preparation.build", None)
+    monkeypatch.setattr(Preparation, "build", None)
     second = ready(kind, "fit", data=HH_ROWS, cache_dir=str(tmp_path), **size)
     assert second.counts == first.counts
     batches = zip(first.train_dataloader(), second.train_dataloader(), strict=True)

@@ -1,5 +1,4 @@
 import json
-import logging
 
 import pytest
 import torch
@@ -277,10 +276,7 @@ def test_no_prompt_stands_on_two_sides(kind):
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_nothing_is_read_before_setup_and_once_in_it(kind, tmp_path, caplog, monkeypatch):
-    for logger in ("pytorch_lightning", "lightning_fabric"):  # either may carry the message; caplog listens at the root
-        monkeypatch.setattr(logging.getLogger(logger), "propagate", True)
-        caplog.set_level(logging.INFO, logger=logger)  # other tests of this process may have silenced it
+def test_nothing_is_read_before_setup_and_once_in_it(kind, tmp_path, logged):
     path = tmp_path / "rows.jsonl"
     data = kind(tiny_tokenizer(), data=str(path), validation_data=str(path), test_data=str(path))
     with pytest.raises(UserError, match=r"rows.jsonl does not exist"):
@@ -297,7 +293,7 @@ def test_nothing_is_read_before_setup_and_once_in_it(kind, tmp_path, caplog, mon
 
     assert data.counts == counts
     assert (counts["rows"], counts["train"], counts["validation"], counts["validation kept"]) == (40, 40, 40, 40)
-    assert [kind.__name__ in record.message and "rows 40" in record.message for record in caplog.records] == [True]
+    assert [kind.__name__ in line and "rows 40" in line for line in logged()] == [True]
 
 
 def test_a_number_of_samples_and_columns_of_another_name():

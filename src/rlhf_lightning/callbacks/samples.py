@@ -73,7 +73,7 @@ class SampleTexts(Callback):
             )
         if not trainer.is_global_zero:
             return
-        samples = [_sample(prompt, text) for prompt, text in zip(self.prompts, texts, strict=True)]
+        samples = [sample_section(prompt, text) for prompt, text in zip(self.prompts, texts, strict=True)]
         section = "\n\n".join([f"## Step {trainer.global_step}", *samples])
         log_text(pl_module, "samples", section, trainer.global_step)
         path = Path(self.path) if self.path else Path(trainer.default_root_dir) / "samples.md"
@@ -82,8 +82,17 @@ class SampleTexts(Callback):
             file.write(section + "\n\n")
 
 
-def _sample(prompt: str, answer: str) -> str:
-    """Markdown: the prompt quoted, the answer fenced, so that neither can end the section or look like a heading."""
+def sample_section(prompt: str, answer: str) -> str:
+    """Markdown: the prompt quoted, the answer fenced, so that neither can end the section or look like a heading.
+
+    Example:
+        >>> print(sample_section("hi?", "# no heading"))
+        > hi?
+        <BLANKLINE>
+        ```text
+        # no heading
+        ```
+    """
     quoted = "\n".join(f"> {line}".rstrip() for line in prompt.strip().splitlines())
     longest = max((len(run) for run in re.findall("`+", answer)), default=0)
     fence = "`" * max(3, longest + 1)

@@ -12,6 +12,7 @@ from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data import Blend, Table
 from rlhf_lightning.data.encode import Encoder
 from rlhf_lightning.data.limits import TokenLimits
+from rlhf_lightning.data.preparing import workers
 from rlhf_lightning.data.preparing.filters import Filters, Splits
 from rlhf_lightning.data.preparing.lengths import say_cuts
 from rlhf_lightning.data.preparing.preparation import read_all
@@ -364,11 +365,11 @@ def test_rows_read_for_prediction_are_neither_filtered_nor_split():
 
 
 def test_the_tokens_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
-    rows = [*PAIRS, {"prompt": None, "chosen": "a", "rejected": "b"}, *PAIRS[:10]]
+    pairs = [{**pair, "prompt": f"{pair['prompt']}, {i}"} for i in range(7) for pair in PAIRS]  # chunks hold 1,000
+    rows = [*pairs, {"prompt": None, "chosen": "a", "rejected": "b"}, *pairs[:10]]
     settings = {"filters": Filters(shuffle=True, duplicates="exact"), "splits": Splits(0.2, 0.1), "max_length": 16}
     alone = build(tmp_path / "one", rows, **settings)
-    monkeypatch.setattr("rlhf_lightning.data.preparing.reading._CHUNK", 30)
-    monkeypatch.setattr("rlhf_lightning.data.preparing.workers.WORTH_WORKERS", 1)
+    monkeypatch.setattr(workers, "WORTH_WORKERS", 1)
     together = build(tmp_path / "two", rows, num_proc=2, **settings)
 
     names = sorted(path.name for path in alone.path.iterdir())

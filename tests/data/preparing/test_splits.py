@@ -1,7 +1,5 @@
 """Parts and stages of the data: no prompt on two sides, and none that moves."""
 
-import logging
-
 import datasets
 import pytest
 from hypothesis import given, settings
@@ -180,12 +178,9 @@ def test_shares_that_cannot_be_are_refused(shares, message):
 
 
 @pytest.fixture
-def said(caplog, monkeypatch):
+def said(logged):
     """What was said so far."""
-    for logger in ("pytorch_lightning", "lightning_fabric"):  # either may carry the message; caplog listens at the root
-        monkeypatch.setattr(logging.getLogger(logger), "propagate", True)
-        caplog.set_level(logging.INFO, logger=logger)
-    return lambda: "\n".join(caplog.messages)
+    return lambda: "\n".join(logged())
 
 
 def three_splits(**others):

@@ -1,7 +1,6 @@
 import csv
 import gzip
 import json
-import logging
 import os
 
 import datasets
@@ -26,12 +25,9 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def said(caplog, recwarn, monkeypatch):
+def said(logged, recwarn):
     """What was said so far."""
-    for logger in ("pytorch_lightning", "lightning_fabric"):  # either may carry the message; caplog listens at the root
-        monkeypatch.setattr(logging.getLogger(logger), "propagate", True)
-        caplog.set_level(logging.INFO, logger=logger)
-    return lambda: "\n".join([*caplog.messages, *(str(warning.message) for warning in recwarn.list)])
+    return lambda: "\n".join([*logged(), *(str(warning.message) for warning in recwarn.list)])
 
 
 def write_json(folder):
