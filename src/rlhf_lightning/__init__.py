@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.errors import UserError as UserError
     from rlhf_lightning.generation.sampling import Sampling as Sampling
     from rlhf_lightning.models.causal_lm import load_causal_lm as load_causal_lm
-    from rlhf_lightning.models.finetune import FineTune as FineTune
+    from rlhf_lightning.models.finetune_settings import FineTune as FineTune
     from rlhf_lightning.models.scalar_lm import ScalarLM as ScalarLM
     from rlhf_lightning.models.scalar_lm import load_reward_model as load_reward_model
     from rlhf_lightning.training import DeepSpeedStrategy as DeepSpeedStrategy
@@ -53,7 +53,7 @@ _HOMES = {
     ),
     "errors": ("NonFiniteError", "UserError"),
     "models.causal_lm": ("load_causal_lm",),
-    "models.finetune": ("FineTune",),
+    "models.finetune_settings": ("FineTune",),
     "generation.sampling": ("Sampling",),
     "models.scalar_lm": ("ScalarLM", "load_reward_model"),
     "algorithms": ("DPOModule", "GRPOModule", "PPOModule", "RLOOModule", "RewardModule", "SFTModule"),

@@ -14,7 +14,8 @@ from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import response_logprobs
 from rlhf_lightning.models.causal_lm import load_causal_lm
-from rlhf_lightning.models.finetune import FineTune, choose_trained
+from rlhf_lightning.models.finetune import choose_trained
+from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.scalar_lm import load_reward_model, new_scalar_lm, response_values
 from rlhf_lightning.models.sharing import frozen_twin, scalar_beside

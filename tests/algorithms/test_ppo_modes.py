@@ -20,7 +20,7 @@ from rlhf_lightning import HFExport, PPOModule, PromptDataModule, Sampling
 from rlhf_lightning.compat import is_checkpointing
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.causal_lm import load_causal_lm
-from rlhf_lightning.models.finetune import FineTune
+from rlhf_lightning.models.finetune_settings import FineTune
 
 # One token is certain in each state, so the responses cannot depend on rounding.
 CERTAIN = Sampling(top_k=1, max_new_tokens=10, stop_strings=list("aeiou"))

@@ -18,7 +18,7 @@ from rlhf_lightning.generation import compiled_step
 from rlhf_lightning.generation.compiled_step import COLUMNS, CompiledStep
 from rlhf_lightning.generation.engine import TransformersEngine
 from rlhf_lightning.generation.sampling import Sampling
-from rlhf_lightning.models.finetune import FineTune
+from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.lora import add_adapter
 
 GIVEN_UP = "compile_decoding: the decoding step cannot be compiled"

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf_lightning import FineTune
-from rlhf_lightning.models.lora import prepare_for_training
+from rlhf_lightning.models.finetune import prepare_for_training
 
 LORA = FineTune("lora", rank=4)
 

@@ -10,8 +10,7 @@ from helpers.models import FAMILIES, WITHOUT_CLASSIFIER, tiny_causal_lm, tiny_cl
 from rlhf_lightning import FineTune, UserError
 from rlhf_lightning.forward.hidden import hidden_states, padded_hidden_states
 from rlhf_lightning.models.causal_lm import disable_dropout
-from rlhf_lightning.models.finetune import choose_trained, describe_trained
-from rlhf_lightning.models.lora import prepare_for_training
+from rlhf_lightning.models.finetune import choose_trained, describe_trained, prepare_for_training
 
 IDS = torch.tensor([[40, 41, 42, 43, 44]])
 FEW = ["llama", "gpt-neox", "gpt2", "opt"]

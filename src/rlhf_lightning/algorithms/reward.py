@@ -25,7 +25,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.functional import RewardLoss, pairwise_loss, scores_at_end
 from rlhf_lightning.models.dtypes import keep_dtype
-from rlhf_lightning.models.lora import prepare_for_training
+from rlhf_lightning.models.finetune import prepare_for_training
 from rlhf_lightning.models.scalar_lm import (
     Calibration,
     ScalarLM,

@@ -26,7 +26,7 @@ from rlhf_lightning.generation.engine import TransformersEngine, respond, respon
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.causal_lm import load_causal_lm
 from rlhf_lightning.models.dtypes import keep_dtype
-from rlhf_lightning.models.lora import prepare_for_training
+from rlhf_lightning.models.finetune import prepare_for_training
 from rlhf_lightning.training import sum_over_ranks, synced
 
 _PROBE_TOKENS = 16

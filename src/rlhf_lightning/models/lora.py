@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import HEAD
-from rlhf_lightning.models.finetune import FineTune, choose_trained, enable_gradient_checkpointing
+from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.fused_lora import fuse_adapters
 from rlhf_lightning.models.lora_targets import layer_targets, parameter_targets, say_what_has_none
 from rlhf_lightning.models.peft_library import (
@@ -103,20 +103,6 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
-
-
-def prepare_for_training(model: PreTrainedModel, finetune: FineTune, gradient_checkpointing: bool = False) -> None:
-    """`choose_trained` and `add_adapter`, for stages that need nothing in between.
-
-    Args:
-        model: changed in place.
-        finetune: what to train.
-        gradient_checkpointing: also save memory as `enable_gradient_checkpointing` does.
-    """
-    choose_trained(model, finetune)
-    add_adapter(model, finetune)
-    if gradient_checkpointing:
-        enable_gradient_checkpointing(model)
 
 
 def adapter_state(model: Any, weights: dict[str, Tensor], name: str = "default") -> dict[str, Tensor]:

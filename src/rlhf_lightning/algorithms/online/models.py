@@ -23,7 +23,8 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import response_hidden
 from rlhf_lightning.forward.output_layer import logprobs_from_hidden
 from rlhf_lightning.models.causal_lm import freeze, load_causal_lm
-from rlhf_lightning.models.finetune import FineTune, choose_trained
+from rlhf_lightning.models.finetune import choose_trained
+from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.folders import check_model_folder, same_model
 from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.reward_functions import RewardFunction
