@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -58,3 +59,11 @@ def _no_seed_left_behind() -> Iterator[None]:
     """`seed_everything` writes the seed into the environment, whence the processes of later tests would take it."""
     yield
     os.environ.pop("PL_GLOBAL_SEED", None)
+
+
+@pytest.fixture(autouse=True)
+def _no_path_left_behind() -> Iterator[None]:
+    """The command line, run in this process, finds modules of the working folder from then on."""
+    before = [*sys.path]
+    yield
+    sys.path[:] = before

@@ -46,6 +46,7 @@ from rlhf_lightning import (
     SFTModule,
 )
 from rlhf_lightning.cli.main import main
+from rlhf_lightning.models.reward_functions import import_from_working_folder
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+) ?(\S*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -91,9 +92,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Be in the folder of the page, with `PYTHONPATH=.`, and let nothing be found there afterwards."""
+    """Be in the folder of the page, and let nothing be found there afterwards."""
     monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr("sys.argv", ["rlhf"])
     yield folder
     for name in MODULES:
@@ -101,6 +101,7 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def example(name: str) -> ModuleType:
+    import_from_working_folder()
     return importlib.import_module(name)
 
 
@@ -112,7 +113,7 @@ def test_the_page_has_an_example_for_each_kind_and_none_is_long():
 
 @pytest.mark.parametrize("line", COMMANDS, ids=[re.sub(r".*--config (\S+).*", r"\1", line) for line in COMMANDS])
 def test_a_command_of_the_page_trains(line, here, tmp_path):
-    words = [word for word in shlex.split(line) if word != "PYTHONPATH=."]
+    words = shlex.split(line)
     data = "DEMONSTRATIONS.jsonl" if "distillation.yaml" in line else "PAIRS.jsonl"
     read = "".join(FILES.get(word, word) for word in words)
     small = [option for name, options in SMALL.items() if name in read for option in options]

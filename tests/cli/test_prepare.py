@@ -48,6 +48,28 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return line.removeprefix("error: ")
 
 
+SOURCE = """
+from rlhf_lightning import Table
+from rlhf_lightning.data.sources import Source
+
+
+class Doubled(Source):
+    name = "doubled"
+
+    def open(self):
+        return Table([{"prompt": "one?", "response": "two"}] * 2).open()
+"""
+
+
+def test_a_source_of_the_working_folder_is_found(words, tmp_path, monkeypatch):
+    (tmp_path / "doubled_here.py").write_text(SOURCE)
+    (tmp_path / "doubled.yaml").write_text("data: {class_path: doubled_here.Doubled}")
+    monkeypatch.chdir(tmp_path)
+    without_data = [word for word in words if not word.startswith("--data=")]
+    main([*without_data, "--config=doubled.yaml", "--validation_split=0", "--out=out"])
+    assert PreparedFolder.open(Path("out")).manifest["sources"]["data"]["counts"]["rows"] == 2
+
+
 def test_one_command_gives_the_folder_and_the_report(words, tmp_path, capsys):
     out = tmp_path / "deep" / "data"
     main([*words, f"--out={out}"])

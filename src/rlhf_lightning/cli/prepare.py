@@ -26,6 +26,7 @@ from rlhf_lightning.data.preparing.report import REPORT_FILES, print_report, rep
 from rlhf_lightning.data.rows import KINDS
 from rlhf_lightning.data.sources import DataSource, as_source
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.reward_functions import import_from_working_folder
 from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.warning_filters import filter_warnings
 
@@ -211,6 +212,7 @@ def main(options: Sequence[str]) -> None:
         UserError: something the user can fix.
     """
     filter_warnings()
+    import_from_working_folder()  # sources of one's own
     _check_words(options)
     try:
         folder: PreparedFolder = auto_cli(

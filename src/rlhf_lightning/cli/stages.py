@@ -29,6 +29,7 @@ from rlhf_lightning.cli.stacking import StackedConfig, as_configs
 from rlhf_lightning.compat import parser_actions
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folders import check_model_folder
+from rlhf_lightning.models.reward_functions import import_from_working_folder
 from rlhf_lightning.warning_filters import filter_warnings
 
 LINKS = {
@@ -263,6 +264,7 @@ def run_stage(command: str, options: Sequence[str]) -> None:
         UserError: something the user can fix.
     """
     filter_warnings()
+    import_from_working_folder()  # the classes that configs name
     check_words(options)
     if {"--help", "-h"} & set(options) and (text := help_for_classes(options)):
         print(text)

@@ -235,6 +235,15 @@ def names_function(reward: str) -> bool:
     return len(parts) > 1 and all(part.isidentifier() for part in parts) and not os.path.isdir(reward)
 
 
+def import_from_working_folder() -> None:
+    """Let modules of the working folder be imported from now on.
+
+    It comes behind everything else, so that a file there never stands in for a library's module.
+    """
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+
+
 def import_function(path: str) -> RewardFunction:
     """Import `package.module.function` or `package.module:function`, from the working folder too.
 
@@ -245,9 +254,7 @@ def import_function(path: str) -> RewardFunction:
         UserError: there is no such module, it cannot be imported, or it has no such function.
     """
     module_name, _, name = path.replace(":", ".").rpartition(".")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        # Behind everything else, so that a file of the working folder never stands in for a library's module.
-        sys.path.append(os.getcwd())
+    import_from_working_folder()
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
