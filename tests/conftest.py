@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -63,7 +64,10 @@ def _no_seed_left_behind() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_path_left_behind() -> Iterator[None]:
-    """The command line, run in this process, finds modules of the working folder from then on."""
-    before = [*sys.path]
+    """The command line, run in this process, finds modules of the working folder from then on, and keeps them."""
+    path, modules = [*sys.path], set(sys.modules)
     yield
-    sys.path[:] = before
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(tempfile.gettempdir()):
+            del sys.modules[name]

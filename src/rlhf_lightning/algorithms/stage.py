@@ -31,7 +31,8 @@ from rlhf_lightning.algorithms.hyperparameters import PLAIN, as_config, from_con
 from rlhf_lightning.algorithms.trainer_checks import check_trainer, let_checkpoints_save
 from rlhf_lightning.arguments import AT_LEAST_1, check_arguments
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.finetune import FineTune, describe_trained
+from rlhf_lightning.models.finetune import describe_trained
+from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.tokenizer import check_same_words, load_tokenizer
 from rlhf_lightning.rng import forked_rng, generator
 from rlhf_lightning.training import GradientAccumulation, equally_many, sum_over_ranks

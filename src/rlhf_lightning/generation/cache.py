@@ -69,6 +69,7 @@ class _Layer(DynamicLayer):
         self.is_sliding = window is not None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the buffers, in the shape of the first states; transformers calls it so."""
         # Zeros, since what a mask hides must still be finite.
         self.keys, self.values = (
             states.new_zeros(self.num_rows, states.shape[1], self.capacity, states.shape[3])
@@ -78,6 +79,7 @@ class _Layer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the states of new tokens, `[N, heads, t, D]`, and return those of all tokens that are seen."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.place.column is not None:
