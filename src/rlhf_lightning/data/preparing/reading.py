@@ -1,4 +1,4 @@
-"""Rows of a source to ids: read in order, tokenised in chunks by one or more processes, every row counted."""
+"""Rows of a source, every one counted: read in order as texts, or as ids, in chunks by one or more processes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,131 @@ class Item:
 Choose = Callable[[Item], None]
 
 
-class RowReader:
+class TextReader:
+    """Reads rows of one source as they are written, and counts.
+
+    Args:
+        rows: the opened source.
+        needs: what the rows are read for, the most demanding first; a row of no use for one is read for the next.
+        on_bad_row: what to do at a row that cannot be used.
+
+    Attributes:
+        counts: where the rows went.
+        bad_rows: place and reason of the first bad rows.
+        num_bad: all of them.
+        unfit: for each need the rows that do not serve it, by reason; not those that their own label keeps from it.
+    """
+
+    def __init__(self, rows: Rows, needs: tuple[Need, ...], on_bad_row: OnBadRow) -> None:
+        self.rows, self.needs, self.on_bad_row = rows, needs, on_bad_row
+        self.counts = Counts()
+        self.bad_rows: list[tuple[str, str]] = []
+        self.num_bad = 0
+        self.unfit: dict[Need, Counter[str]] = {need: Counter() for need in needs}
+        self._parsed = 0
+        self._not_meant: Counter[Need] = Counter()
+        self._total: int | None = None
+
+    def texts(self, order: Sequence[int], choose: Choose) -> Iterator[Item]:
+        """Rows in the given order, those that are kept.
+
+        Args:
+            order: numbers of the rows.
+            choose: says of a sound row where it goes, or why it is left out.
+
+        Raises:
+            UserError: too many bad rows.
+        """
+        self._total = len(order)
+        for item in _chosen(map(self._parse, order), choose):
+            self.counts.rows += 1
+            if item.goes_on:
+                self.counts.kept += 1
+                self._count(item, 1)
+                yield item
+            else:
+                self._leave(item)
+
+    def check(self) -> None:
+        """Assert that every row is accounted for."""
+        self.counts.check(self._total)
+
+    def check_enough(self) -> None:
+        """Refuse to go on where hardly any row serves what it is read for, as where data are not what they seem.
+
+        Rows that the user left out, by filters, limits or labels, do not count.
+
+        Raises:
+            UserError: fewer than 10% do, and bad rows are not to be skipped.
+        """
+        for need, unfit in self.unfit.items():
+            meant = self._parsed - self._not_meant[need]
+            serve = meant - unfit.total()
+            if serve < FEW_SHARE * meant and self.on_bad_row != "skip":
+                reasons = ", ".join(f"{reason} {count}" for reason, count in unfit.most_common())
+                kinds = ", or leave it out of `kinds`" if len(self.needs) > 1 else ""
+                raise UserError(
+                    f"only {serve} of {meant} rows of {' + '.join(self.rows.source_names)} serve {need} ({reasons}); "
+                    f"fix the data or `columns`{kinds}, or pass `on_bad_row: skip` to go on with what there is"
+                )
+
+    def _count(self, item: Item, by: int) -> None:
+        """Count what is said of a row that is kept."""
+        for word in item.row.unused:
+            self.counts.unused[word] += by
+        if item.lacking:
+            self.counts.lacking[item.lacking] += by
+
+    def _note(self, need: Need, reason: BadRowError | DroppedRow) -> None:
+        if isinstance(reason, LabelledRow):
+            self._not_meant[need] += 1
+        else:
+            self.unfit[need][str(reason)] += 1
+
+    def _parse(self, number: int) -> Item:
+        """A row read for the first of the needs that it serves."""
+        item = Item(number)
+        self._parsed += 1
+        for i, need in enumerate(self.needs):
+            try:
+                item.row = self.rows.parse(number, need)
+                return item
+            except BadRowError as reason:
+                for lost in self.needs[i:]:
+                    self._note(lost, reason)
+                item.drop(reason)
+                return item
+            except DroppedRow as reason:
+                self._note(need, reason)
+                item.lacking = item.lacking or str(reason)
+        item.dropped = item.lacking
+        return item
+
+    def _place(self, where: int | str) -> str:
+        return where if isinstance(where, str) else self.rows.place(where)
+
+    def _leave(self, item: Item) -> None:
+        if item.other_stage:
+            self.counts.other_stages += 1
+        else:
+            self.counts.dropped[item.dropped] += 1
+        if not item.bad:
+            return
+        self.num_bad += 1
+        if len(self.bad_rows) < _LISTED:
+            self.bad_rows.append((self._place(item.where), item.bad))
+        place, reason = self.bad_rows[0]
+        if self.on_bad_row == "error":
+            raise UserError(f"{place}: {reason}; fix the row or pass `on_bad_row: skip`")
+        rows = self._total or max(self.counts.rows, _STREAMED)
+        if self.on_bad_row == "auto" and self.num_bad > BAD_SHARE * rows:
+            raise UserError(
+                f"{place}: {reason}; {self.num_bad} of the {self.counts.rows} rows read so far are bad, more than "
+                f"{BAD_SHARE:.0%} of {rows}; fix them or pass `on_bad_row: skip`"
+            )
+
+
+class RowReader(TextReader):
     """Reads rows of one source into ids, and counts.
 
     Args:
@@ -80,28 +204,17 @@ class RowReader:
         num_proc: processes that tokenise; what comes out does not depend on it.
 
     Attributes:
-        counts: where the rows went.
-        bad_rows: place and reason of the first bad rows.
-        num_bad: all of them.
-        unfit: for each need the rows that do not serve it, by reason; not those that their own label keeps from it.
         whole_lengths: of the rows that are tokenised, before they are cut.
     """
 
     def __init__(
         self, rows: Rows, needs: tuple[Need, ...], encoder: Encoder, on_bad_row: OnBadRow, num_proc: int = 1
     ) -> None:
-        self.rows, self.needs, self.encoder = rows, needs, encoder
+        super().__init__(rows, needs, on_bad_row)
+        self.encoder = encoder
         # A worker does not know what the script that runs here defines.
         self.num_proc = 1 if type(encoder.chat.tokenizer).__module__ == "__main__" else num_proc
-        self.on_bad_row = on_bad_row
-        self.counts = Counts()
-        self.bad_rows: list[tuple[str, str]] = []
-        self.num_bad = 0
-        self.unfit: dict[Need, Counter[str]] = {need: Counter() for need in needs}
         self.whole_lengths = WholeLengths(encoder.limits.max_prompt_length)
-        self._parsed = 0
-        self._not_meant: Counter[Need] = Counter()
-        self._total: int | None = None
 
     def read(self, order: Sequence[int], choose: Choose) -> Iterator[tuple[Item, EncodedRow]]:
         """Rows in the given order, tokenised.
@@ -150,7 +263,7 @@ class RowReader:
                 result = next(results) if item.goes_on else item.dropped
                 if isinstance(result, EncodedRow):
                     self.counts.kept += 1
-                    self._count(item, result, 1)
+                    self._count_encoded(item, result, 1)
                     self.whole_lengths.add(result.whole_lengths[0], result.whole_lengths[1:])
                     yield item, result
                     continue
@@ -172,70 +285,16 @@ class RowReader:
     def drop_kept(self, reason: str, item: Item, encoded: EncodedRow) -> None:
         """Count the row given last as dropped after all."""
         self.counts.kept -= 1
-        self._count(item, encoded, -1)
+        self._count_encoded(item, encoded, -1)
         self.counts.dropped[reason] += 1
 
-    def _count(self, item: Item, encoded: EncodedRow, by: int) -> None:
-        """Count what is said of a row that is kept."""
+    def _count_encoded(self, item: Item, encoded: EncodedRow, by: int) -> None:
+        """Count what is said of a row that is kept, and of its ids."""
+        self._count(item, by)
         for word in encoded.cut:
             self.counts.cut[word] += by
         for word in encoded.notes:
             self.counts.others[word] += by
-        for word in item.row.unused:
-            self.counts.unused[word] += by
-        if item.lacking:
-            self.counts.lacking[item.lacking] += by
-
-    def check(self) -> None:
-        """Assert that every row is accounted for."""
-        self.counts.check(self._total)
-
-    def check_enough(self) -> None:
-        """Refuse to go on where hardly any row serves what it is read for, as where data are not what they seem.
-
-        Rows that the user left out, by filters, limits or labels, do not count.
-
-        Raises:
-            UserError: fewer than 10% do, and bad rows are not to be skipped.
-        """
-        for need, unfit in self.unfit.items():
-            meant = self._parsed - self._not_meant[need]
-            serve = meant - unfit.total()
-            if serve < FEW_SHARE * meant and self.on_bad_row != "skip":
-                reasons = ", ".join(f"{reason} {count}" for reason, count in unfit.most_common())
-                kinds = ", or leave it out of `kinds`" if len(self.needs) > 1 else ""
-                raise UserError(
-                    f"only {serve} of {meant} rows of {' + '.join(self.rows.source_names)} serve {need} ({reasons}); "
-                    f"fix the data or `columns`{kinds}, or pass `on_bad_row: skip` to go on with what there is"
-                )
-
-    def _note(self, need: Need, reason: BadRowError | DroppedRow) -> None:
-        if isinstance(reason, LabelledRow):
-            self._not_meant[need] += 1
-        else:
-            self.unfit[need][str(reason)] += 1
-
-    def _parse(self, number: int) -> Item:
-        """A row read for the first of the needs that it serves."""
-        item = Item(number)
-        self._parsed += 1
-        for i, need in enumerate(self.needs):
-            try:
-                item.row = self.rows.parse(number, need)
-                return item
-            except BadRowError as reason:
-                for lost in self.needs[i:]:
-                    self._note(lost, reason)
-                item.drop(reason)
-                return item
-            except DroppedRow as reason:
-                self._note(need, reason)
-                item.lacking = item.lacking or str(reason)
-        item.dropped = item.lacking
-        return item
-
-    def _place(self, where: int | str) -> str:
-        return where if isinstance(where, str) else self.rows.place(where)
 
     def _refusal(self, reason: str, row: Row) -> str:
         """What makes a row a bad one that could not be tokenised: turns that a template refuses, and nothing else."""
@@ -246,26 +305,6 @@ class RowReader:
         except RefusedTurnsError as error:
             return str(error)
         return reason
-
-    def _leave(self, item: Item) -> None:
-        if item.other_stage:
-            self.counts.other_stages += 1
-        else:
-            self.counts.dropped[item.dropped] += 1
-        if not item.bad:
-            return
-        self.num_bad += 1
-        if len(self.bad_rows) < _LISTED:
-            self.bad_rows.append((self._place(item.where), item.bad))
-        place, reason = self.bad_rows[0]
-        if self.on_bad_row == "error":
-            raise UserError(f"{place}: {reason}; fix the row or pass `on_bad_row: skip`")
-        rows = self._total or max(self.counts.rows, _STREAMED)
-        if self.on_bad_row == "auto" and self.num_bad > BAD_SHARE * rows:
-            raise UserError(
-                f"{place}: {reason}; {self.num_bad} of the {self.counts.rows} rows read so far are bad, more than "
-                f"{BAD_SHARE:.0%} of {rows}; fix them or pass `on_bad_row: skip`"
-            )
 
     def _named(self, error: UserError, chunk: list[Item]) -> UserError:
         """An error that concerns all rows, with the place of the first row that shows it."""
