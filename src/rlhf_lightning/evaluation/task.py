@@ -1,0 +1,200 @@
+"""What a task of an evaluation is, and what all of them are given."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rlhf_lightning.data.rows import Need
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.evaluation.judge import Judge
+from rlhf_lightning.evaluation.policy import Dtype, Policy
+from rlhf_lightning.evaluation.results import Curve, Lines, Result, key_of_settings
+from rlhf_lightning.evaluation.rows import TextRow
+from rlhf_lightning.generation.sampling import Sampling
+from rlhf_lightning.models.reward_functions import RewardFunction
+
+Progress = Callable[[float], None]
+"""Told how many rows are done so far; parts of rows count."""
+Ask = Callable[[list[int], Progress], list[dict[str, Any]]]
+"""Gives what is to be written of some rows, by their places; may tell its progress meanwhile."""
+
+
+@dataclass
+class Bench:
+    """What tasks are given beside the rows: models by name, how answers are drawn, and how much is done at once.
+
+    Args:
+        policies: names of the language models that are evaluated: folders or hub ids.
+        rewards: names of the reward models, or reward functions, that are evaluated or judge.
+        reference: name of the language model that others are measured against; None for none.
+        sampling: how answers are drawn.
+        batch_size: prompts answered at once.
+        max_tokens: read at once, padding included.
+        dtype: of the weights.
+        trust_remote_code: allow folders to run Python code of their own.
+        seed: of all that is drawn.
+        report: told what is done now, and of how many rows, 0 where that is not known; gives what is told of the
+            progress.
+    """
+
+    policies: Sequence[str] = ()
+    rewards: Sequence[str | RewardFunction] = ()
+    reference: str | None = None
+    sampling: Sampling = Sampling()
+    batch_size: int = 32
+    max_tokens: int = 8192
+    dtype: Dtype = "auto"
+    trust_remote_code: bool = False
+    seed: int = 42
+    report: Callable[[str, int], Progress] = lambda what, total: lambda done: None
+    _loaded: dict[tuple[str, Any], Policy | Judge] = field(default_factory=dict)
+
+    def policy(self, name: str) -> Policy:
+        """A language model; the two that were asked for last are kept.
+
+        Args:
+            name: folder or hub id.
+
+        Raises:
+            UserError: there is none.
+        """
+        options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
+        return self._keep("policy", name, lambda: Policy.load(name, batch_size=self.batch_size, **options))
+
+    def judge(self, reward: str | RewardFunction) -> Judge:
+        """A reward model or function; the two that were asked for last are kept.
+
+        Args:
+            reward: see `Judge.load`.
+
+        Raises:
+            UserError: there is none.
+        """
+        options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
+        return self._keep("judge", reward, lambda: Judge.load(reward, **options))
+
+    def _keep(self, kind: str, name: Any, load: Callable[[], Any]) -> Any:
+        model = self._loaded.pop((kind, name), None)
+        if model is None:
+            others = [place for place in self._loaded if place[0] == kind]
+            for place in others[:-1]:
+                del self._loaded[place]  # before the next is loaded, so that no more than two are held
+            self.report(f"loading {name_of(name)}", 0)
+            model = load()
+        self._loaded[kind, name] = model
+        return model
+
+    def need_policies(self, task: str) -> list[str]:
+        """Names of the language models, at least one.
+
+        Args:
+            task: for the message.
+
+        Raises:
+            UserError: none was given.
+        """
+        if not self.policies:
+            raise UserError(f"{task} needs models; name language models, folders or hub ids, with --models")
+        return list(self.policies)
+
+    def need_rewards(self, task: str) -> list[str | RewardFunction]:
+        """The reward models or functions, at least one.
+
+        Args:
+            task: for the message.
+
+        Raises:
+            UserError: none was given.
+        """
+        if not self.rewards:
+            raise UserError(f"{task} needs rewards; name reward models' folders or functions with --rewards")
+        return list(self.rewards)
+
+
+class Task(ABC):
+    """One kind of measurement: a dataclass whose fields are its options.
+
+    Attributes:
+        name: as users ask for it.
+        need: what its rows must hold.
+    """
+
+    name: ClassVar[str]
+    need: ClassVar[Need]
+
+    @abstractmethod
+    def run(self, rows: list[TextRow], bench: Bench, lines: Lines) -> tuple[list[Result], list[Curve]]:
+        """Measure.
+
+        Args:
+            rows: to measure on.
+            bench: models, and how they are asked.
+            lines: where what is found of each row is written, and found again.
+
+        Raises:
+            UserError: something the user can fix.
+        """
+
+    def each_row(
+        self,
+        model: str,
+        key: str,
+        rows: Sequence[TextRow],
+        pieces: Iterable[list[int]],
+        ask: Ask,
+        bench: Bench,
+        lines: Lines,
+    ) -> list[dict[str, Any]]:
+        """The lines of all rows, in their order: those made before, and the others, asked for piece by piece.
+
+        A piece is made whole or not at all, so that one that is made after a stop is the piece it would have been.
+
+        Args:
+            model: whose lines they are.
+            key: of their settings.
+            rows: all of them.
+            pieces: places of the rows that are asked about together; each place stands in one.
+            ask: gives what is to be written of the rows of a piece, in its order.
+            bench: whose progress is told.
+            lines: where they are kept.
+        """
+        known = lines.made_before(self.name, model, key)
+        told = bench.report(f"{self.name} of {model}", len(rows))
+        done = 0
+        for piece in pieces:
+            if not all(rows[place].row in known for place in piece):
+                said = ask(piece, lambda part, before=done: told(before + part))  # type: ignore[misc]
+                about = {"metric": self.name, "model": model}
+                made = [{**about, "row": rows[i].row, "key": key, **one} for i, one in zip(piece, said, strict=True)]
+                lines.add(made)
+                known.update({line["row"]: line for line in made})
+            done += len(piece)
+            told(done)
+        return [known[row.row] for row in rows]
+
+    def key(self, model: Any, *more: Any) -> str:
+        """Hash of what decides the lines of one model: the task with its options, the model's files, and more.
+
+        Args:
+            model: name of a model, or a function.
+            *more: whatever else decides, such as the seed.
+        """
+        options = asdict(self) if is_dataclass(self) else {}
+        return key_of_settings(self.name, options, files_of(model), *[files_of(each) for each in more])
+
+
+def name_of(model: Any) -> str:
+    """How results call a model or a function."""
+    return model if isinstance(model, str) else getattr(model, "__name__", type(model).__name__)
+
+
+def files_of(model: Any) -> Any:
+    """A folder's files with sizes and times, which change when it is trained anew; anything else as it is."""
+    if not isinstance(model, str) or not (folder := Path(model).expanduser()).is_dir():
+        return asdict(model) if is_dataclass(model) and not isinstance(model, type) else model
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return [str(folder.absolute()), *((path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in files)]
