@@ -1,5 +1,6 @@
 import math
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -92,6 +93,18 @@ def expected_metrics(folder, batch, kind="last_token"):
         "margin": sum(margins) / size,
     }
     return {name: pytest.approx(value, abs=1e-5) for name, value in metrics.items()}
+
+
+def calibration_by_hand(folder, batch):
+    """Bins of a twentieth, each off by the difference of its confidences and of its pairs that are right."""
+    off = Counter()
+    chosen = token_scores(folder, batch.chosen_ids, batch.chosen_mask)
+    rejected = token_scores(folder, batch.rejected_ids, batch.rejected_mask)
+    for c, r in zip(chosen, rejected, strict=True):
+        margin = c[-1] - r[-1]
+        confidence = 1 / (1 + math.exp(-abs(margin)))
+        off[math.ceil(confidence * 20)] += confidence - (margin > 0)
+    return pytest.approx(sum(map(abs, off.values())) / len(chosen), abs=1e-5)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -214,6 +227,7 @@ def test_validation_and_test_weigh_every_pair_alike(reward_folder):
     (validated,) = trainer().validate(module, data, verbose=False)
     (tested,) = trainer().test(module, data, verbose=False)
 
+    expected["calibration_error"] = calibration_by_hand(reward_folder, everything)
     assert validated == {f"val/{name}": value for name, value in expected.items()}
     assert tested == {f"test/{name}": value for name, value in expected.items()}
 

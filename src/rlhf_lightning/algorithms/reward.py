@@ -14,16 +14,23 @@ import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
-from torchmetrics import CatMetric
+from torchmetrics import CatMetric, Metric
 from transformers import PreTrainedModel
 
-from rlhf_lightning.algorithms.pairs import Pairs, PairStage, both_sides
+from rlhf_lightning.algorithms.pairs import Pairs, PairStage, both_sides, pair_weights
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.batches import PreferenceBatch, ScoringBatch
 from rlhf_lightning.compat import load_validation_data
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
-from rlhf_lightning.functional import RewardLoss, pairwise_loss, scores_at_end
+from rlhf_lightning.functional import (
+    RewardLoss,
+    expected_calibration_error,
+    pair_correct,
+    pairwise_loss,
+    reliability,
+    scores_at_end,
+)
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.models.finetune import prepare_for_training
 from rlhf_lightning.models.scalar_lm import (
@@ -36,6 +43,34 @@ from rlhf_lightning.models.scalar_lm import (
 from rlhf_lightning.models.tokenizer import own_pad_token
 
 _PROBE_TOKENS = 64
+
+
+class CalibrationError(Metric):
+    """Expected calibration error of pairs, over all batches and ranks.
+
+    Args:
+        num_bins: of confidences from 0.5 to 1.
+    """
+
+    totals: Tensor
+
+    def __init__(self, num_bins: int = 10) -> None:
+        super().__init__()
+        self.num_bins = num_bins
+        self.add_state("totals", torch.zeros(num_bins, 3), dist_reduce_fx="sum")
+
+    def update(self, margins: Tensor, weights: Tensor) -> None:
+        """Add pairs.
+
+        Args:
+            margins: raw chosen score less raw rejected score, `[B]`, float32.
+            weights: how much each pair counts, `[B]`, float32.
+        """
+        self.totals = self.totals + (reliability(margins, self.num_bins).sums * weights.view(-1, 1, 1)).sum(dim=0)
+
+    def compute(self) -> Tensor:
+        """The error so far, a scalar."""
+        return expected_calibration_error(self.totals)
 
 
 class RewardModule(PairStage):
@@ -61,6 +96,7 @@ class RewardModule(PairStage):
         self._head_is_random = False
         self._calibrated_at: int | None = None
         self.held_out_scores = keep_dtype(CatMetric())
+        self.calibration_error = keep_dtype(CalibrationError())
 
     def load_models(self) -> None:
         """Load the reward model; its pad token becomes one that is not the EOS."""
@@ -122,15 +158,18 @@ class RewardModule(PairStage):
         rejected_score = scores_at_end(rejected.detach(), batch.rejected_mask)
         margin = chosen_score - rejected_score
         return losses, {
-            "accuracy": (margin > 0).float(),
+            "accuracy": pair_correct(margin),
             "chosen_score": chosen_score,
             "rejected_score": rejected_score,
             "margin": margin,
         }
 
     def evaluate(self, batch: PreferenceBatch, task: str) -> dict[str, Tensor]:
-        """Also keep the chosen scores, from which the model is calibrated."""
+        """Also keep the chosen scores, from which the model is calibrated, and log the calibration error."""
         logged = super().evaluate(batch, task)
+        self.calibration_error.update(logged["margin"], pair_weights(batch))
+        error: Any = self.calibration_error
+        self.log(f"{task}/calibration_error", error, batch_size=len(batch.row_ids))
         self.held_out_scores.update(logged["chosen_score"])
         return logged
 

@@ -1,6 +1,6 @@
 """The command line: what answers at once. What needs torch is imported when it runs.
 
-That is `stages`, `prepare` and `quickstart`.
+That is `stages`, `prepare`, `evaluate` and `quickstart`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rlhf_lightning.cli.spelling import command_hint
 from rlhf_lightning.errors import UserError
 
 STAGE_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = {"quickstart": "quickstart", "prepare": "prepare"}
+COMMANDS = {"quickstart": "quickstart", "prepare": "prepare", "evaluate": "evaluate"}
 """Commands beside the stages, and the module of `cli` whose `main` is given the words after them."""
 
 OVERVIEW = """\
@@ -31,6 +31,7 @@ commands:
   validate     measure one stage on held-out data
   test         the same on test data
   predict      answer prompts, or score answers, and write them to a file
+  evaluate     compare models, and see whether a reward model can be trusted: perplexity, KL, accuracy, calibration
 
 the stages, each starting from what the one before exported:
   rlhf fit --config sft.yaml --model.model_name_or_path MODEL --data.data FILE

@@ -42,7 +42,7 @@ class Result(NamedTuple):
     value: float
     low: float | None
     high: float | None
-    count: int
+    count: int  # type: ignore[assignment]  # not what tuples call so
 
 
 class Curve(NamedTuple):

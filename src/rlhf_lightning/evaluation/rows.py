@@ -19,7 +19,7 @@ from rlhf_lightning.data.preparing.filters import Splits, key_of, served
 from rlhf_lightning.data.preparing.given import holds_tokens
 from rlhf_lightning.data.preparing.preparation import name_of_rows
 from rlhf_lightning.data.preparing.reading import Choose, Item, TextReader
-from rlhf_lightning.data.rows import Need, OnBadRow
+from rlhf_lightning.data.rows import Need, OnBadRow, Row
 from rlhf_lightning.data.sources import DataSource, Rows, as_source
 from rlhf_lightning.errors import UserError
 
@@ -49,6 +49,17 @@ class TextRow(NamedTuple):
     margin: float = 0.0
     weight: float = 1.0
     suffix: str = ""
+
+    def as_row(self, responses: int | None = None) -> Row:
+        """The row as the data modules encode it.
+
+        Args:
+            responses: how many of the responses, from the best on; None for all.
+        """
+        prompt = self.written.prompt
+        if isinstance(prompt, str):
+            prompt = prompt.removesuffix(self.suffix)
+        return Row(prompt, self.responses[:responses], suffix=self.suffix, tools=self.written.tools)
 
     def said(self, chat: ChatEncoder) -> list[str]:
         """The responses as a format is to write them: in a turn of its own none begins with the space of a suffix.

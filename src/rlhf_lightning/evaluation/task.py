@@ -19,8 +19,20 @@ from rlhf_lightning.models.reward_functions import RewardFunction
 
 Progress = Callable[[float], None]
 """Told how many rows are done so far; parts of rows count."""
+Report = Callable[[str, int], Progress]
+"""Told what is done now, and of how many rows, 0 where that is not known; gives what is told of the progress."""
 Ask = Callable[[list[int], Progress], list[dict[str, Any]]]
 """Gives what is to be written of some rows, by their places; may tell its progress meanwhile."""
+
+
+def no_report(what: str, total: int) -> Progress:
+    """Says nothing.
+
+    Args:
+        what: is done now.
+        total: rows of it.
+    """
+    return lambda done: None
 
 
 @dataclass
@@ -37,8 +49,7 @@ class Bench:
         dtype: of the weights.
         trust_remote_code: allow folders to run Python code of their own.
         seed: of all that is drawn.
-        report: told what is done now, and of how many rows, 0 where that is not known; gives what is told of the
-            progress.
+        report: told of the progress.
     """
 
     policies: Sequence[str] = ()
@@ -50,7 +61,7 @@ class Bench:
     dtype: Dtype = "auto"
     trust_remote_code: bool = False
     seed: int = 42
-    report: Callable[[str, int], Progress] = lambda what, total: lambda done: None
+    report: Report = no_report
     _loaded: dict[tuple[str, Any], Policy | Judge] = field(default_factory=dict)
 
     def policy(self, name: str) -> Policy:
@@ -88,31 +99,29 @@ class Bench:
         self._loaded[kind, name] = model
         return model
 
-    def need_policies(self, task: str) -> list[str]:
-        """Names of the language models, at least one.
+    def check_policies(self, task: str) -> None:
+        """Refuse a task for which there is no language model.
 
         Args:
-            task: for the message.
+            task: its name.
 
         Raises:
-            UserError: none was given.
+            UserError: says how to name one.
         """
         if not self.policies:
             raise UserError(f"{task} needs models; name language models, folders or hub ids, with --models")
-        return list(self.policies)
 
-    def need_rewards(self, task: str) -> list[str | RewardFunction]:
-        """The reward models or functions, at least one.
+    def check_rewards(self, task: str) -> None:
+        """Refuse a task for which there is no reward.
 
         Args:
-            task: for the message.
+            task: its name.
 
         Raises:
-            UserError: none was given.
+            UserError: says how to name one.
         """
         if not self.rewards:
             raise UserError(f"{task} needs rewards; name reward models' folders or functions with --rewards")
-        return list(self.rewards)
 
 
 class Task(ABC):
@@ -125,6 +134,24 @@ class Task(ABC):
 
     name: ClassVar[str]
     need: ClassVar[Need]
+
+    def by_default(self, bench: Bench) -> bool:
+        """Whether it is done where no tasks are named.
+
+        Args:
+            bench: what there is to measure.
+        """
+        return False
+
+    def check(self, bench: Bench) -> None:  # noqa: B027, some tasks ask for nothing
+        """Refuse to begin where something is missing, before anything is loaded.
+
+        Args:
+            bench: what there is to measure.
+
+        Raises:
+            UserError: says what.
+        """
 
     @abstractmethod
     def run(self, rows: list[TextRow], bench: Bench, lines: Lines) -> tuple[list[Result], list[Curve]]:
@@ -183,7 +210,7 @@ class Task(ABC):
             model: name of a model, or a function.
             *more: whatever else decides, such as the seed.
         """
-        options = asdict(self) if is_dataclass(self) else {}
+        options: dict[str, Any] = asdict(self) if is_dataclass(self) else {}
         return key_of_settings(self.name, options, files_of(model), *[files_of(each) for each in more])
 
 

@@ -1,7 +1,10 @@
 """Pure tensor maths: no state, no logging, nothing in place."""
 
 from rlhf_lightning.functional.advantages import KLEstimator, gae, kl_estimate, kl_shaped_rewards
+from rlhf_lightning.functional.best_of import best_of_credit, ties_credit
+from rlhf_lightning.functional.calibration import Reliability, expected_calibration_error, pair_correct, reliability
 from rlhf_lightning.functional.groups import Baseline, group_advantages, groups_without_signal
+from rlhf_lightning.functional.intervals import bootstrap_interval, mean_ratio
 from rlhf_lightning.functional.linear_loss import (
     LogitScaling,
     linear_cross_entropy_sum,
@@ -26,11 +29,15 @@ __all__ = [
     "DPOLoss",
     "KLEstimator",
     "LogitScaling",
+    "Reliability",
     "RewardLoss",
+    "best_of_credit",
+    "bootstrap_interval",
     "cross_entropy_sum",
     "divergence_index",
     "dpo_loss",
     "entropy",
+    "expected_calibration_error",
     "gae",
     "group_advantages",
     "groups_without_signal",
@@ -42,10 +49,14 @@ __all__ = [
     "masked_moments",
     "masked_sum",
     "masked_whiten",
+    "mean_ratio",
+    "pair_correct",
     "pairwise_loss",
     "ppo_policy_loss",
     "ppo_value_loss",
+    "reliability",
     "rows_per_chunk",
     "scores_at_end",
+    "ties_credit",
     "token_logprobs",
 ]
