@@ -19,6 +19,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+pytest_plugins = ["helpers.browser"]
+
 torch.set_num_threads(1)
 settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
 settings.register_profile("random", max_examples=500, deadline=None, print_blob=True)

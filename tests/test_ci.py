@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+
+from helpers.browser import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
@@ -39,3 +43,53 @@ def test_the_hooks_call_targets_of_the_makefile():
     (repository,) = load(".pre-commit-config.yaml")["repos"]
     targets = made([hook["entry"] for hook in repository["hooks"]])
     assert {"lint", "types"} == set(targets) <= TARGETS
+
+
+def run_checks(folder: Path, user: str, apt_get: str) -> tuple[str, list[str]]:
+    """Run `.ci/run` on a machine without a browser, whose commands only note that they were called.
+
+    Args:
+        folder: for those commands.
+        user: number of the user.
+        apt_get: exit code of `apt-get install`.
+
+    Returns:
+        What it says on stderr, and the calls.
+    """
+    calls = folder / "calls"
+    programs = {
+        "id": f"echo {user}",
+        "apt-get": f'echo "apt-get $*" >> {calls}; [ "$1" = update ] || exit {apt_get}',
+        "make": f'echo "make $*" >> {calls}',
+    }
+    for name, script in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    (folder / "dirname").symlink_to("/usr/bin/dirname")
+    ran = subprocess.run(
+        ["/bin/bash", ROOT / ".ci/run"], env={"PATH": str(folder)}, capture_output=True, text=True, check=True
+    )
+    return ran.stderr, calls.read_text().splitlines()
+
+
+CHECKS = ["make lint", "make types", "make test", "make test-numbers"]
+
+
+def test_the_checks_install_a_browser_where_there_is_none(tmp_path):
+    said, calls = run_checks(tmp_path, user="0", apt_get="0")
+    assert (said, calls[2:]) == ("", CHECKS)
+    assert [call.split()[1] for call in calls[:2]] == ["update", "install"]
+    assert "chromium" in calls[1].split()
+
+
+@pytest.mark.parametrize(("user", "apt_get"), [("1000", "0"), ("0", "100")])
+def test_the_checks_say_that_they_cannot_install_a_browser_and_go_on(tmp_path, user, apt_get):
+    said, calls = run_checks(tmp_path, user, apt_get)
+    assert len(said.splitlines()) == 1
+    assert "hromium" in said
+    assert calls[-len(CHECKS) :] == CHECKS
+
+
+def test_the_checks_look_for_the_browsers_that_the_tests_would_take():
+    (named,) = re.findall(r"if ! command -v (.+) >/dev/null; then", (ROOT / ".ci/run").read_text(encoding="utf-8"))
+    assert tuple(named.split()) == COMMANDS
