@@ -1,7 +1,4 @@
-"""The command line: what answers at once. What needs torch is imported when it runs.
-
-That is `stages`, `prepare`, `evaluate` and `quickstart`.
-"""
+"""The command line: what answers at once. What needs torch is imported when it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +12,12 @@ from rlhf_lightning.cli.spelling import command_hint
 from rlhf_lightning.errors import UserError
 
 STAGE_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = {"quickstart": "quickstart", "prepare": "prepare", "evaluate": "evaluate"}
+COMMANDS = {
+    "quickstart": "quickstart",
+    "prepare": "prepare",
+    "evaluate": "evaluate",
+    "report": "report",
+}
 """Commands beside the stages, and the module of `cli` whose `main` is given the words after them."""
 
 OVERVIEW = """\
@@ -32,6 +34,7 @@ commands:
   test         the same on test data
   predict      answer prompts, or score answers, and write them to a file
   evaluate     compare models, and see whether a reward model can be trusted: perplexity, KL, accuracy, calibration
+  report       write what came of one or several runs into an HTML page: curves, answers, evaluations
 
 the stages, each starting from what the one before exported:
   rlhf fit --config sft.yaml --model.model_name_or_path MODEL --data.data FILE

@@ -1,0 +1,41 @@
+"""What came of a run, as a page to look at: settings, curves, answers, evaluations, several runs side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf_lightning.report.charts import curve_charts, evaluation_charts, score_against_kl
+from rlhf_lightning.report.page import write_page
+from rlhf_lightning.report.pictures import save_pictures
+from rlhf_lightning.report.run import Run
+
+__all__ = ["save_report"]
+
+
+def save_report(runs: Sequence[Run], path: Path) -> Path:
+    """Write the page, and its pictures as PNG into a folder beside it that is called like it.
+
+    Args:
+        runs: one, or several to compare.
+        path: the HTML file; it is replaced in one step, so that it is never half there.
+
+    Returns:
+        The path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    # What a model wrote may hold halves of surrogate pairs, which no encoding can write.
+    partial.write_bytes(write_page(runs).encode("utf-8", "replace"))
+    os.replace(partial, path)
+    stages = [[run for run in runs if run.stage == stage] for stage in dict.fromkeys(run.stage for run in runs)]
+    for of_stage in stages:
+        charts = [*curve_charts(of_stage), *filter(None, [score_against_kl(of_stage)])]
+        folder = (
+            path.with_suffix("") if len(stages) == 1 else path.with_suffix("") / of_stage[0].stage.replace(" ", "_")
+        )
+        save_pictures(folder, charts)
+    if evaluated := evaluation_charts([run.evaluation for run in runs]):
+        save_pictures(path.with_suffix(""), evaluated)
+    return path
