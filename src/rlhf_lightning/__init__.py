@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.algorithms.online.settings import ScoreShaping as ScoreShaping
     from rlhf_lightning.callbacks import HFExport as HFExport
     from rlhf_lightning.callbacks import PredictionWriter as PredictionWriter
+    from rlhf_lightning.callbacks import RunReport as RunReport
     from rlhf_lightning.callbacks import SampleTexts as SampleTexts
     from rlhf_lightning.callbacks import ShortSummary as ShortSummary
     from rlhf_lightning.callbacks import StageProgressBar as StageProgressBar
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.training import DeepSpeedStrategy as DeepSpeedStrategy
 
 _HOMES = {
-    "callbacks": ("HFExport", "PredictionWriter", "SampleTexts", "ShortSummary", "StageProgressBar"),
+    "callbacks": ("HFExport", "PredictionWriter", "RunReport", "SampleTexts", "ShortSummary", "StageProgressBar"),
     "chat.plain": ("PlainFormat",),
     "data": (
         "Blend",

@@ -32,7 +32,8 @@ from rlhf_lightning import KLPenalty, Objective, PPOModule, PromptDataModule, Sa
 ROLLOUT = {"score", "score_std", "reward", "kl", "kl_k3", "kl_coef", "entropy", "response_length", "eos_rate"}
 UPDATE = {"policy_loss", "value_loss", "ratio", "approx_kl", "clip_fraction", "value_clip_fraction"}
 NORMS = {"grad_norm", "grad_norm_policy", "grad_norm_value"}
-COURSE = {"lr", "value_lr", "explained_variance", "seconds_generating", "seconds_scoring", "seconds_updating"}
+COURSE = {"lr", "value_lr", "explained_variance", "memory_gib"}
+COURSE |= {"seconds_generating", "seconds_scoring", "seconds_updating"}
 CONSTANT = {"lr_schedule": "constant", "warmup_steps": 0}
 ENDS_ON_VOWELS = Sampling(max_new_tokens=8, stop_strings=list("aeiou"))  # about half of the responses end
 PLAIN = {"score": ScoreShaping(scaling=False, clip=None)}

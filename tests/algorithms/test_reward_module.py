@@ -213,7 +213,7 @@ def test_every_number_by_hand(reward_folder, loss):
     log = fit(module, data_module(reward_folder, rows), max_steps=1)
 
     assert {name: log.series(f"train/{name}")[0] for name in expected} == expected
-    assert log.names("train") == {*expected, "lr", "grad_norm", "tokens_per_second", "padding_share"}
+    assert log.names("train") == {*expected, "lr", "grad_norm", "tokens_per_second", "padding_share", "memory_gib"}
     assert log.series("train/lr") == pytest.approx([0.1])
 
 

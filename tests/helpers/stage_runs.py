@@ -152,8 +152,8 @@ def grpo(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, 
 
 
 STAGES = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "rloo": rloo, "grpo": grpo}
-LEFT_OUT = "seconds", "tokens_per_second", "padding_share"
-"""Metrics that depend on the clock, or on how the examples fall into batches."""
+LEFT_OUT = "seconds", "tokens_per_second", "padding_share", "memory_gib"
+"""Metrics that depend on the clock and the machine, or on how the examples fall into batches."""
 
 
 class KeepState(pl.Callback):

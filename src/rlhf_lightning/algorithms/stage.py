@@ -38,6 +38,7 @@ from rlhf_lightning.rng import forked_rng, generator
 from rlhf_lightning.training import GradientAccumulation, equally_many, sum_over_ranks
 from rlhf_lightning.training.master_weights import with_master_weights
 from rlhf_lightning.training.optim import ADAMW, Schedule, learning_rates, parameter_groups, schedule_learning_rate
+from rlhf_lightning.training.reporting import peak_memory
 from rlhf_lightning.warning_filters import filter_warnings
 
 PieceT = TypeVar("PieceT")
@@ -277,16 +278,17 @@ class Stage(pl.LightningModule):
             "padding_share": 1 - shown_tokens / shown_places,
         }
 
-    def log_metrics(self, metrics: dict[str, Any], on_bar: str, batch_size: int) -> None:
-        """Log numbers of a training step that are the same on every rank already, under `train/`.
+    def log_metrics(self, metrics: dict[str, Any], on_bar: str | tuple[str, ...], batch_size: int) -> None:
+        """Log numbers of a training step that are the same on every rank already, under `train/`, and the memory.
 
         Args:
             metrics: name to number or scalar tensor.
-            on_bar: the one that the progress bar shows, too.
+            on_bar: those that the progress bar shows, too.
             batch_size: examples the numbers speak of.
         """
-        for name, value in metrics.items():
-            self.log(f"train/{name}", value, prog_bar=name == on_bar, batch_size=batch_size)
+        shown = (on_bar,) if isinstance(on_bar, str) else on_bar
+        for name, value in {**metrics, **peak_memory(self.device)}.items():
+            self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=batch_size)
 
     def check_batch(self, batch: Any, kind: type, data: str) -> None:
         """Refuse a batch of another kind of data.

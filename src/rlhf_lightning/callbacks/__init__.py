@@ -3,7 +3,8 @@
 from rlhf_lightning.callbacks.hf_export import HFExport
 from rlhf_lightning.callbacks.predictions import PredictionWriter
 from rlhf_lightning.callbacks.progress import StageProgressBar
+from rlhf_lightning.callbacks.run_report import RunReport
 from rlhf_lightning.callbacks.samples import SampleTexts
 from rlhf_lightning.callbacks.summary import ShortSummary
 
-__all__ = ["HFExport", "PredictionWriter", "SampleTexts", "ShortSummary", "StageProgressBar"]
+__all__ = ["HFExport", "PredictionWriter", "RunReport", "SampleTexts", "ShortSummary", "StageProgressBar"]

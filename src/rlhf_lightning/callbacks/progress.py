@@ -31,6 +31,12 @@ class StageProgressBar(TQDMProgressBar):
         self._inner: Any = None
         self._redirection = ExitStack()
 
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """What the bar shows: the names of training metrics without `train/`, so that several have room."""
+        return {name.removeprefix("train/"): value for name, value in super().get_metrics(trainer, pl_module).items()}
+
     def on_progress(self, stage: str, done: int, total: int) -> None:
         """Move the second bar; it shows on a terminal only, since a log file cannot take lines back."""
         if self.is_disabled or not sys.stderr.isatty():

@@ -23,7 +23,9 @@ from rlhf_lightning.training.reporting import log_text
 
 
 class SampleTexts(Callback):
-    """Answers fixed prompts before training and at each validation, to every logger and to a Markdown file.
+    """Answers fixed prompts before, during and after training, to every logger and to a Markdown file.
+
+    During training that is at each validation.
 
     The random numbers are the same each time and are not those of training, so the samples differ only by what was
     learnt, and taking them changes nothing.
@@ -41,9 +43,11 @@ class SampleTexts(Callback):
         self.prompts = prompts
         self.path = path
         self.sampling = sampling
+        self._answered_at = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Answer before the first step; a resumed run has done so."""
+        self._answered_at = trainer.global_step
         if trainer.global_step == 0:
             self._write(trainer, pl_module)
 
@@ -52,8 +56,14 @@ class SampleTexts(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._write(trainer, pl_module)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Answer after the last step, unless a validation has come after it."""
+        if trainer.global_step != self._answered_at:
+            self._write(trainer, pl_module)
+
     @torch.no_grad()
     def _write(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._answered_at = trainer.global_step
         if not pl_module.export_model.can_generate():
             raise UserError(f"SampleTexts: {type(pl_module).__name__} trains no language model; leave the callback out")
         sampling = self.sampling or getattr(pl_module, "sampling", None) or Sampling()

@@ -20,7 +20,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from rlhf_lightning.callbacks import ShortSummary, StageProgressBar
+from rlhf_lightning.callbacks import RunReport, ShortSummary, StageProgressBar
 from rlhf_lightning.callbacks.run_folder import RunFolder, checkpoint_folders
 from rlhf_lightning.cli.errors import arguments_of, find_class, one_line
 from rlhf_lightning.cli.recipes import named_classes
@@ -90,6 +90,9 @@ class RLHFCLI(LightningCLI):
         parser.add_argument(
             "--overwrite", type=bool, default=False, help="Start anew in a folder that holds an earlier run."
         )
+        parser.add_argument(
+            "--report", type=bool, default=True, help="Write report.html into the folder at the end of fit."
+        )
         for source, target in LINKS.items():
             parser.link_arguments(source, target)
 
@@ -123,6 +126,8 @@ class RLHFCLI(LightningCLI):
             callbacks.append(StageProgressBar())
         if config.enable_model_summary is not False and not _any(ModelSummary, callbacks):
             callbacks.append(ShortSummary())
+        if self.subcommand == "fit" and self.config_init.fit.report and not _any(RunReport, callbacks):
+            callbacks.append(RunReport())
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(config.default_root_dir or ".") / "checkpoints")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_lightning.report.charts import curve_charts, evaluation_charts, score_against_kl
+from rlhf_lightning.report.charts import MAIN, curve_charts, evaluation_charts, score_against_kl
 from rlhf_lightning.report.page import write_page
 from rlhf_lightning.report.pictures import save_pictures
 from rlhf_lightning.report.run import Run
@@ -15,7 +15,7 @@ __all__ = ["save_report"]
 
 
 def save_report(runs: Sequence[Run], path: Path) -> Path:
-    """Write the page, and its pictures as PNG into a folder beside it that is called like it.
+    """Write the page, and what it shows first as PNG into a folder beside it that is called like it.
 
     Args:
         runs: one, or several to compare.
@@ -31,11 +31,11 @@ def save_report(runs: Sequence[Run], path: Path) -> Path:
     os.replace(partial, path)
     stages = [[run for run in runs if run.stage == stage] for stage in dict.fromkeys(run.stage for run in runs)]
     for of_stage in stages:
-        charts = [*curve_charts(of_stage), *filter(None, [score_against_kl(of_stage)])]
+        charts = [*filter(None, [score_against_kl(of_stage)]), *curve_charts(of_stage)]
         folder = (
             path.with_suffix("") if len(stages) == 1 else path.with_suffix("") / of_stage[0].stage.replace(" ", "_")
         )
-        save_pictures(folder, charts)
+        save_pictures(folder, [chart for chart in charts if chart.key in MAIN])
     if evaluated := evaluation_charts([run.evaluation for run in runs]):
         save_pictures(path.with_suffix(""), evaluated)
     return path

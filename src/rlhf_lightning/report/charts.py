@@ -141,6 +141,12 @@ SPECS = {
 }
 """Pictures in the order in which they are shown; what else was logged comes after them."""
 
+MAIN = (
+    *("score_against_kl", "score", "reward", "kl", "loss", "accuracy"),
+    *("response_length", "entropy", "eos_rate", "margin"),
+)
+"""Pictures that are shown at once and lie beside the page as PNG; the others are behind a click."""
+
 _DRAWN = {metric for spec in SPECS.values() for metric, _ in spec.series} | {"ratio"}
 PARTS = {"train": "training", "val": "held out", "judge": "judge"}
 

@@ -15,14 +15,12 @@ import yaml
 
 from rlhf_lightning import __version__
 from rlhf_lightning.report import svg
-from rlhf_lightning.report.charts import Chart, curve_charts, evaluation_charts, score_against_kl
+from rlhf_lightning.report.charts import MAIN, Chart, curve_charts, evaluation_charts, score_against_kl
 from rlhf_lightning.report.headline import Headline, differing_settings, duration, headlines, verdict
 from rlhf_lightning.report.run import Run
 from rlhf_lightning.report.samples import Sample
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-_FIRST = ("score", "reward", "kl", "loss", "accuracy", "response_length", "entropy", "eos_rate", "margin")
-"""Pictures that are shown at once; the others are behind a click."""
 
 
 def write_page(runs: Sequence[Run]) -> str:
@@ -76,9 +74,9 @@ def _problems(runs: Sequence[Run]) -> str:
 
 def _stage(name: str, stage: str, runs: Sequence[Run]) -> str:
     """All that is to be said of the runs of one stage."""
-    charts = curve_charts(runs)
-    first = [*filter(None, [score_against_kl(runs)]), *(chart for chart in charts if chart.key in _FIRST)]
-    others = [chart for chart in charts if chart.key not in _FIRST]
+    charts = [*filter(None, [score_against_kl(runs)]), *curve_charts(runs)]
+    first = [chart for chart in charts if chart.key in MAIN]
+    others = [chart for chart in charts if chart.key not in MAIN]
     parts = [f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(stage)}</h2>']
     if len(runs) == 1:
         parts += [_said_of(runs[0]), _tiles(headlines(runs[0]))]

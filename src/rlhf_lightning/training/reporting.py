@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.loggers import CometLogger, MLFlowLogger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
@@ -30,6 +32,22 @@ def report_progress(module: pl.LightningModule, stage: str, done: int, total: in
     for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ProgressListener):
             callback.on_progress(stage, done, total)
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most memory that this process has held so far, GiB, as `memory_gib`; nothing where that cannot be asked.
+
+    Args:
+        device: of tensors on a GPU, there; else all that the process holds in main memory.
+    """
+    if device.type == "cuda":
+        return {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, KiB elsewhere
+    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
 def log_text(module: pl.LightningModule, key: str, text: str, step: int) -> None:

@@ -171,7 +171,7 @@ class OnlineStage(AnsweringStage):
         loss = means.pop("loss")
         metrics |= means | {"lr": lr[0], "seconds_updating": time.perf_counter() - started}
         metrics |= {} if self.value is None else {"value_lr": lr[-1]}
-        self.log_metrics(metrics, on_bar="score", batch_size=self.responses_per_rollout)
+        self.log_metrics(metrics, on_bar=("score", "kl", "response_length"), batch_size=self.responses_per_rollout)
         self.iteration += 1
         return loss
 
