@@ -38,16 +38,23 @@ pl.Trainer(max_steps=2, default_root_dir="python", **options).fit(module, data)
 """
 
 
+PLACES = {"report": "report.html", "export": "export", "checkpoints": "checkpoints", "samples": "samples.md"}
+
+
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, subprocess.CompletedProcess[str]]]:
     root = tmp_path_factory.mktemp("stages")
     save_model(root / "lm")
     save_pairs(root / "pairs.jsonl")
     done = {
-        "sft": run("fit", *SFT, *short("lm", "pairs.jsonl", "sft"), cwd=root),
-        "reward": run("fit", *REWARD, *short("sft/export", "pairs.jsonl", "reward"), cwd=root),
+        "sft": run("fit", *SFT, *short("lm", "pairs.jsonl", "sft", report=True), cwd=root),
+        "reward": run("fit", *REWARD, *short("sft/export", "pairs.jsonl", "reward", report=True), cwd=root),
         "ppo": run(
-            "fit", *PPO, *short("sft/export", "pairs.jsonl", "ppo", 4), "--model.reward=reward/export", cwd=root
+            "fit",
+            *PPO,
+            *short("sft/export", "pairs.jsonl", "ppo", 4, report=True),
+            "--model.reward=reward/export",
+            cwd=root,
         ),
     }
     for result in done.values():
@@ -73,20 +80,25 @@ def test_a_run_leaves_one_folder_with_config_checkpoints_export_and_samples(stag
     root, _ = stages
     for stage, more in {"sft": {"samples.md"}, "reward": set(), "ppo": {"samples.md"}}.items():
         names = {path.name for path in (root / stage).iterdir() if not path.name.startswith("events.out")}
-        assert names == {"config.yaml", "hparams.yaml", "checkpoints", "export"} | more
+        assert names == {"config.yaml", "hparams.yaml", "checkpoints", "export", "report.html", "report"} | more
         assert [path.name for path in (root / stage / "checkpoints").iterdir()] == ["last.ckpt"]
     assert sorted(path.name for path in root.iterdir()) == ["lm", "pairs.jsonl", "ppo", "reward", "sft"]
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_a_run_says_only_what_concerns_the_user(stages, stage):
-    _, done = stages
+    root, done = stages
     assert done[stage].stdout == ""
     lines = done[stage].stderr.strip().splitlines()
     expected = ["Seed set", "GPU available", "DataModule: rows 24", "models: ", "Trainer.fit` stopped", "exported to"]
-    assert len(lines) == len(expected), done[stage].stderr
-    for line, part in zip(lines, expected, strict=True):
+    for line, part in zip(lines, expected, strict=False):
         assert part in line
+    summary = lines[len(expected) :]
+    title = {"sft": "SFT: 2 steps", "reward": "Reward model: 2 steps", "ppo": "PPO: 1 iteration"}[stage]
+    assert summary[0].startswith(title)
+    assert all(line.startswith("  ") for line in summary[1:]), done[stage].stderr
+    places = dict(line.split(maxsplit=1) for line in summary if line.split()[0] in PLACES)
+    assert places == {name: str(Path(stage, path)) for name, path in PLACES.items() if (root / stage / path).exists()}
 
 
 def test_a_run_from_python_says_no_more(stages):
@@ -174,7 +186,7 @@ def test_ctrl_c_ends_with_one_line_and_the_run_resumes(stages, monkeypatch):
         "  - class_path: ModelCheckpoint\n    init_args: {every_n_train_steps: 2, save_last: true}\n"
         "  - class_path: rlhf_lightning.HFExport\n  - class_path: helpers.cli_runs.Announce\n"
     )
-    args = ["fit", *SFT, "--config=callbacks.yaml", *short("lm", "pairs.jsonl", "stopped", steps=100_000)]
+    args = ["fit", *SFT, "--config=callbacks.yaml", *short("lm", "pairs.jsonl", "stopped", steps=100_000, report=True)]
     with working_folder(root):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         # A test run in the background inherits a SIGINT that is ignored; the command must hear it.
@@ -190,6 +202,7 @@ def test_ctrl_c_ends_with_one_line_and_the_run_resumes(stages, monkeypatch):
         assert last_line.startswith("interrupted after ")
         assert last_line.endswith(".ckpt' by adding --ckpt_path last to the same command")
         assert not list(Path("stopped").glob("export*"))
+        assert Path("stopped/report.html").exists()
 
         saved = torch.load("stopped/checkpoints/last.ckpt", weights_only=True)["global_step"]
         monkeypatch.setattr("sys.argv", ["rlhf"])

@@ -63,7 +63,7 @@ def save_pairs(path: Path, count: int = 24) -> Path:
     return save_rows(path, rows)
 
 
-def short(model: Path | str, data: Path | str, root: Path | str, steps: int = 2) -> list[str]:
+def short(model: Path | str, data: Path | str, root: Path | str, steps: int = 2, report: bool = False) -> list[str]:
     """Options of any stage: tiny sizes, no bar, and the run folder."""
     return [
         f"--model.model_name_or_path={model}",
@@ -73,6 +73,7 @@ def short(model: Path | str, data: Path | str, root: Path | str, steps: int = 2)
         f"--trainer.max_steps={steps}",
         "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false",
+        *([] if report else ["--report=false"]),
     ]
 
 

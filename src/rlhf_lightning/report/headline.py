@@ -21,7 +21,8 @@ class Headline(NamedTuple):
     Attributes:
         label: what it is.
         metric: as it was logged.
-        before: at the beginning; of training curves, which are noisy, the mean over the first twentieth.
+        before: at the beginning; of training curves, which are noisy, the mean over the first twentieth. None where
+            there is one value only.
         after: the same at the end.
         best: the best value; None where neither more nor less is better.
         best_at: finished steps at the best value.
@@ -31,12 +32,17 @@ class Headline(NamedTuple):
 
     label: str
     metric: str
-    before: float
+    before: float | None
     after: float
     best: float | None
     best_at: float | None
     better: bool | None
     is_share: bool
+
+    @property
+    def course(self) -> str:
+        """From the beginning to the end, as text."""
+        return self.show(self.after) if self.before is None else f"{self.show(self.before)} -> {self.show(self.after)}"
 
     def show(self, value: float) -> str:
         """A value of this number, as text.
@@ -98,14 +104,15 @@ def _headline(label: str, metric: str, direction: int, curve: Curve) -> Headline
     if not len(values):
         return None
     ends = max(1, len(values) // _ENDS) if metric.startswith("train/") else 1
-    before, after = float(values[:ends].mean()), float(values[-ends:].mean())
+    before = float(values[:ends].mean()) if len(values) > 1 else None
+    after = float(values[-ends:].mean())
     best = best_at = better = None
     if direction:
         # Single steps of training are noise, whose best is luck.
         if not metric.startswith("train/"):
             place = int((direction * values).argmax())
             best, best_at = float(values[place]), float(steps[place])
-        better = None if len(values) < 2 or before == after else direction * (after - before) > 0
+        better = None if before is None or before == after else direction * (after - before) > 0
     is_share = metric.rpartition("/")[2] in _SHARES
     return Headline(label, metric, before, after, best, best_at, better, is_share)
 
@@ -128,7 +135,7 @@ def verdict(run: Run) -> str:
                 f"{loss.show(loss.after)} since: what came after fits the training rows only."
             )
         elif loss.better:
-            said.append(f"The held-out loss fell from {loss.show(loss.before)} to {loss.show(loss.after)}.")
+            said.append(f"The held-out loss fell: {loss.course}.")
     return " ".join(said)
 
 
@@ -137,7 +144,7 @@ def _online_verdict(run: Run, numbers: dict[str, Headline]) -> str:
     judge = numbers.get("judge/score")
     if score is None:
         return ""
-    course = f"The score went from {score.show(score.before)} to {score.show(score.after)}"
+    course = f"The score: {score.course}"
     if judge is None or judge.best is None or judge.best_at is None:
         return (
             f"{course}. That is what training was after; whether the answers are better too, a judge that training has "
@@ -145,7 +152,7 @@ def _online_verdict(run: Run, numbers: dict[str, Headline]) -> str:
         )
     values = run.curves["judge/score"].values
     fallen = judge.best - judge.after > _FALL * float(np.nanmax(values) - np.nanmin(values))
-    said = f"{course}, the held-out judge from {judge.show(judge.before)} to {judge.show(judge.after)}"
+    said = f"{course}; the held-out judge: {judge.course}"
     if fallen and score.better:
         return (
             f"{said}: over-optimised. The judge was best, {judge.show(judge.best)}, at iteration {judge.best_at:,.0f}; "
@@ -163,19 +170,24 @@ def summary_lines(run: Run, report: str = "") -> list[str]:
         run: as it was read.
         report: path of its report, if one was written.
     """
-    took = f" in {duration(run.logs.seconds)}" if run.logs.seconds else ""
-    lines = [f"{run.stage}: {run.steps:,} {'iterations' if run.is_online else 'steps'}{took}"]
+    lines = [f"{run.stage}: {extent(run)}"]
     numbers = headlines(run)
     width = max((len(each.label) for each in numbers), default=0)
     for each in numbers:
         best = f"   best {each.show(each.best)} at {each.best_at:,.0f}" if each.best is not None else ""
-        lines.append(f"  {each.label:<{width}}  {each.show(each.before)} -> {each.show(each.after)}{best}")
+        lines.append(f"  {each.label:<{width}}  {each.course}{best}")
     places = [*([("report", report)] if report else []), *((each.what, str(each.path)) for each in run.artefacts)]
     lines += [f"  {what:<{max(width, 11)}}  {path}" for what, path in places if what in _PLACES]
     return lines
 
 
 _PLACES = ("report", "export", "checkpoints", "samples")
+
+
+def extent(run: Run) -> str:
+    """How many steps a run made, and in what time."""
+    took = f" in {duration(run.logs.seconds)}" if run.logs.seconds and run.logs.seconds >= 1 else ""
+    return f"{run.steps:,} {'iteration' if run.is_online else 'step'}{'' if run.steps == 1 else 's'}{took}"
 
 
 def duration(seconds: float) -> str:

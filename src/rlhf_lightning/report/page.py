@@ -16,7 +16,7 @@ import yaml
 from rlhf_lightning import __version__
 from rlhf_lightning.report import svg
 from rlhf_lightning.report.charts import MAIN, Chart, curve_charts, evaluation_charts, score_against_kl
-from rlhf_lightning.report.headline import Headline, differing_settings, duration, headlines, verdict
+from rlhf_lightning.report.headline import Headline, differing_settings, duration, extent, headlines, verdict
 from rlhf_lightning.report.run import Run
 from rlhf_lightning.report.samples import Sample
 
@@ -84,7 +84,7 @@ def _stage(name: str, stage: str, runs: Sequence[Run]) -> str:
         parts += [
             _compared(runs),
             *(
-                f'<p><b class="c{i % svg.COLORS}">{escape(r.name)}</b>: {escape(v)}</p>'
+                f'<p><b class="c{i % svg.COLORS}">{escape(r.name)}</b>: {escape(v.replace("->", "→"))}</p>'
                 for i, r in enumerate(runs)
                 if (v := verdict(r))
             ),
@@ -100,11 +100,9 @@ def _stage(name: str, stage: str, runs: Sequence[Run]) -> str:
 
 
 def _said_of(run: Run) -> str:
-    took = f" in {duration(run.logs.seconds)}" if run.logs.seconds else ""
-    what = f"{run.steps:,} {'iterations' if run.is_online else 'steps'}{took}"
     said = verdict(run)
-    return f'<p class="soft">{escape(run.name)}: {what}</p>' + (
-        f'<p class="verdict">{escape(said)}</p>' if said else ""
+    return f'<p class="soft">{escape(run.name)}: {extent(run)}</p>' + (
+        f'<p class="verdict">{escape(said.replace("->", "→"))}</p>' if said else ""
     )
 
 
@@ -112,8 +110,15 @@ def _tiles(numbers: Sequence[Headline]) -> str:
     tiles = []
     for each in numbers:
         kind = "" if each.better is None else ' class="good"' if each.better else ' class="bad"'
-        value = f"<i>{each.show(each.before)} → </i><span{kind}>{each.show(each.after)}</span>"
-        best = f"best {each.show(each.best)} at {each.best_at:,.0f}" if each.best is not None else "first → last"
+        before = "" if each.before is None else f"<i>{each.show(each.before)} → </i>"
+        value = f"{before}<span{kind}>{each.show(each.after)}</span>"
+        best = (
+            f"best {each.show(each.best)} at {each.best_at:,.0f}"
+            if each.best is not None
+            else "first → last"
+            if before
+            else ""
+        )
         tiles.append(
             f'<li><span class="name">{each.label}</span><span class="value">{value}</span><small>{best}</small></li>'
         )
@@ -164,7 +169,7 @@ def _compared(runs: Sequence[Run]) -> str:
     rows = [
         [
             label,
-            *(f"{n.show(n.before)} → {n.show(n.after)}" if (n := of_run.get(metric)) else "-" for of_run in numbers),
+            *(n.course.replace("->", "→") if (n := of_run.get(metric)) else "-" for of_run in numbers),
         ]
         for metric, label in labels.items()
     ]
