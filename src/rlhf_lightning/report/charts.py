@@ -190,7 +190,7 @@ def _over_steps(key: str, spec: Spec, runs: Sequence[Run]) -> Chart:
             if len(runs) > 1:
                 legend, color = run.name if number == 0 else "", run_number
             else:
-                legend, color = _legend(spec, names, label, part), number
+                legend, color = _legend(names, label, part), number
             lines += _drawn(curve, legend, color, with_raw=len(runs) == 1, marked=part in ("val", "judge"))
     lines.sort(key=lambda line: _ORDER[line.style])
     note = f"{spec.note} {lost:,} values that are not finite are left out.".strip() if lost else spec.note
@@ -202,9 +202,12 @@ def _over_steps(key: str, spec: Spec, runs: Sequence[Run]) -> Chart:
 _ORDER: dict[Style, int] = {"faint": 0, "line": 1, "points": 2}
 
 
-def _legend(spec: Spec, names: list[tuple[str, str, str]], label: str, part: str) -> str:
+def _legend(names: list[tuple[str, str, str]], label: str, part: str) -> str:
     """What tells a line of one run from the others in its picture."""
-    words = [label if len(spec.series) > 1 else "", PARTS.get(part, "") if len({each[2] for each in names}) > 1 else ""]
+    words = [
+        label if len({each[0] for each in names}) > 1 else "",
+        PARTS.get(part, "") if len({each[2] for each in names}) > 1 else "",
+    ]
     return ", ".join(filter(None, words))
 
 

@@ -15,7 +15,7 @@ from rlhf_lightning.report.events import PATTERN, read_event_file
 
 Numbers = npt.NDArray[np.float64]
 CSV = "metrics.csv"
-_FIT = "train/"
+_FIT, _JUDGE = "train/", "judge/"
 _LEFT_OUT = {"epoch", "hp_metric"}
 
 
@@ -106,9 +106,10 @@ def read_logs(files: Iterable[Path]) -> Logs:
 def _curve(name: str, points: Points) -> Curve:
     """Points in order; of several for one step the last counts.
 
-    Training steps are measured before they change the weights, everything else after.
+    Training steps are measured before they change the weights; a validation has the number of the step before it, a
+    judge that of the finished steps.
     """
-    done = 0 if name.startswith(_FIT) else 1
+    done = 0 if name.startswith((_FIT, _JUDGE)) else 1
     by_step = {step + done: value for step, value, _ in points}
     steps = sorted(by_step)
     return Curve(np.array(steps, dtype=np.float64), np.array([by_step[step] for step in steps], dtype=np.float64))

@@ -125,8 +125,8 @@ def _tiles(numbers: Sequence[Headline]) -> str:
     return f'<ul class="tiles">{"".join(tiles)}</ul>' if tiles else ""
 
 
-def _figures(charts: Sequence[Chart], section: str, kind: str = "") -> str:
-    return f'<div class="charts {kind}">{"".join(_figure(chart, section) for chart in charts)}</div>'
+def _figures(charts: Sequence[Chart], section: str) -> str:
+    return f'<div class="charts">{"".join(_figure(chart, section) for chart in charts)}</div>'
 
 
 def _figure(chart: Chart, section: str) -> str:
@@ -245,7 +245,7 @@ def _evaluations(runs: Sequence[Run]) -> str:
     if not measured and not results and not charts:
         return ""
     parts = ['<section aria-labelledby="evaluation"><h2 id="evaluation">Evaluation</h2>']
-    parts += [_figures(charts, "e", "wide")] if charts else []
+    parts += [_figures(charts, "e")] if charts else []
     for metric in dict.fromkeys(str(row.get("metric")) for row in results):
         rows = [
             [

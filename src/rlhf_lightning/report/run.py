@@ -141,7 +141,7 @@ def read_run(folder: Path, name: str | None = None, files: Iterable[Path] | None
         name=name or folder.resolve().name,
         stage=stage,
         settings=settings,
-        logs=logs._replace(curves=_in_iterations(logs.curves, per_step)),
+        logs=logs,
         samples={step / per_step: answers for step, answers in samples.items()},
         evaluation=_evaluation(folder / "evaluation.json", problems),
         artefacts=_artefacts(folder, files),
@@ -192,21 +192,13 @@ def module_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def steps_per_batch(settings: dict[str, Any]) -> int:
-    """Optimizer steps of one iteration, in which `samples.md` and the judge count; 1 outside of online algorithms."""
+    """Optimizer steps of one iteration, in which `samples.md` counts; 1 outside of online algorithms."""
     module = module_settings(settings)
     try:
         responses = module["rollout_batch_size"] * module.get("samples_per_prompt", 1)
         return max(1, module["ppo_epochs"] * responses // module["minibatch_size"])
     except (KeyError, TypeError, ZeroDivisionError):
         return 1
-
-
-def _in_iterations(curves: dict[str, Curve], per_step: int) -> dict[str, Curve]:
-    """The judge's curves in the steps of all others: it counts finished optimizer steps."""
-    return {
-        name: curve._replace(steps=(curve.steps - 1) / per_step) if name.startswith("judge/") else curve
-        for name, curve in curves.items()
-    }
 
 
 def _stage(settings: dict[str, Any], card: str, logs: Logs) -> str:

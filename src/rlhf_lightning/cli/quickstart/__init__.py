@@ -18,6 +18,8 @@ from rlhf_lightning.cli.quickstart.report import plot_curves, print_answers, pri
 from rlhf_lightning.cli.quickstart.stages import Algorithm, answer, gold_accuracy, train_last, train_reward, train_sft
 from rlhf_lightning.cli.quickstart.toy import build_toy_tokenizer, toy_texts, write_toy_data, write_toy_model
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.report import save_report
+from rlhf_lightning.report.run import read_runs
 from rlhf_lightning.warning_filters import filter_warnings
 
 RESULTS = "results.json"
@@ -86,10 +88,11 @@ def run_quickstart(out: Path, seed: int, console: Console, algorithm: Algorithm 
     points[1:] = curve.points or points[1:]
     plot_curves(out / "curves.png", sft.log, reward.log, last.log, points, algorithm)
     (out / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    page = save_report(read_runs([out / "sft", out / "reward", out / algorithm]), out / "report.html")
     print_answers(console, before, after, algorithm.upper())
     print_table(console, results)
     console.print(f"models   {sft.export}  {reward.export}  {last.export}", soft_wrap=True)
-    console.print(f"curves   {out / 'curves.png'}\nnumbers  {out / RESULTS}", soft_wrap=True)
+    console.print(f"report   {page}\ncurves   {out / 'curves.png'}\nnumbers  {out / RESULTS}", soft_wrap=True)
     console.print(f"{results['seconds']['total']:.0f} seconds in all")
     return results
 

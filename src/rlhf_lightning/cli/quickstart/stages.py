@@ -59,11 +59,14 @@ class GoldCurve(Callback):
         """Score one batch of answers."""
         self._gold += [gold_score(p, r) for p, r in zip(outputs["prompts"], outputs["responses"], strict=True)]
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the means."""
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Keep the means, and log gold's as those of a judge."""
         metrics = trainer.callback_metrics
-        self.points.append((float(metrics["val/kl"]), float(metrics["val/score"]), sum(self._gold) / len(self._gold)))
+        kl, gold = float(metrics["val/kl"]), sum(self._gold) / len(self._gold)
+        self.points.append((kl, float(metrics["val/score"]), gold))
         self._gold = []
+        for logger in trainer.loggers:
+            logger.log_metrics({"judge/score": gold, "judge/kl": kl}, step=pl_module.iteration)
 
 
 def _trainer(folder: Path, callbacks: list[Callback], **options: Any) -> pl.Trainer:
