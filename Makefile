@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-numbers lint types format bench bench-arguments clean
+.PHONY: demo test test-numbers test-exports lint types format bench bench-arguments clean
 
 demo: $(READY)
 	$(BIN)/rlhf quickstart
@@ -20,6 +20,18 @@ NUMBERS = tests/functional tests/forward tests/models tests/generation tests/tra
 test-numbers: $(READY)
 	ATEN_CPU_CAPABILITY=$(CAPABILITY) ONEDNN_MAX_CPU_ISA=$(if $(filter default,$(CAPABILITY)),SSE41,AVX2) \
 		TORCHINDUCTOR_FX_GRAPH_CACHE=0 $(BIN)/pytest -n 2 $(NUMBERS)
+
+# Everything that is exported, opened by the oldest transformers that it is written for, in an environment of its own.
+OLDER := .venv.older
+test-exports: $(READY) $(OLDER)/.ready
+	rm -rf runs/exports
+	PYTHONPATH=tests $(BIN)/python -m helpers.exported runs/exports
+	PYTHONPATH=tests $(OLDER)/bin/python -m helpers.opened runs/exports
+
+$(OLDER)/.ready: constraints.txt
+	test -x $(OLDER)/bin/python || $(PYTHON) -m venv $(OLDER)
+	$(OLDER)/bin/python -m pip install --quiet --no-compile $$(grep '^torch==' constraints.txt) transformers==4.51.3 peft==0.15.2
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -58,4 +70,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) $(OLDER) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis runs

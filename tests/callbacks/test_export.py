@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import resource
 from functools import partial
@@ -94,6 +95,9 @@ def test_the_folder_is_complete_and_plain_transformers_generates_from_it(model, 
     assert sorted(path.name for path in tmp_path.glob("export*")) == ["export"]
     tokenizer, loaded = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(model).chat_template
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == loaded.config.rope_parameters["rope_theta"]  # for older tools: models/portable.py
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     for name, tensor in module.export_model.state_dict().items():

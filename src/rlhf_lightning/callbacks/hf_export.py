@@ -28,6 +28,7 @@ from rlhf_lightning.models.adapter_folders import CALIBRATION_FILE, is_adapter
 from rlhf_lightning.models.eos import eos_ids
 from rlhf_lightning.models.lora import adapter_state
 from rlhf_lightning.models.merging import merged_state
+from rlhf_lightning.models.portable import rewrite_config, save_tokenizer
 from rlhf_lightning.models.rendering import RENDERING, rendering_of
 from rlhf_lightning.models.scalar_lm import CALIBRATION
 from rlhf_lightning.training import consolidated_state_dict
@@ -145,9 +146,10 @@ class HFExport(Callback):
             _write_adapter(model, _cast(adapter_state(model, weights), self.dtype), _base(pl_module), folder)
         else:
             model.save_pretrained(folder, state_dict=_cast(merged_state(model, weights), self.dtype))
+            rewrite_config(folder)
             if model.can_generate():
                 _generation_config(model, pl_module.tokenizer).save_pretrained(folder)
-        pl_module.tokenizer.save_pretrained(folder)
+        save_tokenizer(pl_module.tokenizer, folder)
         (folder / _CARD).write_text(model_card(trainer, pl_module), encoding="utf-8")
 
 

@@ -39,6 +39,7 @@ from rlhf_lightning.cli.quickstart.toy.grammar import (
     parse_request,
 )
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.portable import rewrite_config, save_tokenizer
 
 LOWEST_SCORE = -4.0
 PREFERENCE_BETA = 1.1
@@ -366,5 +367,6 @@ def write_toy_model(folder: str | Path, tokenizer: PreTrainedTokenizerBase, seed
         pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    rewrite_config(Path(folder))
+    save_tokenizer(tokenizer, Path(folder))
     return Path(folder)
