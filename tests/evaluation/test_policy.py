@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,3 +73,47 @@ def test_dialogues_are_written_as_the_model_says_it_was_taught(tmp_path):
     setattr(model.config, RENDERING, rendering_of(ChatEncoder(tokenizer, "plain")))
     folder = save_folder(tmp_path, model, tokenizer)
     assert "Human: hi" in Policy.load(folder).read(asked).prompts[0]
+
+
+@settings(max_examples=15, deadline=None)
+@given(rows=st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=4), temperature=st.sampled_from([0.0, 1.5]))
+def test_a_stream_grows_into_the_answer(policy, rows, temperature):
+    prompts, sampling = [PROMPTS[row] for row in rows], Sampling(temperature=temperature, max_new_tokens=6)
+    places = [(row,) for row in rows]
+    *steps, last = policy.stream(prompts, sampling, policy.row_generators(3, places))
+    answers = policy.answer(prompts, sampling, policy.row_generators(3, places))
+    for i, answer in enumerate(answers):
+        assert last[i].text == answer.text
+        assert last[i].raw == answer.raw
+        assert last[i].ids.tolist() == answer.ids.tolist()
+        assert last[i].ended == answer.ended
+        grown = [step[i] for step in (*steps, last)]
+        for before, after in itertools.pairwise(grown):
+            assert after.text.startswith(before.text)
+            assert after.ids[: len(before.ids)].tolist() == before.ids.tolist()
+    assert max(len(answer.ids) for answer in last) == len(steps) + 1 or len(rows) > 3, "one step for each token"
+
+
+def test_a_stream_can_be_stopped_and_leaves_the_model_as_it_was(policy):
+    kinds = [type(module) for module in policy.model.modules()]
+    attention = policy.model.config._attn_implementation
+    steps = policy.stream(PROMPTS[:1], SAMPLING)
+    (first,) = next(steps)
+    assert len(first.ids) == 1
+    steps.close()
+    assert [type(module) for module in policy.model.modules()] == kinds
+    assert policy.model.config._attn_implementation == attention
+    assert torch.is_grad_enabled()
+
+
+def test_an_answer_that_is_interrupted_leaves_the_model_as_it_was(policy):
+    kinds, attention = [type(module) for module in policy.model.modules()], policy.model.config._attn_implementation
+
+    def interrupt(done):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        policy.answer(PROMPTS, SAMPLING, on_token=interrupt)
+    assert caught.tb, "which keeps every frame alive"
+    assert [type(module) for module in policy.model.modules()] == kinds
+    assert policy.model.config._attn_implementation == attention

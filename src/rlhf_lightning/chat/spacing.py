@@ -49,5 +49,20 @@ class Spacing(NamedTuple):
             return text
         return text.removeprefix(self.before).removesuffix(self.after)
 
+    def so_far(self, prompt: WrittenPrompt, text: str) -> str:
+        """What was said for certain, of a response that goes on: the beginning of what `content` will be.
+
+        Args:
+            prompt: what is answered.
+            text: the response so far.
+        """
+        if prompt.continues and not self.always:
+            return text
+        if self.before.startswith(text):
+            return ""
+        said = text.removeprefix(self.before)
+        held = next((n for n in range(len(self.after), 0, -1) if said.endswith(self.after[:n])), 0)
+        return said[: len(said) - held]
+
 
 NO_SPACING = Spacing()

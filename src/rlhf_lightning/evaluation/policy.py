@@ -6,7 +6,8 @@ Notation: B prompts, P padded prompt length, R tokens of a response.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,8 +23,9 @@ from rlhf_lightning.data.limits import cut_prompt
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.capacity import context_length
 from rlhf_lightning.forward.hidden import response_logprobs
-from rlhf_lightning.generation.engine import TransformersEngine, decode_responses
+from rlhf_lightning.generation.engine import Generation, TransformersEngine, decode_responses
 from rlhf_lightning.generation.sampling import RandomSource, Sampling
+from rlhf_lightning.generation.text_so_far import TextSoFar
 from rlhf_lightning.models.causal_lm import freeze, load_causal_lm
 from rlhf_lightning.models.rendering import policy_chat
 from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer
@@ -173,20 +175,62 @@ class Policy:
             on_token=on_token,
             with_logprobs=with_logprobs,
         )
-        texts, lengths = decode_responses(self.tokenizer, generation), generation.response_mask.sum(dim=1).tolist()
+        return self._answers(prompts, batch, generation, decode_responses(self.tokenizer, generation))
+
+    def stream(
+        self,
+        prompts: Sequence[WrittenPrompt],
+        sampling: Sampling,
+        random: RandomSource | None = None,
+    ) -> Generator[list[Answer]]:
+        """Answer prompts token by token: after each one the answers so far, and in the end what `answer` returns.
+
+        Each text is the beginning of the next. Closing the iterator stops it; the model must not be used otherwise
+        until it has ended or is closed (see `TransformersEngine.stream`).
+
+        Args:
+            prompts: B of them.
+            sampling: how responses are drawn.
+            random: as for `answer`.
+        """
+        batch = self.read(prompts, sampling.max_new_tokens)
+        texts = [TextSoFar(self.tokenizer) for _ in prompts]
+        limit = sampling.max_new_tokens
+        steps = self.engine.stream(batch.prompt_ids, batch.prompt_mask, sampling, generator=random)
+        with closing(steps):
+            for generation in steps:
+                lengths = generation.response_mask.sum(dim=1)
+                complete = (generation.ended | (lengths == limit)).tolist()
+                ids = [row[:n] for row, n in zip(generation.response_ids.tolist(), lengths.tolist(), strict=True)]
+                raw = [text.read(*row) for text, *row in zip(texts, ids, complete, strict=True)]
+                yield self._answers(prompts, batch, generation, raw, complete)
+
+    def _answers(
+        self,
+        prompts: Sequence[WrittenPrompt],
+        batch: PromptBatch,
+        generation: Generation,
+        raw: list[str],
+        complete: list[bool] | None = None,
+    ) -> list[Answer]:
+        lengths = generation.response_mask.sum(dim=1).tolist()
         ended, ids = generation.ended.tolist(), generation.response_ids.cpu()
         logprobs = None if generation.logprobs is None else generation.logprobs.cpu()
         asked, asked_mask = batch.prompt_ids.cpu(), batch.prompt_mask.cpu()
+        said = [
+            (self.spacing.content if complete is None or complete[i] else self.spacing.so_far)(written, raw[i]).strip()
+            for i, written in enumerate(prompts)
+        ]
         return [
             Answer(
-                text=self.spacing.content(written, texts[i]).strip(),
-                raw=texts[i],
+                text=said[i],
+                raw=raw[i],
                 prompt_ids=asked[i][asked_mask[i]],
-                ids=ids[i, : lengths[i]],
+                ids=ids[i, : lengths[i]].clone(),
                 ended=ended[i],
                 logprobs=None if logprobs is None else logprobs[i, : lengths[i]],
             )
-            for i, written in enumerate(prompts)
+            for i in range(len(prompts))
         ]
 
     def row_generators(self, seed: int, places: Iterable[Sequence[int | str]]) -> list[torch.Generator]:

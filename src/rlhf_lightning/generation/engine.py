@@ -17,8 +17,8 @@ Notation: B batch, P padded prompt length, R padded response length, D hidden si
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Generator
+from contextlib import closing, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ from rlhf_lightning.generation.compiled_step import CompiledStep
 from rlhf_lightning.generation.decoding import Decoding, Record, supports_cache
 from rlhf_lightning.generation.sampling import RandomSource, Sampling
 from rlhf_lightning.generation.skinny_gemm import skinny_gemm
+from rlhf_lightning.generation.text_so_far import decode_response
 from rlhf_lightning.models.merging import merged_adapters
 from rlhf_lightning.models.tokenizer import filler_id
 
@@ -187,7 +188,51 @@ class TransformersEngine(RolloutEngine):
                     with_logprobs=with_logprobs,
                     with_hidden=with_hidden,
                 )
-        record = Record(
+        record = self._record(prompt_ids, sampling, generator, with_logprobs=with_logprobs, with_hidden=with_hidden)
+        with closing(self._decode(prompt_ids, prompt_mask, sampling, record, synced=synced)) as steps:
+            for done in steps:
+                if on_token is not None:
+                    on_token(done)
+        return _recorded(record)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        sampling: Sampling,
+        *,
+        generator: RandomSource | None = None,
+    ) -> Generator[Generation]:
+        """What `generate` returns, as far as it has got, after every token.
+
+        Closing the iterator stops it. The model must not be used otherwise until it has ended or is closed, by the
+        thread that went on with it: meanwhile adapters are merged, and attention and layers are those of decoding.
+
+        Args:
+            prompt_ids: padded on the left, `[B, P]`, int64.
+            prompt_mask: True for real tokens, `[B, P]`, bool.
+            sampling: how tokens are drawn and how many at most.
+            generator: see `generate`.
+
+        Yields:
+            Views of what is being written: read them before going on.
+        """
+        record = self._record(prompt_ids, sampling, generator)
+        with closing(self._decode(prompt_ids, prompt_mask, sampling, record)) as steps:
+            for _ in steps:
+                yield _recorded(record)
+
+    def _record(
+        self,
+        prompt_ids: Tensor,
+        sampling: Sampling,
+        generator: RandomSource | None,
+        *,
+        with_logprobs: bool = False,
+        with_hidden: bool = False,
+    ) -> Record:
+        return Record(
             len(prompt_ids),
             sampling,
             filler=filler_id(self.tokenizer),
@@ -196,27 +241,11 @@ class TransformersEngine(RolloutEngine):
             with_logprobs=with_logprobs,
             with_hidden=with_hidden,
         )
-        self._decode(prompt_ids, prompt_mask, sampling, record, synced=synced, on_token=on_token)
-        longest = int(record.lengths.max())
-        return Generation(
-            response_ids=record.ids[:, :longest],
-            response_mask=torch.arange(longest, device=prompt_ids.device) < record.lengths.unsqueeze(1),
-            ended=record.ended,
-            logprobs=None if record.logprobs is None else record.logprobs[:, :longest],
-            hidden=None if record.hidden is None else record.hidden[:, :longest],
-        )
 
     def _decode(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        sampling: Sampling,
-        record: Record,
-        *,
-        synced: bool,
-        on_token: Callable[[int], None] | None,
-    ) -> None:
-        """Answer the prompts, batch by batch, into the record."""
+        self, prompt_ids: Tensor, prompt_mask: Tensor, sampling: Sampling, record: Record, *, synced: bool = False
+    ) -> Generator[int]:
+        """Answer the prompts, batch by batch, into the record; yields the tokens done after each step."""
         order = prompt_mask.sum(dim=1).sort(descending=True, stable=True).indices  # [B], the longest first
         done, step_of = 0, self.compiled_step
         # A graph that is replayed reads the weights where they were when it was recorded; merged ones lie elsewhere.
@@ -241,9 +270,19 @@ class TransformersEngine(RolloutEngine):
                 full, by_rows = attention_to_full_cache(self.model), attention_by_rows(self.model, decoding.cache)
                 with full if compiled else by_rows:
                     for step in decoding:
-                        if on_token is not None:
-                            on_token(done + step + 1)
+                        yield done + step + 1
                 done += sampling.max_new_tokens
+
+
+def _recorded(record: Record) -> Generation:
+    longest = int(record.lengths.max())
+    return Generation(
+        response_ids=record.ids[:, :longest],
+        response_mask=torch.arange(longest, device=record.ids.device) < record.lengths.unsqueeze(1),
+        ended=record.ended,
+        logprobs=None if record.logprobs is None else record.logprobs[:, :longest],
+        hidden=None if record.hidden is None else record.hidden[:, :longest],
+    )
 
 
 def decode_responses(tokenizer: PreTrainedTokenizerBase, generation: Generation) -> list[str]:
@@ -254,9 +293,7 @@ def decode_responses(tokenizer: PreTrainedTokenizerBase, generation: Generation)
         generation: what was generated.
     """
     rows = zip(generation.response_ids.cpu(), generation.response_mask.cpu(), strict=True)
-    # Not tidied up: what is scored is what was said.
-    options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    return [str(tokenizer.decode(ids[mask], **options)) for ids, mask in rows]
+    return [decode_response(tokenizer, ids[mask]) for ids, mask in rows]
 
 
 def respond(
