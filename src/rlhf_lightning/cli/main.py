@@ -17,6 +17,8 @@ COMMANDS = {
     "prepare": "prepare",
     "evaluate": "evaluate",
     "report": "report",
+    "generate": "generate",
+    "score": "score",
 }
 """Commands beside the stages, and the module of `cli` whose `main` is given the words after them."""
 
@@ -35,6 +37,8 @@ commands:
   predict      answer prompts, or score answers, and write them to a file
   evaluate     compare models, and see whether a reward model can be trusted: perplexity, KL, accuracy, calibration
   report       write what came of one or several runs into an HTML page: curves, answers, evaluations
+  generate     what a model answers to a prompt, or to all prompts of a file
+  score        what a reward model says of the answers in a file
 
 the stages, each starting from what the one before exported:
   rlhf fit --config sft.yaml --model.model_name_or_path MODEL --data.data FILE

@@ -34,7 +34,7 @@ _ALSO_CALLED = {
 _MEANT_FOR = {"model": "model_name_or_path", "data": "data"}
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _DATA_FILE = re.compile(r".+\.(jsonl?|csv|tsv|parquet|txt|gz)")
-_COMMANDS = {"train": "fit", "evaluate": "validate", "eval": "validate", "generate": "predict", "score": "predict"}
+_COMMANDS = {"train": "fit", "evaluate": "validate", "eval": "validate"}
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -11,6 +11,7 @@ from contextlib import closing
 from typing import Literal, NamedTuple
 
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,7 +28,7 @@ from rlhf_lightning.generation.engine import Generation, TransformersEngine, dec
 from rlhf_lightning.generation.sampling import RandomSource, Sampling
 from rlhf_lightning.generation.text_so_far import TextSoFar
 from rlhf_lightning.models.causal_lm import freeze, load_causal_lm
-from rlhf_lightning.models.rendering import policy_chat
+from rlhf_lightning.models.rendering import policy_chat, recorded_chat
 from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer
 from rlhf_lightning.rng import generator
 
@@ -118,6 +119,28 @@ class Policy:
         """Where it runs."""
         return self.model.device
 
+    def asked(self, text: str) -> WrittenPrompt:
+        """What somebody's words are to the model.
+
+        They are a prompt as its training read prompts of text, where that is recorded; one turn of the user, where it
+        is not and there is a chat template; and text to go on with, where there is neither.
+
+        Args:
+            text: the words.
+        """
+        turns = recorded_chat(self.model.config, self.tokenizer) is None and self.tokenizer.chat_template
+        return WrittenPrompt([{"role": "user", "content": text}] if turns else text)
+
+    def fits(self, written: WrittenPrompt, room: int) -> bool:
+        """Whether the context holds a whole prompt and `room` tokens after it.
+
+        Args:
+            written: the prompt.
+            room: tokens that a response may have.
+        """
+        _, ids = self.chat.encode_prompt(written.prompt, written.tools)
+        return self.context is None or len(ids) + room <= self.context
+
     def read(self, prompts: Sequence[WrittenPrompt], room: int = 1, rows: Iterable[int] | None = None) -> PromptBatch:
         """Prompts as the policy is given them; one that leaves less than `room` for a response loses its beginning.
 
@@ -136,13 +159,19 @@ class Policy:
                 f"{room} tokens of a response; lower max_new_tokens"
             )
         numbers = range(len(prompts)) if rows is None else rows
-        encoded = []
+        encoded, cut = [], 0
         for number, written in zip(numbers, prompts, strict=True):
             text, ids = self.chat.encode_prompt(written.prompt, written.tools)
             if limit is not None and len(ids) > limit:
+                cut += 1
                 ids, _ = cut_prompt(ids, ids[:0], limit, self.chat.beginning(ids))
                 (text,) = self.chat.decode([ids])
             encoded.append(EncodedPrompt(ids, text, number, written))
+        if cut:
+            rank_zero_info(
+                f"{cut} of {len(prompts)} prompts leave {self.name or 'the model'} no room for {room} tokens in its "
+                f"context of {self.context}, and lost their beginning"
+            )
         batch = collate_prompts(encoded, filler_id(self.tokenizer))
         return batch._replace(
             prompt_ids=batch.prompt_ids.to(self.device), prompt_mask=batch.prompt_mask.to(self.device)
