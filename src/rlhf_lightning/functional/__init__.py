@@ -3,6 +3,7 @@
 from rlhf_lightning.functional.advantages import KLEstimator, gae, kl_estimate, kl_shaped_rewards
 from rlhf_lightning.functional.best_of import best_of_credit, ties_credit
 from rlhf_lightning.functional.calibration import Reliability, expected_calibration_error, pair_correct, reliability
+from rlhf_lightning.functional.agreement import cohen_kappa
 from rlhf_lightning.functional.groups import Baseline, group_advantages, groups_without_signal
 from rlhf_lightning.functional.intervals import bootstrap_interval, mean_ratio
 from rlhf_lightning.functional.linear_loss import (
@@ -33,6 +34,7 @@ __all__ = [
     "RewardLoss",
     "best_of_credit",
     "bootstrap_interval",
+    "cohen_kappa",
     "cross_entropy_sum",
     "divergence_index",
     "dpo_loss",
