@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "report",
     "generate": "generate",
     "score": "score",
+    "chat": "chat",
 }
 """Commands beside the stages, and the module of `cli` whose `main` is given the words after them."""
 
@@ -38,6 +39,7 @@ commands:
   evaluate     compare models, and see whether a reward model can be trusted: perplexity, KL, accuracy, calibration
   report       write what came of one or several runs into an HTML page: curves, answers, evaluations
   generate     what a model answers to a prompt, or to all prompts of a file
+  chat         talk to models in the browser or the terminal, and say which answers are better
   score        what a reward model says of the answers in a file
 
 the stages, each starting from what the one before exported:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,11 +11,24 @@ from rlhf_lightning.batches import length_sorted_pieces
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.data.collate import pad
 from rlhf_lightning.evaluation.policy import Dtype, default_device, dtype_on
+from rlhf_lightning.generation.text_so_far import TextSoFar
 from rlhf_lightning.models.causal_lm import freeze
 from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction
 from rlhf_lightning.models.rewarding import TextScorer, find_reward, reward_chat
 from rlhf_lightning.models.scalar_lm import load_reward_model
 from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer
+
+
+class TokenScore(NamedTuple):
+    """A token of a response.
+
+    Attributes:
+        text: what it adds; of a character in several tokens, the last one adds it.
+        score: calibrated, of the response that ends with it.
+    """
+
+    text: str
+    score: float
 
 
 class Judge:
@@ -94,3 +109,30 @@ class Judge:
             device = next(model.parameters()).device
             scores[piece] = model.scores(sequences.to(device), mask.to(device)).float().cpu()
         return scores
+
+    @torch.no_grad()
+    def token_scores(self, prompt: WrittenPrompt, response: str, ended: bool = True) -> list[TokenScore]:
+        """The score of a response up to each of its tokens; none where a function scores, which reads whole ones.
+
+        Args:
+            prompt: as it was written.
+            response: what was said.
+            ended: whether it ended by itself; then the last token is the end of its turn, without text.
+
+        Raises:
+            UserError: a prompt that the reward model's template refuses.
+        """
+        if isinstance(self.scores_by, ScoringFunction):
+            return []
+        model, tokenizer = self.scores_by.model, self.scores_by.tokenizer
+        ids = self.scores_by.encode(prompt, response, ended)
+        _, answer = self.scores_by.chat.encode_dialogue(prompt.prompt, response, prompt.tools, ended)
+        said = ids[max(0, len(ids) - len(answer)) :]
+        sequence = torch.tensor([ids], device=next(model.parameters()).device)
+        scores = model(sequence, torch.ones_like(sequence, dtype=torch.bool))[0, len(ids) - len(said) :].tolist()
+        reader, before, found = TextSoFar(tokenizer), "", []
+        for n, score in enumerate(scores, 1):
+            text = reader.read(said[:n], complete=n == len(said))
+            found.append(TokenScore(text[len(before) :], score))
+            before = text
+        return found
