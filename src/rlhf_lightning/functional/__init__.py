@@ -2,6 +2,7 @@
 
 from rlhf_lightning.functional.advantages import KLEstimator, gae, kl_estimate, kl_shaped_rewards
 from rlhf_lightning.functional.best_of import best_of_credit, ties_credit
+from rlhf_lightning.functional.best_of_n import best_of_n, best_of_n_kl
 from rlhf_lightning.functional.calibration import Reliability, expected_calibration_error, pair_correct, reliability
 from rlhf_lightning.functional.agreement import cohen_kappa
 from rlhf_lightning.functional.groups import Baseline, group_advantages, groups_without_signal
@@ -23,29 +24,38 @@ from rlhf_lightning.functional.losses import (
     scores_at_end,
 )
 from rlhf_lightning.functional.masked import last_index, masked_moments, masked_sum, masked_whiten
+from rlhf_lightning.functional.over_optimisation import GaoFit, GaoForm, fit_gao
 from rlhf_lightning.functional.preference import DPOLoss, dpo_loss
+from rlhf_lightning.functional.ranking import bradley_terry, length_controlled_win_rate
 
 __all__ = [
     "Baseline",
     "DPOLoss",
+    "GaoFit",
+    "GaoForm",
     "KLEstimator",
     "LogitScaling",
     "Reliability",
     "RewardLoss",
     "best_of_credit",
+    "best_of_n",
+    "best_of_n_kl",
     "bootstrap_interval",
     "cohen_kappa",
+    "bradley_terry",
     "cross_entropy_sum",
     "divergence_index",
     "dpo_loss",
     "entropy",
     "expected_calibration_error",
+    "fit_gao",
     "gae",
     "group_advantages",
     "groups_without_signal",
     "kl_estimate",
     "kl_shaped_rewards",
     "last_index",
+    "length_controlled_win_rate",
     "linear_cross_entropy_sum",
     "linear_token_logprobs",
     "masked_moments",
