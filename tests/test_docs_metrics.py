@@ -20,6 +20,7 @@ from helpers.stages import (
 )
 from rlhf_lightning import (
     DPOModule,
+    Evaluate,
     GRPOModule,
     InstructionDataModule,
     PPOModule,
@@ -41,7 +42,7 @@ STAGES = ("SFT", "Reward model", "DPO", "PPO", "RLOO and GRPO")
 def documented(section: str) -> set[str]:
     """Names in the first column of a section's table."""
     cells = re.findall(r"^\| (`[^|]*) \|", SECTIONS[section], re.MULTILINE)
-    return {name for cell in cells for name in re.findall(r"`((?:train|val|test)/\w+)`", cell)}
+    return {name for cell in cells for name in re.findall(r"`((?:train|val|test|judge)/\w+)`", cell)}
 
 
 def logged(module: Any, data: Any) -> set[str]:
@@ -76,7 +77,7 @@ def reward_folder(folder, tmp_path_factory):
 
 
 def test_the_page_has_a_section_for_each_stage():
-    assert {*STAGES, "Texts"} == set(SECTIONS)
+    assert {*STAGES, "Held-out judge", "Texts"} == set(SECTIONS)
     assert all(len(documented(stage)) > 9 for stage in STAGES)
 
 
@@ -115,3 +116,11 @@ def test_ppo_logs_what_the_page_says(folder, reward_folder, of_a_model):
     sizes = {"rollout_batch_size": 4, "minibatch_size": 4, "ppo_epochs": 1, "sampling": Sampling(max_new_tokens=4)}
     module = PPOModule(folder, reward_folder if of_a_model else share_of_letters, **sizes)
     assert logged(module, prompts(folder, 4)) == documented("PPO") - (set() if of_a_model else RAW)
+
+
+def test_a_held_out_judge_logs_what_the_page_says(folder, reward_folder):
+    sizes = {"rollout_batch_size": 4, "minibatch_size": 4, "ppo_epochs": 1, "sampling": Sampling(max_new_tokens=4)}
+    logger = MemoryLogger()
+    running = trainer(logger=logger, max_steps=1, callbacks=[Evaluate(share_of_letters)])
+    running.fit(PPOModule(folder, reward_folder, **sizes), prompts(folder, 4))
+    assert {f"judge/{name}" for name in logger.names("judge")} == documented("Held-out judge")

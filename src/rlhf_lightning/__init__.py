@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from rlhf_lightning.algorithms.online.settings import KLPenalty as KLPenalty
     from rlhf_lightning.algorithms.online.settings import Objective as Objective
     from rlhf_lightning.algorithms.online.settings import ScoreShaping as ScoreShaping
+    from rlhf_lightning.callbacks import Evaluate as Evaluate
     from rlhf_lightning.callbacks import HFExport as HFExport
+    from rlhf_lightning.callbacks import OverOptimisation as OverOptimisation
     from rlhf_lightning.callbacks import PredictionWriter as PredictionWriter
     from rlhf_lightning.callbacks import RunReport as RunReport
     from rlhf_lightning.callbacks import SampleTexts as SampleTexts
@@ -41,6 +43,15 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "callbacks": ("HFExport", "PredictionWriter", "RunReport", "SampleTexts", "ShortSummary", "StageProgressBar"),
+    "callbacks": (
+        "Evaluate",
+        "HFExport",
+        "OverOptimisation",
+        "PredictionWriter",
+        "SampleTexts",
+        "ShortSummary",
+        "StageProgressBar",
+    ),
     "chat.plain": ("PlainFormat",),
     "data": (
         "Blend",

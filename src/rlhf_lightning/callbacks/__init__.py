@@ -1,6 +1,8 @@
-"""Everything optional: exports, sample texts, prediction files, progress."""
+"""Everything optional: exports, sample texts, a held-out judge, prediction files, progress."""
 
+from rlhf_lightning.callbacks.evaluate import Evaluate
 from rlhf_lightning.callbacks.hf_export import HFExport
+from rlhf_lightning.callbacks.over_optimisation import OverOptimisation
 from rlhf_lightning.callbacks.predictions import PredictionWriter
 from rlhf_lightning.callbacks.progress import StageProgressBar
 from rlhf_lightning.callbacks.run_report import RunReport
@@ -8,3 +10,12 @@ from rlhf_lightning.callbacks.samples import SampleTexts
 from rlhf_lightning.callbacks.summary import ShortSummary
 
 __all__ = ["HFExport", "PredictionWriter", "RunReport", "SampleTexts", "ShortSummary", "StageProgressBar"]
+__all__ = [
+    "Evaluate",
+    "HFExport",
+    "OverOptimisation",
+    "PredictionWriter",
+    "SampleTexts",
+    "ShortSummary",
+    "StageProgressBar",
+]

@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 _TRACES = ("events.out.tfevents.*", "config.yaml", "hparams.yaml")
 _LEFTOVERS = ("checkpoints/*.ckpt", "checkpoints/*-hf", "samples.md", "report.html", "report", "events.out.tfevents.*")
+_LEFTOVERS = ("checkpoints/*.ckpt", "checkpoints/*-hf", "best_by_judge", "samples.md", "events.out.tfevents.*")
 
 
 class RunFolder(SaveConfigCallback):

@@ -83,6 +83,17 @@ class StepSchedule(LambdaLR):
             group["lr"] = base * factor(self.last_epoch)
         self._last_lr = [*learning_rates(self.optimizer)]
 
+    def scale(self, factor: float) -> None:
+        """Multiply the learning rates of now and of all steps to come; a checkpoint does not remember it.
+
+        Args:
+            factor: what they are multiplied by.
+        """
+        self.base_lrs = [base * factor for base in self.base_lrs]
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
+        self._last_lr = [*learning_rates(self.optimizer)]
+
 
 def schedule_learning_rate(
     optimizer: Optimizer, kind: Schedule, warmup_steps: int | float, total_steps: float, min_factor: float = 0.0
