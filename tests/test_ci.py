@@ -72,7 +72,7 @@ def run_checks(folder: Path, user: str, apt_get: str) -> tuple[str, list[str]]:
     return ran.stderr, calls.read_text().splitlines()
 
 
-CHECKS = ["make lint", "make types", "make test", "make test-numbers"]
+CHECKS = ["make lint", "make types", "make test", "make test-numbers", "make test-exports"]
 
 
 def test_the_checks_install_a_browser_where_there_is_none(tmp_path):

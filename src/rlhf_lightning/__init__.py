@@ -42,12 +42,12 @@ if TYPE_CHECKING:
     from rlhf_lightning.training import DeepSpeedStrategy as DeepSpeedStrategy
 
 _HOMES = {
-    "callbacks": ("HFExport", "PredictionWriter", "RunReport", "SampleTexts", "ShortSummary", "StageProgressBar"),
     "callbacks": (
         "Evaluate",
         "HFExport",
         "OverOptimisation",
         "PredictionWriter",
+        "RunReport",
         "SampleTexts",
         "ShortSummary",
         "StageProgressBar",

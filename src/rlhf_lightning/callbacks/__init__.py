@@ -9,12 +9,12 @@ from rlhf_lightning.callbacks.run_report import RunReport
 from rlhf_lightning.callbacks.samples import SampleTexts
 from rlhf_lightning.callbacks.summary import ShortSummary
 
-__all__ = ["HFExport", "PredictionWriter", "RunReport", "SampleTexts", "ShortSummary", "StageProgressBar"]
 __all__ = [
     "Evaluate",
     "HFExport",
     "OverOptimisation",
     "PredictionWriter",
+    "RunReport",
     "SampleTexts",
     "ShortSummary",
     "StageProgressBar",

@@ -13,8 +13,15 @@ from pytorch_lightning.cli import LightningArgumentParser, SaveConfigCallback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 _TRACES = ("events.out.tfevents.*", "config.yaml", "hparams.yaml")
-_LEFTOVERS = ("checkpoints/*.ckpt", "checkpoints/*-hf", "samples.md", "report.html", "report", "events.out.tfevents.*")
-_LEFTOVERS = ("checkpoints/*.ckpt", "checkpoints/*-hf", "best_by_judge", "samples.md", "events.out.tfevents.*")
+_LEFTOVERS = (
+    "checkpoints/*.ckpt",
+    "checkpoints/*-hf",
+    "best_by_judge",
+    "samples.md",
+    "report.html",
+    "report",
+    "events.out.tfevents.*",
+)
 
 
 class RunFolder(SaveConfigCallback):

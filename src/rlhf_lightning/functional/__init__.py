@@ -1,10 +1,9 @@
 """Pure tensor maths: no state, no logging, nothing in place."""
 
 from rlhf_lightning.functional.advantages import KLEstimator, gae, kl_estimate, kl_shaped_rewards
-from rlhf_lightning.functional.best_of import best_of_credit, ties_credit
+from rlhf_lightning.functional.agreement import cohen_kappa
 from rlhf_lightning.functional.best_of_n import best_of_n, best_of_n_kl
 from rlhf_lightning.functional.calibration import Reliability, expected_calibration_error, pair_correct, reliability
-from rlhf_lightning.functional.agreement import cohen_kappa
 from rlhf_lightning.functional.groups import Baseline, group_advantages, groups_without_signal
 from rlhf_lightning.functional.intervals import bootstrap_interval, mean_ratio
 from rlhf_lightning.functional.linear_loss import (
@@ -27,6 +26,7 @@ from rlhf_lightning.functional.masked import last_index, masked_moments, masked_
 from rlhf_lightning.functional.over_optimisation import GaoFit, GaoForm, fit_gao
 from rlhf_lightning.functional.preference import DPOLoss, dpo_loss
 from rlhf_lightning.functional.ranking import bradley_terry, length_controlled_win_rate
+from rlhf_lightning.functional.reward_bench import best_of_credit, ties_credit
 
 __all__ = [
     "Baseline",
@@ -41,8 +41,8 @@ __all__ = [
     "best_of_n",
     "best_of_n_kl",
     "bootstrap_interval",
-    "cohen_kappa",
     "bradley_terry",
+    "cohen_kappa",
     "cross_entropy_sum",
     "divergence_index",
     "dpo_loss",

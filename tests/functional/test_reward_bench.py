@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlhf_lightning.functional.best_of import best_of_credit, ties_credit
+from rlhf_lightning.functional.reward_bench import best_of_credit, ties_credit
 
 
 @pytest.mark.parametrize(
