@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import LambdaCallback
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
@@ -414,6 +415,13 @@ def test_raw_and_calibrated_scores_are_told_apart(folder, reward_folder):
     for stage in ("train", "val"):
         score, raw = (log.series(f"{stage}/{name}")[0] for name in ("score", "raw_score"))
         assert raw == pytest.approx(score * 2 + 0.5, abs=1e-5)  # as the folder was calibrated
+
+
+def test_the_bar_shows_score_kl_and_length(folder):
+    shown = set()
+    look = LambdaCallback(on_train_batch_end=lambda trainer, *_: shown.update(trainer.progress_bar_metrics))
+    run(ppo(folder, share_of_letters), callbacks=[look])
+    assert shown == {"train/score", "train/kl", "train/response_length"}
 
 
 def test_seconds_are_those_of_the_parts(folder, monkeypatch):

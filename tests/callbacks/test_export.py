@@ -50,7 +50,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model") / "lm", chat_template=True)
 
 
-def fit(model: Path, root: Path, *callbacks: pl.Callback, steps: int = 4, **options: Any) -> SFTModule:
+def fit(
+    model: Path, root: Path, *callbacks: pl.Callback, steps: int = 4, ckpt_path: str | None = None, **options: Any
+) -> SFTModule:
     """Train on eight dialogues, a checkpoint and a validation every second step."""
     pl.seed_everything(1)
     rows = [
@@ -76,7 +78,7 @@ def fit(model: Path, root: Path, *callbacks: pl.Callback, steps: int = 4, **opti
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
     return module
 
 
@@ -269,6 +271,18 @@ def test_samples_are_written_at_the_start_and_at_each_validation(model, tmp_path
     logged = events.Tensors("samples/text_summary")
     assert [event.step for event in logged] == [0, 2, 4]
     assert logged[0].tensor_proto.string_val[0].decode() in text
+
+
+@pytest.mark.parametrize(("steps", "taken"), [(3, ["0", "2", "3"]), (1, ["0", "1"])])
+def test_the_last_state_is_sampled_where_no_validation_comes_last(model, tmp_path, steps, taken):
+    fit(model, tmp_path, SampleTexts(PROMPTS), steps=steps)
+    assert re.findall(r"^## Step (\d+)$", (tmp_path / "samples.md").read_text(), flags=re.MULTILINE) == taken
+
+
+def test_a_resumed_run_samples_its_last_state_and_none_twice(model, tmp_path):
+    for steps, ckpt_path in ((2, None), (2, "last"), (3, "last"), (3, "last")):
+        fit(model, tmp_path, SampleTexts(PROMPTS), steps=steps, ckpt_path=ckpt_path)
+    assert re.findall(r"^## Step (\d+)$", (tmp_path / "samples.md").read_text(), flags=re.MULTILINE) == ["0", "2", "3"]
 
 
 def test_samples_differ_only_by_what_was_learnt(model, tmp_path):

@@ -223,6 +223,14 @@ def test_the_inner_bar_shows_on_a_terminal_only(monkeypatch, capsys, terminal):
         assert (f"{stage}:" in written) is terminal
 
 
+def test_the_bar_names_training_metrics_briefly():
+    bar = StageProgressBar()
+    trainer = SimpleNamespace(
+        loggers=[], progress_bar_metrics={"train/score": 1.0, "train/kl": 2.0, "val/score": 3.0}, lightning_module=None
+    )
+    assert bar.get_metrics(trainer, None) == {"score": 1.0, "kl": 2.0, "val/score": 3.0}
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("fails", [True, False])
 def test_what_is_logged_has_a_line_of_its_own(monkeypatch, caplog, enabled, fails):

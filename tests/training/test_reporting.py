@@ -1,11 +1,13 @@
 """Texts reach every logger that takes them, in the way that it takes them."""
 
 import logging
+import sys
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, create_autospec
 
 import pytest
+import torch
 from pytorch_lightning.loggers import (
     CometLogger,
     CSVLogger,
@@ -17,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from helpers.stages import MemoryLogger
 from rlhf_lightning.training import reporting
-from rlhf_lightning.training.reporting import log_text
+from rlhf_lightning.training.reporting import log_text, peak_memory
 
 
 def log(*loggers: Any) -> None:
@@ -77,3 +79,22 @@ def test_for_a_logger_without_texts_one_line_says_so_once(tmp_path, caplog, kind
         log(logger)
         log(logger)
     assert caplog.messages == [f"{kind.__name__} takes no texts: sampled answers are left out of it"]
+
+
+def test_memory_grows_by_what_is_held():
+    before = peak_memory(torch.device("cpu"))["memory_gib"]
+    held = bytearray(b"x") * 2**28
+    after = peak_memory(torch.device("cpu"))["memory_gib"]
+    assert len(held) == 2**28
+    assert 0.05 < before <= after
+    assert after > 0.25
+
+
+def test_on_a_gpu_it_is_what_tensors_take_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    assert peak_memory(torch.device("cuda", 0)) == {"memory_gib": 3.0}
+
+
+def test_where_memory_cannot_be_asked_nothing_is_logged(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_memory(torch.device("cpu")) == {}

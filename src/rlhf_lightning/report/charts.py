@@ -282,7 +282,8 @@ def evaluation_charts(evaluations: Sequence[dict[str, Any]]) -> list[Chart]:
         points = points[np.isfinite(points[:, :2]).all(axis=1)] if len(points) else points
         if not len(points):
             continue
-        key = "_".join(filter(None, (metric, x, y))) if (metric, "", "") in charts else metric
+        is_first = all(other[0] != metric or other == (metric, x, y) for other in charts)
+        key = metric if is_first else f"{metric}_{y}_{x}"
         is_reliability = metric == "reliability"
         note = _RELIABILITY if is_reliability else ""
         chart = charts.setdefault(

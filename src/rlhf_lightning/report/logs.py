@@ -94,13 +94,18 @@ def read_logs(files: Iterable[Path]) -> Logs:
         if not starts:
             measured |= {name: points[-1][1] for name, points in scalars.items()}
             continue
-        fit = {name: kept for name, points in fit.items() if (kept := [p for p in points if p[0] < min(starts)])}
+        fit = {name: kept for name, points in fit.items() if (kept := _before(min(starts), name, points))}
         for name, points in scalars.items():
             fit.setdefault(name, []).extend(points)
         times = [time for points in scalars.values() for _, _, time in points]
         seconds += max(times) - min(times)
     curves = {name: _curve(name, points) for name, points in fit.items()}
     return Logs(curves, measured, seconds if seconds > 0 else None, read, problems)
+
+
+def _before(start: int, name: str, points: Points) -> Points:
+    """What was measured before step `start` was made; a judge's step is a number of finished ones."""
+    return [point for point in points if point[0] < start + name.startswith(_JUDGE)]
 
 
 def _curve(name: str, points: Points) -> Curve:

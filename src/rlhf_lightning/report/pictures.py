@@ -11,7 +11,7 @@ import numpy as np
 from rlhf_lightning.report.charts import Chart, Line
 from rlhf_lightning.report.thinning import thin
 
-_COLORS = ("#0b62b8", "#c2500a", "#0d7d70", "#7c4ddb", "#b3256c", "#7a6200", "#51606f", "#2f7a1f")
+_COLORS = ("#0b62b8", "#b04705", "#0d7d70", "#7c4ddb", "#b3256c", "#7a6200", "#51606f", "#2f7a1f")
 _COLUMNS = 900
 
 

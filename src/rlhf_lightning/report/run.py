@@ -88,7 +88,8 @@ class Run(NamedTuple):
     @property
     def steps(self) -> int:
         """Finished steps, or iterations."""
-        return int(max((curve.steps[-1] for curve in self.curves.values()), default=0))
+        ends = (curve.steps[-1] + name.startswith("train/") for name, curve in self.curves.items())
+        return int(max(ends, default=0))
 
     def has(self, metric: str) -> bool:
         """Whether `train/`, `val/` or `judge/` of a metric was logged."""

@@ -177,6 +177,7 @@ def _readings(chart: Chart, scale: _Scale) -> str:
     centres = scale.x(steps)
     edges = np.concatenate([[_LEFT], (centres[1:] + centres[:-1]) / 2, [_WIDTH - _RIGHT]])
     parts, height = [], _HEIGHT - _TOP - _BOTTOM
+    word = chart.x_label.partition(" (")[0].rpartition(" ")[2]
     for step, centre, left, right in zip(steps, centres, edges[:-1], edges[1:], strict=True):
         values = []
         for line in lines:
@@ -188,6 +189,6 @@ def _readings(chart: Chart, scale: _Scale) -> str:
         parts.append(
             f'<g class="reading"><rect x="{left:.1f}" y="{_TOP}" width="{max(right - left, 0):.1f}" height="{height}"/>'
             f'<path d="M{centre:.1f} {_TOP}v{height}"/><text x="{_WIDTH - _RIGHT}" y="11" text-anchor="end">'
-            f"{escape(chart.x_label.split()[-1])} {number(step)}{''.join(values)}</text></g>"
+            f"{escape(word)} {number(step)}{''.join(values)}</text></g>"
         )
     return f'<g aria-hidden="true">{"".join(parts)}</g>'
