@@ -7,8 +7,17 @@ from typing import Any
 
 import gradio as gr
 
-from rlhf_lightning.app.controls import AT_ONCE, ONE_AT_A_TIME, Stops, answers_to, download, settings_of, told
-from rlhf_lightning.app.markup import verdict_html
+from rlhf_lightning.app.controls import (
+    AT_ONCE,
+    ONE_AT_A_TIME,
+    Stops,
+    answers_to,
+    download,
+    export_button,
+    settings_of,
+    told,
+)
+from rlhf_lightning.app.markup import turns, verdict_html
 from rlhf_lightning.app.models import Ask, Models
 from rlhf_lightning.chat.messages import Message
 from rlhf_lightning.chat.written import WrittenPrompt
@@ -36,14 +45,13 @@ def chat_tab(models: Models, controls: Sequence[Any], stops: Stops, examples: Se
                     gr.Chatbot(
                         label=label.replace("model", "answers") if sides == 2 else "conversation",
                         elem_id=f"{name}-window-{side}",
-                        height=420,
-                        render_markdown=False,
+                        height=380,
+                        render_markdown=False,  # what is left is HTML, of which `turns` writes none
                         feedback_options=None,
-                        buttons=["copy"],
+                        buttons=[],  # they would copy what is escaped
                         layout="bubble",
                     )
                 )
-                verdicts.append(gr.HTML(elem_id=f"{name}-verdict-{side}"))
     box = gr.Textbox(
         label="your turn", placeholder="Write, and press Enter", lines=1, max_lines=8, elem_id=f"{name}-box"
     )
@@ -52,7 +60,11 @@ def chat_tab(models: Models, controls: Sequence[Any], stops: Stops, examples: Se
         stop = gr.Button("Stop", elem_id=f"{name}-stop")
         again = gr.Button("Regenerate", elem_id=f"{name}-again")
         reset = gr.Button("New conversation", elem_id=f"{name}-reset")
-        save = gr.DownloadButton("Export", elem_id=f"{name}-export")
+        export = gr.Row()
+    with gr.Row():
+        for side in range(sides):
+            with gr.Column():
+                verdicts.append(gr.HTML(elem_id=f"{name}-verdict-{side}"))
     if examples:
         gr.Examples([[example] for example in examples], [box], label="examples", api_visibility="private")
     histories = [gr.State([]) for _ in range(sides)]
@@ -69,8 +81,10 @@ def chat_tab(models: Models, controls: Sequence[Any], stops: Stops, examples: Se
         conversation.answer, asked, shown, show_progress="minimal", **ONE_AT_A_TIME
     )
     stop.click(stops.stop, None, None, **AT_ONCE)
-    reset.click(conversation.reset, None, shown, **AT_ONCE)
-    save.click(conversation.export, [*names, *histories, *controls], save, **AT_ONCE)
+    for event in (reset.click, *(window.clear for window in windows)):
+        event(conversation.reset, None, shown, **AT_ONCE)
+    with export:
+        export_button("Export", f"{name}-export", conversation.export, [*names, *histories, *controls])
 
 
 class _Conversation:
@@ -83,9 +97,9 @@ class _Conversation:
         """The user's turn enters the conversation."""
         if not text.strip():
             gr.Info("There is nothing to send: write something first.", title="Empty")
-            raise gr.Error("", visible=False, print_exception=False)
+            return [gr.skip()] * (2 + 2 * self.sides)
         asked = [[*_answered(history), {"role": "user", "content": text}] for history in histories]
-        return ["", *asked, *asked, 0]
+        return ["", *map(turns, asked), *asked, 0]
 
     def back(self, *values: Any) -> list[Any]:
         """The last answer leaves the conversation, for another one."""
@@ -93,29 +107,31 @@ class _Conversation:
         asked = [history[:-1] if history and history[-1]["role"] == "assistant" else history for history in histories]
         if not asked[0]:
             gr.Info("There is no answer yet.", title="Nothing to regenerate")
-            raise gr.Error("", visible=False, print_exception=False)
-        return [*asked, *asked, attempt + 1]
+            return [gr.skip()] * (1 + 2 * self.sides)
+        return [*map(turns, asked), *asked, attempt + 1]
 
     def answer(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
-        """Each side answers, and is scored."""
+        """Each side answers a turn that waits for it, and is scored."""
         sides = self.sides
         names, histories, attempt = values[:sides], values[sides : 2 * sides], values[2 * sides]
+        if not histories[0] or histories[0][-1]["role"] != "user":
+            return
         with told():
             settings = settings_of(*values[2 * sides + 1 :])
             prompts = [WrittenPrompt(history) for history in histories]
             asks = [
-                Ask(name, prompt, (len(prompt.prompt), attempt, names[:side].count(name)))
+                Ask(name, prompt, (len(prompt.prompt), attempt, side))
                 for side, (name, prompt) in enumerate(zip(names, prompts, strict=True))
             ]
             grown, answers = list(histories), None
             for answers in answers_to(self.models, asks, settings, self.stops.begin(request)):
                 said: list[Message] = [{"role": "assistant", "content": answer.text} for answer in answers]
                 grown = [[*history, turn] for history, turn in zip(histories, said, strict=True)]
-                yield [*grown, *[""] * sides, *grown, attempt]
+                yield [*map(turns, grown), *[""] * sides, *grown, attempt]
             if answers is not None:
                 scored = zip(prompts, answers, strict=True)
                 verdicts = [self.models.verdict(prompt, answer.text, answer.ended) for prompt, answer in scored]
-                yield [*grown, *map(verdict_html, verdicts), *grown, attempt]
+                yield [*map(turns, grown), *map(verdict_html, verdicts), *grown, attempt]
 
     def reset(self) -> list[Any]:
         """Begin anew."""

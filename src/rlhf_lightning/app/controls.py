@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
@@ -20,8 +20,8 @@ from rlhf_lightning.generation.sampling import Sampling
 
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "models", "api_visibility": "private"}
 """Of events that ask models: the others wait in a line that they are shown."""
-AT_ONCE: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-"""Of events that need no model."""
+AT_ONCE: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
+"""Of events that need no model; only what is queued can tell a visitor something."""
 
 
 class Settings(NamedTuple):
@@ -119,6 +119,21 @@ def answers_to(models: Models, asks: Sequence[Ask], settings: Settings, stopped:
         for model in dict.fromkeys(ask.model for ask in asks if not models.fits(ask, settings.sampling.max_new_tokens)):
             gr.Warning(f"{escape(model)} has no room for all of this: it reads the end only", title="Too long")
         yield from models.stream(asks, *settings, stopped=stopped)
+
+
+def export_button(label: str, name: str, export: Callable[..., str], inputs: Sequence[Any] = ()) -> None:
+    """A button that makes a file and saves it; Gradio's own would save what was made before.
+
+    Args:
+        label: of the button.
+        name: its id on the page.
+        export: makes the file, and returns its path.
+        inputs: what it is given.
+    """
+    button = gr.Button(label, elem_id=name)
+    file = gr.DownloadButton(visible="hidden", elem_id=f"{name}-file")
+    press = f"() => setTimeout(() => document.getElementById('{name}-file').click(), 100)"
+    button.click(export, list(inputs), file, **AT_ONCE).success(None, js=press)
 
 
 def download(name: str, lines: Sequence[Any]) -> str:

@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from rlhf_lightning.app.controls import AT_ONCE, ONE_AT_A_TIME, Stops, answers_to, download, settings_of, told
+from rlhf_lightning.app.controls import (
+    AT_ONCE,
+    ONE_AT_A_TIME,
+    Stops,
+    answers_to,
+    download,
+    export_button,
+    settings_of,
+    told,
+)
 from rlhf_lightning.app.judgements import Choice, Judgement, Judgements, Pair
 from rlhf_lightning.app.markup import judged_html
 from rlhf_lightning.app.models import Ask, Models
@@ -39,29 +48,31 @@ document.addEventListener("keydown", (event) => {
 """
 """Keys press the buttons while these are to be seen, but not while somebody writes."""
 
+_KEEP = "(name) => { localStorage.setItem('rlhf-annotator', name); return name; }"
+_FIND = "() => localStorage.getItem('rlhf-annotator') || ''"
+"""The browser remembers who judges."""
+
 
 def judge_tab(
+    page: gr.Blocks,
     models: Models,
     controls: Sequence[Any],
     stops: Stops,
     judgements: Judgements,
     prompts: Sequence[WrittenPrompt],
     seed: int,
-) -> Any:
+) -> None:
     """Two answers to a prompt, and four ways to judge them.
 
     Args:
+        page: it stands on.
         models: those of the page.
         controls: of sampling.
         stops: what visitors may stop.
         judgements: are kept here.
         prompts: are asked one after another; none to let the annotator write them.
         seed: of the sides.
-
-    Returns:
-        What to do when the page is opened: function, inputs and outputs.
     """
-    name = gr.BrowserState("", storage_key="rlhf-annotator", secret="rlhf")
     pair: Any = gr.State(None)
     with gr.Row():
         annotator = gr.Textbox(label="your name", placeholder="judgements are kept under it", elem_id="judge-name")
@@ -92,7 +103,6 @@ def judge_tab(
             gr.Button(f"{words}  [{keys}]", elem_id=f"judge-{end}", interactive=False) for end, words, keys in CHOICES
         ]
     said = gr.HTML(elem_id="judge-said")
-    save = gr.DownloadButton("Export preferences", elem_id="judge-export")
     tab = _Judging(models, stops, judgements, prompts, seed)
     shown = [prompt, left, right, pair, *buttons]
     asked = [annotator, prompt, first, second, *controls]
@@ -102,9 +112,9 @@ def judge_tab(
         taken = button.click(tab.judging(end), [pair, comment], [said, comment, left, right, pair, *buttons], **AT_ONCE)
         if prompts:
             taken.success(tab.ask, asked, shown, show_progress="minimal", **ONE_AT_A_TIME)
-    annotator.change(tab.named, annotator, [said, name], **AT_ONCE)
-    save.click(tab.export, None, save, **AT_ONCE)
-    return tab.opened, name, [annotator, said]
+    annotator.change(tab.so_far, annotator, said, js=_KEEP, **AT_ONCE)
+    export_button("Export preferences", "judge-export", tab.export)
+    page.load(tab.opened, annotator, [annotator, said], js=_FIND, **AT_ONCE)
 
 
 class _Shown(NamedTuple):
@@ -129,10 +139,6 @@ class _Judging:
         """Who judged here before is greeted by what was judged."""
         return [name, self.so_far(name)]
 
-    def named(self, annotator: str) -> list[str]:
-        """The browser remembers the annotator."""
-        return [self.so_far(annotator), annotator]
-
     def so_far(self, annotator: str) -> str:
         """What was judged."""
         with told():
@@ -151,7 +157,7 @@ class _Judging:
             for written in self._prompts(annotator, text, first, second, str(settings)):
                 yield [written.text, "", "", None, *_buttons(False)]
                 place = (str(written.prompt),)
-                asks = [Ask(first, written, (*place, 0)), Ask(second, written, (*place, int(first == second)))]
+                asks = [Ask(first, written, (*place, 0)), Ask(second, written, (*place, 1))]
                 said = list(answers_to(self.models, asks, settings, stopped))
                 if stopped.is_set() or not said:
                     return
@@ -195,7 +201,7 @@ class _Judging:
 
         def judge(shown: _Shown | None, comment: str) -> list[Any]:
             if shown is None:  # a second click of the same
-                raise gr.Error("", visible=False, print_exception=False)
+                return [gr.skip()] * (5 + len(CHOICES))
             sides: tuple[Choice, Choice] = ("first", "second") if shown.first_is_left else ("second", "first")
             choices: dict[str, Choice] = {"left": sides[0], "right": sides[1], "tie": "tie", "bad": "both bad"}
             said = Judgement(shown.pair, shown.annotator, choices[end], shown.first_is_left, comment)

@@ -7,12 +7,22 @@ from html import escape
 
 from rlhf_lightning.app.judgements import Agreement, Judgement
 from rlhf_lightning.app.models import Verdict
+from rlhf_lightning.chat.messages import Message
 from rlhf_lightning.evaluation.judge import TokenScore
 
 _STRONG = 2.0
 """Scores of this size, in standard deviations of a reward model's own, have the full colour."""
 _GOOD, _BAD = "20, 130, 200", "225, 110, 20"
 _MOST_SHOWN = 8
+
+
+def turns(history: Sequence[Message]) -> list[Message]:
+    """A conversation as the page's window shows it, where text is HTML.
+
+    Args:
+        history: its turns.
+    """
+    return [{"role": turn["role"], "content": escape(turn["content"])} for turn in history]
 
 
 def verdict_html(verdict: Verdict | None) -> str:

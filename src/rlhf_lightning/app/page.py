@@ -55,7 +55,7 @@ def build_page(
     """
     stops = Stops()
     with gr.Blocks(title="rlhf chat", analytics_enabled=False, fill_width=False) as page:
-        gr.Markdown("# rlhf chat")
+        gr.Markdown("## rlhf chat")
         controls = sampling_controls(sampling, seed)
         with gr.Tab("Chat", elem_id="tab-chat"):
             chat_tab(models, controls, stops, examples, sides=1)
@@ -64,8 +64,7 @@ def build_page(
         with gr.Tab("Summarise", elem_id="tab-summary"):
             summary_tab(models, controls, stops)
         with gr.Tab("Judge", elem_id="tab-judge"):
-            opened, inputs, outputs = judge_tab(models, controls, stops, judgements, prompts, seed)
-        page.load(opened, inputs, outputs, queue=False, api_visibility="private", show_progress="hidden")
+            judge_tab(page, models, controls, stops, judgements, prompts, seed)
     page.queue(default_concurrency_limit=_VISITORS, api_open=False)
     return page
 
@@ -98,11 +97,25 @@ def serve(
         ssr_mode=False,
         footer_links=[],
         enable_monitoring=False,
-        theme=gr.themes.Base(font=_FONTS, font_mono=("ui-monospace", "Consolas", "monospace")),
+        theme=_theme(),
         css=_CSS,
         head=KEYS,
     )
     return str(address)
+
+
+def _theme() -> gr.themes.Base:
+    """Fonts of the reader's own machine, and colours that can be told apart."""
+    theme = gr.themes.Base(font=_FONTS, font_mono=("ui-monospace", "Consolas", "monospace"))
+    return theme.set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        body_text_color_subdued="*neutral_600",
+        block_label_text_color="*neutral_600",
+        block_title_text_color="*neutral_700",
+        input_placeholder_color="*neutral_500",
+    )
 
 
 def is_local(host: str) -> bool:

@@ -74,7 +74,7 @@ def summary_tab(models: Models, controls: Sequence[Any], stops: Stops) -> None:
             if not post.strip():
                 raise UserError("there is no post: paste one first")
             prompt = WrittenPrompt(summary_prompt(post, title, subreddit))
-            asks = [Ask(left, prompt, (0,)), Ask(right, prompt, (int(left == right),))]
+            asks = [Ask(left, prompt, (0,)), Ask(right, prompt, (1,))]
             answers = None
             for answers in answers_to(models, asks, settings_of(*values), stops.begin(request)):
                 yield [*(answer.text for answer in answers), "", ""]
