@@ -16,6 +16,7 @@ from rlhf_lightning.evaluation.judge import TokenScore
 NASTY = st.text(
     st.sampled_from("<>&\"'/ab=;") | st.characters(exclude_categories=["Cs"]), max_size=20
 ) | st.sampled_from(["<script>x</script>", "<img src=x onerror=y>", "</span></p></td>", "&lt;b&gt;"])
+OURS = {"p", "strong", "span", "class", "style", "title", "table", "thead", "tbody", "tr", "th", "td"}
 
 
 class Reader(HTMLParser):
