@@ -92,6 +92,16 @@ def test_a_model_that_was_trained_again_is_asked_again(inputs, tmp_path):
     assert len((tmp_path / "out" / "evaluation.jsonl").read_text().splitlines()) == 12
 
 
+def test_rows_that_say_something_else_are_asked_again(inputs, tmp_path):
+    data = save_pairs(tmp_path / "pairs.jsonl", 12)
+    own = inputs | {"data": str(data), "tasks": ["perplexity"], "models": inputs["models"][:1]}
+    run(own, tmp_path / "out")
+    data.write_text(data.read_text().replace("bake bread", "paint a wall"))
+    second = run(own, tmp_path / "out")
+    assert second.results == run(own, tmp_path / "anew").results
+    assert (tmp_path / "out" / "evaluation.jsonl").read_text() == (tmp_path / "anew" / "evaluation.jsonl").read_text()
+
+
 def test_what_is_measured_follows_from_what_is_given(inputs, tmp_path):
     only_models = inputs | {"rewards": None, "reference": None}
     assert {one.metric for one in run(only_models, tmp_path / "a").results} == {

@@ -152,15 +152,19 @@ def _said(number: float) -> str:
 class Lines:
     """The lines of `evaluation.jsonl`: one for each metric, model and row, kept while an evaluation goes on.
 
-    A line bears the key of the settings it was made with. One that was made with the same is not made again, so an
-    evaluation that was stopped goes on where it was.
+    A line bears the key of the settings and of the row it was made with. One that was made with the same is not made
+    again, so an evaluation that was stopped goes on where it was.
 
     Args:
         folder: made where it is missing.
+
+    Attributes:
+        contents: a hash of what each row says, by its number; rows of other data have the same numbers.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / LINES
+        self.contents: dict[int, str] = {}
         self._made: dict[tuple[str, str, int], dict[str, Any]] = {}
         before = self.path.read_bytes() if self.path.is_file() else b""
         self._before = {_place(line): line for line in _lines_of(before)}
@@ -180,7 +184,7 @@ class Lines:
         """
         found = {}
         for place, line in self._before.items():
-            if place[:2] == (metric, model) and line.get("key") == key:
+            if place[:2] == (metric, model) and line.get("key") == self._key(key, place[2]):
                 self._made[place] = found[place[2]] = line
         return found
 
@@ -190,11 +194,14 @@ class Lines:
         Args:
             lines: each with `metric`, `model`, `row` and `key`.
         """
-        new = [finite(line) for line in lines]
+        new = [finite({**line, "key": self._key(line["key"], line["row"])}) for line in lines]
         with self.path.open("a", encoding="utf-8") as file:
             file.write(self._gap + "".join(_written(line) for line in new))
         self._gap = ""
         self._made.update({_place(line): line for line in new})
+
+    def _key(self, key: str, row: int) -> str:
+        return "-".join(filter(None, (key, self.contents.get(row))))
 
     def finish(self) -> None:
         """Leave only the lines of this evaluation, in order: by task and model as they came, then by row."""

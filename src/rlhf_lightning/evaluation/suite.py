@@ -19,7 +19,7 @@ from rlhf_lightning.data.sources import DataSource, source_name
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.kl import KL
 from rlhf_lightning.evaluation.perplexity import Perplexity
-from rlhf_lightning.evaluation.results import Evaluation, Lines
+from rlhf_lightning.evaluation.results import Evaluation, Lines, key_of_settings
 from rlhf_lightning.evaluation.reward import Reward
 from rlhf_lightning.evaluation.rouge import Rouge
 from rlhf_lightning.evaluation.rows import TextRow, read_rows
@@ -183,6 +183,7 @@ def run_tasks(
         if task.need not in rows:
             bench.report(f"reading rows for {task.name}", 0)
             rows[task.need] = read(task.need)
+        lines.contents = {row.row: key_of_settings(row) for row in rows[task.need]}
         results, curves = task.run(rows[task.need], bench, lines)
         evaluation.results += results
         evaluation.curves += curves
