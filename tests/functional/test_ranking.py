@@ -69,6 +69,14 @@ def test_models_that_never_met_are_ranked_through_the_draw():
     assert float(strength.mean()) == pytest.approx(0, abs=1e-9)
 
 
+def test_tables_are_ranked_one_by_one():
+    beaten = WINS.clone()
+    beaten[:3, 3] = 0
+    both = bradley_terry(torch.stack([WINS, beaten, torch.zeros(4, 4)]))
+    for found, table in zip(both, (WINS, beaten, torch.zeros(4, 4)), strict=True):
+        torch.testing.assert_close(found, bradley_terry(table), atol=1e-8, rtol=0)
+
+
 def test_a_model_that_was_never_judged_stands_in_the_middle():
     assert bradley_terry(torch.zeros(3, 3)).tolist() == [0, 0, 0]
 

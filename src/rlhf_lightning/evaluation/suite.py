@@ -17,6 +17,7 @@ from rlhf_lightning.data.preparing.filters import Splits
 from rlhf_lightning.data.rows import Need
 from rlhf_lightning.data.sources import DataSource, source_name
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.evaluation.best_of_n import BestOfN
 from rlhf_lightning.evaluation.kl import KL
 from rlhf_lightning.evaluation.perplexity import Perplexity
 from rlhf_lightning.evaluation.results import Evaluation, Lines, key_of_settings
@@ -24,6 +25,7 @@ from rlhf_lightning.evaluation.reward import Reward
 from rlhf_lightning.evaluation.rouge import Rouge
 from rlhf_lightning.evaluation.rows import TextRow, read_rows
 from rlhf_lightning.evaluation.task import Bench, Report, Task, name_of, no_report
+from rlhf_lightning.evaluation.winrate import WinRate
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.folders import check_model_folder
 from rlhf_lightning.models.rewarding import find_reward
@@ -53,6 +55,8 @@ def evaluate(
     rouge: Rouge = Rouge(),  # noqa: B008, frozen
     reward: Reward = Reward(),  # noqa: B008, frozen
     kl: KL = KL(),  # noqa: B008, frozen
+    winrate: WinRate = WinRate(),  # noqa: B008, frozen
+    best_of_n: BestOfN = BestOfN(),  # noqa: B008, frozen
     sampling: Sampling = Sampling(),
     batch_size: int = 32,
     max_tokens: int = 4096,
@@ -88,6 +92,8 @@ def evaluate(
         rouge: of answers, against the best response of each row.
         reward: accuracy and calibration of rewards on pairs, and how much of it is length.
         kl: of each model from the reference.
+        winrate: of models over one another, by a judge.
+        best_of_n: what the best of n answers is worth, and the other models beside it.
         sampling: how answers are drawn.
         batch_size: prompts answered at once.
         max_tokens: read at once by a model, padding included.
@@ -116,7 +122,7 @@ def evaluate(
         seed=seed,
         report=report,
     )
-    known = {task.name: task for task in (perplexity, rouge, reward, kl)}
+    known = {task.name: task for task in (perplexity, rouge, reward, kl, winrate, best_of_n)}
     chosen = choose_tasks(known, tasks, bench)
     splits = Splits(validation_split, test_split, stage_split, split_by)
 

@@ -19,39 +19,39 @@ def bradley_terry(wins: Tensor, prior: float = 1.0) -> Tensor:
     then, each model is also given a draw, of weight `prior`, against an imagined one of average strength.
 
     Args:
-        wins: how often the row's model won over the column's, `[M, M]`; a tie counts half for either.
+        wins: how often the row's model won over the column's, `[..., M, M]`; a tie counts half for either.
         prior: weight of that draw, in comparisons, above 0.
 
     Returns:
-        `[M]`, float64, nats, mean 0.
+        `[..., M]`, float64, nats, mean 0.
 
     Example:
         >>> strength = bradley_terry(torch.tensor([[0.0, 3.0], [1.0, 0.0]]))
         >>> round(float(torch.sigmoid(strength[0] - strength[1])), 6)
         0.75
     """
-    wins = wins.double() * (1 - torch.eye(len(wins), dtype=torch.float64))
-    draw = 0.0 if _connected(wins) else prior
-    won, met = wins.sum(dim=1) + draw / 2, wins + wins.T
-    strength = torch.ones(len(wins), dtype=torch.float64)
+    wins = wins.double() * (1 - torch.eye(wins.shape[-1], dtype=torch.float64))
+    draw = torch.where(_connected(wins), 0.0, prior).double().unsqueeze(-1)  # [..., 1]
+    won, met = wins.sum(dim=-1) + draw / 2, wins + wins.mT
+    strength = torch.ones_like(won)
     for _ in range(_STEPS):
-        faced = (met / (strength.unsqueeze(1) + strength)).sum(dim=1) + draw / (strength + 1)
+        faced = (met / (strength.unsqueeze(-1) + strength.unsqueeze(-2))).sum(dim=-1) + draw / (strength + 1)
         new = won / faced
-        if not draw:  # otherwise the imagined model fixes the scale
-            new = new / new.log().mean().exp()
+        # Where there is an imagined model, it fixes the scale.
+        new = torch.where(draw > 0, new, new / new.log().mean(dim=-1, keepdim=True).exp())
         moved, strength = float((new / strength).log().abs().max()), new
         if moved < _PRECISION:
             break
     logs = strength.log()
-    return logs - logs.mean()
+    return logs - logs.mean(dim=-1, keepdim=True)
 
 
-def _connected(wins: Tensor) -> bool:
-    """Whether each model has beaten each other one, or one that has, and so on."""
-    reached = (wins > 0) | torch.eye(len(wins), dtype=torch.bool)
-    for _ in range(len(wins).bit_length()):
+def _connected(wins: Tensor) -> Tensor:
+    """Whether each model has beaten each other one, or one that has, and so on, `[...]`, bool."""
+    reached = (wins > 0) | torch.eye(wins.shape[-1], dtype=torch.bool)
+    for _ in range(wins.shape[-1].bit_length()):
         reached = (reached.double() @ reached.double()) > 0
-    return bool(reached.all())
+    return reached.all(dim=-1).all(dim=-1)
 
 
 def length_controlled_win_rate(wins: Tensor, lengths: Tensor, other_lengths: Tensor, ridge: float = 0.01) -> float:
