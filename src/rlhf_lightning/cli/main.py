@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "generate",
     "score": "score",
     "chat": "chat",
+    "env": "env",
 }
 """Commands beside the stages, and the module of `cli` whose `main` is given the words after them."""
 
@@ -41,6 +42,7 @@ commands:
   generate     what a model answers to a prompt, or to all prompts of a file
   chat         talk to models in the browser or the terminal, and say which answers are better
   score        what a reward model says of the answers in a file
+  env          versions and devices, to paste into a bug report
 
 the stages, each starting from what the one before exported:
   rlhf fit --config sft.yaml --model.model_name_or_path MODEL --data.data FILE
