@@ -90,7 +90,15 @@ def test_a_run_says_only_what_concerns_the_user(stages, stage):
     root, done = stages
     assert done[stage].stdout == ""
     lines = done[stage].stderr.strip().splitlines()
-    expected = ["Seed set", "GPU available", "DataModule: rows 24", "models: ", "Trainer.fit` stopped", "exported to"]
+    expected = [
+        "Seed set",
+        "GPU available",
+        "DataModule: rows 24",
+        "loading ",
+        "models: ",
+        "Trainer.fit` stopped",
+        "exported to",
+    ]
     for line, part in zip(lines, expected, strict=False):
         assert part in line
     summary = lines[len(expected) :]
@@ -107,8 +115,8 @@ def test_a_run_from_python_says_no_more(stages):
     result = subprocess.run(words, capture_output=True, text=True, cwd=root, env=environment(), check=False)
     assert result.returncode == 0, result.stderr
     said = [line for line in done["sft"].stderr.splitlines() if "Seed set" not in line and "exported to" not in line]
-    # What the command line's default callback says and a plain Trainer has no callback for.
-    said = [line for line in said if not line.startswith("models: ")]
+    # What the command line's default callbacks say and a plain Trainer has no callbacks for.
+    said = [line for line in said if not line.startswith(("models: ", "SFT: ", "  "))]
     assert result.stderr.splitlines() == said
 
 

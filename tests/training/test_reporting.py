@@ -98,3 +98,9 @@ def test_on_a_gpu_it_is_what_tensors_take_there(monkeypatch):
 def test_where_memory_cannot_be_asked_nothing_is_logged(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
     assert peak_memory(torch.device("cpu")) == {}
+
+
+def test_patience_is_over_once_in_a_while(monkeypatch):
+    monkeypatch.setattr(reporting.time, "monotonic", iter([0.0, 3.0, 4.5, 5.0, 8.4, 8.5]).__next__)
+    patience = reporting.Patience(4.0)
+    assert [patience.is_over() for _ in range(5)] == [False, True, False, False, True]

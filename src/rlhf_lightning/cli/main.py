@@ -92,6 +92,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _dispatch(command: str, options: list[str]) -> None:
     resolved = resolve_recipes(options)
+    if command in (*STAGE_COMMANDS, *COMMANDS) and sys.stderr.isatty():
+        print("loading PyTorch and Lightning", file=sys.stderr)  # somebody waits for it
     if command in STAGE_COMMANDS:
         from rlhf_lightning.cli.stages import run_stage
 

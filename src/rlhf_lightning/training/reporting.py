@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -32,6 +33,26 @@ def report_progress(module: pl.LightningModule, stage: str, done: int, total: in
     for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ProgressListener):
             callback.on_progress(stage, done, total)
+
+
+class Patience:
+    """Tells when somebody who waits has waited long enough for a word.
+
+    Args:
+        seconds: between two words.
+    """
+
+    def __init__(self, seconds: float = 4.0) -> None:
+        self.seconds = seconds
+        self._since = time.monotonic()
+
+    def is_over(self) -> bool:
+        """Whether it is time for a word; then the waiting begins anew."""
+        now = time.monotonic()
+        if now - self._since < self.seconds:
+            return False
+        self._since = now
+        return True
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

@@ -19,6 +19,7 @@ from rlhf_lightning.data.preparing.preparation import read_all
 from rlhf_lightning.data.preparing.prepared import PARTS
 from rlhf_lightning.data.sources import as_source
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.training.reporting import Patience
 
 KINDS = ("finetune", "preference", "prompts")
 PAIRS = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(300)]
@@ -286,6 +287,16 @@ def test_prompts_that_come_twice_are_written_once(tmp_path):
     assert (counts(both)["kept"], counts(both)["prompt is a duplicate"], dropped(both)) == (4, 2, {})
     alone = build(tmp_path / "alone", rows, kinds=("prompts",))
     assert counts(alone) == {"rows": 4, "kept": 2, "dropped: prompt is a duplicate": 2, "prompts train": 2}
+
+
+def test_a_long_preparation_says_how_far_it_is(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="pytorch_lightning.utilities.rank_zero")
+    rows = [{"prompt": str(i), "response": "a"} for i in range(3)]
+    build(tmp_path / "short", rows)
+    assert not [message for message in caplog.messages if "rows read" in message]
+    monkeypatch.setattr(Patience, "is_over", lambda self: True)
+    build(tmp_path / "long", rows)
+    assert [message for message in caplog.messages if "rows read" in message][-1].endswith(": 3 of 3 rows read")
 
 
 def test_a_blend_keeps_the_number_of_each_source(tmp_path):

@@ -34,6 +34,7 @@ from rlhf_lightning.data.preparing.reading import Choose, Item, RowReader
 from rlhf_lightning.data.rows import KINDS, Need, OnBadRow, Row
 from rlhf_lightning.data.sources import Rows, Source
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.training.reporting import Patience
 
 _EVALUATED: dict[str, tuple[Part, str]] = {
     "validation_data": ("validation", "validate on"),
@@ -208,7 +209,11 @@ class Preparation:
         reader = self._reader(role)
         maker = ExampleMaker(reader, self.filters.remove_same_responses)
         order = self.filters.order(len(self._rows[role]), self.num_samples if role == "data" else None)
+        patience = Patience()
         for item, ids in reader.read(order, self._chooser(role, evaluation_prompts)):
+            if patience.is_over():
+                name, total = name_of_rows(self._rows[role]), len(self._rows[role])
+                rank_zero_info(f"{name}: {reader.counts.rows:,} of {total:,} rows read")
             for need, examples in maker.examples(item, ids).items():
                 reader.counts.others[f"{need} {item.part}"] += len(examples)
                 for example in examples:
