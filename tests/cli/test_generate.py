@@ -125,3 +125,9 @@ def test_words_are_a_turn_only_where_nothing_says_how_the_model_was_taught(tmp_p
     policy.model.config.dialogue_rendering = {"dialogue_format": "auto", "plain_format": {}}
     assert policy.asked("hi").prompt == "hi"
     assert Policy.load(save_llama(tmp_path / "plain")).asked("hi").prompt == "hi"
+
+
+def test_a_short_context_leaves_half_for_the_answer(models, prompts, tmp_path, capsys):
+    main(["generate", models[0], "--file", prompts])
+    assert max(row["tokens"] for row in lines(capsys.readouterr().out)) <= 32
+    assert Policy.load(models[0]).ample_response == 32

@@ -10,6 +10,7 @@ import gradio as gr
 from rlhf_lightning.app.controls import (
     AT_ONCE,
     ONE_AT_A_TIME,
+    SMALL,
     Stops,
     answers_to,
     download,
@@ -45,7 +46,7 @@ def chat_tab(models: Models, controls: Sequence[Any], stops: Stops, examples: Se
                     gr.Chatbot(
                         label=label.replace("model", "answers") if sides == 2 else "conversation",
                         elem_id=f"{name}-window-{side}",
-                        height=380,
+                        height=340,
                         render_markdown=False,  # what is left is HTML, of which `turns` writes none
                         feedback_options=None,
                         buttons=[],  # they would copy what is escaped
@@ -55,12 +56,11 @@ def chat_tab(models: Models, controls: Sequence[Any], stops: Stops, examples: Se
     box = gr.Textbox(
         label="your turn", placeholder="Write, and press Enter", lines=1, max_lines=8, elem_id=f"{name}-box"
     )
-    with gr.Row():
-        send = gr.Button("Send", variant="primary", elem_id=f"{name}-send")
-        stop = gr.Button("Stop", elem_id=f"{name}-stop")
-        again = gr.Button("Regenerate", elem_id=f"{name}-again")
-        reset = gr.Button("New conversation", elem_id=f"{name}-reset")
-        export = gr.Row()
+    with gr.Row() as row:
+        send = gr.Button("Send", variant="primary", elem_id=f"{name}-send", **SMALL)
+        stop = gr.Button("Stop", elem_id=f"{name}-stop", **SMALL)
+        again = gr.Button("Regenerate", elem_id=f"{name}-again", **SMALL)
+        reset = gr.Button("Start anew", elem_id=f"{name}-reset", **SMALL)
     with gr.Row():
         for side in range(sides):
             with gr.Column():
@@ -83,7 +83,7 @@ def chat_tab(models: Models, controls: Sequence[Any], stops: Stops, examples: Se
     stop.click(stops.stop, None, None, **AT_ONCE)
     for event in (reset.click, *(window.clear for window in windows)):
         event(conversation.reset, None, shown, **AT_ONCE)
-    with export:
+    with row:
         export_button("Export", f"{name}-export", conversation.export, [*names, *histories, *controls])
 
 

@@ -23,6 +23,9 @@ ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "mode
 AT_ONCE: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
 """Of events that need no model; only what is queued can tell a visitor something."""
 
+SMALL: dict[str, Any] = {"size": "md", "min_width": 80}
+"""Of buttons, that all of a tab stand in a row."""
+
 
 class Settings(NamedTuple):
     """How answers are drawn.
@@ -130,7 +133,7 @@ def export_button(label: str, name: str, export: Callable[..., str], inputs: Seq
         export: makes the file, and returns its path.
         inputs: what it is given.
     """
-    button = gr.Button(label, elem_id=name)
+    button = gr.Button(label, elem_id=name, **SMALL)
     file = gr.DownloadButton(visible="hidden", elem_id=f"{name}-file")
     press = f"() => setTimeout(() => document.getElementById('{name}-file').click(), 100)"
     button.click(export, list(inputs), file, **AT_ONCE).success(None, js=press)

@@ -10,6 +10,7 @@ import gradio as gr
 from rlhf_lightning.app.controls import (
     AT_ONCE,
     ONE_AT_A_TIME,
+    SMALL,
     Stops,
     answers_to,
     download,
@@ -90,17 +91,18 @@ def judge_tab(
         interactive=not prompts,
     )
     with gr.Row():
-        ask = gr.Button("Next prompt" if prompts else "Ask", variant="primary", elem_id="judge-ask")
-        stop = gr.Button("Stop", elem_id="judge-stop")
+        ask = gr.Button("Next prompt" if prompts else "Ask", variant="primary", elem_id="judge-ask", **SMALL)
+        stop = gr.Button("Stop", elem_id="judge-stop", **SMALL)
     with gr.Row():
         left, right = (
-            gr.Textbox(label=side, lines=8, max_lines=20, interactive=False, elem_id=f"judge-{side}-answer")
+            gr.Textbox(label=side, lines=5, max_lines=20, interactive=False, elem_id=f"judge-{side}-answer")
             for side in ("left", "right")
         )
     comment = gr.Textbox(label="comment", placeholder="why, if you like; write it before you choose", max_lines=4)
     with gr.Row():
         buttons = [
-            gr.Button(f"{words}  [{keys}]", elem_id=f"judge-{end}", interactive=False) for end, words, keys in CHOICES
+            gr.Button(f"{words}  [{keys}]", elem_id=f"judge-{end}", interactive=False, **SMALL)
+            for end, words, keys in CHOICES
         ]
     said = gr.HTML(elem_id="judge-said")
     tab = _Judging(models, stops, judgements, prompts, seed)

@@ -28,8 +28,9 @@ _CSS = """
 .tokens { white-space: pre-wrap; line-height: 1.7; margin: 0; }
 .tokens span { border-radius: 3px; padding: 1px 0; }
 .hint { font-size: 0.85em; margin: 0.3em 0; }
-.judged { border-collapse: collapse; width: 100%; }
-.judged th, .judged td { text-align: left; padding: 4px 10px 4px 0; border-bottom: 1px solid rgba(128, 128, 128, 0.3); }
+table.judged { border-collapse: collapse; width: 100%; border: 0 !important; }
+.judged tr, .judged th, .judged td { border: 0 !important; text-align: left; padding: 4px 10px 4px 0 !important; }
+.judged tr { border-bottom: 1px solid rgba(128, 128, 128, 0.35) !important; }
 footer { display: none !important; }
 """
 

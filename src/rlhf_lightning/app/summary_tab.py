@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from rlhf_lightning.app.controls import AT_ONCE, ONE_AT_A_TIME, Stops, answers_to, settings_of, told
+from rlhf_lightning.app.controls import AT_ONCE, ONE_AT_A_TIME, SMALL, Stops, answers_to, settings_of, told
 from rlhf_lightning.app.markup import verdict_html
 from rlhf_lightning.app.models import Ask, Models
 from rlhf_lightning.chat.written import WrittenPrompt
@@ -48,8 +48,8 @@ def summary_tab(models: Models, controls: Sequence[Any], stops: Stops) -> None:
         title = gr.Textbox(label="title", placeholder="may be empty", scale=3)
     post = gr.Textbox(label="post", lines=6, max_lines=16, elem_id="summary-post")
     with gr.Row():
-        go = gr.Button("Summarise", variant="primary", elem_id="summary-go")
-        stop = gr.Button("Stop", elem_id="summary-stop")
+        go = gr.Button("Summarise", variant="primary", elem_id="summary-go", **SMALL)
+        stop = gr.Button("Stop", elem_id="summary-stop", **SMALL)
     names, boxes, verdicts = [], [], []
     with gr.Row():
         for side, label in enumerate(("left", "right")):

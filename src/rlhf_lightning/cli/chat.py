@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -39,7 +40,7 @@ def _parser() -> OneLineParser:
     add("--temperature", type=float, default=0.7, help="the logits are divided by it; 0 takes the most likely token")
     add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens of this probability; 1 for all")
     add("--top_k", type=int, default=0, help="sample among the k most likely tokens; 0 for all")
-    add("--max_new_tokens", type=int, default=256, help="an answer is cut here if it has not ended")
+    add("--max_new_tokens", type=int, help="an answer is cut here; by default at 256, or at half of a shorter context")
     add("--seed", type=int, default=1, help="of the answers, and of the sides of pairs that are judged")
     add("--judgements", default="runs/judgements.sqlite", help="file in which judgements are kept")
     add("--prompts", help="prompts to be judged, in any form that the stages read; without them annotators write some")
@@ -65,7 +66,9 @@ def main(options: Sequence[str]) -> None:
     """
     filter_warnings()
     given = _parser().parse_args(list(options))
-    sampling = Sampling(given.temperature, given.top_k, given.top_p, given.max_new_tokens)
+    sampling = Sampling(
+        given.temperature, given.top_k, given.top_p, 1 if given.max_new_tokens is None else given.max_new_tokens
+    )
     password = given.password or os.environ.get(PASSWORD) if given.user else given.password
     if not given.terminal:
         if importlib.util.find_spec("gradio") is None:
@@ -80,6 +83,8 @@ def main(options: Sequence[str]) -> None:
         device=given.device,
         trust_remote_code=given.trust_remote_code,
     )
+    if given.max_new_tokens is None:
+        sampling = replace(sampling, max_new_tokens=models.load(models.choices[0]).ample_response)
     if given.terminal:
         TerminalChat(models, sampling, given.seed).run()
         return

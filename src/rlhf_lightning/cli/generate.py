@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,7 +35,7 @@ def generate(
     temperature: float = 0.7,
     top_p: float = 1.0,
     top_k: int = 0,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     seed: int = 1,
     batch_size: int = 32,
     dtype: Dtype = "auto",
@@ -55,7 +56,7 @@ def generate(
         temperature: the logits are divided by it; 0 takes the most likely token.
         top_p: sample among the most likely tokens that together have this probability; 1 for all.
         top_k: sample among the k most likely tokens only; 0 for all.
-        max_new_tokens: an answer is cut here if it has not ended.
+        max_new_tokens: an answer is cut here if it has not ended; by default at 256, or at half of a shorter context.
         seed: a row gets the same answer for the same seed, whatever the other rows.
         batch_size: prompts answered at once.
         dtype: of the weights; auto for bfloat16 on GPUs and float32 elsewhere.
@@ -66,7 +67,7 @@ def generate(
         UserError: no such model, an empty prompt, or data that cannot be read.
     """
     check_arguments(generate, locals(), {"batch_size": AT_LEAST_1})
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens)
+    sampling = Sampling(temperature, top_k, top_p, 1 if max_new_tokens is None else max_new_tokens)
     if (prompt is None) == (file is None):
         raise UserError("nothing is asked, or two things; pass either --prompt or --file")
     if prompt is not None and not prompt.strip():
@@ -76,6 +77,8 @@ def generate(
         policy = Policy.load(
             model, dtype=dtype, device=device, batch_size=batch_size, trust_remote_code=trust_remote_code
         )
+        if max_new_tokens is None:
+            sampling = replace(sampling, max_new_tokens=policy.ample_response)
         if rows is None:
             assert prompt is not None
             _answer_one(policy, policy.asked(prompt), sampling, seed, lines if out else None)

@@ -119,6 +119,11 @@ class Policy:
         """Where it runs."""
         return self.model.device
 
+    @property
+    def ample_response(self) -> int:
+        """Tokens of a response that is not to be cut early: 256, or half of a context that is short."""
+        return 256 if self.context is None else max(1, min(256, self.context // 2))
+
     def asked(self, text: str) -> WrittenPrompt:
         """What somebody's words are to the model.
 
