@@ -39,7 +39,7 @@ def main(options: Sequence[str]) -> None:
     filter_warnings()
     _check_words(options)
     try:
-        settings = _settings(list_words(options))
+        settings = settings_of(list_words(options))
         with reporting(Console(stderr=True)) as report:
             evaluation = evaluate(**settings, report=report)
     except ValueError as error:
@@ -53,8 +53,12 @@ def main(options: Sequence[str]) -> None:
         console.print(f"{name:10}{settings['out']}/{file}", soft_wrap=True, highlight=False)
 
 
-def _settings(words: list[str]) -> dict[str, Any]:
-    """The arguments of `evaluate` that a command line asks for."""
+def settings_of(words: list[str]) -> dict[str, Any]:
+    """The arguments of `evaluate` that a command line asks for.
+
+    Args:
+        words: as `list_words` gives them.
+    """
     parser = OneLineParser(
         prog="rlhf evaluate",
         usage="rlhf evaluate --config RECIPE --models MODEL [MODEL ...] --data FILE [options]",
