@@ -95,6 +95,16 @@ def test_rows_that_are_too_long_are_cut_and_counted(folder, tmp_path, said):
     assert said == [f"{folder}: 1 of 2 rows are longer than it may read, and were cut"]
 
 
+def test_of_a_response_that_was_cut_only_what_was_read_counts(folder, tmp_path):
+    rows = read_rows({"prompt": ["small"], "response": ["happy bread " * 20]}, "finetune")
+    _, (line,) = measured(folder, tmp_path, rows, 24)
+    policy = Bench([folder]).policy(folder)
+    prompt, response = policy.chat.encode_dialogue("small", line["response"])
+    read = policy.chat.decode([response[: 24 - len(prompt)]])[0]
+    assert (line["tokens"], line["bytes"]) == (24 - len(prompt), len(read))
+    assert line["cut"]
+
+
 def test_rows_that_a_template_refuses_are_counted_and_the_others_measured(folder, tmp_path, said, monkeypatch):
     rows = read_rows(instruction_rows(4), "finetune")
     bench = Bench([folder])

@@ -80,7 +80,7 @@ class Perplexity(Task):
                     "response": rows[i].responses[0],
                     "nll": -float(values.double().sum()),
                     "tokens": len(values),
-                    "bytes": len(rows[i].responses[0].encode()),
+                    "bytes": _bytes_read(policy, rows[i], each),  # type: ignore[arg-type]
                     "cut": bool(each.cut),  # type: ignore[union-attr]
                 }
                 for i, values, each in zip(places, logprobs, ids, strict=True)
@@ -97,6 +97,12 @@ class Perplexity(Task):
         limits = [limit for limit in (policy.context, self.max_length) if limit is not None]
         limit = TokenLimits(max_length=min(limits, default=_ENDLESS))
         return encode_rows([row.as_row(1) for row in rows], policy.chat, limit)
+
+
+def _bytes_read(policy: Policy, row: TextRow, ids: EncodedRow) -> int:
+    """Bytes of the response, or of what is left of it where it was cut."""
+    cut = "response" in ids.cut
+    return len((policy.chat.decode(ids.responses)[0] if cut else row.responses[0]).encode())
 
 
 def _results(model: str, rows: list[TextRow], lines: list[dict[str, Any]], seed: int) -> list[Result]:
