@@ -14,9 +14,25 @@ from typing import Any
 from rich.console import Console
 from rich.rule import Rule
 
+from rlhf_lightning.cli.quickstart.over_optimise import Course, show_over_optimisation
 from rlhf_lightning.cli.quickstart.report import plot_curves, print_answers, print_table, summarise, win_rate
-from rlhf_lightning.cli.quickstart.stages import Algorithm, answer, gold_accuracy, train_last, train_reward, train_sft
-from rlhf_lightning.cli.quickstart.toy import build_toy_tokenizer, toy_texts, write_toy_data, write_toy_model
+from rlhf_lightning.cli.quickstart.stages import (
+    Algorithm,
+    StageResult,
+    answer,
+    gold_accuracy,
+    train_last,
+    train_reward,
+    train_sft,
+)
+from rlhf_lightning.cli.quickstart.toy import (
+    ToyPaths,
+    build_toy_tokenizer,
+    toy_paths,
+    toy_texts,
+    write_toy_data,
+    write_toy_model,
+)
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.report import save_report
 from rlhf_lightning.report.run import read_runs
@@ -49,16 +65,9 @@ def run_quickstart(out: Path, seed: int, console: Console, algorithm: Algorithm 
     Raises:
         UserError: the folder holds something else.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "data" / "sft.jsonl").exists():
-        raise UserError(f"'{out}' is not empty and holds no quickstart; choose another --out")
+    _check_out(out)
     started = time.perf_counter()
-    console.print(Rule("1/4 data, tokenizer and a random model, made on the spot"))
-    data = write_toy_data(out / "data", seed)
-    base = write_toy_model(out / "base", build_toy_tokenizer(toy_texts(data)), seed)
-    console.print(Rule("2/4 supervised fine-tuning on good and bad answers"))
-    sft = train_sft(base, data, out / "sft", seed)
-    console.print(Rule("3/4 reward model on noisy preferences"))
-    reward = train_reward(sft.export, data, out / "reward", seed)
+    data, sft, reward = _three_stages(out, seed, console)
     console.print(Rule(f"4/4 {LAST[algorithm]}"))
     last, curve = train_last(algorithm, sft.export, reward.export, data, out / algorithm, seed)
     console.print(Rule("answers to held-out prompts"))
@@ -97,6 +106,52 @@ def run_quickstart(out: Path, seed: int, console: Console, algorithm: Algorithm 
     return results
 
 
+def run_over_optimise(out: Path, seed: int, console: Console) -> list[Course]:
+    """Show over-optimisation, on the models of a quickstart that ended in the same folder, or on new ones.
+
+    Args:
+        out: folder of the run.
+        seed: of the data, the weights and the sampling.
+        console: what is shown goes here.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    _check_out(out)
+    started = time.perf_counter()
+    if _is_made(out, seed):
+        console.print(Rule(f"with the models of '{out}'"))
+    else:
+        _three_stages(out, seed, console)
+    data, sft, reward = toy_paths(out / "data"), out / "sft" / "export", out / "reward" / "export"
+    console.print(Rule("4/4 against the reward model, as hard as it goes"))
+    courses = show_over_optimisation(sft, reward, data, out, seed, console)
+    console.print(f"{time.perf_counter() - started:.0f} seconds in all")
+    return courses
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and any(out.iterdir()) and not (out / "data" / "sft.jsonl").exists():
+        raise UserError(f"'{out}' is not empty and holds no quickstart; choose another --out")
+
+
+def _is_made(out: Path, seed: int) -> bool:
+    """Whether a quickstart of this seed has ended in a folder."""
+    results = out / RESULTS
+    return results.is_file() and json.loads(results.read_text(encoding="utf-8")).get("seed") == seed
+
+
+def _three_stages(out: Path, seed: int, console: Console) -> tuple[ToyPaths, StageResult, StageResult]:
+    """Data, the SFT model and the reward model."""
+    console.print(Rule("1/4 data, tokenizer and a random model, made on the spot"))
+    data = write_toy_data(out / "data", seed)
+    base = write_toy_model(out / "base", build_toy_tokenizer(toy_texts(data)), seed)
+    console.print(Rule("2/4 supervised fine-tuning on good and bad answers"))
+    sft = train_sft(base, data, out / "sft", seed)
+    console.print(Rule("3/4 reward model on noisy preferences"))
+    return data, sft, train_reward(sft.export, data, out / "reward", seed)
+
+
 def main(args: Sequence[str]) -> None:
     """Entry point of `rlhf quickstart`.
 
@@ -110,9 +165,17 @@ def main(args: Sequence[str]) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the run (%(default)s)")
     parser.add_argument("--algorithm", choices=[*LAST], default="ppo", help="how the run ends (%(default)s)")
+    parser.add_argument(
+        "--over_optimise",
+        action="store_true",
+        help="end instead by optimising against the reward model as hard as it goes, and draw what gold says of it",
+    )
     parser.add_argument("--seed", type=int, default=1, help="seed of data, weights and sampling (%(default)s)")
     parsed = parser.parse_args(args)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
     filter_warnings()
-    run_quickstart(parsed.out, parsed.seed, Console(), parsed.algorithm)
+    if parsed.over_optimise:
+        run_over_optimise(parsed.out, parsed.seed, Console())
+    else:
+        run_quickstart(parsed.out, parsed.seed, Console(), parsed.algorithm)

@@ -14,7 +14,8 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from rlhf_lightning.algorithms import DPOModule, GRPOModule, PPOModule, RewardModule, RLOOModule, SFTModule
 from rlhf_lightning.algorithms.online.settings import KLPenalty, ScoreShaping
 from rlhf_lightning.algorithms.online.stage import OnlineStage
-from rlhf_lightning.callbacks import HFExport, SampleTexts, StageProgressBar
+from rlhf_lightning.callbacks import Evaluate, HFExport, SampleTexts, StageProgressBar
+from rlhf_lightning.callbacks.evaluate import Judged
 from rlhf_lightning.cli.quickstart.toy import ToyPaths, gold_score
 from rlhf_lightning.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
 from rlhf_lightning.generation.sampling import Sampling
@@ -158,17 +159,51 @@ def train_last(
         datamodule = _pairs(sft, data, seed)
         return _fit(_trainer(folder, [], max_epochs=1, val_check_interval=0.5), _dpo(sft), datamodule), curve
     module = {"ppo": _ppo, "rloo": _rloo, "grpo": _grpo}[algorithm](str(sft), str(reward))
-    prompts = PromptDataModule(
+    prompts = _prompts(sft, data, seed, module.rollout_batch_size)
+    options = {"limit_train_batches": 25, "max_epochs": 1, "val_check_interval": 5, "limit_val_batches": 1}
+    return _fit(_trainer(folder, [curve], **options), module, prompts), curve
+
+
+def train_hard(
+    sft: Path, reward: Path, data: ToyPaths, folder: Path, seed: int, kl_coef: float, iterations: int
+) -> list[Judged]:
+    """PPO at twice the learning rate, which never falls, judged by gold on held-out prompts.
+
+    Args:
+        sft: export of the SFT stage.
+        reward: export of the reward stage.
+        data: the embedded data.
+        folder: where the run lives.
+        seed: of all random numbers.
+        kl_coef: weight of the KL penalty; 0 for none.
+        iterations: how many.
+
+    Returns:
+        What the reward model and gold said, of one policy after the other.
+    """
+    pl.seed_everything(seed, verbose=False)
+    module = _ppo(str(sft), str(reward), lr=4e-4, kl_coef=kl_coef, lr_schedule="constant")
+    evaluate = Evaluate(gold, every_n_iterations=2, num_prompts=128)
+    options = {"limit_train_batches": iterations, "max_epochs": 1, "limit_val_batches": 0}
+    _fit(_trainer(folder, [evaluate], **options), module, _prompts(sft, data, seed, module.rollout_batch_size))
+    return evaluate.points
+
+
+def gold(prompts: list[str], responses: list[str]) -> list[float]:
+    """The gold scores of responses, as a reward function."""
+    return [gold_score(*answer) for answer in zip(prompts, responses, strict=True)]
+
+
+def _prompts(sft: Path, data: ToyPaths, seed: int, rollout_batch_size: int) -> PromptDataModule:
+    return PromptDataModule(
         str(sft),
         data.prompts,
         validation_data=data.prompts_heldout,
         max_prompt_length=MAX_LENGTH - SAMPLING.max_new_tokens,
-        rollout_batch_size=module.rollout_batch_size,
+        rollout_batch_size=rollout_batch_size,
         eval_batch_size=128,
         seed=seed,
     )
-    options = {"limit_train_batches": 25, "max_epochs": 1, "val_check_interval": 5, "limit_val_batches": 1}
-    return _fit(_trainer(folder, [curve], **options), module, prompts), curve
 
 
 def _adamw(lr: float) -> Any:
@@ -180,9 +215,10 @@ _GROUP_SCORE = ScoreShaping(scaling=False, clip=None, missing_eos_penalty=1.0)
 _GROUPS: dict[str, Any] = {"rollout_batch_size": 16, "samples_per_prompt": 4, "score": _GROUP_SCORE}
 
 
-def _ppo(sft: str, reward: str) -> OnlineStage:
+def _ppo(sft: str, reward: str, lr: float = 2e-4, kl_coef: float = 0.1, **options: Any) -> OnlineStage:
     settings: dict[str, Any] = {**_ONLINE, "rollout_batch_size": 64, "score": ScoreShaping(missing_eos_penalty=1.0)}
-    return PPOModule(sft, reward, **settings, optimizer=_adamw(2e-4), value_lr=3e-4, kl=KLPenalty(coef=0.1))
+    settings |= {"optimizer": _adamw(lr), "value_lr": 3e-4, "kl": KLPenalty(coef=kl_coef), **options}
+    return PPOModule(sft, reward, **settings)
 
 
 def _rloo(sft: str, reward: str) -> OnlineStage:

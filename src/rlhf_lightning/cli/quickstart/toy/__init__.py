@@ -191,6 +191,11 @@ class ToyPaths(NamedTuple):
     prompts_heldout: Path
 
 
+def toy_paths(folder: Path) -> ToyPaths:
+    """Where the files of one embedded data set lie in a folder."""
+    return ToyPaths(*(folder / f"{name}.jsonl" for name in ToyPaths._fields))
+
+
 def write_toy_data(
     folder: str | Path,
     seed: int = 1,
@@ -217,7 +222,7 @@ def write_toy_data(
         raise UserError(f"the embedded data set can have 0 to {MAX_ROWS} rows in all, not {total}; choose other sizes")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = ToyPaths(*(folder / f"{name}.jsonl" for name in ToyPaths._fields))
+    paths = toy_paths(folder)
     rng = random.Random(seed)
     prompts = _distinct_prompts(rng)
 
