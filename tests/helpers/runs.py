@@ -16,7 +16,7 @@ from rlhf_lightning.report.run import Run
 def run(curves: dict[str, list[float]], name: str = "run", stage: str = "PPO") -> Run:
     """A run that logged curves, a value each step."""
     logged = {key: Curve(np.arange(len(values), dtype=float), np.array(values)) for key, values in curves.items()}
-    return Run(Path(name), name, stage, {}, Logs(logged, {}, 90.0, [], []), {}, {}, [], [])
+    return Run(Path(name), name, stage, {}, Logs(logged, {}, 90.0, [], []), {}, None, [], [])
 
 
 EVIL = "<script>document.title = 'run'</script><img src=x onerror=\"document.title = 'run'\"></p></main>&amp; \u202e```"

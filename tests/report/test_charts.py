@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.runs import run
+from rlhf_lightning.evaluation import results as evaluation
 from rlhf_lightning.report import svg
 from rlhf_lightning.report.charts import Chart, Line, curve_charts, evaluation_charts, score_against_kl
 from rlhf_lightning.report.thinning import smooth, thin
@@ -126,9 +127,9 @@ def test_score_against_kl_pairs_what_was_measured_at_the_same_step():
 
 def test_curves_of_an_evaluation_become_pictures():
     points = [[0.7, 0.6, 0.5, 0.7, 120], [0.5, 0.5, None, None, 10], [None, 0.5, None, None, None]]
-    curve = {"metric": "reliability", "model": "a", "x": "predicted", "y": "observed", "points": points}
-    evaluation = {"curves": [curve, {**curve, "model": "b"}, {**curve, "x": "other"}, {**curve, "points": []}]}
-    chart, other = evaluation_charts([evaluation])
+    curve = evaluation.Curve("reliability", "a", "predicted", "observed", [*map(tuple, points)])
+    curves = [curve, curve._replace(model="b"), curve._replace(x="other"), curve._replace(points=[])]
+    chart, other = evaluation_charts([evaluation.Evaluation(curves=curves)])
     assert (chart.has_diagonal, [line.label for line in chart.lines]) == (True, ["a", "b"])
     assert chart.lines[0].x.tolist() == [0.5, 0.7]
     assert len(other.lines) == 1

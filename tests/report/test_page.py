@@ -103,7 +103,7 @@ def test_a_long_run_makes_a_small_page(tmp_path):
 def test_half_of_a_surrogate_pair_does_not_break_it(tmp_path):
     folder = write_run(tmp_path / "run", steps=2)
     run = read_run(folder)
-    run.evaluation["results"][0]["model"] = "half \ud83d"
+    run.evaluation.results[0] = run.evaluation.results[0]._replace(model="half \ud83d")
     assert "half ?" in save_report([run], tmp_path / "page.html").read_text(encoding="utf-8")
 
 

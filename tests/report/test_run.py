@@ -90,13 +90,11 @@ def test_what_is_broken_is_said_and_the_rest_read(tmp_path):
     (folder / "config.yaml").write_text("a: [")
     (folder / "evaluation.json").write_text("{")
     read = read_run(folder)
-    assert [problem.split("' ")[1].split(":")[0] for problem in read.problems] == [
-        "is no YAML that can be read",
-        "is broken",
-    ]
+    assert read.problems[0] == f"'{folder / 'config.yaml'}' is no YAML that can be read"
+    assert "evaluation.json is not what `rlhf evaluate` writes" in read.problems[1]
     assert "train/loss" in read.curves
     (folder / "evaluation.json").write_text(json.dumps({"version": 99}))
-    assert "is of another version" in read_run(folder).problems[1]
+    assert "evaluation.json has version 99" in read_run(folder).problems[1]
 
 
 @pytest.mark.parametrize(

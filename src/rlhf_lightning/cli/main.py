@@ -24,6 +24,8 @@ COMMANDS = {
 }
 """Commands beside the stages, and the module of `cli` whose `main` is given the words after them."""
 
+_LIGHT = ("report", "env")  # answer without torch, or at once
+
 OVERVIEW = """\
 usage: rlhf COMMAND [options]
 
@@ -92,7 +94,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _dispatch(command: str, options: list[str]) -> None:
     resolved = resolve_recipes(options)
-    if command in (*STAGE_COMMANDS, *COMMANDS) and sys.stderr.isatty():
+    if command in (*STAGE_COMMANDS, *COMMANDS) and command not in _LIGHT and sys.stderr.isatty():
         print("loading PyTorch and Lightning", file=sys.stderr)  # somebody waits for it
     if command in STAGE_COMMANDS:
         from rlhf_lightning.cli.stages import run_stage

@@ -36,6 +36,6 @@ def save_report(runs: Sequence[Run], path: Path) -> Path:
             path.with_suffix("") if len(stages) == 1 else path.with_suffix("") / of_stage[0].stage.replace(" ", "_")
         )
         save_pictures(folder, [chart for chart in charts if chart.key in MAIN])
-    if evaluated := evaluation_charts([run.evaluation for run in runs]):
+    if evaluated := evaluation_charts([run.evaluation for run in runs if run.evaluation]):
         save_pictures(path.with_suffix(""), evaluated)
     return path

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from rlhf_lightning.evaluation.results import Evaluation
 from rlhf_lightning.report.logs import Curve, Numbers
 from rlhf_lightning.report.run import Run
 from rlhf_lightning.report.thinning import smooth, smoothing_width
@@ -269,33 +270,28 @@ def _together(one: Curve, other: Curve) -> tuple[Numbers, Numbers]:
     return values[0][kept], values[1][kept]
 
 
-def evaluation_charts(evaluations: Sequence[dict[str, Any]]) -> list[Chart]:
-    """The curves of `evaluation.json`, those of one metric and the same axes in one picture.
+def evaluation_charts(evaluations: Sequence[Evaluation]) -> list[Chart]:
+    """The curves of evaluations, those of one metric and the same axes in one picture.
 
     Args:
-        evaluations: contents of such files.
+        evaluations: as `rlhf evaluate` found them.
     """
     charts: dict[tuple[str, str, str], Chart] = {}
-    for curve in (curve for evaluation in evaluations for curve in evaluation.get("curves", [])):
-        metric, x, y = (str(curve.get(key, "")) for key in ("metric", "x", "y"))
-        points = np.array([(list(point) + [None] * 4)[:4] for point in curve.get("points", [])], dtype=np.float64)
-        points = points[np.isfinite(points[:, :2]).all(axis=1)] if len(points) else points
+    for curve in (curve for evaluation in evaluations for curve in evaluation.curves):
+        # An array of floats has NaN where a point has None.
+        points = np.array([point[:4] for point in curve.points], dtype=np.float64).reshape(-1, 4)
+        points = points[np.isfinite(points[:, :2]).all(axis=1)]
         if not len(points):
             continue
-        is_first = all(other[0] != metric or other == (metric, x, y) for other in charts)
-        key = metric if is_first else f"{metric}_{y}_{x}"
-        is_reliability = metric == "reliability"
+        axes = (curve.metric, curve.x, curve.y)
+        is_first = all(other[0] != curve.metric or other == axes for other in charts)
+        key = _file_name(curve.metric if is_first else "_".join(axes))
+        is_reliability = curve.metric == "reliability"
         note = _RELIABILITY if is_reliability else ""
-        chart = charts.setdefault(
-            (metric, x, y), Chart(_file_name(key), _title(metric), note, x, y, [], has_diagonal=is_reliability)
-        )
-        order = np.argsort(points[:, 0], kind="stable")
-        columns = points[order].T
-        chart.lines.append(
-            Line(
-                str(curve.get("model", "")), columns[0], columns[1], len(chart.lines), "points", columns[2], columns[3]
-            )
-        )
+        empty = Chart(key, _title(curve.metric), note, curve.x, curve.y, [], has_diagonal=is_reliability)
+        lines = charts.setdefault(axes, empty).lines
+        columns = points[np.argsort(points[:, 0], kind="stable")].T
+        lines.append(Line(curve.model, columns[0], columns[1], len(lines), "points", columns[2], columns[3]))
     return list(charts.values())
 
 

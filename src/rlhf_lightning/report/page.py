@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from html import escape
 from importlib.resources import files
-from typing import Any
 
 import yaml
 
 from rlhf_lightning import __version__
+from rlhf_lightning.evaluation.results import Result
 from rlhf_lightning.report import svg
 from rlhf_lightning.report.charts import MAIN, Chart, curve_charts, evaluation_charts, score_against_kl
 from rlhf_lightning.report.headline import Headline, differing_settings, duration, extent, headlines, verdict
@@ -240,23 +240,18 @@ def _settings(run: Run) -> str:
 def _evaluations(runs: Sequence[Run]) -> str:
     """Tables and pictures of `evaluation.json`, and what `rlhf validate` and `test` measured."""
     measured = [(run.name, name, f"{value:.4g}") for run in runs for name, value in run.logs.measured.items()]
-    results = [row for run in runs for row in run.evaluation.get("results", [])]
-    charts = evaluation_charts([run.evaluation for run in runs])
+    evaluations = [run.evaluation for run in runs if run.evaluation]
+    results = [row for evaluation in evaluations for row in evaluation.results]
+    charts = evaluation_charts(evaluations)
     if not measured and not results and not charts:
         return ""
     parts = ['<section aria-labelledby="evaluation"><h2 id="evaluation">Evaluation</h2>']
     parts += [_figures(charts, "e")] if charts else []
-    for metric in dict.fromkeys(str(row.get("metric")) for row in results):
+    for metric in dict.fromkeys(row.metric for row in results):
         rows = [
-            [
-                str(row.get("model")),
-                str(row.get("group")),
-                _value(row.get("value")),
-                _interval(row),
-                str(row.get("count", "")),
-            ]
+            [row.model, row.group, f"{row.value:.4g}", _interval(row), f"{row.count:,}"]
             for row in results
-            if str(row.get("metric")) == metric
+            if row.metric == metric
         ]
         parts.append(table(metric, ["model", "rows", "value", "95% interval", "count"], rows, (2, 3, 4)))
     if measured:
@@ -264,10 +259,5 @@ def _evaluations(runs: Sequence[Run]) -> str:
     return "".join([*parts, "</section>"])
 
 
-def _value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else "-"
-
-
-def _interval(row: dict[str, Any]) -> str:
-    low, high = row.get("low"), row.get("high")
-    return f"{_value(low)} to {_value(high)}" if low is not None and high is not None else ""
+def _interval(row: Result) -> str:
+    return "" if row.low is None or row.high is None else f"{row.low:.4g} to {row.high:.4g}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.evaluation.results import RESULTS, Evaluation
 from rlhf_lightning.report.logs import Curve, Logs, find_logs, read_logs
 from rlhf_lightning.report.samples import Sample, read_samples
 
@@ -60,7 +60,7 @@ class Run(NamedTuple):
         settings: of `config.yaml`, else of the export's card, else of `hparams.yaml`; nested.
         logs: what it logged.
         samples: answers to fixed prompts, by finished steps.
-        evaluation: content of `evaluation.json`; empty if there is none.
+        evaluation: what `evaluation.json` holds; None if there is none.
         artefacts: what it left behind.
         problems: what cannot be read, a line each.
     """
@@ -71,7 +71,7 @@ class Run(NamedTuple):
     settings: dict[str, Any]
     logs: Logs
     samples: dict[float, list[Sample]]
-    evaluation: dict[str, Any]
+    evaluation: Evaluation | None
     artefacts: list[Artefact]
     problems: list[str]
 
@@ -144,7 +144,7 @@ def read_run(folder: Path, name: str | None = None, files: Iterable[Path] | None
         settings=settings,
         logs=logs,
         samples={step / per_step: answers for step, answers in samples.items()},
-        evaluation=_evaluation(folder / "evaluation.json", problems),
+        evaluation=_evaluation(folder, problems),
         artefacts=_artefacts(folder, files),
         problems=problems,
     )
@@ -212,18 +212,12 @@ def _stage(settings: dict[str, Any], card: str, logs: Logs) -> str:
     return STAGES.get(named, named)
 
 
-def _evaluation(path: Path, problems: list[str]) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _evaluation(folder: Path, problems: list[str]) -> Evaluation | None:
     try:
-        content = json.loads(_text(path))
-    except json.JSONDecodeError as e:
-        problems.append(f"'{path}' is broken: {e}")
-        return {}
-    if not isinstance(content, dict) or content.get("version") != 1:
-        problems.append(f"'{path}' is of another version of this package")
-        return {}
-    return content
+        return Evaluation.read(folder) if (folder / RESULTS).exists() else None
+    except UserError as e:
+        problems.append(str(e))
+        return None
 
 
 def _artefacts(folder: Path, files: list[Path]) -> list[Artefact]:
@@ -240,7 +234,7 @@ def _artefacts(folder: Path, files: list[Path]) -> list[Artefact]:
     return [artefact for artefact in found if artefact.path.exists()]
 
 
-_FILES = ("samples.md", "evaluation.json", "predictions.jsonl", "config.yaml")
+_FILES = ("samples.md", RESULTS, "predictions.jsonl", "config.yaml")
 
 
 def _size(path: Path) -> str:
