@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from helpers.cli_runs import run, working_folder
+from helpers.cli_runs import environment, run, working_folder
 from helpers.runs import write_run
 from rlhf_lightning.cli.main import main
 from rlhf_lightning.cli.report import default_path
@@ -50,3 +52,12 @@ def test_a_folder_without_logs_ends_in_one_line(tmp_path):
     assert result.stderr.strip().splitlines()[-1] == (
         f"error: '{tmp_path / 'nothing'}' does not exist; pass the --trainer.default_root_dir of a run"
     )
+
+
+def test_a_report_loads_no_torch(root):
+    code = (
+        "import sys; from rlhf_lightning.cli.main import main\n"
+        f"main(['report', {str(root / 'ppo')!r}])\n"
+        "assert not {'torch', 'transformers', 'pytorch_lightning'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment())
