@@ -60,10 +60,23 @@ def test_a_stop_ends_the_answers_where_they_are(models):
     assert len([*steps, None]) < 24
 
 
-def test_whoever_goes_away_leaves_the_models_to_the_others(models):
+def test_whoever_goes_away_leaves_the_models_to_the_others(models, monkeypatch):
+    whole, closed = Policy.stream, Event()
+
+    def endlessly(self, *args):
+        try:
+            for step in whole(self, *args):
+                while True:
+                    yield step
+        finally:
+            closed.set()
+
+    monkeypatch.setattr(Policy, "stream", endlessly)
     steps = models.stream([Ask(models.choices[0], ASKED)], SAMPLING, 1)
     next(steps)
     steps.close()
+    assert closed.wait(20)
+    monkeypatch.undo()
     assert list(models.stream([Ask(models.choices[0], ASKED)], SAMPLING, 1))
 
 
@@ -86,6 +99,8 @@ def test_what_fails_is_told_to_whoever_asked(models):
 def test_the_last_token_has_the_score_of_the_whole(models):
     for ended in (True, False):
         verdict = models.verdict(ASKED, "mix flour and water 🍞", ended)
+        _, answer = models.judge.scores_by.chat.encode_dialogue(ASKED.prompt, "mix flour and water 🍞", ended=ended)
+        assert len(verdict.tokens) == len(answer)
         assert verdict.tokens[-1].score == pytest.approx(verdict.score, abs=1e-4)
         assert "".join(token.text for token in verdict.tokens).strip() == "mix flour and water 🍞"
     half = models.verdict(ASKED, "mix flour and", False)
