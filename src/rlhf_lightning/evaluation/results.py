@@ -127,7 +127,8 @@ class Evaluation:
             console: where.
         """
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("metric", "model", "group"):
+        table.add_column("metric", no_wrap=True)
+        for name in ("model", "group"):
             table.add_column(name, overflow="fold")
         for name in ("value", "95% interval", "rows"):
             table.add_column(name, justify="right", no_wrap=True)
