@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from helpers.cli_runs import save_model
 from helpers.judge_server import ChatServer, Said, chat, chat_server
@@ -67,8 +69,6 @@ def test_the_win_rate_is_that_of_the_scores(models, tmp_path):
     assert found["tie_rate", models[1], group].value == pytest.approx(wins.count(0.5) / 7)
     assert found["unjudged", models[1], group].value == 0
     lengths = [[len(text) for text in answers(tmp_path, model)] for model in (models[1], models[0])]
-    import torch
-
     controlled = length_controlled_win_rate(torch.tensor(wins), *map(torch.tensor, lengths))
     one = found["win_rate_length_controlled", models[1], group]
     assert one.value == pytest.approx(controlled)
@@ -90,6 +90,8 @@ def test_all_pairs_are_compared_and_ranked(models, tmp_path):
     pairs = {(model, group) for metric, model, group in found if metric == "win_rate"}
     assert pairs == {(b, f"against={a}"), (c, f"against={a}"), (c, f"against={b}")}
     strengths = [found["strength", model, "all"] for model in models]
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert {metric for metric, *_ in found} <= set(re.findall(r"`(\w+)`", page))
     assert sum(one.value for one in strengths) == pytest.approx(0, abs=1e-9)
     assert all(one.low <= one.value <= one.high for one in strengths)
 
@@ -105,8 +107,6 @@ def test_strengths_are_those_of_the_wins():
     wins = [1.0, 1.0, 0.5, None, 0.0, 1.0]
     compared = [Compared("b", "a", [Verdict(win) for win in wins]), Compared("c", "b", [Verdict(0.5)] * 6)]
     found = ranking(["a", "b", "c"], compared, seed=0)
-    import torch
-
     table = torch.tensor([[0.0, 1.5, 0.0], [3.5, 0.0, 3.0], [0.0, 3.0, 0.0]])
     assert [one.value for one in found] == pytest.approx(bradley_terry(table).tolist())
     assert [one.model for one in found] == ["a", "b", "c"]

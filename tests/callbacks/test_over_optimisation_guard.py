@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from helpers.stages import adamw, fit, prompt_rows, same_weights, save_llama, share_of_letters, weights
@@ -22,6 +24,7 @@ from rlhf_lightning import (
     load_causal_lm,
 )
 from rlhf_lightning.callbacks.evaluate import Judged
+from rlhf_lightning.cli.main import main
 
 
 class Schedule:
@@ -184,6 +187,21 @@ def test_lowered_learning_rates_are_gone_on_with(folder, tmp_path):
     assert resumed_log.series("train/lr") == log.series("train/lr")[lowered + 1 :]
     assert same_weights(weights(module), weights(resumed))
     assert again.state_dict() == guard.state_dict()
+
+
+def test_the_config_of_the_page_adds_both_callbacks_to_those_of_the_recipe(tmp_path, capsys, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(# judged.yaml.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "judged.yaml").write_text(block)
+    monkeypatch.setattr("sys.argv", ["rlhf"])
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "ppo.yaml", "--config", str(tmp_path / "judged.yaml"), "--print_config"])
+    callbacks = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    assert [callback["class_path"].rpartition(".")[2] for callback in callbacks] == [
+        *("ModelCheckpoint", "HFExport", "PredictionWriter", "SampleTexts"),
+        *("Evaluate", "OverOptimisation"),
+    ]
+    assert callbacks[-2]["init_args"]["judge"] == "runs/other_reward/export"
 
 
 def test_a_folder_of_somebody_else_is_not_replaced(folder, tmp_path):

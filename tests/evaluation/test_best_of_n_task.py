@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,6 +91,8 @@ def test_other_models_stand_on_the_same_axes(models, tmp_path):
         assert kl.value == pytest.approx(sum(line["k1"] for line in own) / 5)
         assert (kl.value, score.value, score.low, score.high, 5) in curves[3].points
     assert "rl" in curves[2].fits
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert {one.metric for one in (*results, *curves)} <= set(re.findall(r"`(\w+)`", page))
 
 
 def test_the_kl_is_to_the_model_that_the_answers_come_from(models, tmp_path):
