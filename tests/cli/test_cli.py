@@ -68,7 +68,9 @@ def test_the_version_is_printed(capsys):
 def test_what_needs_no_model_imports_no_torch():
     code = (
         "import sys; from rlhf_lightning.cli.main import main\n"
-        "for args in (['--help'], ['ift'], ['fit', '--config', 'nope.yaml']):\n"
+        "sft = ['fit', '--config', 'sft.yaml']\n"
+        "words = ['--help'], ['ift'], ['fit', '--config', 'nope.yaml'], [*sft, '--help'], [*sft, '--model.lr=3']\n"
+        "for args in words:\n"
         "    try: main(args)\n"
         "    except SystemExit: pass\n"
         "assert not {'torch', 'transformers', 'pytorch_lightning'} & set(sys.modules)\n"
@@ -127,7 +129,7 @@ def test_a_config_that_names_no_optimizer_can_be_read_again(tmp_path, capsys, mo
 
 def test_help_documents_every_argument_with_the_values_of_the_recipe(capsys):
     with pytest.raises(SystemExit) as end:
-        main(["fit", "--config", "ppo.yaml", "--help"])
+        main(["fit", "--config", "ppo.yaml", "--help_all"])
     assert end.value.code == 0
     out = capsys.readouterr().out
     text = " ".join(out.split())

@@ -43,7 +43,7 @@ def test_every_package_that_is_asked_for_is_named():
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     wanted, _, rest = project.partition("dev = [")
     named = re.findall(r'"([a-z][\w-]*)(?:\[\w+\])?>=', wanted.partition("dependencies = [")[2])
-    assert set(named) <= set(env.PACKAGES)
+    assert set(named) <= {name.lower() for name in env.PACKAGES}
     assert rest
 
 

@@ -37,7 +37,7 @@ PACKAGES = (
     "rich",
     "tqdm",
     "filelock",
-    "deepspeed",
+    "DeepSpeed",
     "bitsandbytes",
     "gradio",
     "rouge-score",

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from rlhf_lightning import __version__
 from rlhf_lightning.cli.recipes import recipe_names, resolve_recipes
-from rlhf_lightning.cli.spelling import command_hint
+from rlhf_lightning.cli.short_help import short_help
+from rlhf_lightning.cli.spelling import check_keys, check_words, command_hint
 from rlhf_lightning.errors import UserError
 
 STAGE_COMMANDS = ("fit", "validate", "test", "predict")
@@ -60,7 +61,7 @@ recipes for --config, found in the working folder first, then in the package; se
   {recipes}
 
 more:
-  rlhf fit --config sft.yaml --help           every option of the model, the data and the trainer
+  rlhf fit --config sft.yaml --help           the options of the model, the data and the trainer
   rlhf fit --config sft.yaml --print_config   the whole recipe, to start one of your own from
   rlhf fit ... --ckpt_path last               resume a run that was stopped
   rlhf --version
@@ -97,6 +98,11 @@ def _dispatch(command: str, options: list[str]) -> None:
     if command in (*STAGE_COMMANDS, *COMMANDS) and command not in _LIGHT and sys.stderr.isatty():
         print("loading PyTorch and Lightning", file=sys.stderr)  # somebody waits for it
     if command in STAGE_COMMANDS:
+        check_words(resolved)
+        if {"--help", "-h"} & set(resolved):
+            print(short_help(command, resolved), end="")
+            sys.exit(0)
+        check_keys(command, resolved)
         from rlhf_lightning.cli.stages import run_stage
 
         run_stage(command, resolved)

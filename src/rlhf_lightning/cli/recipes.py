@@ -22,6 +22,11 @@ def recipe_names() -> list[str]:
     return sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml"))
 
 
+def stage_recipes() -> list[str]:
+    """Those of an algorithm."""
+    return [name for name in recipe_names() if "/" not in name and name not in ("data.yaml", "evaluate.yaml")]
+
+
 def find_recipe(name: str) -> str:
     """Path of a config file: as given from the working folder, else among the package's recipes.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from rlhf_lightning.cli.recipes import named_classes, recipe_names
+from rlhf_lightning.cli.options import describe, trainer_keys
+from rlhf_lightning.cli.recipes import config_paths, named_classes, read_config, recipe_names, stage_recipes
 from rlhf_lightning.errors import UserError
 
 _ALSO_CALLED = {
@@ -30,6 +32,21 @@ _ALSO_CALLED = {
     "ckpt_path": ["ckpt", "checkpoint", "resume", "resume_from_checkpoint"],
     "seed_everything": ["seed"],
     "tokenizer": ["tokeniser", "model", "model_name_or_path"],  # of `rlhf prepare`
+}
+HELP_ALL = "--help_all"
+"""Prints everything that there is to say of a stage's options."""
+
+_OF_EVERY_RUN = {
+    "config",
+    "trainer",
+    "model",
+    "data",
+    "seed_everything",
+    "overwrite",
+    "report",
+    "print_config",
+    "help",
+    "help_all",
 }
 _MEANT_FOR = {"model": "model_name_or_path", "data": "data"}
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -62,10 +79,6 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     by_last = {name.rpartition(".")[2]: name for name in reversed(options) if name.split(".")[0] == group}
     close = difflib.get_close_matches(last, by_last, n=1, cutoff=0.7) or difflib.get_close_matches(word, options, n=1)
     return by_last.get(close[0], close[0]) if close else None
-
-
-def _stage_recipes() -> list[str]:
-    return [name for name in recipe_names() if "/" not in name and name != "data.yaml"]
 
 
 def _is_no_class(value: str) -> bool:
@@ -114,10 +127,64 @@ def check_words(options: Sequence[str]) -> None:
     in_config = "tokenizer" in (named.get("data", {}).get("init_args") or {})
     if in_config or any(re.match(r"--data\.(init_args\.)?tokenizer(=|$)", word) for word in options):
         raise UserError("data.tokenizer: leave it out, the stages take that of --model.model_name_or_path")
-    if {"--help", "-h"} & set(options):
+    if {"--help", "-h", HELP_ALL} & set(options):
         return
     if lacking := [key for key in _MEANT_FOR if "class_path" not in named.get(key, {})]:
         raise UserError(
             f"nothing says which {' and '.join(lacking)} class to use; pass --config with a recipe "
-            f"({', '.join(_stage_recipes())}), or write class_path and init_args below '{lacking[0]}:'"
+            f"({', '.join(stage_recipes())}), or write class_path and init_args below '{lacking[0]}:'"
         )
+
+
+def check_keys(command: str, options: Sequence[str]) -> None:
+    """Refuse a key that nothing takes, before anything slow is imported.
+
+    What cannot be known without importing it passes: classes of others, what is inside an optimizer or a callback, and
+    a word that is the beginning of an option.
+
+    Args:
+        command: `fit`, `validate`, `test` or `predict`.
+        options: the words after it, recipes resolved.
+
+    Raises:
+        UserError: names the key, and the one that it is most likely meant for.
+    """
+    made, called = trainer_keys(command)
+    known = _OF_EVERY_RUN | called | {f"trainer.{name}" for name in made}
+    owners, groups = {}, {"model", "data", "trainer"}
+    for part, config in named_classes(options).items():
+        if described := describe(path := config.get("class_path")):
+            owners[part] = str(path).rpartition(".")[2]
+            groups |= {f"{part}.{name}" for name in described.groups}
+            known |= {f"{part}.{name}" for name in described.options} | groups
+    for key in _written(options, known):
+        part = key.partition(".")[0]
+        if part in ("model", "data") and "." in key:
+            passes = part not in owners or key in known
+        else:
+            passes = any(name.startswith(key) for name in known)
+        if passes or any(key.startswith(f"{name}.") for name in known - groups):
+            continue
+        owner = f": {owners[part]} has no such argument" if part in owners and "." in key else ""
+        hint = f"; did you mean '{found}'?" if (found := nearest(key, known)) else ""
+        raise UserError(f"unknown key '{key}'{owner}{hint}")
+
+
+def _written(options: Sequence[str], known: set[str]) -> Iterator[str]:
+    """Every key of configs and options, dotted, without what only jsonargparse writes."""
+    for path in config_paths(options):
+        yield from _keys(read_config(path), known)
+    for word in options:
+        if (option := re.match(r"--([\w.-]+)\+?(=|$)", word)) and not option[1].endswith(".help"):
+            yield option[1].replace(".init_args.", ".", 1)
+
+
+def _keys(config: dict[str, Any], known: set[str], prefix: str = "") -> Iterator[str]:
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        if prefix in ("model.", "data.") and name in ("class_path", "init_args", "dict_kwargs"):
+            yield from _keys(value, known, prefix) if name == "init_args" and isinstance(value, dict) else ()
+        elif isinstance(value, dict) and any(other.startswith(f"{key}.") for other in known):
+            yield from _keys(value, known, f"{key}.")
+        else:
+            yield key

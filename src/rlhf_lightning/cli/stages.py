@@ -24,7 +24,7 @@ from rlhf_lightning.callbacks import RunReport, ShortSummary, StageProgressBar
 from rlhf_lightning.callbacks.run_folder import RunFolder, checkpoint_folders
 from rlhf_lightning.cli.errors import arguments_of, find_class, one_line
 from rlhf_lightning.cli.recipes import named_classes
-from rlhf_lightning.cli.spelling import check_words
+from rlhf_lightning.cli.spelling import HELP_ALL
 from rlhf_lightning.cli.stacking import StackedConfig, as_configs
 from rlhf_lightning.compat import parser_actions
 from rlhf_lightning.errors import UserError
@@ -263,16 +263,16 @@ def run_stage(command: str, options: Sequence[str]) -> None:
 
     Args:
         command: `fit`, `validate`, `test` or `predict`.
-        options: the words after it, recipes resolved.
+        options: the words after it, recipes resolved and checked; `--help_all` prints everything there is to say.
 
     Raises:
         UserError: something the user can fix.
     """
     filter_warnings()
     import_from_working_folder()  # the classes that configs name
-    check_words(options)
-    if {"--help", "-h"} & set(options) and (text := help_for_classes(options)):
-        print(text)
+    if HELP_ALL in options:
+        print(help_for_classes(options))
+        options = [word if word != HELP_ALL else "--help" for word in options]
     sys.argv = [sys.argv[0], command, *options]  # what LightningCLI reads, and the processes of a strategy run
     usage = {name: {"usage": f"rlhf {name} --config RECIPE [options]"} for name in LightningCLI.subcommands()}
     try:
