@@ -100,4 +100,4 @@ def test_a_recipe_opens_by_saying_what_it_is_and_how_it_is_run(recipe):
     text = (RECIPES / recipe).read_text()
     header = text[: text.index("\n", text.index("# Hardware"))]
     assert all(line.startswith("#") for line in header.splitlines())
-    assert "rlhf fit --config" in header or "rlhf prepare --config" in header
+    assert any(f"rlhf {command} --config" in header for command in ("fit", "prepare", "evaluate"))
