@@ -22,10 +22,12 @@ COMMANDS = {
     "score": "score",
     "chat": "chat",
     "env": "env",
+    "completion": "completion",
 }
 """Commands beside the stages, and the module of `cli` whose `main` is given the words after them."""
 
-_LIGHT = ("report", "env")  # answer without torch, or at once
+AT_ONCE = ("report", "env", "completion")
+"""Those that need no PyTorch."""
 
 OVERVIEW = """\
 usage: rlhf COMMAND [options]
@@ -46,6 +48,7 @@ commands:
   chat         talk to models in the browser or the terminal, and say which answers are better
   score        what a reward model says of the answers in a file
   env          versions and devices, to paste into a bug report
+  completion   what makes Tab complete commands, recipes and options: `rlhf completion bash`
 
 the stages, each starting from what the one before exported:
   rlhf fit --config sft.yaml --model.model_name_or_path MODEL --data.data FILE
@@ -93,20 +96,26 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _say_what_takes_long() -> None:
+    if sys.stderr.isatty():  # somebody waits for it
+        print("loading PyTorch and Lightning", file=sys.stderr)
+
+
 def _dispatch(command: str, options: list[str]) -> None:
     resolved = resolve_recipes(options)
-    if command in (*STAGE_COMMANDS, *COMMANDS) and command not in _LIGHT and sys.stderr.isatty():
-        print("loading PyTorch and Lightning", file=sys.stderr)  # somebody waits for it
     if command in STAGE_COMMANDS:
         check_words(resolved)
         if {"--help", "-h"} & set(resolved):
             print(short_help(command, resolved), end="")
             sys.exit(0)
         check_keys(command, resolved)
+        _say_what_takes_long()
         from rlhf_lightning.cli.stages import run_stage
 
         run_stage(command, resolved)
     elif command in COMMANDS:
+        if command not in AT_ONCE:
+            _say_what_takes_long()
         importlib.import_module(f"rlhf_lightning.cli.{COMMANDS[command]}").main(resolved)
     else:
         raise UserError(f"unknown command '{command}'; {command_hint(command, [*STAGE_COMMANDS, *COMMANDS])}")

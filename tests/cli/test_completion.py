@@ -1,0 +1,83 @@
+"""What Tab completes, asked of a real bash."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_lightning.cli.completion import SHELLS, candidates
+from rlhf_lightning.cli.main import COMMANDS, STAGE_COMMANDS, main
+from rlhf_lightning.cli.recipes import recipe_names
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("rlhf ", sorted([*STAGE_COMMANDS, *COMMANDS])),
+        ("rlhf", sorted([*STAGE_COMMANDS, *COMMANDS])),
+        ("rlhf qu", ["quickstart"]),
+        ("rlhf fit --config ", recipe_names()),
+        ("rlhf fit --config re", ["reward.yaml"]),
+        ("rlhf fit --config=trainer/c", ["trainer/cpu.yaml"]),
+        ("rlhf fit -c sft", ["sft.yaml"]),
+        ("rlhf prepare --config da", ["data.yaml"]),
+        ("rlhf fit --config sft.yaml --model.sampling.top", ["--model.sampling.top_k", "--model.sampling.top_p"]),
+        ("rlhf fit --config ppo.yaml --model.kl.t", ["--model.kl.target"]),
+        ("rlhf fit --config sft.yaml --model.kl", []),
+        ("rlhf fit --model SFTModule --model.lab", ["--model.label_smoothing"]),
+        ("rlhf fit --trainer.max_", ["--trainer.max_epochs", "--trainer.max_steps", "--trainer.max_time"]),
+        ("rlhf fit --config sft.yaml --model.lr_schedule=", ["constant", "cosine", "linear"]),
+        ("rlhf fit --config sft.yaml --model.lr_schedule co", ["constant", "cosine"]),
+        ("rlhf fit --config missing.yaml --overw", ["--overwrite"]),
+        ("rlhf fit --config sft.yaml --data.data ", []),  # the shell's own: files
+        ("rlhf chat --he", ["--help"]),
+        ("rlhf sing ", []),
+    ],
+)
+def test_what_may_follow(line, expected):
+    assert candidates(line) == expected
+
+
+def completed(folder: Path, line: str) -> list[str]:
+    """What bash offers at the end of a line."""
+    program = folder / "rlhf"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m rlhf_lightning.__main__ "$@"\n')
+    program.chmod(0o755)
+    script = 'eval "$(rlhf completion bash)"; COMP_LINE=$1 COMP_POINT=${#1} _rlhf; printf "%s\\n" "${COMPREPLY[@]}"'
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    ran = subprocess.run(
+        ["bash", "-c", script, "bash", line], env=environment, capture_output=True, text=True, check=True, cwd=folder
+    )
+    assert not ran.stderr
+    return ran.stdout.split()
+
+
+def test_bash_asks_for_it(tmp_path):
+    assert completed(tmp_path, "rlhf fit --config grpo.yaml --model.scal") == ["--model.scaled"]
+
+
+def test_a_shell_of_each_kind_is_told_what_to_do(capsys):
+    for shell in SHELLS:
+        main(["completion", shell])
+        assert "complete -o default -F _rlhf rlhf" in capsys.readouterr().out
+    main(["completion"])
+    assert "rlhf completion bash|zsh" in capsys.readouterr().out
+
+
+def test_another_shell_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["completion", "csh"])
+    assert "write `rlhf completion bash` or `rlhf completion zsh`" in capsys.readouterr().err
+
+
+def test_nothing_slow_is_imported_for_it():
+    code = (
+        "import sys; from rlhf_lightning.cli.main import main\n"
+        "main(['completion', 'for', 'rlhf fit --config ppo.yaml --model.'])\n"
+        "assert not {'torch', 'transformers', 'pytorch_lightning'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
