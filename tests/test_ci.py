@@ -93,3 +93,9 @@ def test_the_checks_say_that_they_cannot_install_a_browser_and_go_on(tmp_path, u
 def test_the_checks_look_for_the_browsers_that_the_tests_would_take():
     (named,) = re.findall(r"if ! command -v (.+) >/dev/null; then", (ROOT / ".ci/run").read_text(encoding="utf-8"))
     assert tuple(named.split()) == COMMANDS
+
+
+def test_no_two_test_files_share_a_name():
+    """Pytest could not collect both: test folders are no packages."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
