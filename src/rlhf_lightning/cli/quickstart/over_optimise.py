@@ -155,7 +155,7 @@ def plot_courses(path: Path, courses: list[Course]) -> None:
     for axes, course in zip(panels, courses, strict=True):
         distance = [math.sqrt(max(kl, 0.0)) for kl, _, _ in course.points]
         axes.plot(distance, [score for _, score, _ in course.points], "o-", ms=4, label="reward-model score (proxy)")
-        axes.plot(distance, [true for _, _, true in course.points], "s", ms=4, color="C1", label="gold score")
+        axes.plot(distance, [true for _, _, true in course.points], "s-", ms=4, lw=0.8, color="C1", label="gold score")
         if fit := course.fits(2).get(course.form):
             curve = GaoFit(course.form, fit["alpha"], fit["beta"], fit["r2"])
             along = torch.linspace(0, max(distance), 200, dtype=torch.float64)
