@@ -156,6 +156,7 @@ def more_tokens() -> PreTrainedTokenizerFast:
 def base(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
     """What the stages start from: a Llama with another rotary base than the usual one."""
     options = _SHAPE | {"rope_parameters": _BASE, "vocab_size": len(tokenizer), "num_hidden_layers": 2}
+    options |= {"head_dim": 32}  # the least that vLLM takes on a CPU
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**options | ids))
