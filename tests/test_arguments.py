@@ -21,6 +21,7 @@ from rlhf_lightning.cli.prepare import prepare
 NEEDED = {
     "model_name_or_path": "nowhere",
     "reward": "nowhere.function",
+    "judge": "nowhere.function",
     "tokenizer": "nowhere",
     "path": "nowhere",
     "prompts": ["a"],
@@ -35,7 +36,7 @@ ZERO_MAKES_SENSE = {
     *("validation_split", "test_split", "stage_split", "minimum_response_length"),
     *("warmup_steps", "label_smoothing", "gradient_clip_val", "value_lr", "sft_coef"),
     *("temperature", "top_k", "min_new_tokens", "dropout"),
-    *("coef", "missing_eos_penalty", "value_coef", "gamma", "gae_lambda"),
+    *("coef", "missing_eos_penalty", "value_coef", "gamma", "gae_lambda", "tolerance"),
 }
 AT_MOST_1 = {"gamma", "gae_lambda", "top_p", "validation_split", "test_split", "label_smoothing", "dropout"}
 

@@ -17,6 +17,12 @@ from rlhf_lightning.compat import parser_actions
 STAGES = ["sft.yaml", "reward.yaml", "ppo.yaml", "rloo.yaml", "grpo.yaml", "dpo.yaml"]
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As wide as the help becomes, whatever terminal the tests run on."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+
 def shown(*options: str, command: str = "fit") -> str:
     return short_help(command, resolve_recipes(options))
 

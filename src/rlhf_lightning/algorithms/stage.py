@@ -325,7 +325,7 @@ class Stage(pl.LightningModule):
         names = [self.model_name_or_path]
         if isinstance(reward := getattr(self, "reward", None), str):
             names.append(reward)
-        rank_zero_info(f"loading {', '.join(names)}")  # nothing else is said while large models load
+        rank_zero_info(f"loading {', '.join(map(str, names))}")  # nothing else is said while large models load
         self.tokenizer = load_tokenizer(self.model_name_or_path, self.trust_remote_code)
         theirs = getattr(self.datamodule, "tokenizer", None)
         if isinstance(theirs, PreTrainedTokenizerBase):

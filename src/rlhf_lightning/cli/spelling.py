@@ -157,7 +157,8 @@ def check_keys(command: str, options: Sequence[str]) -> None:
             owners[part] = str(path).rpartition(".")[2]
             groups |= {f"{part}.{name}" for name in described.groups}
             known |= {f"{part}.{name}" for name in described.options} | groups
-    for key in _written(options, known):
+    for written in _written(options, known):
+        key = written.removesuffix("+")  # which adds to a list
         part = key.partition(".")[0]
         if part in ("model", "data") and "." in key:
             passes = part not in owners or key in known
