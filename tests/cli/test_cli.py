@@ -181,7 +181,9 @@ def test_overwrite_starts_anew_and_removes_what_the_earlier_run_left(inputs, tmp
     main(["fit", *SFT, *options])
     (tmp_path / "checkpoints" / "step=900.ckpt").write_bytes(b"of the earlier run")
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "evaluation.json").write_text("{}")  # of weights that are replaced; the report would show it
     main(["fit", *SFT, *options, "--overwrite=true"])
+    assert not (tmp_path / "evaluation.json").exists()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
     assert (tmp_path / "samples.md").read_text().count("## Step 0") == 1

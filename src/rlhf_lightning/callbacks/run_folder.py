@@ -19,6 +19,8 @@ _LEFTOVERS = (
     "best_by_judge",
     "samples.md",
     "report.html",
+    "evaluation.json",
+    "evaluation.jsonl",
     "report",
     "events.out.tfevents.*",
 )
