@@ -1,0 +1,192 @@
+"""The command line in a process of its own that is forked from one that has imported everything already.
+
+A fresh interpreter spends 8 seconds on imports; a child of the fork server, which the first call starts, none. It runs
+`rlhf_lightning.cli.main.main` as the console script does: its own streams, working folder, environment, signal handlers
+and process group, and what is registered to run at exit runs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import connection, forkserver
+from pathlib import Path
+from typing import NamedTuple
+
+from helpers.cli_runs import environment
+
+PRELOADED = (
+    "rlhf_lightning.cli.main",
+    "rlhf_lightning.cli.stages",
+    "rlhf_lightning.callbacks",
+    "deepspeed",
+    "tensorboard.compat.proto.event_pb2",
+    "torch.utils.tensorboard",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.gpt2.modeling_gpt2",
+    "torch._dynamo",
+    "helpers.forked",
+)
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload([*PRELOADED])
+
+
+class Finished(NamedTuple):
+    """What came of a process; `returncode` is minus the number of the signal that killed it, as in `subprocess`."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Forked:
+    """A running command line.
+
+    Args:
+        words: after `rlhf`.
+        cwd: its working folder.
+        env: changes of the environment.
+        before: called in the child before the command line, for instance to break something; importable by name.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str | Path],
+        cwd: Path | str,
+        env: Mapping[str, str] | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        _start_server()
+        self.words = [str(word) for word in words]
+        self.output = Path(tempfile.mkdtemp(prefix="forked-"))
+        arguments = (self.words, str(cwd), environment() | dict(env or {}), str(self.output), before)
+        self.process = _CONTEXT.Process(target=_child, args=arguments)
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process, and of its group."""
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def send(self, number: int) -> None:
+        """Send a signal to the process alone."""
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill the process and all that it started."""
+        for kill in (os.killpg, os.kill):  # no group in its first moments
+            try:
+                kill(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.join()
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 60) -> bool:
+        """Wait until something holds, such as that a file is there; False if the process ended before it did."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if connection.wait([self.process.sentinel], timeout=0.005):
+                return condition()
+            if time.monotonic() > deadline:
+                self.kill()
+                raise TimeoutError(f"{' '.join(self.words)}: waited {timeout} s\n{self._said('stderr')[-3000:]}")
+        return True
+
+    def wait(self, timeout: float = 60) -> Finished:
+        """Wait until it has ended."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.kill()
+            raise TimeoutError(f"{' '.join(self.words)}: ran past {timeout} s\n{self._said('stderr')[-3000:]}")
+        assert self.process.exitcode is not None
+        finished = Finished(self.process.exitcode, self._said("stdout"), self._said("stderr"))
+        shutil.rmtree(self.output)
+        return finished
+
+    def _said(self, stream: str) -> str:
+        path = self.output / stream
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def run_forked(
+    words: Sequence[str | Path],
+    cwd: Path | str,
+    kill_after: float | None = None,
+    timeout: float = 60,
+    env: Mapping[str, str] | None = None,
+    before: Callable[[], None] | None = None,
+) -> Finished:
+    """Run the command line and wait for its end.
+
+    Args:
+        words: after `rlhf`.
+        cwd: its working folder.
+        kill_after: seconds after which the process and all that it started get SIGKILL, if they still run.
+        timeout: seconds after which the same happens, and is an error.
+        env: changes of the environment.
+        before: called in the child first; importable by name.
+    """
+    forked = Forked(words, cwd, env, before)
+    if kill_after is not None:
+        forked.process.join(kill_after)
+        forked.kill()
+    return forked.wait(timeout)
+
+
+def run_ranks(
+    words: Sequence[str | Path], cwd: Path | str, port: int, processes: int = 2, timeout: float = 120
+) -> list[Finished]:
+    """Run the command line on several processes, as torchrun would; what came of each, by rank."""
+    ranks = []
+    for rank in range(processes):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        env = {name: str(value) for name, value in place.items()} | {"LOCAL_WORLD_SIZE": str(processes)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "tests", "DS_ACCELERATOR": "cpu"}
+        ranks.append(Forked(words, cwd, env))
+    connection.wait([rank.process.sentinel for rank in ranks], timeout)
+    if any(rank.process.exitcode for rank in ranks):  # the others would wait for it
+        for rank in ranks:
+            rank.process.join(5)
+            rank.kill()
+    return [rank.wait(timeout) for rank in ranks]
+
+
+def _start_server() -> None:
+    """Let the server find what this process finds; it looks at the environment only."""
+    before = dict(os.environ)
+    os.environ.update(environment() | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "DS_ACCELERATOR": "cpu"})
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _child(words: list[str], cwd: str, env: dict[str, str], output: str, before: Callable[[], None] | None) -> None:
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    for descriptor, stream in ((1, "stdout"), (2, "stderr")):
+        file = os.open(Path(output) / stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, descriptor)
+        os.close(file)
+    sys.argv = ["rlhf", *words]
+    from rlhf_lightning.cli.main import main
+
+    try:
+        if before is not None:
+            before()
+        main(words)
+    finally:
+        atexit._run_exitfuncs()
