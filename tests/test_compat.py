@@ -10,6 +10,7 @@ import torch
 from jsonargparse import ArgumentParser
 from peft import LoraConfig
 from pytorch_lightning.demos.boring_classes import BoringModel
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from helpers.models import tiny_causal_lm
@@ -218,6 +219,13 @@ def test_training_data_can_be_loaded_before_the_run(tmp_path):
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_steps": 1}
     pl.Trainer(accelerator="cpu", default_root_dir=tmp_path, enable_model_summary=False, **options).fit(Watched())
     assert seen == [64]
+
+
+def test_a_trainer_tells_whether_it_was_given_a_checkpoint_io():
+    """Else checkpoints would be written as Lightning writes them, or somebody's own way of writing be taken away."""
+    assert not compat.was_given_checkpoint_io(pl.Trainer(accelerator="cpu", logger=False))
+    given = pl.Trainer(accelerator="cpu", logger=False, plugins=[TorchCheckpointIO()])
+    assert compat.was_given_checkpoint_io(given)
 
 
 def test_every_name_has_a_test():

@@ -24,7 +24,7 @@ FLOORS = (
     ("forward",),
     ("training",),
     ("batches",),
-    ("chat", "rng", "warning_filters"),
+    ("chat", "rng", "runs", "warning_filters"),
     ("arguments", "compat"),
     ("errors", "functional"),
 )

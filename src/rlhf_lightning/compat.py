@@ -138,3 +138,8 @@ def load_validation_data(trainer: Trainer) -> None:
     trainer.validating = True
     trainer.fit_loop.epoch_loop.val_loop.setup_data()
     trainer.training = True
+
+
+def was_given_checkpoint_io(trainer: Trainer) -> bool:
+    """Whether somebody chose how a trainer writes checkpoints, which otherwise is decided when it is asked for."""
+    return trainer.strategy._checkpoint_io is not None

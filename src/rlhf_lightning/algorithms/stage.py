@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.algorithms.checkpoints import check_trained_weights, drop_frozen_weights
 from rlhf_lightning.algorithms.hyperparameters import PLAIN, as_config, from_config, optimizer_from_config
-from rlhf_lightning.algorithms.trainer_checks import check_trainer, let_checkpoints_save
+from rlhf_lightning.algorithms.trainer_checks import check_trainer, keep_checkpoints_whole, let_checkpoints_save
 from rlhf_lightning.arguments import AT_LEAST_1, check_arguments
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.finetune import describe_trained
@@ -341,6 +341,7 @@ class Stage(pl.LightningModule):
         Raises:
             UserError: a callback, or another option of the trainer, does not go with manual optimisation.
         """
+        keep_checkpoints_whole(self.trainer)
         if self.trainer.state.fn == TrainerFn.FITTING:
             check_trainer(self.trainer)
             let_checkpoints_save(self.trainer)

@@ -15,7 +15,9 @@ from pytorch_lightning.callbacks import (
     StochasticWeightAveraging,
 )
 
+from rlhf_lightning.compat import was_given_checkpoint_io
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.runs.checkpoint_files import WholeCheckpointIO
 
 _ACCUMULATION = (
     "the stages accumulate by themselves; set the data's batch size to the whole batch and the module's "
@@ -50,6 +52,16 @@ def check_trainer(trainer: Any) -> None:
         for kind, advice in _CALLBACKS.items():
             if isinstance(callback, kind):
                 raise UserError(f"{type(callback).__name__} does not go with these modules: {advice}")
+
+
+def keep_checkpoints_whole(trainer: pl.Trainer) -> None:
+    """Let checkpoint files be written and read by `WholeCheckpointIO`, unless the trainer was given something else.
+
+    Args:
+        trainer: Lightning's, before it restores what a checkpoint holds.
+    """
+    if not was_given_checkpoint_io(trainer):
+        trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
 
 def let_checkpoints_save(trainer: pl.Trainer) -> None:
