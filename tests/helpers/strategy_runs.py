@@ -5,6 +5,8 @@ the processes that `helpers.distributed` starts.
 """
 
 import logging
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from rlhf_lightning.errors import NonFiniteError
+from rlhf_lightning.errors import NonFiniteError, UserError
+from rlhf_lightning.runs.checkpoint_files import checksum, files_of, read_manifest, write_manifest
 from rlhf_lightning.training import (
     DeepSpeedStrategy,
     GradientAccumulation,
@@ -28,6 +31,7 @@ from rlhf_lightning.training import (
     synced,
     world_size,
 )
+from rlhf_lightning.training.checkpoint_folders import check_together
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 disable_progress_bar()
@@ -279,6 +283,54 @@ def fit(
     return module.seen | {"global_step": run.global_step}
 
 
+class Runs:
+    """Unpickling it makes a file beside the checkpoint."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch '{self.path}'",)
+
+
+def spoil(checkpoint: str, file: str, how: str, folder: str) -> None:
+    """Put something else into one file of a checkpoint; the first process does.
+
+    Args:
+        checkpoint: the folder.
+        file: inside it.
+        how: `code` for a pickle that runs some, with a manifest that says so; `damage` for another byte; `missing`.
+        folder: of the model, not used.
+    """
+    if os.environ["RANK"] != "0":
+        return
+    path, root = Path(checkpoint) / file, Path(checkpoint)
+    kept = root.with_name(root.name + " as it was")
+    if kept.exists():
+        shutil.rmtree(root)
+    shutil.copytree(kept if kept.exists() else root, root if kept.exists() else kept)
+    if how == "code":
+        torch.save({"module": Runs(f"{checkpoint} ran")}, path)
+        settings = read_manifest(root)["settings"]
+        write_manifest(root, {name: checksum(root / name) for name in files_of(root)}, settings)
+    elif how == "damage":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink()
+
+
+def check(checkpoint: str, settings: dict[str, Any] | None, folder: str) -> str:
+    """What `check_together` says of a checkpoint of a run that this process has just made."""
+    dist.barrier()  # the first process may still be writing
+    try:
+        check_together(Path(checkpoint), settings)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def validate(name: str, **kwargs: Any) -> dict[str, Any]:
     """Losses of the three batches before any training."""
     module = ValidatedModule(**kwargs)
@@ -286,10 +338,10 @@ def validate(name: str, **kwargs: Any) -> dict[str, Any]:
     return module.seen
 
 
-def run_all(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def run_all(runs: list[dict[str, Any]]) -> list[Any]:
     """One run after the other in the same process."""
     results = []
     for run in runs:
-        task = {"fit": fit, "validate": validate}[run.get("task", "fit")]
+        task = {"fit": fit, "validate": validate, "spoil": spoil, "check": check}[run.get("task", "fit")]
         results.append(task(**{key: value for key, value in run.items() if key != "task"}))
     return results

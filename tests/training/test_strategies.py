@@ -1,5 +1,7 @@
 """The same gradient, clipping, schedule and step count on every strategy; real DeepSpeed, real processes."""
 
+import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +21,11 @@ from pytorch_lightning.strategies import FSDPStrategy, SingleDeviceStrategy
 import rlhf_lightning
 from helpers.cli_runs import environment
 from helpers.distributed import run_in_processes
-from helpers.strategy_runs import fit, save_model, validate
+from helpers.strategy_runs import Runs, fit, save_model, validate
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.runs.checkpoint_files import check_whole, files_of, read_manifest
 from rlhf_lightning.training import DeepSpeedStrategy, GradientAccumulation
+from rlhf_lightning.training.checkpoint_folders import plain_loading
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "trainer"
 WHOLE, HALVES = {"micro_sizes": [4, 4, 4]}, {"micro_sizes": [2, 2, 2]}  # rows per micro-batch; a rank has four rows
@@ -52,6 +56,12 @@ SPLITS_AND_OPTIMIZERS = [
 ]
 DISTRIBUTED = ["ddp", "zero0", "zero1", "zero2", "zero3"]
 POISONS = ["loss", "gradient"]
+_PARTS = [f"checkpoint/zero_pp_rank_{rank}_mp_rank_00" for rank in (0, 1)]
+SAVED = {
+    "zero2": ["checkpoint/mp_rank_00_model_states.pt", *(f"{part}_optim_states.pt" for part in _PARTS)],
+    "zero3": [f"{part}_{what}_states.pt" for part in _PARTS for what in ("model", "optim")],
+}
+"""Files of tensors in DeepSpeed's checkpoints."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +70,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def two_processes(folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[dict[str, Any]]]:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: tmp_path_factory.mktemp(name) for name in SAVED}
+
+
+@pytest.fixture(scope="module")
+def two_processes(folder: str, checkpoints: dict[str, Path]) -> dict[Any, list[dict[str, Any]]]:
     """Every two-process run of this file, done in one start of two processes; name -> result of each rank."""
     runs: dict[Any, dict[str, Any]] = {
         (split, optimizer): SPLITS[split] | OPTIMIZERS[optimizer] for split, optimizer in SPLITS_AND_OPTIMIZERS
@@ -76,10 +91,23 @@ def two_processes(folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict
     runs["zero2", "bf16 gradient"] = bf16 | {"poison": "gradient"}
     runs["zero2", "bf16 one batch"] = bf16 | {"trainer_options": bf16["trainer_options"] | {"limit_train_batches": 1}}
     for name in ["zero2", "zero3"]:
-        path = str(tmp_path_factory.mktemp(name))
+        path = str(checkpoints[name])
         training = {"name": name, "trainer_options": {"max_epochs": 2}, **HALVES, **CLIPPED_ADAM}
         runs[name, "two epochs"] = training | {"checkpoints": path}
-        runs[name, "resumed"] = training | {"resume": f"{path}/epoch=0.ckpt"}
+        first = f"{path}/epoch=0.ckpt"
+        Path(f"{first}.partial").mkdir()
+        Path(f"{first}.partial", "left.pt").write_text("by a run that was killed while it wrote")
+        runs[name, "resumed"] = training | {"resume": first}
+        in_bf16 = {"trainer_options": {"precision": "bf16-mixed"}}
+        for other, changes in (("precision", in_bf16), ("stage", {"name": "zero1"})):
+            runs[name, "other", other] = training | changes | {"resume": first}
+        for file in [*SAVED[name], "latest"]:
+            for how in ("code", "damage", "missing") if file != "latest" else ("damage", "missing"):
+                runs[name, "spoil", how, file] = {"task": "spoil", "checkpoint": first, "file": file, "how": how}
+                runs[name, how, file] = {"task": "check", "checkpoint": first, "settings": None}
+        runs[name, "spoil"] = {"task": "spoil", "checkpoint": first, "file": SAVED[name][0], "how": "code"}
+        runs[name, "resumed from code"] = training | {"resume": first}
+        runs[name, "resumed from a file"] = training | {"resume": f"{first}/latest"}
     for name in ["ddp", "zero2"]:
         runs[name, "forgetful"] = {"module_class": "ForgetfulModule", "name": name, **HALVES}
     runs["zero2", "self-clipping"] = {"module_class": "SelfClippingModule", "name": "zero2", **WHOLE}
@@ -235,6 +263,59 @@ def test_resuming_changes_nothing_though_frozen_weights_are_not_saved(two_proces
     assert resumed["norms"] == whole["norms"][3:]
     assert resumed["rates"] == whole["rates"][3:]
     assert_same_weights(resumed, whole, atol=0)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_checkpoint_folder_has_a_manifest_of_all_its_files(two_processes: Any, checkpoints: Any, name: str) -> None:
+    folder = checkpoints[name] / "epoch=1.ckpt"
+    check_whole(folder)
+    assert read_manifest(folder)["settings"] == {"ZeRO stage": int(name[-1]), "processes": 2, "precision": "32"}
+    scripts = ["latest", "zero_to_fp32.py", "zero_to_torch.py"]
+    assert sorted(read_manifest(folder)["files"]) == files_of(folder) == sorted([*SAVED[name], *scripts])
+    assert not list(checkpoints[name].glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_checkpoint_folder_that_is_not_as_it_was_written_is_refused_on_all_processes(
+    two_processes: Any, checkpoints: Any, name: str
+) -> None:
+    folder = checkpoints[name] / "epoch=0.ckpt"
+    for file in SAVED[name]:
+        code = f"'{folder}/{file}' holds an object of posix.system, which could run code, so it is not loaded"
+        assert two_processes[name, "code", file] == [code] * 2
+    for file in [*SAVED[name], "latest"]:
+        for how, why in (("damage", "has changed"), ("missing", "is missing")):
+            message = f"'{folder}' is not a complete checkpoint ({file} {why}); resume from another one"
+            assert two_processes[name, how, file] == [message] * 2
+    for result in two_processes[name, "resumed from code"]:
+        assert "UserError: " in result["error"]
+        assert "holds an object of posix.system, which could run code" in result["error"]
+    for result in two_processes[name, "resumed from a file"]:
+        assert result["error"].endswith(
+            "latest' is a checkpoint of another strategy; resume with the one that wrote it"
+        )
+    assert not list(checkpoints[name].glob("* ran"))
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_checkpoint_folder_of_other_settings_is_refused(two_processes: Any, checkpoints: Any, name: str) -> None:
+    was = f"UserError: '{checkpoints[name]}/epoch=0.ckpt' was saved with"
+    for result in two_processes[name, "other", "precision"]:
+        assert result["error"] == f"{was} precision 32, now it is bf16; resume with the same"
+    for result in two_processes[name, "other", "stage"]:
+        assert result["error"] == f"{was} ZeRO stage {name[-1]}, now it is 1; resume with the same"
+
+
+def test_whatever_asks_torch_for_code_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save({"module": Runs(f"{tmp_path}/ran"), "w": torch.ones(2)}, tmp_path / "states.pt")
+    with plain_loading(), pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "states.pt", weights_only=False)
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "states.pt", weights_only=False)
+    assert (tmp_path / "ran").exists()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 def test_sums_and_ties_and_synced_forwards(two_processes: Any, one_process: Any) -> None:

@@ -3,14 +3,18 @@
 import argparse
 import logging
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from lightning_fabric.utilities.seed import reset_seed
 from pytorch_lightning.strategies import DeepSpeedStrategy as LightningDeepSpeedStrategy
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
 
 from rlhf_lightning.arguments import Range, check_arguments
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.runs.checkpoint_files import PARTIAL, remove
+from rlhf_lightning.training.checkpoint_folders import check_together, finish_together, plain_loading
 from rlhf_lightning.training.optim import clip_value
 
 
@@ -23,7 +27,9 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
     * gradients are clipped to the module's attribute `gradient_clip_val`, because DeepSpeed clips by its own
       configuration only;
     * `from_pretrained` inside `configure_model` works under ZeRO-3: each process keeps only its part of the weights;
-    * frozen weights are left out of checkpoints, so the module needs `strict_loading = False` to resume.
+    * frozen weights are left out of checkpoints, so the module needs `strict_loading = False` to resume;
+    * a checkpoint folder is written beside its place and renamed when it is whole, with a manifest that is compared
+      when it is loaded; and nothing in it is unpickled but tensors, plain values and DeepSpeed's own three classes.
 
     Any `torch.optim` optimizer is accepted, also with offload, where DeepSpeed's own `DeepSpeedCPUAdam` is faster. To
     train on the CPU of a machine that has a GPU, set the environment variable `DS_ACCELERATOR=cpu`.
@@ -80,6 +86,44 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
         """Let go of the configuration that makes `from_pretrained` split weights, then tear down."""
         self._hf_config = None
         super().teardown()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a folder in the place of the one that is there, which stays until then. Every process must call it."""
+        path = Path(self.broadcast(filepath))
+        partial = path.with_name(path.name + PARTIAL)
+        if self.is_global_zero:
+            remove(partial)
+        self.barrier()
+        super().save_checkpoint(checkpoint, str(partial), storage_options)
+        finish_together(partial, path, self._settings())
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a folder that is whole, on all processes that of the first one.
+
+        Args:
+            checkpoint_path: of the folder.
+            weights_only: taken for True, whatever it is.
+
+        Raises:
+            UserError: the folder is not whole, holds what could run code, or was saved with other settings.
+        """
+        if self.load_full_weights and self.zero_stage_3:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        path = Path(self.broadcast(checkpoint_path))
+        assert self.lightning_module is not None
+        fits = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        check_together(path, self._settings() if fits else None)
+        with plain_loading():
+            return super().load_checkpoint(path, weights_only=True)
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides which files a checkpoint consists of."""
+        assert isinstance(self.config, dict)
+        stage = self.config.get("zero_optimization", {}).get("stage", 0)
+        precision = "bf16" if self.config.get("bf16", {}).get("enabled") else "32"
+        return {"ZeRO stage": stage, "processes": self.world_size, "precision": precision}
 
     def _init_config_if_needed(self) -> None:
         super()._init_config_if_needed()

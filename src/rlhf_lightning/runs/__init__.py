@@ -1,0 +1,1 @@
+"""What the folder of a run holds, and what it promises to whoever finds it."""

@@ -1,0 +1,120 @@
+"""Checkpoint folders that all processes write and read together, as DeepSpeed does, made as safe as a file is.
+
+Its engine writes each file where it will stay, and unpickles what it finds. Here a folder is written beside its place
+and renamed by one process when all have finished, with a manifest; and before one is loaded its manifest is compared,
+and each file must hold tensors, plain values, and the three classes of DeepSpeed that its own files hold.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.serialization import safe_globals
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.runs.checkpoint_files import (
+    check_whole,
+    checksum,
+    files_of,
+    load_plain,
+    put_in_place,
+    read_manifest,
+    write_manifest,
+)
+
+_FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+def finish_together(partial: Path, path: Path, settings: dict[str, Any]) -> None:
+    """Give a folder that all processes have written its manifest and its name. Every process must call it.
+
+    Args:
+        partial: the folder as it was written, beside its place.
+        path: its place.
+        settings: of the run, which must be the same to train on from it.
+    """
+    # A network file system may show late what other processes wrote, so each is asked for what it sees.
+    seen = _gather(files_of(partial))
+    mine = {}
+    for number, name in enumerate(sorted(set().union(*seen))):
+        witnesses = [rank for rank, names in enumerate(seen) if name in names]
+        if witnesses[number % len(witnesses)] == dist.get_rank():
+            mine[name] = checksum(partial / name)
+    parts = _gather(mine)
+    if dist.get_rank() == 0:
+        write_manifest(partial, {name: part[name] for part in parts for name in part}, settings)
+        put_in_place(partial, path)
+    dist.barrier()
+
+
+def check_together(path: Path, settings: dict[str, Any] | None) -> None:
+    """Refuse a folder on all processes if there is anything wrong with it. Every process must call it.
+
+    Args:
+        path: the same on every process.
+        settings: of this run, to be compared with those it was saved with; None where they may differ.
+
+    Raises:
+        UserError: it is not whole, holds what could run code, or does not fit.
+    """
+    _agree(lambda: _check_folder(path, settings) if dist.get_rank() == 0 else None)
+    names = [name for name in files_of(path) if name.endswith(".pt")]
+    _agree(lambda: _check_plain([path / name for name in names[dist.get_rank() :: dist.get_world_size()]]))
+
+
+def _check_folder(path: Path, settings: dict[str, Any] | None) -> None:
+    if path.is_file():
+        raise UserError(f"'{path}' is a checkpoint of another strategy; resume with the one that wrote it")
+    check_whole(path)
+    saved = read_manifest(path)["settings"]
+    for name, value in (settings or {}).items():
+        if saved.get(name) != value:
+            raise UserError(
+                f"'{path}' was saved with {name} {saved.get(name)}, now it is {value}; resume with the same"
+            )
+
+
+def _check_plain(files: list[Path]) -> None:
+    with plain_loading():
+        for file in files:
+            load_plain(file)
+
+
+@contextmanager
+def plain_loading() -> Iterator[None]:
+    """Let `torch.load`, whoever calls it and however, take nothing but tensors, plain values and what is known here."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
+    os.environ[_FORCE] = "1"
+    try:
+        with safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        del os.environ[_FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def _agree(check: Any) -> None:
+    """Raise on every process what a check raises on any."""
+    error = ""
+    try:
+        check()
+    except UserError as e:
+        error = str(e)
+    if errors := [each for each in _gather(error) if each]:
+        raise UserError(errors[0])
+
+
+def _gather(mine: Any) -> list[Any]:
+    """What each process has, by rank."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
