@@ -171,7 +171,8 @@ def test_settings_come_from_the_command_line_when_a_run_resumes(inputs, tmp_path
     options = short(inputs / "lm", inputs / "pairs.jsonl", tmp_path)
     checkpoint = tmp_path / "last.ckpt"
     hyper_parameters = {"micro_batch_size": 4, "_class_path": "rlhf_lightning.SFTModule"}
-    torch.save({"pytorch-lightning_version": "2.6.6", "hyper_parameters": hyper_parameters}, checkpoint)
+    parts = {key: {} for key in ("state_dict", "loops", "optimizer_states", "lr_schedulers")}
+    torch.save({"pytorch-lightning_version": "2.6.6", "hyper_parameters": hyper_parameters, **parts}, checkpoint)
     main(["fit", *SFT, *options, f"--ckpt_path={checkpoint}", "--model.micro_batch_size=2"])
     assert started["module"].micro_batch_size == 2
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,15 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, SaveConfigCallback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from rlhf_lightning.runs.checkpoint_files import remove, remove_unfinished
+from rlhf_lightning.runs.ending import MARK
+
 _TRACES = ("events.out.tfevents.*", "config.yaml", "hparams.yaml")
 _LEFTOVERS = (
     "checkpoints/*.ckpt",
+    "checkpoints/*.ckpt.*",
     "checkpoints/*-hf",
+    MARK,
     "best_by_judge",
     "samples.md",
     "report.html",
@@ -60,10 +64,10 @@ class RunFolder(SaveConfigCallback):
         if not trainer.is_global_zero:
             return
         for path in self._leftovers:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            remove(Path(trainer.default_root_dir) / MARK)  # until this run ends
+            remove_unfinished(checkpoint_folders(trainer))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Say after Ctrl-C how to go on; leave no trace of a run that bad input stopped before it began."""

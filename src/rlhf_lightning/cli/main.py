@@ -67,6 +67,7 @@ more:
   rlhf fit --config sft.yaml --help           the options of the model, the data and the trainer
   rlhf fit --config sft.yaml --print_config   the whole recipe, to start one of your own from
   rlhf fit ... --ckpt_path last               resume a run that was stopped
+  rlhf fit ... --ckpt_path auto               the same, or start it if there is nothing to resume
   rlhf --version
 """
 

@@ -13,7 +13,7 @@ from rlhf_lightning.cli.recipes import config_paths, named_classes, read_config,
 
 RUN = {
     "config": "a recipe or YAML file; several are stacked, later ones win",
-    "ckpt_path": "checkpoint to go on from, or `last`",
+    "ckpt_path": "checkpoint to go on from, `last`, or `auto`: the last if there is one",
     "overwrite": "start anew in a folder that holds an earlier run",
     "report": "false for no report.html in the folder at the end of fit",
     "seed_everything": "of all random numbers",

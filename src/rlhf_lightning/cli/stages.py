@@ -6,14 +6,12 @@ rollout size are named once, one run lives in one folder, and mistakes get one l
 
 from __future__ import annotations
 
-import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
-import torch
 from jsonargparse import ActionConfigFile, ArgumentParser
 from pytorch_lightning.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -21,15 +19,17 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from rlhf_lightning.callbacks import RunReport, ShortSummary, StageProgressBar
-from rlhf_lightning.callbacks.run_folder import RunFolder, checkpoint_folders
+from rlhf_lightning.callbacks.run_folder import RunFolder
 from rlhf_lightning.cli.errors import arguments_of, find_class, one_line
 from rlhf_lightning.cli.recipes import named_classes
+from rlhf_lightning.cli.resuming import check_ckpt_path, what_to_measure, where_to_begin
 from rlhf_lightning.cli.spelling import HELP_ALL
 from rlhf_lightning.cli.stacking import StackedConfig, as_configs
 from rlhf_lightning.compat import parser_actions
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folders import check_model_folder
 from rlhf_lightning.models.reward_functions import import_from_working_folder
+from rlhf_lightning.runs.ending import mark_finished
 from rlhf_lightning.warning_filters import filter_warnings
 
 LINKS = {
@@ -109,7 +109,7 @@ class RLHFCLI(LightningCLI):
         """
         command = self.config["subcommand"]
         if path := self.config[command].get("ckpt_path"):
-            check_checkpoint(path)
+            check_ckpt_path(command, str(path))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer: one folder per run, a short summary, a bar that looks inside PPO iterations."""
@@ -142,20 +142,26 @@ class RLHFCLI(LightningCLI):
             check_model_folder(name)
 
     def before_fit(self) -> None:
-        """Lose nothing of an earlier run, and resume only from what is there."""
-        config = self.config[self.subcommand]
-        folders = checkpoint_folders(self.trainer)
-        checkpoints = [path for folder in folders for path in folder.glob("*.ckpt")]
-        root = Path(self.trainer.default_root_dir)
-        if config.ckpt_path == "last" and not checkpoints:
-            where = folders[0] if folders else root
-            raise UserError(f"--ckpt_path last: there is no checkpoint in '{where}'; leave it out to start anew")
-        fresh = config.ckpt_path is None and not config.overwrite and not config.trainer.fast_dev_run
-        if fresh and (checkpoints or (root / "export").exists()):
-            raise UserError(
-                f"'{root}' holds an earlier run: resume it with --ckpt_path last, choose another "
-                "--trainer.default_root_dir, or start anew in it with --overwrite true"
-            )
+        """Choose where the run begins, and lose nothing of an earlier one."""
+        self.is_over, path = where_to_begin(self.config[self.subcommand], self.trainer)
+        self.config_init[self.subcommand].ckpt_path = path
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train, unless the run is over."""
+        if not self.is_over:
+            self.trainer.fit(**kwargs)
+
+    def after_fit(self) -> None:
+        """Say in its folder that the run is over; nothing comes after that."""
+        if not self.is_over:
+            mark_finished(self.trainer)
+
+    def before_validate(self) -> None:
+        """Choose what is measured."""
+        config = self.config_init[self.subcommand]
+        config.ckpt_path = what_to_measure(config.ckpt_path, self.trainer)
+
+    before_test = before_predict = before_validate
 
 
 def _any(kind: type, callbacks: Sequence[Any]) -> bool:
@@ -179,29 +185,6 @@ def refuse_trainer_options(config: Any) -> None:
     for name in ("gradient_clip_val", "gradient_clip_algorithm"):
         if config[name] is not None:
             raise UserError(f"--trainer.{name}: the stages clip by themselves; set --model.gradient_clip_val instead")
-
-
-def check_checkpoint(path: str) -> None:
-    """Refuse a checkpoint that is not there or not whole, before anything is loaded or written.
-
-    Args:
-        path: a file, a folder (DeepSpeed), or one of Lightning's words such as `last`.
-
-    Raises:
-        UserError: it cannot be used.
-    """
-    if path in ("last", "best", "hpc"):
-        return
-    if not Path(path).exists():
-        raise UserError(f"--ckpt_path: '{path}' does not exist; pass a .ckpt file, or last")
-    if Path(path).is_dir():
-        return
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as e:
-        raise UserError(f"--ckpt_path: '{path}' is not a complete checkpoint; resume from an earlier one") from e
-    if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
-        raise UserError(f"--ckpt_path: '{path}' is no Lightning checkpoint; a model goes to --model.model_name_or_path")
 
 
 def help_for_classes(options: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from rlhf_lightning.errors import UserError
@@ -154,6 +154,20 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_unfinished(folders: Iterable[Path]) -> None:
+    """Delete what a process that was killed while it wrote a checkpoint has left beside it.
+
+    Args:
+        folders: of checkpoints, which no process writes to.
+    """
+    for folder in folders:
+        for path in folder.glob(f"*.ckpt{PARTIAL}"):
+            remove(path)
+        for path in folder.glob(f"*.ckpt{OLD}"):
+            if path.with_name(path.name.removesuffix(OLD)).exists():
+                remove(path)
+
+
 def files_of(folder: Path) -> list[str]:
     """Names of all files of a checkpoint folder but its manifest, in an order that every process finds."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -278,9 +292,13 @@ def _problem_of_archive(path: str, size: int, changed_ns: int) -> str:
 
 
 def _check_folder(folder: Path) -> None:
+    if not (folder / MANIFEST).exists() and not (folder / "latest").exists():  # which DeepSpeed writes last
+        raise UserError(_foreign(folder))
     expected = read_manifest(folder)["files"]
     if missing := sorted(expected.keys() - set(files_of(folder))):
         raise UserError(_incomplete(folder, f"{missing[0]} is missing"))
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        return  # all processes load the folder that the first one has found to be whole
     with ThreadPoolExecutor(_READERS) as readers:
         whole = readers.map(partial(_is_as_written, folder), expected, expected.values())
     for name, as_written in zip(expected, whole, strict=True):

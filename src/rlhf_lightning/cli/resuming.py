@@ -1,0 +1,116 @@
+"""Where a run begins: at a checkpoint that was named, at the newest whole one of its folder, or at the beginning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from rlhf_lightning.callbacks.run_folder import checkpoint_folders
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.runs.checkpoint_files import check_whole, checkpoints_in, newest_whole
+from rlhf_lightning.runs.ending import MARK, limits_of, steps_when_finished
+
+LAST, AUTO = "last", "auto"
+
+
+def check_ckpt_path(command: str, path: str) -> None:
+    """Refuse a checkpoint that is not there or not whole, before anything is loaded or written.
+
+    Args:
+        command: `fit`, `validate`, `test` or `predict`.
+        path: a file, a folder (DeepSpeed), `last` or `auto`.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    if path in (LAST, AUTO):
+        if path == AUTO and command != "fit":
+            raise UserError(f"--ckpt_path auto is for fit, which can also start; {command} takes last, or a .ckpt file")
+        return
+    if path in ("best", "hpc"):
+        raise UserError(
+            f"--ckpt_path {path}: Lightning's word means nothing to a new process; pass last, or a .ckpt file"
+        )
+    if not Path(path).exists():
+        raise UserError(f"--ckpt_path: '{path}' does not exist; pass a .ckpt file, or last")
+    if (Path(path) / "config.json").exists() or path.endswith(".safetensors"):
+        raise UserError(f"--ckpt_path: '{path}' is no Lightning checkpoint; a model goes to --model.model_name_or_path")
+    try:
+        check_whole(path, to_train=command == "fit")
+    except UserError as e:
+        raise UserError(f"--ckpt_path: {e}") from e
+
+
+def where_to_begin(config: Any, trainer: pl.Trainer) -> tuple[bool, str | None]:
+    """Whether a run is over already; and the checkpoint that it goes on from, None for the beginning.
+
+    Args:
+        config: of `fit`.
+        trainer: built from it.
+
+    Raises:
+        UserError: there is nothing to go on from, or something that a start would destroy.
+    """
+    root, given = Path(trainer.default_root_dir), config.ckpt_path
+    if given not in (LAST, AUTO):
+        if given is None and not config.overwrite and not config.trainer.fast_dev_run:
+            _refuse_earlier_run(trainer)
+        return False, given
+    if given == AUTO and config.overwrite:
+        raise UserError("--ckpt_path auto goes on where --overwrite true starts anew; leave one of them out")
+    if not config.trainer.fast_dev_run and (steps := steps_when_finished(root, limits_of(trainer))) is not None:
+        if trainer.is_global_zero:
+            print(
+                f"'{root}' is finished after {steps} optimizer steps, nothing is left to do; to train on, raise "
+                "--trainer.max_epochs, max_steps or max_time"
+            )
+        return True, None
+    path = _newest(given, trainer, to_train=True)
+    if path is None:
+        _refuse_earlier_run(trainer)
+    return False, path
+
+
+def what_to_measure(given: str | None, trainer: pl.Trainer) -> str | None:
+    """The checkpoint that `validate`, `test` or `predict` load; None for the model as its folder has it.
+
+    Args:
+        given: `--ckpt_path`.
+        trainer: of the run.
+
+    Raises:
+        UserError: there is none.
+    """
+    return _newest(given, trainer, to_train=False) if given == LAST else given
+
+
+def _newest(word: str, trainer: pl.Trainer, to_train: bool) -> str | None:
+    """The newest checkpoint of a run that is whole; None if there is none at all, which `auto` takes for a start."""
+    folders = _folders(trainer)
+    if (path := newest_whole(folders, to_train)) is not None:
+        return str(path)
+    if broken := checkpoints_in(folders):
+        raise UserError(
+            f"--ckpt_path {word}: no checkpoint in '{broken[0].parent}' is whole; start anew with --overwrite true, or "
+            "choose another --trainer.default_root_dir"
+        )
+    if word == LAST:
+        raise UserError(f"--ckpt_path last: there is no checkpoint in '{folders[0]}'; leave it out to start anew")
+    return None
+
+
+def _folders(trainer: pl.Trainer) -> list[Path]:
+    """Where checkpoints of a run may be: a `ModelCheckpoint` that the trainer adds by itself says so too late."""
+    named, usual = checkpoint_folders(trainer), Path(trainer.default_root_dir) / "checkpoints"
+    return named if usual.resolve() in [folder.resolve() for folder in named] else [*named, usual]
+
+
+def _refuse_earlier_run(trainer: pl.Trainer) -> None:
+    root = Path(trainer.default_root_dir)
+    if checkpoints_in(_folders(trainer)) or (root / "export").exists() or (root / MARK).exists():
+        raise UserError(
+            f"'{root}' holds an earlier run: resume it with --ckpt_path last, choose another "
+            "--trainer.default_root_dir, or start anew in it with --overwrite true"
+        )
