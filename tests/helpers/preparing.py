@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder, DialogueFormat
 from rlhf_lightning.data.limits import TokenLimits
+from rlhf_lightning.data.preparing.manifest import PARTS
 from rlhf_lightning.data.preparing.preparation import Preparation
-from rlhf_lightning.data.preparing.prepared import PARTS, PreparedFolder
+from rlhf_lightning.data.preparing.prepared import PreparedFolder
 from rlhf_lightning.data.sources import as_source
 from rlhf_lightning.data.sources.files import open_parts
 from rlhf_lightning.data.sources.raw_rows import RawRows

@@ -20,8 +20,9 @@ from rlhf_lightning.cli.recipes import config_paths, read_config
 from rlhf_lightning.cli.stages import OneLineParser, user_error
 from rlhf_lightning.data.limits import RANGES, TokenLimits, check_context, check_ids
 from rlhf_lightning.data.preparing.filters import Filters, Splits
+from rlhf_lightning.data.preparing.manifest import MANIFEST, PARTS, file_name, is_prepared
 from rlhf_lightning.data.preparing.preparation import Preparation
-from rlhf_lightning.data.preparing.prepared import MANIFEST, PARTS, PreparedFolder, file_name, is_prepared
+from rlhf_lightning.data.preparing.prepared import PreparedFolder
 from rlhf_lightning.data.preparing.report import REPORT_FILES, print_report, report_on, save_report
 from rlhf_lightning.data.rows import KINDS
 from rlhf_lightning.data.sources import DataSource, as_source

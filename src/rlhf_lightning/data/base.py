@@ -22,8 +22,9 @@ from rlhf_lightning.data.packing import PackedTable
 from rlhf_lightning.data.preparing.cache import find_or_build
 from rlhf_lightning.data.preparing.filters import NO_FILTERS, Filters, Splits
 from rlhf_lightning.data.preparing.given import holds_tokens, open_tokens
+from rlhf_lightning.data.preparing.manifest import PARTS
 from rlhf_lightning.data.preparing.preparation import Preparation, read_all
-from rlhf_lightning.data.preparing.prepared import PARTS, PreparedFolder, TokenTable
+from rlhf_lightning.data.preparing.prepared import PreparedFolder, TokenTable
 from rlhf_lightning.data.preparing.summary import said_of_rows, say_prepared
 from rlhf_lightning.data.resuming import ResumableDataModule
 from rlhf_lightning.data.rows import Need, Row

@@ -1,7 +1,9 @@
+import errno
 import json
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,37 @@ def test_an_entry_is_built_once_and_again_if_it_is_damaged(rows, cache, monkeypa
     (folder.path / "manifest.json").unlink()
     assert len(find_or_build(finetune(rows), cache).part("finetune", "train")) == 20
     assert len(built) == 3
+
+
+def test_damage_that_keeps_the_size_is_mended_in_one_line_and_stops_no_later_run(rows, cache):
+    table = find_or_build(finetune(rows), cache).path / "finetune_train.arrow"
+    content = table.read_bytes()
+    table.write_bytes(content[:-300] + bytes([content[-300] ^ 1]) + content[-299:])
+    said = "the cache entry is made anew, as it cannot be used: .*finetune_train.arrow does not fit its checksum$"
+    with pytest.warns(UserWarning, match=said) as caught:
+        find_or_build(finetune(rows), cache)
+    assert len([warning for warning in caught if "cache" in str(warning.message)]) == 1, [str(w) for w in caught]
+    assert table.read_bytes() == content
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find_or_build(finetune(rows), cache)
+
+
+def test_an_entry_of_something_else_is_not_read(rows, cache):
+    folder = find_or_build(finetune(ROWS[:5]), cache)
+    folder.path.rename(cache / finetune(rows).key())
+    with pytest.warns(UserWarning, match="was made from something else"):
+        assert len(find_or_build(finetune(rows), cache).part("finetune", "train")) == 20
+
+
+def test_a_full_disk_is_one_line_that_names_the_cache(rows, cache, monkeypatch):
+    def full(self, batch):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pyarrow.ipc.RecordBatchFileWriter.write_batch", full)
+    with pytest.raises(UserError, match=r"the cache .*cache cannot be written .*No space left.*set another"):
+        find_or_build(finetune(rows), cache)
+    assert entries(cache) == []
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path, cache):

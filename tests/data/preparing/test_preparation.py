@@ -15,8 +15,8 @@ from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing import workers
 from rlhf_lightning.data.preparing.filters import Filters, Splits
 from rlhf_lightning.data.preparing.lengths import say_cuts
+from rlhf_lightning.data.preparing.manifest import PARTS
 from rlhf_lightning.data.preparing.preparation import read_all
-from rlhf_lightning.data.preparing.prepared import PARTS
 from rlhf_lightning.data.sources import as_source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.training.reporting import Patience

@@ -1,5 +1,7 @@
 import json
 import pickle
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from helpers.preparing import build
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data.collate import EncodedExample, EncodedPair
-from rlhf_lightning.data.preparing.prepared import PreparedFolder, TableWriter, TokenTable, is_prepared
+from rlhf_lightning.data.preparing import manifest
+from rlhf_lightning.data.preparing.manifest import is_prepared
+from rlhf_lightning.data.preparing.prepared import PreparedFolder, TableWriter, TokenTable
 from rlhf_lightning.errors import UserError
 
 ROWS = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(6)]
@@ -137,3 +141,117 @@ def test_another_tokenizer_or_template_is_refused_and_both_are_named(tmp_path, o
     folder.check_tokenizer(ChatEncoder(tiny_tokenizer(pad="eos")))
     with pytest.raises(UserError, match=rf"prepared with tokenizer base/model \(.*now it is .*other/model \(.*{said}"):
         folder.check_tokenizer(other)
+
+
+def flip(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("whole") / "data", ROWS)
+
+
+@settings(max_examples=120)
+@given(st.data())
+def test_every_flipped_bit_is_noticed(whole, tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("flipped") / "data"
+    shutil.copytree(whole.path, folder)
+    assert PreparedFolder.open(folder).manifest == whole.manifest
+    path = data.draw(st.sampled_from(sorted(folder.iterdir())))
+    flip(path, data.draw(st.integers(0, 8 * path.stat().st_size - 1)))
+    try:
+        opened = PreparedFolder.open(folder)
+    except UserError:
+        return
+    # What is still the same: white space, or the e of 1e-05.
+    assert (path.name, opened.manifest) == ("manifest.json", whole.manifest)
+
+
+def test_a_folder_is_read_once_by_a_process_and_again_when_it_changes(whole, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(manifest, "crc32", lambda path, crc32=manifest.crc32: (read.append(path.name), crc32(path))[1])
+    shutil.copytree(whole.path, tmp_path / "data")
+    for _ in range(2):
+        PreparedFolder.open(tmp_path / "data")
+    assert sorted(read) == sorted(path.name for path in whole.path.iterdir() if path.name != "manifest.json")
+    (tmp_path / "data" / "args.json").touch()
+    PreparedFolder.open(tmp_path / "data")
+    assert read[-1] == "args.json"
+    assert len(read) == len({*read}) + 1
+
+
+def without_checksums(folder):
+    """As earlier versions wrote it."""
+    said = json.loads((folder / "manifest.json").read_text())
+    del said["crc32"], said["others"]
+    for part in said["parts"].values():
+        del part["crc32"]
+    (folder / "manifest.json").write_text(json.dumps(said))
+
+
+def test_a_folder_of_an_earlier_version_opens_and_damage_that_shows_is_refused(whole, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(whole.path, folder)
+    without_checksums(folder)
+    opened = PreparedFolder.open(folder)
+    opened.check_tokenizer(ChatEncoder(tiny_tokenizer()))
+    assert opened.part("finetune", "train")[3].ids.tolist() == whole.part("finetune", "train")[3].ids.tolist()
+
+    path = folder / "finetune_train.arrow"
+    content, ids = path.read_bytes(), opened.part("finetune", "train").ids(0)[0]
+    place = content.index(ids.tobytes())
+    path.write_bytes(content[:place] + np.int32(-7).tobytes() + content[place + 4 :])
+    with pytest.raises(UserError, match=r"finetune_train.arrow is damaged: it holds ids that are none"):
+        PreparedFolder.open(folder).check_tokenizer(ChatEncoder(tiny_tokenizer()))
+    starts = opened.part("finetune", "train")._lists["prompt"][0][0]
+    place = content.index(starts.tobytes())
+    path.write_bytes(content[:place] + np.int32(1 << 30).tobytes() + content[place + 4 :])
+    with pytest.raises(UserError, match=r"finetune_train.arrow cannot be read"):
+        PreparedFolder.open(folder).part("finetune", "train")
+    shutil.copyfile(folder / "prompts_train.arrow", path)
+    with pytest.raises(UserError, match=r"finetune_train.arrow does not hold the columns of finetune"):
+        TokenTable(path, "finetune")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda said: said.pop("chat"), "manifest.json lacks 'chat'"),
+        (lambda said: said.pop("sources"), "lacks 'sources'"),
+        (lambda said: said.pop("parts"), "lacks 'parts'"),
+        (lambda said: said["sources"].pop("data"), "lacks 'sources.data'"),
+        (lambda said: said["chat"].update(fingerprint=3), "has int in the place of 'chat.fingerprint'"),
+        (lambda said: said.update(sources=[]), "has list in the place of 'sources'"),
+        (
+            lambda said: said["sources"]["data"].update(source_weights=["x"]),
+            "list in the place of 'sources.data.source",
+        ),
+        (lambda said: said["parts"].update({"../other": {"rows": 1, "bytes": 1}}), "names ../other in one of"),
+        (lambda said: said.update(kinds=["pictures"]), "names the kind 'pictures'"),
+        (lambda said: said["parts"]["finetune_test.arrow"].pop("bytes"), "lacks 'parts.finetune_test.arrow.bytes'"),
+        (lambda said: said.update(others={"../../x": 1}), "has int in the place of 'others.../../x'"),
+        (lambda said: said.update(crc32=1), "does not fit its own checksum"),
+        (lambda said: said["parts"]["finetune_test.arrow"].update(crc32=1), "lacks its own checksum"),
+    ],
+)
+def test_a_manifest_of_which_something_is_missing_or_wrong_is_one_line(whole, tmp_path, change, said):
+    shutil.copytree(whole.path, tmp_path / "data")
+    without_checksums(tmp_path / "data")
+    path = tmp_path / "data" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=re.escape(said)):
+        PreparedFolder.open(tmp_path / "data")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "3", '"x"', "", '{"format": 2}', '{"format": {}}'])
+def test_a_manifest_that_is_none_is_one_line(whole, tmp_path, content):
+    shutil.copytree(whole.path, tmp_path / "data")
+    (tmp_path / "data" / "manifest.json").write_text(content)
+    is_prepared(tmp_path / "data")
+    with pytest.raises(UserError, match=r"not a prepared folder|has layout|lacks"):
+        PreparedFolder.open(tmp_path / "data")

@@ -10,7 +10,7 @@ from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.chat.plain import render_plain
 from rlhf_lightning.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
 from rlhf_lightning.data.preparing.filters import Filters, RowFilter, Splits, key_of
-from rlhf_lightning.data.preparing.prepared import PARTS
+from rlhf_lightning.data.preparing.manifest import PARTS
 from rlhf_lightning.data.rows import Row, split_of
 from rlhf_lightning.data.sources import Blend, Table
 from rlhf_lightning.errors import UserError

@@ -6,6 +6,7 @@ it is complete; a lock lets one process build while others wait for what it buil
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from rlhf_lightning.data.preparing.prepared import PreparedFolder
 from rlhf_lightning.data.sources.files import cache_root
@@ -38,8 +40,10 @@ def find_or_build(preparation: Preparation | LegacyPreparation, cache_dir: str |
     """
     root = cache_root() if cache_dir is None else Path(cache_dir).expanduser()
     key = preparation.key()
-    if entry := _whole(root / key):
-        return entry
+    try:
+        return _open(root, key)
+    except UserError:  # not there, or damaged, unless another process is about to make it anew
+        pass
     lock = FileLock(root / f"{key}.lock")
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -47,35 +51,42 @@ def find_or_build(preparation: Preparation | LegacyPreparation, cache_dir: str |
     except OSError as error:
         raise UserError(f"the cache {root} cannot be written ({error}); set another `cache_dir`") from error
     try:
-        return _whole(root / key) or _build(preparation, root, key)
+        return _open(root, key)
+    except UserError as error:
+        if (root / key).exists():
+            reason = str(error).partition(";")[0]
+            rank_zero_warn(f"the cache entry is made anew, as it cannot be used: {reason}")
+        return _build(preparation, root, key)
     finally:
         lock.release()
 
 
-def _whole(folder: Path) -> PreparedFolder | None:
-    try:
-        return PreparedFolder.open(folder)
-    except UserError:
-        return None
+def _open(root: Path, key: str) -> PreparedFolder:
+    folder = PreparedFolder.open(root / key)
+    if folder.manifest.get("key") != key:
+        raise UserError(f"{folder.path} was made from something else")
+    return folder
 
 
 def _build(preparation: Preparation | LegacyPreparation, root: Path, key: str) -> PreparedFolder:
     # Under the lock nobody else on this host works on this key, so what is here was left by a build that was killed.
     # Some network disks do not show the lock to other hosts; their builds are left alone, and the first to end stands.
     host = platform.node()
-    for left in [*root.glob(f".{key}.{host}.*"), root / key]:
-        if left.exists():
-            logger.info("removing the unfinished %s", left)
-            shutil.rmtree(left)
     folder = root / f".{key}.{host}.{os.getpid()}"
-    folder.mkdir()
     try:
+        for left in [*root.glob(f".{key}.{host}.*"), root / key]:
+            if left.exists():
+                logger.info("removing the unfinished %s", left)
+                shutil.rmtree(left)
+        folder.mkdir()
         preparation.build(folder)
         folder.rename(root / key)
-    except OSError:
-        if (faster := _whole(root / key)) is None:
-            raise
-        return faster
+    except OSError as error:
+        with contextlib.suppress(UserError):
+            return _open(root, key)  # another host was faster
+        if error.filename is not None and root not in Path(error.filename).parents:
+            raise  # it is not the cache
+        raise UserError(f"the cache {root} cannot be written ({error}); set another `cache_dir`") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return PreparedFolder.open(root / key)
+    return _open(root, key)

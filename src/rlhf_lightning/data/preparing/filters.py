@@ -12,7 +12,7 @@ import numpy as np
 
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.chat.messages import Prompt, exact_text
-from rlhf_lightning.data.preparing.prepared import Part
+from rlhf_lightning.data.preparing.manifest import Part
 from rlhf_lightning.data.rows import KINDS, Need, Row, opening_of, prompt_key, split_of
 from rlhf_lightning.errors import UserError
 

@@ -11,7 +11,8 @@ from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data.limits import check_context, check_ids
 from rlhf_lightning.data.preparing.cache import find_or_build
 from rlhf_lightning.data.preparing.legacy import LegacyPreparation, is_legacy
-from rlhf_lightning.data.preparing.prepared import PARTS, PreparedFolder, is_prepared
+from rlhf_lightning.data.preparing.manifest import PARTS, is_prepared
+from rlhf_lightning.data.preparing.prepared import PreparedFolder
 from rlhf_lightning.data.rows import Need
 from rlhf_lightning.errors import UserError
 

@@ -23,7 +23,8 @@ from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt
 from rlhf_lightning.data.preparing.counts import Counts
 from rlhf_lightning.data.preparing.examples import DUPLICATE
-from rlhf_lightning.data.preparing.prepared import FORMAT, PARTS, FolderWriter
+from rlhf_lightning.data.preparing.manifest import FORMAT, PARTS
+from rlhf_lightning.data.preparing.prepared import FolderWriter
 from rlhf_lightning.data.rows import Need
 from rlhf_lightning.data.sources.files import file_fingerprint
 from rlhf_lightning.errors import UserError

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_lightning.data.preparing.prepared import Part, TokenTable
+from rlhf_lightning.data.preparing.manifest import Part
+from rlhf_lightning.data.preparing.prepared import TokenTable
 from rlhf_lightning.data.rows import Need
 
 _TITLES: dict[Need, str] = {"finetune": "Demonstrations", "preference": "Preferences", "prompts": "Prompts"}

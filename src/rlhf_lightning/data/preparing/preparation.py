@@ -29,7 +29,8 @@ from rlhf_lightning.data.preparing.filters import (
     narrowed,
     served,
 )
-from rlhf_lightning.data.preparing.prepared import FORMAT, FolderWriter, Part
+from rlhf_lightning.data.preparing.manifest import FORMAT, Part
+from rlhf_lightning.data.preparing.prepared import FolderWriter
 from rlhf_lightning.data.preparing.reading import Choose, Item, RowReader
 from rlhf_lightning.data.rows import KINDS, Need, OnBadRow, Row
 from rlhf_lightning.data.sources import Rows, Source

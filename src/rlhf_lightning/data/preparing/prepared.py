@@ -5,7 +5,8 @@ One folder holds, for each kind of example it was made for, three files, which m
 * `finetune_train.arrow`, `finetune_validation.arrow`, `finetune_test.arrow`: prompt, turns, response
 * `preference_*.arrow`: prompt, chosen, rejected, margin, weight
 * `prompts_*.arrow`: prompt, and the prompt as its row wrote it, for rewards that do not read these ids
-* `args.json`, `example_prompt.json`, and `manifest.json`, which is written last and says what belongs to the folder
+* `args.json`, `example_prompt.json`, and `manifest.json`, which is written last and says what belongs to the folder,
+  with checksums
 
 Ids are int32; every row carries the number of its row in the data and of its source.
 """
@@ -13,12 +14,11 @@ Ids are int32; every row carries the number of its row in the data and of its so
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,14 +26,18 @@ import pyarrow as pa
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.written import from_json, to_json
 from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt
+from rlhf_lightning.data.preparing.manifest import (
+    FORMAT,
+    PARTS,
+    Part,
+    file_name,
+    is_checked,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
 from rlhf_lightning.data.rows import Need
 from rlhf_lightning.errors import UserError
-
-Part = Literal["train", "validation", "test"]
-PARTS: tuple[Part, ...] = ("train", "validation", "test")
-FORMAT = 2
-"""Version of the layout; a folder of another version is not read."""
-MANIFEST = "manifest.json"
 
 _LISTS: dict[Need, tuple[str, ...]] = {
     "finetune": ("prompt", "turns", "response"),
@@ -50,11 +54,6 @@ _WRITTEN = "written"
 _FLUSH = 1000  # rows of one record batch
 
 
-def file_name(need: str, part: str) -> str:
-    """The file of one part, such as `finetune_train.arrow`."""
-    return f"{need}_{part}.arrow"
-
-
 class TableWriter:
     """Writes one part, some rows at a time.
 
@@ -65,10 +64,7 @@ class TableWriter:
 
     def __init__(self, path: Path, need: Need) -> None:
         self.path, self._need = path, need
-        fields = [pa.field(name, pa.list_(pa.int32())) for name in _LISTS[need]]
-        fields += [pa.field(name, pa.from_numpy_dtype(kind)) for name, kind in _NUMBERS[need].items()]
-        fields += [pa.field(_WRITTEN, pa.large_string())] if need == "prompts" else []
-        self._schema = pa.schema(fields)
+        self._schema = _schema(need)
         self._writer = pa.ipc.new_file(str(path), self._schema)
         self._waiting: list[tuple[Any, ...]] = []
         self.rows = self.tokens = 0
@@ -98,6 +94,13 @@ class TableWriter:
             arrays.append(pa.array([to_json(written) for written in columns[-1]], pa.large_string()))
         self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
         self._waiting = []
+
+
+def _schema(need: Need) -> pa.Schema:
+    fields = [pa.field(name, pa.list_(pa.int32())) for name in _LISTS[need]]
+    fields += [pa.field(name, pa.from_numpy_dtype(kind)) for name, kind in _NUMBERS[need].items()]
+    fields += [pa.field(_WRITTEN, pa.large_string())] if need == "prompts" else []
+    return pa.schema(fields)
 
 
 def _cells(example: EncodedExample | EncodedPair | EncodedPrompt, source: int) -> tuple[Any, ...]:
@@ -133,8 +136,7 @@ class TokenTable(Sequence[Any]):
     def __init__(self, path: str | Path, need: Need) -> None:
         self.path, self.need = Path(path), need
         # Batches lie in the mapped file; what is made here are views of them and the few numbers of each row.
-        reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        batches = _batches(self.path, need)
         self._starts = np.cumsum([0, *(len(batch) for batch in batches)])
         self._lists = {name: [_views(batch.column(name)) for batch in batches] for name in _LISTS[need]}
         numbers = {
@@ -196,8 +198,15 @@ class TokenTable(Sequence[Any]):
     @property
     def largest_id(self) -> int:
         """The largest id of all rows, -1 without any; reads the whole file."""
-        ids = (values for name in self._lists if name != "turns" for _, values in self._lists[name])
-        return max((int(values.max(initial=-1)) for values in ids), default=-1)
+        return max((int(values.max(initial=-1)) for values in self._ids()), default=-1)
+
+    @property
+    def smallest_id(self) -> int:
+        """The smallest id of all rows, 0 without any; reads the whole file."""
+        return min((int(values.min(initial=0)) for values in self._ids()), default=0)
+
+    def _ids(self) -> Iterator[np.ndarray]:
+        return (values for name in self._lists if name != "turns" for _, values in self._lists[name])
 
     @cached_property
     def identity(self) -> str:
@@ -207,6 +216,22 @@ class TokenTable(Sequence[Any]):
     def __reduce__(self) -> tuple[Any, ...]:
         """A path says it all; the copy maps the file anew."""
         return TokenTable, (self.path, self.need)
+
+
+def _batches(path: Path, need: Need) -> list[pa.RecordBatch]:
+    """The record batches of a file, whose offsets lie within it: a folder without checksums may be damaged."""
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        for batch in batches:
+            batch.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
+        raise UserError(f"{path} cannot be read ({reason}); run `rlhf prepare` again") from error
+    nulls = (batch.column(name).null_count for batch in batches for name in batch.schema.names if name != _WRITTEN)
+    if not reader.schema.equals(_schema(need)) or any(nulls):
+        raise UserError(f"{path} does not hold the columns of {need}; run `rlhf prepare` again")
+    return batches
 
 
 def _views(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
@@ -243,27 +268,13 @@ class PreparedFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> PreparedFolder:
-        """Open a folder after checking that it is complete.
+        """Open a folder after checking that it is complete and as it was written; each process checks it once.
 
         Raises:
-            UserError: it is not a prepared folder, of another version, or not complete.
+            UserError: it is not a prepared folder, of another version, not complete, or damaged.
         """
         path = Path(path).expanduser()
-        try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is not a prepared folder ({error}); make one with `rlhf prepare`") from error
-        if manifest.get("format") != FORMAT:
-            raise UserError(
-                f"{path} has layout {manifest.get('format')}, this version reads {FORMAT}; run `rlhf prepare` again"
-            )
-        for name, part in manifest["parts"].items():
-            size = (path / name).stat().st_size if (path / name).is_file() else 0
-            if size != part["bytes"]:
-                raise UserError(
-                    f"{path} is not complete: {name} has {size} bytes, not {part['bytes']}; run `rlhf prepare` again"
-                )
-        return cls(path, manifest)
+        return cls(path, read_manifest(path))
 
     def has(self, need: Need, part: Part = "train") -> bool:
         """Whether the folder holds such a part."""
@@ -287,10 +298,13 @@ class PreparedFolder:
     def check_tokenizer(self, chat: ChatEncoder) -> None:
         """Refuse ids that mean something else to this tokenizer, or dialogues written another way.
 
+        Of a folder without checksums the ids are looked at, too.
+
         Raises:
-            UserError: the folder was made with others; both are named.
+            UserError: the folder was made with others; both are named. Or it holds ids that the tokenizer has not.
         """
         if self.manifest["chat"]["fingerprint"] == chat.fingerprint():
+            self._check_ids(len(chat.tokenizer))
             return
         theirs, ours = self.manifest["chat"], chat.describe()
         differ = [name for name in ours if name != "tokenizer" and theirs.get(name) != ours[name]]
@@ -299,22 +313,18 @@ class PreparedFolder:
             "use that tokenizer and template, or run `rlhf prepare` again"
         )
 
+    def _check_ids(self, size: int) -> None:
+        if is_checked(self.manifest):
+            return
+        for table in (self.part(need, part) for need in self.manifest["kinds"] for part in PARTS):
+            if table.smallest_id < 0 or table.largest_id >= size:
+                raise UserError(f"{table.path} is damaged: it holds ids that are none; run `rlhf prepare` again")
+
 
 def _chat_name(said: Mapping[str, Any], differ: Sequence[str]) -> str:
     """A tokenizer with the things in which it differs from another."""
     details = ", ".join(f"{name.replace('_', ' ')} {said.get(name)}" for name in differ)
     return f"tokenizer {said['tokenizer']} ({details})" if details else f"tokenizer {said['tokenizer']}"
-
-
-def is_prepared(data: Any) -> bool:
-    """Whether some data is the path of a prepared folder, complete or not."""
-    if not isinstance(data, str | Path) or not (path := Path(data).expanduser() / MANIFEST).is_file():
-        return False
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return True  # perhaps ours before it was damaged; `PreparedFolder.open` says so
-    return isinstance(said, dict) and {"format", "parts"} <= said.keys()  # others write files of that name too
 
 
 class FolderWriter:
@@ -347,21 +357,13 @@ class FolderWriter:
         """
         write_json(self.path / "args.json", args)
         write_json(self.path / "example_prompt.json", example_prompt(chat))
-        parts = {}
-        for writer in self._writers.values():
-            size = writer.path.stat().st_size
-            parts[writer.path.name] = {"rows": writer.rows, "tokens": writer.tokens, "bytes": size}
+        parts = {writer.path.name: {"rows": writer.rows, "tokens": writer.tokens} for writer in self._writers.values()}
         said = {"fingerprint": chat.fingerprint(), **chat.describe()}
         whole = {"format": FORMAT, "kinds": self.kinds, "chat": said, **manifest, "parts": parts}
-        write_json(self.path / MANIFEST, whole)
+        write_manifest(self.path, whole, ("args.json", "example_prompt.json"))
 
 
 def example_prompt(chat: ChatEncoder) -> dict[str, Any]:
     """A prompt that is not from the data, to try a trained model with: its text, ids and attention mask."""
     text, ids = chat.encode_prompt("\n\nHuman: How does a computer work?\n\nAssistant:")
     return {"prompt": text, "input_ids": [int(i) for i in ids], "attention_mask": [1] * len(ids)}
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write one JSON object, readable by people too."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -25,7 +25,8 @@ from rlhf_lightning.data.preparing.counts import Counts
 from rlhf_lightning.data.preparing.examples import DUPLICATE, FURTHER
 from rlhf_lightning.data.preparing.length_plot import draw_lengths
 from rlhf_lightning.data.preparing.lengths import PERCENTILES, say_cuts, statistics
-from rlhf_lightning.data.preparing.prepared import PARTS, Part, PreparedFolder, TokenTable, file_name, write_json
+from rlhf_lightning.data.preparing.manifest import PARTS, Part, file_name, write_json
+from rlhf_lightning.data.preparing.prepared import PreparedFolder, TokenTable
 from rlhf_lightning.data.rows import Need
 
 Tables = dict[tuple[Need, Part], TokenTable]
