@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 from rlhf_lightning import __version__
 from rlhf_lightning.cli.recipes import recipe_names, resolve_recipes
 from rlhf_lightning.cli.short_help import short_help
 from rlhf_lightning.cli.spelling import check_keys, check_words, command_hint
+from rlhf_lightning.cli.unexpected import said_of, take_debug, wants_traceback
 from rlhf_lightning.errors import UserError
 
 STAGE_COMMANDS = ("fit", "validate", "test", "predict")
@@ -68,6 +70,7 @@ more:
   rlhf fit --config sft.yaml --print_config   the whole recipe, to start one of your own from
   rlhf fit ... --ckpt_path last               resume a run that was stopped
   rlhf fit ... --ckpt_path auto               the same, or start it if there is nothing to resume
+  rlhf ... --debug                            the traceback of an error, beside its one line
   rlhf --version
 """
 
@@ -75,12 +78,13 @@ more:
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point: print the overview, run the quickstart, prepare data, or hand over to LightningCLI.
 
-    Leaves with code 2 and one line on stderr where the user can fix something, and with 130 after Ctrl-C.
+    Leaves with one line on stderr and code 2 where the user can fix something, and code 1 where something failed that
+    nobody foresaw; with 130 after Ctrl-C. Tracebacks are shown with `--debug` or `RLHF_DEBUG=1` only.
 
     Args:
         args: the words after `rlhf`; None for those of this process.
     """
-    words = list(sys.argv[1:] if args is None else args)
+    words = take_debug(list(sys.argv[1:] if args is None else args))
     if not words or words[0] in ("-h", "--help", "help"):
         print(OVERVIEW.format(recipes="\n  ".join(recipe_names())), end="")
         return
@@ -89,12 +93,15 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     try:
         _dispatch(words[0], words[1:])
-    except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as e:
+        if wants_traceback():
+            traceback.print_exception(e)
+        line, code = said_of(e)
+        print(f"error: {' '.join(line.split())}", file=sys.stderr)
+        sys.exit(code)
 
 
 def _say_what_takes_long() -> None:

@@ -1,0 +1,102 @@
+"""Errors that nothing foresaw: one line, an exit code, and a traceback for those who ask."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from rlhf_lightning.cli import main as command_line
+from rlhf_lightning.cli.main import main
+from rlhf_lightning.cli.unexpected import said_of
+from rlhf_lightning.errors import UserError
+
+
+def outcome(monkeypatch, capsys, error, *words):
+    monkeypatch.setenv("RLHF_DEBUG", "")  # restored, whatever the command line sets
+
+    def fail(command, options):
+        assert (command, options) == ("fit", ["--x=1"])
+        raise error
+
+    monkeypatch.setattr(command_line, "_dispatch", fail)
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--x=1", *words])
+    return end.value.code, capsys.readouterr().err
+
+
+def wrapped(error):
+    try:
+        raise RuntimeError("outer") from error
+    except RuntimeError as outer:
+        return outer
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyError("x"), 1, "KeyError: 'x'; this was not foreseen, add --debug to see where it comes from"),
+        (
+            RuntimeError("one\ntwo"),
+            1,
+            "RuntimeError: one; this was not foreseen, add --debug to see where it comes from",
+        ),
+        (AssertionError(), 1, "AssertionError; this was not foreseen, add --debug to see where it comes from"),
+        (wrapped(UserError("mend  it")), 2, "mend it"),
+        (OSError(errno.ENOSPC, "x", "a/b"), 2, "a/b: No space left on device; make room, or write to another disk"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "No space left on device; make room"),
+        (wrapped(OSError(errno.EIO, "x", "a/b")), 1, "a/b: Input/output error; the disk, or the way to it, failed"),
+        (OSError(errno.EROFS, "x", "a/b"), 2, "a/b: Read-only file system; choose a place that you may use"),
+        (FileNotFoundError(errno.ENOENT, "x", "a/b"), 2, "a/b: No such file or directory; check the path"),
+        (OSError(errno.ENAMETOOLONG, "x", "a" * 5000), 2, "a" * 300 + " ...: File name too long; check the path"),
+        (MemoryError(), 2, "memory ran out (MemoryError); smaller batches, lengths or models need less"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
+            2,
+            "memory ran out (CUDA out of memory. Tried);",
+        ),
+    ],
+)
+def test_any_error_is_one_line_with_an_exit_code(monkeypatch, capsys, error, code, said):
+    found, err = outcome(monkeypatch, capsys, error)
+    assert found == code
+    assert err.startswith(f"error: {said}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), UserError("mend it")])
+def test_the_traceback_is_shown_to_those_who_ask(monkeypatch, capsys, error):
+    _, err = outcome(monkeypatch, capsys, error, "--debug")
+    assert err.startswith("Traceback (most recent call last)")
+    assert err.splitlines()[-1].startswith("error: ")
+
+
+class Bad:
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise UserError("row 3 is bad; mend it")
+
+
+class Died(Bad):
+    def __getitem__(self, index):
+        os._exit(1)
+
+
+def test_an_error_of_a_loader_process_is_as_short_as_one_of_this_one():
+    with pytest.raises(UserError) as caught:
+        next(iter(DataLoader(Bad(), num_workers=1)))
+    assert said_of(caught.value) == ("row 3 is bad; mend it", 2)
+
+
+def test_a_loader_process_that_dies_is_one_line():
+    with pytest.raises(RuntimeError) as caught:
+        next(iter(DataLoader(Died(), num_workers=1)))
+    line, code = said_of(caught.value)
+    assert code == 1
+    assert re.fullmatch(r"DataLoader worker .*; a process that loads data died, perhaps as memory ran out, .*", line)
