@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import signal
 import weakref
 
 import pytest
@@ -226,6 +227,63 @@ def test_a_trainer_tells_whether_it_was_given_a_checkpoint_io():
     assert not compat.was_given_checkpoint_io(pl.Trainer(accelerator="cpu", logger=False))
     given = pl.Trainer(accelerator="cpu", logger=False, plugins=[TorchCheckpointIO()])
     assert compat.was_given_checkpoint_io(given)
+
+
+def test_a_trainer_can_be_kept_from_handling_signals(tmp_path):
+    """Else SIGTERM would make one process talk to others that do not listen, and all of them wait."""
+    seen = []
+
+    class Watched(BoringModel):
+        def on_train_start(self):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    for alone in (True, False):
+        trainer = pl.Trainer(fast_dev_run=1, accelerator="cpu", default_root_dir=tmp_path, enable_progress_bar=False)
+        compat.leave_signals_alone(trainer)
+        compat.leave_signals_alone(trainer, alone)
+        trainer.fit(Watched())
+    assert seen[0] == before != seen[1]
+
+
+def test_a_last_checkpoint_is_written_whatever_the_callback_is_set_to_save(tmp_path):
+    """Else a run that is stopped would end without one, or keep the callback from its own at the same step."""
+    callback = pl.callbacks.ModelCheckpoint(tmp_path, "own", save_weights_only=True, every_n_epochs=1)
+    paths = []
+
+    class Watched(BoringModel):
+        def on_train_batch_end(self, *_):
+            paths.append(compat.save_last(callback, self.trainer))
+            assert compat.last_path(callback) == paths[-1] == str(tmp_path / "last.ckpt")
+
+    options = {"logger": False, "enable_progress_bar": False, "max_epochs": 1, "limit_train_batches": 2}
+    pl.Trainer(accelerator="cpu", callbacks=[callback], enable_model_summary=False, **options).fit(Watched())
+    saved = {path.name: torch.load(path, weights_only=True) for path in tmp_path.iterdir()}
+    assert {*saved} == {"own.ckpt", "last.ckpt"}
+    assert "optimizer_states" in saved["last.ckpt"]
+    assert "optimizer_states" not in saved["own.ckpt"]
+    assert callback.save_last is None
+
+
+def test_steps_of_the_optimizer_are_counted_from_their_beginning(tmp_path):
+    """Else one that failed halfway would look as if nothing had changed."""
+    seen = []
+
+    class Watched(BoringModel):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.optimizer.step = self.fail
+            with pytest.raises(RuntimeError):
+                optimizer.step()
+            seen.append((compat.optimizer_steps_begun(self.trainer), self.trainer.global_step))
+
+        def fail(self, *_, **__):
+            raise RuntimeError
+
+    pl.Trainer(fast_dev_run=1, accelerator="cpu", enable_progress_bar=False).fit(Watched())
+    assert seen == [(1, 0)]
 
 
 def test_every_name_has_a_test():

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.callbacks import SampleTexts as SampleTexts
     from rlhf_lightning.callbacks import ShortSummary as ShortSummary
     from rlhf_lightning.callbacks import StageProgressBar as StageProgressBar
+    from rlhf_lightning.callbacks import Stopping as Stopping
     from rlhf_lightning.chat.plain import PlainFormat as PlainFormat
     from rlhf_lightning.data import TLDR as TLDR
     from rlhf_lightning.data import Blend as Blend
@@ -51,6 +52,7 @@ _HOMES = {
         "SampleTexts",
         "ShortSummary",
         "StageProgressBar",
+        "Stopping",
     ),
     "chat.plain": ("PlainFormat",),
     "data": (

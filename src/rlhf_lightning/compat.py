@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
@@ -143,3 +144,52 @@ def load_validation_data(trainer: Trainer) -> None:
 def was_given_checkpoint_io(trainer: Trainer) -> bool:
     """Whether somebody chose how a trainer writes checkpoints, which otherwise is decided when it is asked for."""
     return trainer.strategy._checkpoint_io is not None
+
+
+def leave_signals_alone(trainer: Trainer, alone: bool = True) -> None:
+    """Keep a trainer from handling signals: its handler of SIGTERM talks to other processes wherever it is called.
+
+    Args:
+        trainer: changed in place.
+        alone: False to let it handle them again.
+    """
+    connector: Any = trainer._signal_connector
+    if alone:
+        connector.register_signal_handlers = _nothing
+    else:
+        vars(connector).pop("register_signal_handlers", None)
+
+
+def _nothing() -> None:
+    return
+
+
+def save_last(callback: ModelCheckpoint, trainer: Trainer) -> str:
+    """Write a checkpoint callback's `last`, whatever it is set to save, and let it save as before afterwards.
+
+    Args:
+        callback: of the trainer.
+        trainer: in a fit.
+
+    Returns:
+        The path of the checkpoint.
+    """
+    # It writes nothing more at a step that it has saved at, which is for its own checkpoints.
+    kept = ("save_last", "save_weights_only", "_last_global_step_saved", "_last_checkpoint_saved")
+    before = {name: getattr(callback, name) for name in kept}
+    callback.save_last, callback.save_weights_only = True, False
+    try:
+        callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
+    finally:
+        vars(callback).update(before)
+    return callback.last_model_path
+
+
+def last_path(callback: ModelCheckpoint) -> str:
+    """Where a checkpoint callback writes its `last`, if nothing is there yet."""
+    return callback.format_checkpoint_name({}, callback.CHECKPOINT_NAME_LAST)
+
+
+def optimizer_steps_begun(trainer: Trainer) -> int:
+    """Steps of the optimizer in manual optimisation, with one that an exception ended."""
+    return int(trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.ready)

@@ -13,7 +13,7 @@ _CHATTER = (
     "TPU available:",
     "HPU available:",
     "Loading `train_dataloader` to estimate",
-    "\nDetected KeyboardInterrupt",  # the run folder says more
+    "\nDetected KeyboardInterrupt",  # the callback Stopping says more
     "Setting accelerator to CPU",
     "Trainer already configured with model summary",
     "`Trainer(val_check_interval=1",

@@ -10,6 +10,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from helpers.stages import MemoryLogger
 from rlhf_lightning import RunReport
+from rlhf_lightning.runs.signals import Stopped
 
 
 class Logs(BoringModel):
@@ -69,17 +70,18 @@ def test_without_logs_that_it_can_read_one_line_says_so(tmp_path, said, logger):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_run_that_is_stopped_by_hand_has_one_too(tmp_path):
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt(), Stopped("SIGINT")])
+def test_a_run_that_is_stopped_by_hand_has_one_too(tmp_path, stopped):
     def stop(trainer, *_):
         if trainer.global_step == 2:
-            raise KeyboardInterrupt
+            raise stopped
 
     with pytest.raises(SystemExit):
         fit(tmp_path, RunReport(), LambdaCallback(on_train_batch_end=stop))
     assert "Training loss" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize(("error", "at"), [(ValueError, 2), (KeyboardInterrupt, 0)])
+@pytest.mark.parametrize(("error", "at"), [(ValueError(), 2), (KeyboardInterrupt(), 0), (Stopped("SIGTERM"), 2)])
 def test_a_run_that_fails_or_never_began_has_none(tmp_path, error, at):
     def stop(trainer, *_):
         if trainer.global_step == at:

@@ -207,12 +207,12 @@ def test_ctrl_c_ends_with_one_line_and_the_run_resumes(stages, monkeypatch):
         assert process.returncode == 130, err
         last_line = err.strip().splitlines()[-1]
         assert "Traceback" not in out + err
-        assert last_line.startswith("interrupted after ")
-        assert last_line.endswith(".ckpt' by adding --ckpt_path last to the same command")
+        assert last_line.startswith("stopped by SIGINT after ")
+        assert last_line.endswith("/last.ckpt' by adding --ckpt_path auto to the same command")
+        saved = torch.load("stopped/checkpoints/last.ckpt", weights_only=True)["global_step"]
+        assert int(last_line.split()[4]) == saved
         assert not list(Path("stopped").glob("export*"))
         assert Path("stopped/report.html").exists()
-
-        saved = torch.load("stopped/checkpoints/last.ckpt", weights_only=True)["global_step"]
         monkeypatch.setattr("sys.argv", ["rlhf"])
         main([*args, "--ckpt_path=last", f"--trainer.max_steps={saved + 2}"])
         final = torch.load("stopped/checkpoints/last.ckpt", weights_only=True)["global_step"]

@@ -7,6 +7,7 @@ from rlhf_lightning.callbacks.predictions import PredictionWriter
 from rlhf_lightning.callbacks.progress import StageProgressBar
 from rlhf_lightning.callbacks.run_report import RunReport
 from rlhf_lightning.callbacks.samples import SampleTexts
+from rlhf_lightning.callbacks.stopping import Stopping
 from rlhf_lightning.callbacks.summary import ShortSummary
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "SampleTexts",
     "ShortSummary",
     "StageProgressBar",
+    "Stopping",
 ]

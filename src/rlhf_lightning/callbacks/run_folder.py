@@ -1,8 +1,7 @@
-"""What belongs to a run as a whole: its config beside its checkpoints, a clean start, a word when it is stopped."""
+"""What belongs to a run as a whole: its config beside its checkpoints, and a clean start."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from rlhf_lightning.runs.checkpoint_files import remove, remove_unfinished
 from rlhf_lightning.runs.ending import MARK
+from rlhf_lightning.runs.signals import Stopped
 
 _TRACES = ("events.out.tfevents.*", "config.yaml", "hparams.yaml")
 _LEFTOVERS = (
@@ -70,13 +70,11 @@ class RunFolder(SaveConfigCallback):
             remove_unfinished(checkpoint_folders(trainer))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Say after Ctrl-C how to go on; leave no trace of a run that bad input stopped before it began."""
+        """Leave no trace of a run that bad input, or a signal, stopped before it began."""
         if not trainer.is_global_zero or trainer.state.fn is None:
             return
-        if isinstance(exception, (ValueError, MisconfigurationException)) and trainer.global_step == 0:
+        if isinstance(exception, ValueError | MisconfigurationException | Stopped) and trainer.global_step == 0:
             self._remove_traces(Path(trainer.default_root_dir))
-        if isinstance(exception, KeyboardInterrupt):
-            print(f"\ninterrupted after {trainer.global_step} optimizer steps; {_hint(trainer)}", file=sys.stderr)
 
     def _remove_traces(self, root: Path) -> None:
         traces = [path for name in _TRACES for path in root.glob(name) if path not in (self._present or ())]
@@ -90,14 +88,3 @@ def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:
     """Where the checkpoint callbacks of a trainer write."""
     callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     return [Path(callback.dirpath) for callback in callbacks if callback.dirpath]
-
-
-def _hint(trainer: pl.Trainer) -> str:
-    """How to go on after an interruption."""
-    if trainer.state.fn != "fit":
-        return "nothing was written"
-    checkpoints = [path for folder in checkpoint_folders(trainer) for path in folder.glob("*.ckpt")]
-    if not checkpoints:
-        return "no checkpoint was saved yet, so start it again"
-    newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
-    return f"resume from '{newest}' by adding --ckpt_path last to the same command"

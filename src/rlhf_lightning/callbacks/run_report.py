@@ -15,6 +15,7 @@ from rlhf_lightning.report import save_report
 from rlhf_lightning.report.headline import summary_lines
 from rlhf_lightning.report.logs import find_logs
 from rlhf_lightning.report.run import read_run
+from rlhf_lightning.runs.signals import Stopped
 
 
 class RunReport(Callback):
@@ -38,7 +39,8 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write it after Ctrl-C, too: somebody who stops a run wants to see it."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
+        by_hand = isinstance(exception, Stopped) and exception.name == "SIGINT"
+        if (by_hand or isinstance(exception, KeyboardInterrupt)) and trainer.state.fn == "fit":
             self._write(trainer)
 
     def _write(self, trainer: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,8 +19,9 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from rlhf_lightning.callbacks import RunReport, ShortSummary, StageProgressBar
+from rlhf_lightning.callbacks import RunReport, ShortSummary, StageProgressBar, Stopping
 from rlhf_lightning.callbacks.run_folder import RunFolder
+from rlhf_lightning.callbacks.stopping import is_launched
 from rlhf_lightning.cli.errors import arguments_of, find_class, one_line
 from rlhf_lightning.cli.recipes import named_classes
 from rlhf_lightning.cli.resuming import check_ckpt_path, what_to_measure, where_to_begin
@@ -30,6 +32,8 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folders import check_model_folder
 from rlhf_lightning.models.reward_functions import import_from_working_folder
 from rlhf_lightning.runs.ending import mark_finished
+from rlhf_lightning.runs.lock import locked
+from rlhf_lightning.runs.signals import EXIT_CODES, SignalWatch, Stopped
 from rlhf_lightning.warning_filters import filter_warnings
 
 LINKS = {
@@ -77,7 +81,16 @@ def _keys(parser: ArgumentParser) -> set[str]:
 
 
 class RLHFCLI(LightningCLI):
-    """LightningCLI with the links and defaults of this package."""
+    """LightningCLI with the links and defaults of this package.
+
+    Args:
+        held: what the run holds until it has ended, however it ends.
+        **kwargs: as LightningCLI takes them.
+    """
+
+    def __init__(self, held: ExitStack, **kwargs: Any) -> None:
+        self.held = held
+        super().__init__(**kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that takes `--config`."""
@@ -128,6 +141,8 @@ class RLHFCLI(LightningCLI):
             callbacks.append(ShortSummary())
         if self.subcommand == "fit" and self.config_init.fit.report and not _any(RunReport, callbacks):
             callbacks.append(RunReport())
+        if not _any(Stopping, callbacks):
+            callbacks.append(Stopping())
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(config.default_root_dir or ".") / "checkpoints")
@@ -142,7 +157,9 @@ class RLHFCLI(LightningCLI):
             check_model_folder(name)
 
     def before_fit(self) -> None:
-        """Choose where the run begins, and lose nothing of an earlier one."""
+        """Keep other runs out, choose where this one begins, and lose nothing of an earlier one."""
+        if self.trainer.is_global_zero and not self.config[self.subcommand].trainer.fast_dev_run:
+            self.held.enter_context(locked(Path(self.trainer.default_root_dir)))
         self.is_over, path = where_to_begin(self.config[self.subcommand], self.trainer)
         self.config_init[self.subcommand].ckpt_path = path
 
@@ -258,22 +275,31 @@ def run_stage(command: str, options: Sequence[str]) -> None:
         options = [word if word != HELP_ALL else "--help" for word in options]
     sys.argv = [sys.argv[0], command, *options]  # what LightningCLI reads, and the processes of a strategy run
     usage = {name: {"usage": f"rlhf {name} --config RECIPE [options]"} for name in LightningCLI.subcommands()}
-    try:
-        RLHFCLI(
-            model_class=pl.LightningModule,
-            datamodule_class=pl.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=RunFolder,
-            auto_configure_optimizers=False,  # they are arguments of the modules
-            parser_kwargs={"prog": "rlhf", **usage},
-        )
-    except (MisconfigurationException, ValueError, RuntimeError) as e:
-        if fixable := user_error(e):
-            raise fixable from e
-        raise
-    except SystemExit as e:
-        # Lightning turns Ctrl-C into exit code 1.
-        if isinstance(e.__context__, KeyboardInterrupt):
-            sys.exit(130)
-        raise
+    with SignalWatch() as watch, ExitStack() as held:
+        try:
+            cli = RLHFCLI(
+                held,
+                model_class=pl.LightningModule,
+                datamodule_class=pl.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=RunFolder,
+                auto_configure_optimizers=False,  # they are arguments of the modules
+                parser_kwargs={"prog": "rlhf", **usage},
+            )
+        except (MisconfigurationException, ValueError, RuntimeError) as e:
+            if fixable := user_error(e):
+                raise fixable from e
+            raise
+        except Stopped as e:
+            if not e.explained:
+                print(f"stopped by {e.name} before anything was done", file=sys.stderr)
+            raise
+        except SystemExit as e:
+            # Lightning turns a Ctrl-C that ends a run at once into exit code 1.
+            if isinstance(e.__context__, KeyboardInterrupt):
+                sys.exit(EXIT_CODES["SIGINT"])
+            raise
+        if watch.received is not None and not is_launched(cli.trainer):
+            print(f"the run was complete when {watch.received} ended the process", file=sys.stderr)
+            raise Stopped(watch.received)

@@ -88,6 +88,16 @@ class ResumableDataModule(pl.LightningDataModule):
                 )
 
 
+def ends_epoch(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether a training batch is the last one of its epoch; how many a stream has is known only then.
+
+    Args:
+        trainer: in `on_train_batch_end`.
+        batch_idx: the number of the batch in its epoch, from 0.
+    """
+    return trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
+
+
 class _PlaceKeeper(pl.Callback):
     """Counts the batches of a fit for its data module, and makes Lightning count from there in a resumed one."""
 
@@ -142,8 +152,7 @@ class _PlaceKeeper(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """One more batch is used up. A batch in whose middle an exception strikes is not, and is run again."""
-        # How many batches a stream has is known only when its last one is at hand.
-        ended = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
+        ended = ends_epoch(trainer, batch_idx)
         self._data.place = (trainer.current_epoch + 1, 0) if ended else (trainer.current_epoch, batch_idx + 1)
 
 

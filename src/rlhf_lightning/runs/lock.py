@@ -1,0 +1,104 @@
+"""One run at a time in a folder."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+
+from rlhf_lightning.errors import UserError
+
+LOCK = ".lock"
+
+_held: set[int] = set()
+"""Descriptors that hold locks in this process."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for the length of a `with` block; the lock goes with the process, however that ends.
+
+    Args:
+        folder: made if it is not there.
+
+    Raises:
+        UserError: another run holds it, or it cannot be written.
+    """
+    try:
+        missing = _missing(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _take(folder / LOCK)
+    except OSError as e:
+        raise UserError(
+            f"--trainer.default_root_dir: '{folder}' cannot be written ({e.strerror}); choose another folder"
+        ) from e
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            _held.discard(descriptor)
+            # Unlinked while it is held: who opened it before sees that it is gone and makes a new one.
+            (folder / LOCK).unlink(missing_ok=True)
+            os.close(descriptor)
+        for made in missing:  # a run that never began leaves nothing behind
+            if made.is_dir() and not any(made.iterdir()):
+                made.rmdir()
+
+
+def _missing(folder: Path) -> list[Path]:
+    """The folder and those above it that are not there, the innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def _take(path: Path) -> int | None:
+    """A descriptor that holds the lock; None where the disk knows no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            holder = os.read(descriptor, 1000).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise UserError(
+                f"'{path.parent}' is in use by another run ({holder or 'which has just begun'}); wait until it has "
+                "ended, or choose another --trainer.default_root_dir"
+            ) from e
+        except OSError as e:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            rank_zero_warn(
+                f"'{path.parent}' lies on a disk without locks ({e.strerror}): nothing keeps a second run out of it"
+            )
+            return None
+        if _is_still_there(path, descriptor):
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            _held.add(descriptor)
+            return descriptor
+        os.close(descriptor)
+
+
+def _is_still_there(path: Path, descriptor: int) -> bool:
+    """Whether the file was not removed, by who held it, between opening and locking it."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _forget() -> None:
+    """In a forked process, such as a loader's worker, which may outlive this one and would keep its locks."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

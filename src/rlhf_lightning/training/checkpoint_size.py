@@ -1,0 +1,46 @@
+"""How large the checkpoints of a run will be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from rlhf_lightning.training.zero import full_shape
+
+_STATE_OF_ADAM = 2.0
+
+
+def checkpoint_size(module: pl.LightningModule) -> int:
+    """Bytes of a checkpoint: the weights that are trained, and what the optimizer holds for each of them.
+
+    Args:
+        module: its models loaded; `optimizer`, if it has one, makes the optimizer from parameters.
+    """
+    state = _state_per_weight(getattr(module, "optimizer", None))
+    size = 0.0
+    for weight in module.parameters():
+        if weight.requires_grad:
+            short = weight.element_size() < 4
+            # Weights in low precision are trained as float32 copies, which are saved too, as is their state.
+            each = weight.element_size() + (4 * (state + 1) if short else weight.element_size() * state)
+            size += full_shape(weight).numel() * each
+    return int(size)
+
+
+def _state_per_weight(make_optimizer: Callable[[Any], Optimizer] | None) -> float:
+    """Numbers that an optimizer keeps for each number it trains, found by letting it train a few."""
+    weight = nn.Parameter(torch.zeros(16, 16))
+    weight.grad = torch.zeros_like(weight)
+    try:
+        assert make_optimizer is not None
+        optimizer = make_optimizer([weight])
+        optimizer.step()
+    except Exception:  # one that is built on a GPU, or only within its strategy
+        return _STATE_OF_ADAM
+    tensors = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() for tensor in tensors) / weight.numel()

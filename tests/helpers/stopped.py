@@ -1,0 +1,30 @@
+"""Callbacks that stop a run where a test wants it stopped: they send this process a signal there."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import pytorch_lightning as pl
+
+
+class SignalAt(pl.Callback):
+    """Sends a signal in a hook of Lightning's.
+
+    Args:
+        hook: its name, such as `on_train_batch_start`.
+        step: after how many optimizer steps.
+        names: signals, one after the other.
+        rank: the process that receives them; None for all.
+    """
+
+    def __init__(self, hook: str, step: int = 0, names: list[str] | None = None, rank: int | None = None) -> None:
+        self.numbers = [signal.Signals[name] for name in names or ["SIGTERM"]]
+        self.step, self.rank = step, rank
+        setattr(self, hook, self._send)
+
+    def _send(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step and self.rank in (None, trainer.global_rank):
+            while self.numbers:
+                os.kill(os.getpid(), self.numbers.pop(0))
