@@ -27,7 +27,8 @@ def run(name: str, folder: str, reward: str, judge: str, best: str) -> dict[str,
     module, data = ppo(folder, processes, reward)
     evaluate, guard = Evaluate(judge, every_n_iterations=1, num_prompts=5), OverOptimisation(dirpath=best)
     callbacks = [evaluate, guard]
-    trainer(strategy=strategy(name), devices=processes, callbacks=callbacks, limit_train_batches=1).fit(module, data)
+    limits = {"limit_train_batches": 1, "limit_val_batches": 0}
+    trainer(strategy=strategy(name), devices=processes, callbacks=callbacks, **limits).fit(module, data)
     return {"points": [point._asdict() for point in evaluate.points], "guard": guard.state_dict()}
 
 

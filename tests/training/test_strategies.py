@@ -401,6 +401,10 @@ def test_upstream_stock_strategy_refuses_the_cpu() -> None:
         trainer.strategy.setup_environment()
 
 
+def test_nothing_is_compiled_on_cpus(two_processes: Any) -> None:
+    assert [*Path(os.environ["TORCH_EXTENSIONS_DIR"]).rglob("*")] == []
+
+
 def test_upstream_deepspeed_forgets_gradients_without_our_accumulation(two_processes: Any, one_process: Any) -> None:
     expected = one_process(**UNCLIPPED_SGD)
 

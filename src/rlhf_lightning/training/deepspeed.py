@@ -80,6 +80,7 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
             return
         reset_seed()
         self.set_world_ranks()
+        _leave_out_kernel()
         self._init_deepspeed_distributed()
 
     def teardown(self) -> None:
@@ -171,3 +172,10 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
         arguments = argparse.Namespace(device_rank=self.local_rank if device_index is None else device_index)
         engine, optimizer, _, _ = deepspeed.initialize(args=arguments, dist_init_required=False, **kwargs)
         return engine, optimizer
+
+
+def _leave_out_kernel() -> None:
+    """Keep DeepSpeed from compiling its all-reduce for CPUs: it takes minutes, and only inference engines call it."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
