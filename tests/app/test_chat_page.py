@@ -19,6 +19,7 @@ from rlhf_lightning.evaluation import Policy
 
 expect.set_options(timeout=20_000)
 MARKUP = "<b>bold</b> <script>window.ran = 1</script> <img src=x onerror='window.ran = 2'> ${1 + 1} {{x}} *a* &amp;"
+CODE = "def f():\n        if x:\n            pass\n    return 1"
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +88,10 @@ def test_an_answer_streams_is_scored_answered_anew_and_exported(opened):
 
 
 def test_markup_is_shown_and_not_run(opened):
-    send(opened, MARKUP)
+    said = f"{CODE} {MARKUP}"
+    send(opened, said)
     finished(opened)
-    assert opened.locator("#chat-window-0 .user .message").inner_text().strip() == MARKUP
+    assert opened.locator("#chat-window-0 .user .message").inner_text().strip() == said
     assert opened.evaluate("window.ran") is None
     assert not opened.locator("#chat-window-0 .message img").count()
 

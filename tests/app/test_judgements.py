@@ -149,12 +149,14 @@ def test_other_files_are_refused(tmp_path):
     text.write_text("no database at all " * 100)
     with sqlite3.connect(other) as file:
         file.execute("CREATE TABLE songs (name TEXT)")
+    before = other.read_bytes()
     Judgements(newer).close()
     with sqlite3.connect(newer) as file:
         file.execute("PRAGMA user_version = 7")
     for path, said in ((text, "not a database"), (other, "version 0, expected 1"), (newer, "version 7, expected 1")):
         with pytest.raises(UserError, match=said):
             Judgements(path)
+    assert other.read_bytes() == before, "not even another journal mode"
     with pytest.raises(UserError, match="cannot be opened"):
         Judgements(tmp_path)
     with pytest.raises(UserError, match="cannot be opened"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helpers.chat_page import tiny_models
-from rlhf_lightning.app.models import Ask
+from rlhf_lightning.app.models import Ask, Models
 from rlhf_lightning.app.terminal import HELP, TerminalChat
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.generation.sampling import Sampling
@@ -82,3 +82,14 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_there_is(talk, monkeypatch):
     chat, printed = talk("hello", KeyboardInterrupt())
     assert "(stopped)" in printed.out
     assert [turn["role"] for turn in chat.history] == ["user", "assistant"]
+
+
+def test_an_answer_that_was_stopped_before_its_first_word_is_no_turn(talk, monkeypatch):
+    def stream(self, asks, sampling, seed, stopped):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(Models, "stream", stream)
+    chat, printed = talk("hello")
+    assert "(stopped)" in printed.out
+    assert chat.history == []

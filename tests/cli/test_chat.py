@@ -35,6 +35,7 @@ def refused(capsys, tmp_path, monkeypatch):
 
 def test_others_are_let_in_only_by_name_and_password(refused, model, monkeypatch):
     assert "pass --user and --password too" in refused(model, "--host", "0.0.0.0")
+    assert "pass --user and --password too" in refused(model, "--host", "127.example.com")
     assert "belong together" in refused(model, "--host", "0.0.0.0", "--user", "ann")
     assert "belong together" in refused(model, "--password", "secret")
     monkeypatch.setenv(PASSWORD, "")

@@ -129,17 +129,36 @@ class Judgements:
             raise UserError(
                 f"judgements '{self.path}' cannot be opened ({error}); name a file that can be written"
             ) from error
+        self._look()  # before a write-ahead log is begun: another's file stays as it is
         with self._transaction() as file:
-            version, tables = (file.execute(f"SELECT {what}").fetchone()[0] for what in _LOOK)
-            if version == 0 and tables == 0:
+            if self._look():
                 for statement in _TABLES.split(";"):
                     file.execute(statement)
                 file.execute(f"PRAGMA user_version = {_SCHEMA}")
-            elif version != _SCHEMA:
-                raise UserError(
-                    f"judgements '{self.path}' is an SQLite file of another kind or version (version {version}, "
-                    f"expected {_SCHEMA}); name another file"
-                )
+
+    def _look(self) -> bool:
+        """Whether the file is new.
+
+        Raises:
+            UserError: it is of another kind or version.
+        """
+        try:
+            version, tables = (self._file.execute(f"SELECT {what}").fetchone()[0] for what in _LOOK)
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+        if version == 0 and tables == 0:
+            return True
+        if version != _SCHEMA:
+            raise UserError(
+                f"judgements '{self.path}' is an SQLite file of another kind or version (version {version}, "
+                f"expected {_SCHEMA}); name another file"
+            )
+        return False
+
+    def _unusable(self, error: sqlite3.Error) -> UserError:
+        busy = "locked" in str(error) or "busy" in str(error)
+        hint = "another process holds it; end that one, or try again" if busy else "name another file"
+        return UserError(f"judgements '{self.path}' cannot be used ({error}); {hint}")
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -162,9 +181,7 @@ class Judgements:
                     self._file.execute("ROLLBACK")
                     raise
             except sqlite3.Error as error:
-                busy = "locked" in str(error) or "busy" in str(error)
-                hint = "another process holds it; end that one, or try again" if busy else "name another file"
-                raise UserError(f"judgements '{self.path}' cannot be used ({error}); {hint}") from error
+                raise self._unusable(error) from error
 
     def add(self, judgement: Judgement) -> bool:
         """Keep a judgement; it is on the disk when this returns.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -22,7 +23,12 @@ def turns(history: Sequence[Message]) -> list[Message]:
     Args:
         history: its turns.
     """
-    return [{"role": turn["role"], "content": escape(turn["content"])} for turn in history]
+    return [{"role": turn["role"], "content": _indented(escape(turn["content"]))} for turn in history]
+
+
+def _indented(text: str) -> str:
+    """Text whose lines keep what they begin with: Gradio takes the common indentation of all but the first away."""
+    return re.sub(r"(?m)^[ \t]", lambda blank: f"&#{ord(blank[0])};", text)
 
 
 def verdict_html(verdict: Verdict | None) -> str:

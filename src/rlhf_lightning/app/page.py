@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from ipaddress import ip_address
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: it asks other machines otherwise
 
@@ -24,6 +25,7 @@ _VISITORS = 64
 """Whose events that need no model are looked after at the same time."""
 _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 _CSS = """
+.message-markdown-disabled { white-space: pre-wrap !important; }
 .score { margin: 0.4em 0; }
 .tokens { white-space: pre-wrap; line-height: 1.7; margin: 0; }
 .tokens span { border-radius: 3px; padding: 1px 0; }
@@ -121,7 +123,10 @@ def _theme() -> gr.themes.Base:
 
 def is_local(host: str) -> bool:
     """Whether only this machine reaches an address."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # a name, which may lead anywhere
+        return False
 
 
 def check_access(host: str, user: str | None, password: str | None) -> None:

@@ -113,12 +113,14 @@ class TerminalChat:
         with closing(self.models.stream([ask], self.sampling, self.seed, stopped)) as steps:
             try:
                 for (answer,) in steps:
-                    self._show(text, answer.text)
-                    text, ended = answer.text, answer.ended
+                    before, text, ended = text, answer.text, answer.ended
+                    self._show(before, text)
             except KeyboardInterrupt:
                 stopped.set()
                 print(" (stopped)", end="")
         print(flush=True)
+        if stopped.is_set() and not text:
+            return  # nothing was said: no template takes a turn that is empty
         self.history = [*turns, {"role": "assistant", "content": text}]
         if text and (verdict := self.models.verdict(ask.written, text, ended)):
             print(f"(score {verdict.score:+.2f})", flush=True)
