@@ -61,3 +61,15 @@ def test_a_report_loads_no_torch(root):
         "assert not {'torch', 'transformers', 'pytorch_lightning'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [("page", "end it in .html"), ("folder.html", "Is a directory"), ("config.yaml/x.html", "File exists")],
+)
+def test_a_page_that_cannot_be_written_is_one_line(root, capsys, out, said):
+    (root / "ppo" / "folder.html").mkdir(exist_ok=True)
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(root / "ppo"), "--out", str(root / "ppo" / out)])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err

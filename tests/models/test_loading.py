@@ -13,7 +13,7 @@ from helpers.models import save_folder, tiny_causal_lm, tiny_classifier
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.causal_lm import load_causal_lm
-from rlhf_lightning.models.folders import looks_local
+from rlhf_lightning.models.folders import check_model_folder, looks_local
 from rlhf_lightning.models.scalar_lm import load_reward_model, new_scalar_lm
 
 IDS = torch.tensor([[40, 41, 42, 43]])
@@ -172,3 +172,10 @@ def test_which_names_are_folders(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     assert [looks_local(n) for n in ("runs", "runs/sft", "./x", "~/x", "/x", "a/b/c")] == [True] * 6
     assert [looks_local(n) for n in ("gpt2", "facebook/opt-350m")] == [False] * 2
+
+
+def test_a_run_is_told_from_its_model(tmp_path):
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    (tmp_path / "run" / "export" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"has no config.json; the model of this run is in '.*run/export'"):
+        check_model_folder(tmp_path / "run")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from html.parser import HTMLParser
+
 import pytest
 
-from helpers.runs import EVIL, write_run
+from helpers.runs import EVIL, run, write_run
 from rlhf_lightning.report import save_report
+from rlhf_lightning.report.page import write_page
 from rlhf_lightning.report.run import read_run, read_runs
 
 
@@ -114,3 +118,22 @@ def test_a_broken_file_is_named_and_the_rest_shown(tmp_path, page):
     page.page.goto(save_report([read_run(folder)], tmp_path / "page.html").as_uri())
     assert "ends in the middle of a record" in page.page.locator(".problems").inner_text()
     assert page.page.locator("#s0-score-t").count() == 1
+
+
+def test_the_name_of_a_metric_is_text():
+    found: set[str] = set()
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            found.update(name for name, _ in attrs)
+
+    Reader().feed(write_page([run({'train/a" onclick="b': [1.0, 2.0], "train/<i onload=1>": [1.0, 2.0]})]))
+    assert not {name for name in found if name.startswith("on")}
+
+
+def test_infinity_is_shown(tmp_path):
+    folder = write_run(tmp_path / "run", steps=2)
+    said = json.loads((folder / "evaluation.json").read_text())
+    said["results"][0]["value"] = None
+    (folder / "evaluation.json").write_text(json.dumps(said))
+    assert "∞" in write_page([read_run(folder)])

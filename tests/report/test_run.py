@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_lightning.loggers import CSVLogger
 
-from helpers.runs import run
+from helpers.runs import run, write_run
 from rlhf_lightning.callbacks.samples import sample_section
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.report.headline import differing_settings, headlines, summary_lines, verdict
@@ -180,3 +180,11 @@ def test_settings_that_differ_are_named():
         "model.same": ["[1]", "[1, 2]"],
         "model.only": ["True", "-"],
     }
+
+
+def test_a_run_that_is_named_twice_is_one(tmp_path):
+    write_run(tmp_path / "a", steps=2)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    folders = [tmp_path / "a", tmp_path / "b" / ".." / "a", tmp_path / "link"]
+    assert [run.folder for run in read_runs(folders)] == [tmp_path / "a"]

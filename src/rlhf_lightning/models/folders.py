@@ -43,9 +43,11 @@ def check_model_folder(name_or_path: str | os.PathLike[str]) -> str:
     if not folder.is_dir():
         raise UserError(f"model folder '{name}' does not exist; pass a Hugging Face folder or hub id")
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-        hint = (
-            "; it holds Lightning checkpoints, the model is in its export folder" if any(folder.glob("*.ckpt")) else ""
-        )
+        hint = ""
+        if any((folder / "export" / file).is_file() for file in ("config.json", "adapter_config.json")):
+            hint = f"; the model of this run is in '{folder / 'export'}'"
+        elif any(folder.glob("*.ckpt")):
+            hint = "; it holds Lightning checkpoints, the model is in its export folder"
         raise UserError(f"'{name}' is not a model folder: it has no config.json{hint}")
     return name
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.report.charts import MAIN, curve_charts, evaluation_charts, score_against_kl
 from rlhf_lightning.report.page import write_page
 from rlhf_lightning.report.pictures import save_pictures
@@ -23,12 +24,26 @@ def save_report(runs: Sequence[Run], path: Path) -> Path:
 
     Returns:
         The path.
+
+    Raises:
+        UserError: the path has no ending, or nothing can be written there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    if not path.suffix:
+        raise UserError(f"the report is to be '{path}', a name that the folder of its pictures has; end it in .html")
     # What a model wrote may hold halves of surrogate pairs, which no encoding can write.
-    partial.write_bytes(write_page(runs).encode("utf-8", "replace"))
-    os.replace(partial, path)
+    page = write_page(runs).encode("utf-8", "replace")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_bytes(page)
+        os.replace(partial, path)
+        _save_pictures(runs, path)
+    except OSError as error:
+        raise UserError(f"the report cannot be written to '{path}' ({error.strerror}); name another file") from error
+    return path
+
+
+def _save_pictures(runs: Sequence[Run], path: Path) -> None:
     stages = [[run for run in runs if run.stage == stage] for stage in dict.fromkeys(run.stage for run in runs)]
     for of_stage in stages:
         charts = [*filter(None, [score_against_kl(of_stage)]), *curve_charts(of_stage)]
@@ -38,4 +53,3 @@ def save_report(runs: Sequence[Run], path: Path) -> Path:
         save_pictures(folder, [chart for chart in charts if chart.key in MAIN])
     if evaluated := evaluation_charts([run.evaluation for run in runs if run.evaluation]):
         save_pictures(path.with_suffix(""), evaluated)
-    return path

@@ -163,7 +163,7 @@ def curve_charts(runs: Sequence[Run]) -> list[Chart]:
         metric = name.partition("/")[2] or name
         if metric not in _DRAWN:
             specs.setdefault(metric, Spec(metric, metric, ((metric, ""),)))
-    charts = [_over_steps(key, spec, runs) for key, spec in specs.items()]
+    charts = [_over_steps(_file_name(key), spec, runs) for key, spec in specs.items()]
     return [chart for chart in charts if chart.lines]
 
 

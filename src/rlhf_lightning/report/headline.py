@@ -50,10 +50,12 @@ class Headline(NamedTuple):
         Example:
             >>> Headline("Accuracy", "val/accuracy", 0.5, 0.7, 0.7, 10, True, True).show(0.7)
             '70.0%'
+            >>> Headline("Loss", "val/loss", 999.6, 1.5, 1.5, 10, True, False).show(999.6)
+            '1,000'
         """
         if self.is_share:
             return f"{value:.1%}".replace("100.0%", "100%")
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+        return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 _SHARES = ("accuracy", "eos_rate")

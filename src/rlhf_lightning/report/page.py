@@ -249,7 +249,7 @@ def _evaluations(runs: Sequence[Run]) -> str:
     parts += [_figures(charts, "e")] if charts else []
     for metric in dict.fromkeys(row.metric for row in results):
         rows = [
-            [row.model, row.group, f"{row.value:.4g}", _interval(row), f"{row.count:,}"]
+            [row.model, row.group, _value(row), _interval(row), f"{row.count:,}"]
             for row in results
             if row.metric == metric
         ]
@@ -257,6 +257,11 @@ def _evaluations(runs: Sequence[Run]) -> str:
     if measured:
         parts.append(table("Measured by rlhf validate and test", ["run", "metric", "value"], measured, (2,)))
     return "".join([*parts, "</section>"])
+
+
+def _value(row: Result) -> str:
+    """A number; infinity is null in `evaluation.json`, as JSON has none."""
+    return "∞" if row.value is None else f"{row.value:.4g}"
 
 
 def _interval(row: Result) -> str:

@@ -105,10 +105,12 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
     Raises:
         UserError: one is missing or holds no logs.
     """
-    paths = list(dict.fromkeys(Path(folder).expanduser() for folder in folders))
-    parts = [path.resolve().parts for path in paths]
-    runs = []
-    for path, own in zip(paths, parts, strict=True):
+    paths: dict[tuple[str, ...], Path] = {}
+    for folder in folders:
+        path = Path(folder).expanduser()
+        paths.setdefault(path.resolve().parts, path)
+    parts, runs = [*paths], []
+    for own, path in paths.items():
         depth = next(n for n in range(1, len(own) + 1) if sum(other[-n:] == own[-n:] for other in parts) == 1)
         runs.append(read_run(path, "/".join(own[-depth:])))
     return runs

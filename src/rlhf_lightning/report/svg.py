@@ -22,6 +22,7 @@ _COLUMNS = _WIDTH - _LEFT - _RIGHT
 _READINGS = 44
 _MARKS = 60
 _LABELLED = 2  # lines that a reading has room to name
+_NEARLY = 0.9995  # of a power of ten; what is more is written with a digit more
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -49,19 +50,24 @@ def number(value: float) -> str:
     """A number as short as a picture needs it.
 
     Example:
-        >>> [number(value) for value in (0.0, 0.25, 12345.0, 2e-6, -1.5, 3e6)]
-        ['0', '0.25', '12.3k', '2e-6', '-1.5', '3M']
+        >>> [number(value) for value in (0.0, 0.25, 12345.0, 2e-6, -1.5, 3e6, 999.7, 999_900.0)]
+        ['0', '0.25', '12.3k', '2e-6', '-1.5', '3M', '1000', '1M']
     """
     size = abs(value)
     if size >= 1e12 or 0 < size < 1e-3:
         mantissa, _, exponent = f"{value:.2g}".partition("e")
         text = f"{mantissa}e{int(exponent)}" if exponent else mantissa
     elif size >= 1e4:
-        factor, unit = next((10.0**power, unit) for power, unit in ((9, "G"), (6, "M"), (3, "k")) if size >= 10**power)
-        text = f"{value / factor:.3g}{unit}"
+        powers = ((9, "G"), (6, "M"), (3, "k"))
+        factor, unit = next((10.0**power, unit) for power, unit in powers if size >= _NEARLY * 10**power)
+        text = f"{_three_digits(value / factor)}{unit}"
     else:
-        text = f"{value:.3g}" if size < 1000 else f"{value:.0f}"
+        text = _three_digits(value)
     return text
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 * _NEARLY else f"{value:.0f}"
 
 
 class _Scale:
