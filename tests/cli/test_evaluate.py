@@ -76,6 +76,7 @@ def test_the_recipe_says_what_the_function_takes():
         (["--perplexity.max_len", "3"], "perplexity.max_len"),
         (["--part", "everything"], "part"),
         (["--config", "sft.yaml"], "is one of a stage; `rlhf evaluate` takes evaluate.yaml"),
+        (["--models", "b"], "--models is given twice; pass all names after one --models"),
         (["--perplexity.max_length", "0"], "perplexity.max_length (0) must be at least 1"),
     ],
 )
@@ -102,19 +103,30 @@ def test_names_after_a_list_are_all_its_own():
     assert list_words(words) == joined
 
 
+def test_what_users_name_is_no_markup(inputs, monkeypatch, capsys):
+    monkeypatch.chdir(inputs)
+    words = ["--part", "all", "--num_samples", "2", "--rewards", "helpers.stages.share_of_letters"]
+    main(["evaluate", "--data", "pairs.jsonl", *words, "--out", "runs/[/x][bold]"])
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == "each row  runs/[/x][bold]/evaluation.jsonl"
+    assert "helpers.stages.share_of_letters  all" in said.out  # in one line, where there is no window
+
+
 def test_away_from_a_terminal_progress_is_told_in_lines(monkeypatch):
     out, now = io.StringIO(), iter([0.0, 1.0, 5.5, 5.5, 6.0, 11.0, 11.0])
     monkeypatch.setattr("rlhf_lightning.cli.evaluate.time.monotonic", lambda: next(now))
     with reporting(Console(file=out)) as report:
-        told = report("kl of a", 40)
+        told = report("kl of [/a]", 40)
         for done in (1, 2.5, 3, 4):
             told(done)
-    assert out.getvalue().splitlines() == ["kl of a: 40 rows", "kl of a: 2 of 40 rows", "kl of a: 4 of 40 rows"]
+    assert out.getvalue().splitlines() == [
+        f"kl of [/a]: {said}" for said in ("40 rows", "2 of 40 rows", "4 of 40 rows")
+    ]
 
 
 def test_on_a_terminal_there_is_a_bar():
     out = io.StringIO()
     with reporting(Console(file=out, force_terminal=True, width=100)) as report:
         report("loading a", 0)
-        report("kl of a", 40)(10.5)
-    assert "kl of a" in out.getvalue()
+        report("kl of [/a]", 40)(10.5)
+    assert "kl of [/a]" in out.getvalue()

@@ -131,3 +131,24 @@ def test_a_short_context_leaves_half_for_the_answer(models, prompts, tmp_path, c
     main(["generate", models[0], "--file", prompts])
     assert max(row["tokens"] for row in lines(capsys.readouterr().out)) <= 32
     assert Policy.load(models[0]).ample_response == 32
+
+
+def sometimes_nothing(prompts, responses):
+    return [float("inf") if response.endswith("!") else 1.0 * len(response) for response in responses]
+
+
+def test_a_score_that_is_not_finite_is_null_and_counts_for_nothing(tmp_path, capsys):
+    rows = [{"prompt": "p", "chosen": "yes", "rejected": "n"}, {"prompt": "q", "chosen": "yes", "rejected": "no!"}]
+    main(["score", f"{__name__}.sometimes_nothing", "--file", write(tmp_path / "pairs.jsonl", rows)])
+    said = capsys.readouterr()
+    assert [row["rejected_score"] for row in lines(said.out)] == [1.0, None]
+    assert said.err.splitlines()[-1] == (
+        "mean score 3.0000 of 1 chosen responses; 100.0% above all that were ranked lower; "
+        "1 rows have a score that is not finite and count for nothing"
+    )
+
+
+def test_responses_of_one_rank_are_not_compared(tmp_path, capsys):
+    row = {"prompt": "p", "responses": ["aa", "aaaa", "a"], "ranks": [0, 0, 1]}
+    main(["score", f"{__name__}.sometimes_nothing", "--file", write(tmp_path / "ranked.jsonl", [row])])
+    assert "100.0% above all that were ranked lower" in capsys.readouterr().err

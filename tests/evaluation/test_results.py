@@ -106,3 +106,13 @@ def test_a_key_says_all_that_it_is_made_of():
 
     keys = {key_of_settings("a", {"b": 1}), key_of_settings("a", {"b": 2}), key_of_settings("a", function)}
     assert len(keys) == 3
+
+
+def test_a_table_shows_names_as_they_are_and_numbers_that_are_small():
+    said = io.StringIO()
+    row = RESULTS[0]._replace(model="runs/[/b][red]x", group="source=[i]", value=0.00042, low=0.0, high=0.0213)
+    Evaluation(results=[row]).print_table(Console(file=said, width=120))
+    assert "runs/[/b][red]x" in said.getvalue()
+    assert "source=[i]" in said.getvalue()
+    assert "0.00042" in said.getvalue()
+    assert "0.000 to 0.021" in said.getvalue()

@@ -128,4 +128,21 @@ def test_a_row_that_the_template_refuses_is_counted_and_the_others_measured(fold
     monkeypatch.setattr(chat, "render", refuse)
     results, _ = Reward().run(read_rows(preference_rows(5), "preference"), bench, Lines(tmp_path))
     assert results[0].count == 4
-    assert said == [f"{folder} cannot read 1 of 5 rows, the first: no such turns"]
+    assert said == [f"{folder} cannot score 1 of 5 rows, the first: no such turns"]
+
+
+def sometimes_nothing(prompts, responses):
+    return [float("nan") if response == "bad 1" else 1.0 * len(response) for response in responses]
+
+
+def test_a_score_that_is_not_finite_leaves_its_row_out_and_no_other(tmp_path):
+    rows = [{"prompt": str(i), "chosen": f"longer {i}", "rejected": f"bad {i}"} for i in range(4)]
+    read = read_rows(rows, "preference")
+    for _ in range(2):  # the second time from what was written
+        with pytest.warns(
+            UserWarning, match="cannot score 1 of 4 rows, the first: row 1 has a score that is not finite"
+        ):
+            results, _ = Reward().run(read, Bench(rewards=[sometimes_nothing]), Lines(tmp_path))
+        found = {(result.metric, result.group): (result.value, result.count) for result in results}
+        assert found["reward_accuracy", "all"] == (1, 3)
+        assert found["reward_margin", "all"] == (3, 3)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
 from helpers.cli_runs import save_model, save_pairs
+from helpers.judge_server import chat, chat_server
 from helpers.stages import save_reward_model, share_of_letters
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.evaluation.endpoint import Endpoint
 from rlhf_lightning.evaluation.results import Evaluation
 from rlhf_lightning.evaluation.suite import evaluate, plain
+from rlhf_lightning.evaluation.winrate import WinRate
 from rlhf_lightning.generation.sampling import Sampling
 
 
@@ -158,3 +163,24 @@ def test_settings_are_said_as_json_can_hold_them():
     said = plain({"sampling": Sampling(top_k=3), "rewards": [share_of_letters], "out": (1, None, 0.5)})
     assert json.loads(json.dumps(said))["sampling"]["top_k"] == 3
     assert (said["rewards"], said["out"]) == (["share_of_letters"], [1, None, 0.5])
+
+
+def test_an_endpoint_is_not_asked_again_for_what_it_has_said(inputs, tmp_path):
+    with chat_server(lambda body: chat("[[A]]")) as server:
+        task = WinRate(endpoint=Endpoint(server.url, "m"))
+        for asked in (24, 0):
+            run(inputs, tmp_path, tasks=["winrate"], winrate=task)
+            assert len(server.bodies) == asked
+            server.bodies.clear()
+
+
+def test_a_function_that_was_written_anew_is_asked_anew(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 22):
+        Path("own_rewards.py").write_text(
+            f"def constant(prompts, responses):\n    return [{number}.0] * len(prompts)\n"
+        )
+        run(inputs, tmp_path / "out", tasks=["reward"], rewards=["own_rewards.constant"])
+        lines = (tmp_path / "out" / "evaluation.jsonl").read_text().splitlines()
+        assert {score for line in lines for score in json.loads(line)["scores"]} == {number}
+        del sys.modules["own_rewards"]

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +26,8 @@ from rlhf_lightning.warning_filters import filter_warnings
 
 _LISTS = ("--models", "--rewards", "--tasks")
 _SILENT_FOR = 5.0  # seconds at the most, where there is no bar
+_WIDTH = 160
+"""Columns of what goes into a file or another program, where nobody's window is too narrow."""
 
 
 def main(options: Sequence[str]) -> None:
@@ -47,10 +50,10 @@ def main(options: Sequence[str]) -> None:
             raise mendable from error
         raise
     console = Console()
-    evaluation.print_table(console)
-    console.print()
+    evaluation.print_table(console if console.is_terminal else Console(width=_WIDTH))
+    print()
     for name, file in (("numbers", RESULTS), ("each row", LINES)):
-        console.print(f"{name:10}{settings['out']}/{file}", soft_wrap=True, highlight=False)
+        print(f"{name:10}{settings['out']}/{file}")
 
 
 def settings_of(words: list[str]) -> dict[str, Any]:
@@ -76,12 +79,18 @@ def list_words(options: Sequence[str]) -> list[str]:
     Args:
         options: in which names follow such an option one after the other.
 
+    Raises:
+        UserError: an option stands there twice.
+
     Example:
         >>> list_words(["--models", "runs/sft/export", "gpt2", "--seed", "1"])
         ['--models=["runs/sft/export", "gpt2"]', '--seed', '1']
     """
     joined: list[str] = []
     words = [*options]
+    for name in _LISTS:
+        if sum(word == name or word.startswith(f"{name}=") for word in words) > 1:
+            raise UserError(f"{name} is given twice; pass all names after one {name}")
     while words:
         word = words.pop(0)
         if word not in _LISTS:
@@ -112,7 +121,8 @@ def reporting(console: Console) -> Iterator[Report]:
     if not console.is_terminal:
         yield lambda what, total: _by_lines(console, what, total)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    said = TextColumn("{task.description}", markup=False)
+    columns = (said, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
 
         def report(what: str, total: int) -> Told:
@@ -125,13 +135,14 @@ def reporting(console: Console) -> Iterator[Report]:
 
 
 def _by_lines(console: Console, what: str, total: int) -> Told:
-    console.print(what + (f": {total:,} rows" if total else ""), soft_wrap=True, highlight=False)
+    say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
+    say(what + (f": {total:,} rows" if total else ""))
     said = time.monotonic()
 
     def told(done: float) -> None:
         nonlocal said
         if time.monotonic() - said >= _SILENT_FOR:
-            console.print(f"{what}: {int(done):,} of {total:,} rows", soft_wrap=True, highlight=False)
+            say(f"{what}: {int(done):,} of {total:,} rows")
             said = time.monotonic()
 
     return told

@@ -234,4 +234,4 @@ def main(options: Sequence[str]) -> None:
     print_report(console, json.loads((folder.path / "report.json").read_text(encoding="utf-8")))
     console.print()
     for name, path in (("folder", ""), ("report", "report.txt"), ("lengths", "lengths.png")):
-        console.print(f"{name:8}{folder.path / path}", soft_wrap=True, highlight=False)
+        console.print(f"{name:8}{folder.path / path}", soft_wrap=True, highlight=False, markup=False)

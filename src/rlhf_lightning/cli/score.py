@@ -3,6 +3,7 @@
 The signature of `score` is the config; its docstring is the help.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from rlhf_lightning.data.sources import DataSource, as_source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.judge import Judge
 from rlhf_lightning.evaluation.policy import Dtype
+from rlhf_lightning.evaluation.results import finite
 from rlhf_lightning.evaluation.rows import Part, TextRow, read_rows
 
 _ROWS_AT_ONCE = 256
@@ -56,22 +58,40 @@ def score(
     rows = read_rows(source, need, part=part, num_samples=num_samples)
     with written_to(out) as lines:
         judge = Judge.load(reward, dtype=dtype, device=device, trust_remote_code=trust_remote_code, timeout=timeout)
-        total, best, right, tied = 0, 0.0, 0, 0
+        best, leads = [], []
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             for row, scores in _scored(judge, rows[start : start + _ROWS_AT_ONCE]):
-                write_line(lines, _line(row, scores))
-                total, best = total + 1, best + scores[0]
-                right += len(scores) > 1 and scores[0] > max(scores[1:])
-                tied += len(scores) > 1 and scores[0] == max(scores[1:])
-    said = f"mean score {best / total:.4f} of {total} " + ("chosen responses" if need == "preference" else "responses")
-    if need == "preference":
-        said += f"; {right / total:.1%} above all that were ranked lower" + (f", {tied} tied" if tied else "")
-    print(said, file=sys.stderr)
+                write_line(lines, finite(_line(row, scores)))
+                if all(map(math.isfinite, scores)):
+                    best.append(scores[0])
+                    leads += [scores[0] - max(lower) for lower in [_ranked_lower(row, scores)] if lower]
+    print(_said(best, leads, len(rows) - len(best), need == "preference"), file=sys.stderr)
+
+
+def _ranked_lower(row: TextRow, scores: list[float]) -> list[float]:
+    """Scores of the responses that rank below the first."""
+    ranks = row.ranks or range(len(scores))
+    return [score for score, rank in zip(scores, ranks, strict=True) if rank > ranks[0]]
+
+
+def _said(best: list[float], leads: list[float], lost: int, has_pairs: bool) -> str:
+    """What the scores come to: their mean, and of pairs how many are in order."""
+    without = f"{lost} rows have a score that is not finite and count for nothing" if lost else ""
+    if not best:
+        return without
+    said = f"mean score {sum(best) / len(best):.4f} of {len(best)} " + (
+        "chosen responses" if has_pairs else "responses"
+    )
+    if leads:
+        said += f"; {sum(lead > 0 for lead in leads) / len(leads):.1%} above all that were ranked lower"
+        tied = sum(lead == 0 for lead in leads)
+        said += f", {tied} tied" if tied else ""
+    return f"{said}; {without}" if without else said
 
 
 def _scored(judge: Judge, rows: Sequence[TextRow]) -> list[tuple[TextRow, list[float]]]:
     """Rows with the scores of their responses."""
-    flat = [(row, response) for row in rows for response in row.responses]
+    flat = [(row, response) for row in rows for response in row.said(judge.chat)]
     prompts, numbers = [row.written for row, _ in flat], [row.row for row, _ in flat]
     scores = iter(judge.scores(prompts, [response for _, response in flat], rows=numbers).tolist())
     return [(row, [next(scores) for _ in row.responses]) for row in rows]

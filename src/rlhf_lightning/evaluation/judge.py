@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.batches import length_sorted_pieces
+from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.data.collate import pad
 from rlhf_lightning.evaluation.policy import Dtype, default_device, dtype_on
@@ -75,6 +76,11 @@ class Judge:
             torch.set_default_dtype(before)
         freeze(model)
         return cls(TextScorer(model.to(place), reward_chat(model, load_tokenizer(found, trust_remote_code))), found)
+
+    @property
+    def chat(self) -> ChatEncoder | None:
+        """What writes dialogues as a reward model reads them; None where a function scores."""
+        return self.scores_by.chat if isinstance(self.scores_by, TextScorer) else None
 
     @torch.no_grad()
     def scores(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rlhf_lightning import __version__
 from rlhf_lightning.errors import UserError
@@ -140,14 +141,17 @@ class Evaluation:
             interval = (
                 "" if result.low is None or result.high is None else f"{_said(result.low)} to {_said(result.high)}"
             )
-            table.add_row(*shown, result.group, _said(result.value), interval, f"{result.count:,}")
+            # As texts, for what users name may look like markup.
+            table.add_row(*map(Text, (*shown, result.group, _said(result.value), interval, f"{result.count:,}")))
             before = own
         console.print(table)
 
 
 def _said(number: float) -> str:
     """A number for people."""
-    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3f}"
+    if abs(number) >= 1000:
+        return f"{number:,.0f}"
+    return f"{number:.2g}" if 0 < abs(number) < 0.01 else f"{number:.3f}"
 
 
 class Lines:
@@ -189,8 +193,8 @@ class Lines:
                 self._made[place] = found[place[2]] = line
         return found
 
-    def add(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Write lines behind the others at once.
+    def add(self, lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Write lines behind the others at once; returns them as `made_before` will.
 
         Args:
             lines: each with `metric`, `model`, `row` and `key`.
@@ -200,6 +204,7 @@ class Lines:
             file.write(self._gap + "".join(_written(line) for line in new))
         self._gap = ""
         self._made.update({_place(line): line for line in new})
+        return new
 
     def _key(self, key: str, row: int) -> str:
         return "-".join(filter(None, (key, self.contents.get(row))))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from rlhf_lightning.arguments import AT_LEAST_1, check_arguments
 from rlhf_lightning.batches import length_sorted_pieces
@@ -33,6 +34,7 @@ from rlhf_lightning.functional import (
 )
 from rlhf_lightning.functional.intervals import Array
 from rlhf_lightning.models.rewarding import TextScorer
+from rlhf_lightning.models.scalar_lm import Calibration
 
 LENGTH_EDGES = (-200, -50, 50, 200)
 """Characters by which the better response of a pair is longer, between which accuracy is reported."""
@@ -111,7 +113,7 @@ class Reward(Task):
             if len(read) < len(rows):
                 reason = next(line["reason"] for line in found if "scores" not in line)
                 rank_zero_warn(
-                    f"{judge.name} cannot read {len(rows) - len(read)} of {len(rows)} rows, the first: {reason}"
+                    f"{judge.name} cannot score {len(rows) - len(read)} of {len(rows)} rows, the first: {reason}"
                 )
             kept, scores = [row for row, _ in read], [line.get("raw_scores", line["scores"]) for _, line in read]
             pairs, name = Pairs.of(kept, scores), name_of(reward)
@@ -139,34 +141,32 @@ def _score(
     def ask(places: list[int], told: Progress) -> list[dict[str, Any]]:
         if places[0] in refused:
             return [{"prompt": rows[i].written.text, "reason": refused[i]} for i in places]
-        said = [rows[i].said(scorer.chat) if isinstance(scorer, TextScorer) else [*rows[i].responses] for i in places]
+        said = [rows[i].said(judge.chat) for i in places]
         prompts = [rows[i].written for i, texts in zip(places, said, strict=True) for _ in texts]
         numbers = [rows[i].row for i, texts in zip(places, said, strict=True) for _ in texts]
         flat = judge.scores(prompts, [text for texts in said for text in texts], None, numbers, bench.max_tokens)
         each = flat.split([len(texts) for texts in said])
-        return [
-            {
-                "prompt": rows[i].written.text,
-                "responses": list(rows[i].responses),
-                "scores": scores.tolist(),
-                **(
-                    {}
-                    if calibration is None
-                    else {"raw_scores": (scores * calibration.std + calibration.mean).tolist()}
-                ),
-            }
-            for i, scores in zip(places, each, strict=True)
-        ]
+        return [_line(rows[i], scores, calibration) for i, scores in zip(places, each, strict=True)]
 
     return task.each_row(judge.name, key, rows, pieces, ask, bench, lines)
 
 
+def _line(row: TextRow, scores: Tensor, calibration: Calibration | None) -> dict[str, Any]:
+    """What is kept of a row: the scores of its responses, or why they say nothing."""
+    line = {"prompt": row.written.text, "responses": list(row.responses)}
+    if not bool(torch.isfinite(scores).all()):
+        return line | {"reason": f"row {row.row} has a score that is not finite"}
+    if calibration is None:
+        return line | {"scores": scores.tolist()}
+    return line | {"scores": scores.tolist(), "raw_scores": (scores * calibration.std + calibration.mean).tolist()}
+
+
 def _refusal(judge: Judge, row: TextRow) -> str:
     """Why a reward model cannot read a prompt; nothing if it can."""
-    if not isinstance(judge.scores_by, TextScorer):
+    if judge.chat is None:
         return ""
     try:
-        judge.scores_by.chat.render(row.written.prompt, row.written.tools)
+        judge.chat.render(row.written.prompt, row.written.tools)
     except RefusedTurnsError as error:
         return str(error)
     return ""

@@ -61,13 +61,13 @@ class TextRow(NamedTuple):
             prompt = prompt.removesuffix(self.suffix)
         return Row(prompt, self.responses[:responses], suffix=self.suffix, tools=self.written.tools)
 
-    def said(self, chat: ChatEncoder) -> list[str]:
+    def said(self, chat: ChatEncoder | None) -> list[str]:
         """The responses as a format is to write them: in a turn of its own none begins with the space of a suffix.
 
         Args:
-            chat: writes dialogues as the model reads them.
+            chat: writes dialogues as the model reads them; None where a function reads texts.
         """
-        if not self.suffix or chat.kind(self.written.prompt) != "template":
+        if not self.suffix or chat is None or chat.kind(self.written.prompt) != "template":
             return list(self.responses)
         return [response.removeprefix(" ") for response in self.responses]
 

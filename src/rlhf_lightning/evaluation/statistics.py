@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from rlhf_lightning.evaluation.results import Result
 from rlhf_lightning.evaluation.rows import TextRow
@@ -19,6 +20,8 @@ def result(
 ) -> Result | None:
     """A number with its 95% interval; None where there is nothing to make it of.
 
+    Rows that hold no finite number are left out, and that is said.
+
     Args:
         metric: what is measured.
         model: whose.
@@ -28,6 +31,10 @@ def result(
         group: of which rows.
     """
     table: Array = np.asarray(sums, dtype=np.float64)
+    if len(table) and not (sound := np.isfinite(table).all(axis=1)).all():
+        lost = len(table) - int(sound.sum())
+        rank_zero_warn(f"{metric} of {model}: {lost} of {len(table)} rows have no finite number and are left out")
+        table = table[sound]
     if len(table) == 0:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):

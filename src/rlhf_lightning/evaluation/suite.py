@@ -111,8 +111,8 @@ def evaluate(
     settings = {name: value for name, value in locals().items() if name != "report"}
     check_arguments(evaluate, settings, _RANGES)
     bench = Bench(
-        policies=models or [],
-        rewards=rewards or [],
+        policies=[*dict.fromkeys(models or [])],
+        rewards=[*dict.fromkeys(rewards or [])],
         reference=reference,
         sampling=sampling,
         batch_size=batch_size,

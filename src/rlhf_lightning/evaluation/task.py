@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -15,7 +16,7 @@ from rlhf_lightning.evaluation.policy import Dtype, Policy
 from rlhf_lightning.evaluation.results import Curve, Lines, Result, key_of_settings
 from rlhf_lightning.evaluation.rows import TextRow
 from rlhf_lightning.generation.sampling import Sampling
-from rlhf_lightning.models.reward_functions import RewardFunction
+from rlhf_lightning.models.reward_functions import RewardFunction, import_function, names_function
 
 Progress = Callable[[float], None]
 """Told how many rows are done so far; parts of rows count."""
@@ -197,8 +198,7 @@ class Task(ABC):
                 said = ask(piece, lambda part, before=done: told(before + part))  # type: ignore[misc]
                 about = {"metric": self.name, "model": model}
                 made = [{**about, "row": rows[i].row, "key": key, **one} for i, one in zip(piece, said, strict=True)]
-                lines.add(made)
-                known.update({line["row"]: line for line in made})
+                known.update({line["row"]: line for line in lines.add(made)})
             done += len(piece)
             told(done)
         return [known[row.row] for row in rows]
@@ -220,8 +220,24 @@ def name_of(model: Any) -> str:
 
 
 def files_of(model: Any) -> Any:
-    """A folder's files with sizes and times, which change when it is trained anew; anything else as it is."""
-    if not isinstance(model, str) or not (folder := Path(model).expanduser()).is_dir():
+    """A folder's files with sizes and times, which change when it is trained anew; anything else as it is.
+
+    Of a function that is named by its import path the file that it stands in, which changes when it is written anew.
+    """
+    if not isinstance(model, str):
         return asdict(model) if is_dataclass(model) and not isinstance(model, type) else model
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return [str(folder.absolute()), *((path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in files)]
+    if (folder := Path(model).expanduser()).is_dir():
+        place, files = str(folder.absolute()), sorted(path for path in folder.iterdir() if path.is_file())
+    else:
+        place, files = model, _files_of_function(model)
+    return [place, *((path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in files)] if files else model
+
+
+def _files_of_function(name: str) -> list[Path]:
+    if not names_function(name):
+        return []
+    try:
+        code = getattr(inspect.unwrap(import_function(name)), "__code__", None)
+    except UserError:  # it was no function
+        return []
+    return [path for path in [Path(code.co_filename)] if path.is_file()] if code is not None else []

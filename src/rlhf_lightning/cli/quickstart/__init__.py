@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.rule import Rule
+from rich.text import Text
 
 from rlhf_lightning.cli.quickstart.over_optimise import Course, show_over_optimisation
 from rlhf_lightning.cli.quickstart.report import plot_curves, print_answers, print_table, summarise, win_rate
@@ -100,8 +101,8 @@ def run_quickstart(out: Path, seed: int, console: Console, algorithm: Algorithm 
     page = save_report(read_runs([out / "sft", out / "reward", out / algorithm]), out / "report.html")
     print_answers(console, before, after, algorithm.upper())
     print_table(console, results)
-    console.print(f"models   {sft.export}  {reward.export}  {last.export}", soft_wrap=True)
-    console.print(f"report   {page}\ncurves   {out / 'curves.png'}\nnumbers  {out / RESULTS}", soft_wrap=True)
+    places = f"report   {page}\ncurves   {out / 'curves.png'}\nnumbers  {out / RESULTS}"
+    console.print(f"models   {sft.export}  {reward.export}  {last.export}\n{places}", soft_wrap=True, markup=False)
     console.print(f"{results['seconds']['total']:.0f} seconds in all")
     return results
 
@@ -120,7 +121,7 @@ def run_over_optimise(out: Path, seed: int, console: Console) -> list[Course]:
     _check_out(out)
     started = time.perf_counter()
     if _is_made(out, seed):
-        console.print(Rule(f"with the models of '{out}'"))
+        console.print(Rule(Text(f"with the models of '{out}'")))
     else:
         _three_stages(out, seed, console)
     data, sft, reward = toy_paths(out / "data"), out / "sft" / "export", out / "reward" / "export"

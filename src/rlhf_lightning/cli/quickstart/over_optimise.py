@@ -79,7 +79,7 @@ def show_over_optimisation(
     said = [{**course._asdict(), "score": course.fits(1), "gold": course.fits(2)} for course in courses]
     (out / NUMBERS).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     print_courses(console, courses)
-    console.print(f"picture  {out / PICTURE}\nnumbers  {out / NUMBERS}", soft_wrap=True)
+    console.print(f"picture  {out / PICTURE}\nnumbers  {out / NUMBERS}", soft_wrap=True, markup=False)
     return courses
 
 
