@@ -15,6 +15,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.causal_lm import load_causal_lm
 from rlhf_lightning.models.folders import check_model_folder, looks_local
 from rlhf_lightning.models.scalar_lm import load_reward_model, new_scalar_lm
+from rlhf_lightning.models.tokenizer import load_tokenizer
 
 IDS = torch.tensor([[40, 41, 42, 43]])
 LOADERS = [load_causal_lm, load_reward_model, new_scalar_lm]
@@ -86,6 +87,52 @@ def test_folders_without_a_model(load, tmp_path):
     assert "no config.json" in refusal(load, tmp_path)
     (tmp_path / "last.ckpt").touch()
     assert "Lightning checkpoints, the model is in its export folder" in refusal(load, tmp_path)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_attention_heads": 0}, "could be loaded from"),
+        ({"hidden_size": "big"}, "expected int, got str"),
+        ({"num_hidden_layers": None}, "could be loaded from"),
+        ({"model_type": "nothing"}, "`nothing`"),
+        ({"model_type": ["llama"]}, "could be loaded from"),
+        ({"rope_parameters": 3}, "could be loaded from"),
+    ],
+)
+def test_a_config_that_cannot_be_is_one_line(load, folders, tmp_path, change, said):
+    shutil.copytree(folders / "reward" if load is load_reward_model else folders / "lm", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert said in refusal(load, tmp_path / "model")
+    path.write_text("[" * 9999)
+    assert str(tmp_path / "model") in refusal(load, tmp_path / "model")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 9999, b"3", b'{"model": {"type": "BPE"}}', bytes(99)])
+def test_a_tokenizer_that_cannot_be_is_one_line(folders, tmp_path, content):
+    shutil.copytree(folders / "lm", tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_bytes(content)
+    assert "no tokenizer could be loaded from" in refusal(load_tokenizer, tmp_path / "model")
+
+
+class Trap:
+    """Runs code where it is unpickled."""
+
+    def __reduce__(self):
+        return print, ("code from a file was run",)
+
+
+def test_pickled_weights_of_others_run_no_code(folders, tmp_path, capsys):
+    for name, weights in (("lm", "pytorch_model.bin"), ("adapter", "adapter_model.bin")):
+        shutil.copytree(folders / name, tmp_path / name)
+        for path in (tmp_path / name).glob("*.safetensors"):
+            path.unlink()
+        torch.save({"model.norm.weight": Trap()}, tmp_path / name / weights)
+        assert "could be loaded from" in refusal(load_causal_lm, tmp_path / name)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("load", LOADERS)

@@ -37,7 +37,14 @@ from rlhf_lightning.models.tokenizer import check_same_words, load_tokenizer
 from rlhf_lightning.rng import forked_rng, generator
 from rlhf_lightning.training import GradientAccumulation, equally_many, sum_over_ranks
 from rlhf_lightning.training.master_weights import with_master_weights
-from rlhf_lightning.training.optim import ADAMW, Schedule, learning_rates, parameter_groups, schedule_learning_rate
+from rlhf_lightning.training.optim import (
+    ADAMW,
+    Schedule,
+    learning_rates,
+    make_optimizer,
+    parameter_groups,
+    schedule_learning_rate,
+)
 from rlhf_lightning.training.reporting import peak_memory
 from rlhf_lightning.warning_filters import filter_warnings
 
@@ -357,7 +364,7 @@ class Stage(pl.LightningModule):
         else:
             # Lightning says -1 for a stream without a length, which has no end either.
             total = float(batches) * self.steps_per_batch if batches >= 0 else float("inf")
-        optimizer = with_master_weights(self.optimizer(self.parameter_groups()), trainer)
+        optimizer = with_master_weights(make_optimizer(self.optimizer, self.parameter_groups()), trainer)
         scheduler = schedule_learning_rate(optimizer, self.lr_schedule, self.warmup_steps, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

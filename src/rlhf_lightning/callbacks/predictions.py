@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -62,4 +63,5 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no half a file."""
-        self._part(trainer, trainer.global_rank).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what stopped the run is to be told, not that there is no such folder
+            self._part(trainer, trainer.global_rank).unlink(missing_ok=True)

@@ -149,7 +149,7 @@ def written_to(out: str | None) -> Iterator[TextIO]:
         with stream:
             yield stream
     finally:
-        if not path.stat().st_size:
+        if path.is_file() and not path.stat().st_size:
             path.unlink()
 
 

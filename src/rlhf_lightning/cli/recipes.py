@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.yaml_text import check_values, load_yaml
 
 _PACKAGE = Path(__file__).parents[1]
 RECIPES = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parents[1] / "configs") if folder.is_dir())
@@ -37,11 +39,13 @@ def find_recipe(name: str) -> str:
         UserError: it is in neither place.
     """
     for candidate in (Path(name), RECIPES / name):
-        if candidate.is_file():
-            return str(candidate)
+        with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+            if candidate.is_file():
+                return str(candidate)
     stem, names = Path(name).with_suffix("").as_posix(), recipe_names()
     close = [n for n in names if Path(n).stem == Path(stem).name] or difflib.get_close_matches(f"{stem}.yaml", names, 1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
+    name = name if len(name) < 300 else name[:300] + " ..."
     raise UserError(f"config '{name}' is neither in the working folder nor a recipe ({', '.join(names)}){hint}")
 
 
@@ -55,7 +59,7 @@ def read_config(path: str) -> dict[str, Any]:
         UserError: it is no YAML, or no mapping.
     """
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        config = load_yaml(Path(path).read_text(encoding="utf-8"), f"config '{path}'")
     except UnicodeDecodeError as e:
         raise UserError(f"config '{path}' is no text file; pass a YAML file") from e
     except yaml.YAMLError as e:
@@ -75,7 +79,7 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
         args: words of the command line.
 
     Raises:
-        UserError: a config file is missing or broken, or a `--config` at the end names none.
+        UserError: a config file is missing or broken, a `--config` at the end names none, or a value is beyond bounds.
     """
     configs: list[str] = []
     others: list[str] = []
@@ -91,6 +95,7 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
         path = find_recipe(value)
         read_config(path)
         configs.append(f"--config={path}")
+    check_values(others)
     return configs + others
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile
 
 from rlhf_lightning.cli.recipes import read_config
+from rlhf_lightning.yaml_text import load_yaml
 
 _NESTED = r"--(model|data)\.(?!optimizer\.|init_args\.)(\w+)\.(\w+)"
 _OPTION = re.compile(r"--(\w[\w.]*)")
@@ -26,7 +26,7 @@ class StackedConfig(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Parse a config file, or a config written out as JSON, and add it to `cfg`."""
-        config = read_config(values) if Path(values).is_file() else yaml.safe_load(values)
+        config = load_yaml(values, "--config") if values.lstrip().startswith("{") else read_config(values)
         for path in _lists(config if isinstance(config, dict) else {}):
             if isinstance(cfg.get(path), list):
                 cfg[path] = []  # of another length, so that nothing is merged
@@ -81,7 +81,7 @@ def _list_of_classes(value: str) -> list[Any] | None:
     if not value.startswith("["):
         return None
     try:
-        items = yaml.safe_load(value)
+        items = load_yaml(value, "a list")
     except yaml.YAMLError:
         return None
     return items if isinstance(items, list) and any(isinstance(item, dict) for item in items) else None

@@ -6,6 +6,7 @@ rollout size are named once, one run lives in one folder, and mistakes get one l
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 from jsonargparse import ActionConfigFile, ArgumentParser
+from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -36,6 +38,7 @@ from rlhf_lightning.runs.lock import locked
 from rlhf_lightning.runs.signals import EXIT_CODES, SignalWatch, Stopped
 from rlhf_lightning.warning_filters import filter_warnings
 
+_MOST_A_CORE = 4  # processes
 LINKS = {
     "model.init_args.model_name_or_path": "data.init_args.tokenizer",
     "model.init_args.rollout_batch_size": "data.init_args.rollout_batch_size",
@@ -147,9 +150,17 @@ class RLHFCLI(LightningCLI):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(config.default_root_dir or ".") / "checkpoints")
         try:
-            return super().instantiate_trainer(**kwargs, callbacks=callbacks)
-        except (MisconfigurationException, ValueError) as e:
+            trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
+        except UserError:
+            raise
+        except (MisconfigurationException, ValueError, TypeError) as e:
             raise UserError(f"--trainer: {e}") from e
+        cores = os.cpu_count() or 1
+        if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > _MOST_A_CORE * cores:
+            raise UserError(
+                f"--trainer.devices {trainer.num_devices}: without GPUs each is a process, and there are {cores} cores"
+            )
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         """Look for the model before its tokenizer or the data are loaded."""

@@ -322,6 +322,8 @@ class TextDataModule(ResumableDataModule, ABC):
             return
         assert self._parts is not None
         table = self._parts["train"]
+        if not len(table):
+            raise UserError(f"{self.data} holds nothing to train on; see the counts above for where its rows went")
         weights = self._weights if any(weight != 1 for weight in self._weights) else None
         groups: np.ndarray | None = table.sources if weights else None
         self._train = table

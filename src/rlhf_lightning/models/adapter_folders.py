@@ -40,7 +40,7 @@ def adapter_base(name: str) -> str:
         UserError: the base is not named, missing, or an adapter itself.
     """
     recorded = read_config(name, ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not recorded:
+    if not recorded or not isinstance(recorded, str):
         raise UserError(f"'{Path(name) / ADAPTER_CONFIG}' has no base_model_name_or_path; add the adapter's base model")
     places = [os.path.expanduser(recorded), os.path.join(name, recorded)]
     base = next((place for place in places if os.path.isdir(place)), places[0])
@@ -113,6 +113,6 @@ def folder_config(name: str) -> PretrainedConfig | None:
         return None
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):  # code of its own, which is not run to look up a number
+    except Exception:  # code of its own, which is not run to look up a number
         config = PretrainedConfig.from_dict(raw)
     return config

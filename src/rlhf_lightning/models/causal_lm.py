@@ -17,7 +17,7 @@ from rlhf_lightning.compat import DROPOUTS
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapter_folders import adapter_base, is_adapter, is_reward_adapter, merge_adapter
 from rlhf_lightning.models.dtypes import keep_tables
-from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
+from rlhf_lightning.models.folders import check_model_folder, read_config, reason_of
 from rlhf_lightning.models.quantized import nf4_options, settle_nf4
 
 
@@ -55,8 +55,8 @@ def load_causal_lm(
             model, info = loaded
             if info["missing_keys"]:
                 raise ValueError(f"its weights lack {min(info['missing_keys'])}, which would be random")
-    except LOADING_ERRORS as e:
-        raise UserError(f"no language model could be loaded from '{name}': {str(e).strip().splitlines()[0]}") from e
+    except Exception as e:
+        raise UserError(f"no language model could be loaded from '{name}': {reason_of(e)}") from e
     settle_nf4(model)
     if not dropout:
         disable_dropout(model)

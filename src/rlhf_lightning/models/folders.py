@@ -7,12 +7,18 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from rlhf_lightning.errors import UserError
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
-"""What `from_pretrained` raises over files that are missing, cut short, or do not fit their config."""
+
+def reason_of(error: Exception) -> str:
+    """What a library says of files that are missing, cut short, or do not fit their config, on one line.
+
+    Args:
+        error: of any kind, for a config of other people may say anything.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    return text or type(error).__name__
 
 
 def looks_local(name_or_path: str | os.PathLike[str]) -> bool:
@@ -67,7 +73,7 @@ def read_config(name: str, file: str = "config.json") -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"'{path}' is not valid JSON ({e}); export the model again") from e
     if not isinstance(config, dict):
         raise UserError(f"'{path}' does not hold a JSON object; export the model again")

@@ -31,7 +31,7 @@ from rlhf_lightning.models.adapter_folders import (
 )
 from rlhf_lightning.models.causal_lm import disable_dropout, load_causal_lm, train_every_row
 from rlhf_lightning.models.dtypes import keep_tables
-from rlhf_lightning.models.folders import LOADING_ERRORS, check_model_folder, read_config
+from rlhf_lightning.models.folders import check_model_folder, read_config, reason_of
 from rlhf_lightning.models.fused_lora import fuse_adapters
 from rlhf_lightning.models.peft_library import (
     PeftConfig,
@@ -196,7 +196,7 @@ def _restore_records(config: Any, name: str) -> None:
         records = json.loads(path.read_text(encoding="utf-8"))
         setattr(config, RENDERING, records.pop(RENDERING, None))
         setattr(config, CALIBRATION, asdict(Calibration(**records)))
-    except (ValueError, TypeError, AttributeError) as e:
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"'{path}' does not hold a calibration ({e}); export the reward model again") from e
 
 
@@ -207,9 +207,8 @@ def _load(name: str, dropout: bool, trust_remote_code: bool, nf4: bool = False) 
             model, missing = _adapted_classifier(name, trust_remote_code)
         else:
             model, missing = _classifier(name, trust_remote_code, **options)
-    except LOADING_ERRORS as e:
-        reason = str(e).strip().splitlines()[0]
-        raise UserError(f"no model with a scalar head could be loaded from '{name}': {reason}") from e
+    except Exception as e:
+        raise UserError(f"no model with a scalar head could be loaded from '{name}': {reason_of(e)}") from e
     if has_unmerged_adapter(model):  # its base would stay frozen, its head random
         raise UserError(f"'{name}' is a PEFT adapter; download it and pass the folder")
     if not isinstance(getattr(model, "score", None), nn.Linear):
@@ -358,8 +357,8 @@ def attach_reward_adapter(
         loaded: Any = set_peft_model_state_dict(model, weights, adapter)
         if lacking := sorted(key for key in loaded.missing_keys if f".{adapter}." in key):
             raise ValueError(f"its weights lack {lacking[0]}")
-    except LOADING_ERRORS as e:
-        raise UserError(f"the reward adapter '{name}' does not fit its base: {str(e).splitlines()[0]}") from e
+    except Exception as e:
+        raise UserError(f"the reward adapter '{name}' does not fit its base: {reason_of(e)}") from e
     cast_adapter_dtype(model, adapter)
     with torch.no_grad():
         untyped.score.weight.copy_(head)

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_lightning.chat.control_tokens import RESERVED
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.folders import looks_local
+from rlhf_lightning.models.folders import looks_local, reason_of
 
 
 def load_tokenizer(
@@ -32,8 +32,8 @@ def load_tokenizer(
         raise UserError(f"tokenizer folder '{name}' does not exist; pass a Hugging Face folder or hub id")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0]
+    except Exception as e:  # the tokenizers library raises nothing narrower
+        reason = reason_of(e)
         if looks_local(name) and not (Path(name) / "tokenizer.json").is_file():
             reason = "it has no tokenizer.json; save the tokenizer beside the model"
         raise UserError(f"no tokenizer could be loaded from '{name}': {reason}") from e

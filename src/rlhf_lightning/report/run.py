@@ -13,6 +13,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.results import RESULTS, Evaluation
 from rlhf_lightning.report.logs import Curve, Logs, find_logs, read_logs
 from rlhf_lightning.report.samples import Sample, read_samples
+from rlhf_lightning.yaml_text import load_yaml
 
 STAGES = {
     "SFTModule": "SFT",
@@ -178,8 +179,8 @@ def _settings(folder: Path, card: str, logs: Path, problems: list[str]) -> dict[
         (logs / "hparams.yaml", _text(logs / "hparams.yaml")),
     ):
         try:
-            settings = yaml.safe_load(text)
-        except yaml.YAMLError:
+            settings = load_yaml(text, str(source))
+        except (yaml.YAMLError, UserError):
             problems.append(f"'{source}' is no YAML that can be read")
             continue
         if isinstance(settings, dict) and settings:

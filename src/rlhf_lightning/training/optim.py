@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -36,6 +37,22 @@ def parameter_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     vectors = [p for p, d in zip(parameters, dims, strict=True) if d < 2]
     groups = [{"params": matrices, **options}, {"params": vectors, "weight_decay": 0.0, **options}]
     return [group for group in groups if group["params"]]
+
+
+def make_optimizer(make: Callable[[Any], Optimizer], groups: list[dict[str, Any]]) -> Optimizer:
+    """An optimizer, or one line on what it refuses, such as a learning rate below 0.
+
+    Args:
+        make: takes the groups.
+        groups: of parameters.
+
+    Raises:
+        UserError: it refuses what it was given.
+    """
+    try:
+        return make(groups)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.optimizer: {' '.join(str(error).split())}") from error
 
 
 def clip_value(module: pl.LightningModule | None) -> float | None:

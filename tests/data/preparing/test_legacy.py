@@ -1,6 +1,7 @@
 """Folders in the layout of the system this one descends from: pickled lists of dicts."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -99,6 +100,13 @@ def test_a_response_of_which_nothing_is_left_is_dropped(folder):
     assert data.counts["train"] == 7
 
 
+def test_a_folder_that_leaves_nothing_to_train_on_is_refused(folder):
+    rows = torch.load(folder / "finetune_train.pt")
+    torch.save([row | {"prompt_len": len(row["input_ids"])} for row in rows], folder / "finetune_train.pt")
+    with pytest.raises(UserError, match="holds nothing to train on; see the counts above"):
+        ready(InstructionDataModule, folder)
+
+
 def test_another_tokenizer_or_template_is_refused_and_both_are_named(folder):
     both = "prepared with facebook/opt-350m and no chat template, now it is other/model with"
     chatty = tiny_tokenizer(bos=True, chat_template=True)
@@ -140,15 +148,25 @@ def test_files_that_are_not_as_they_should_be_are_named(folder, capsys):
         "holds no list of rows but dict": {"rows": saved},
         r"row 1 is not as it should be \(KeyError: 'prompt_len'\); expected prompt_len and input_ids": [saved[0], {}],
         r"row 0 is not as it should be .*TypeError": ["text"],
+        "row 0 is not as it should be .*'float' object": [saved[0] | {"prompt_len": float("inf")}],
+        "row 0 is not as it should be .*prompt_len -2 is below 0": [saved[0] | {"prompt_len": -2}],
+        "row 0 is not as it should be .*float32, not whole numbers": [saved[0] | {"input_ids": torch.ones(5)}],
+        "row 0 holds an id below 0": [saved[0] | {"input_ids": [1, 2, -3, 4]}],
         "cannot be read as plain tensors": [Trap()],
     }
     for message, rows in spoilt.items():
         torch.save(rows, folder / "finetune_train.pt")
         with pytest.raises(UserError, match=rf"finetune_train.pt {message}"):
             ready(InstructionDataModule, folder)
-    (folder / "finetune_train.pt").write_bytes(b"")
-    with pytest.raises(UserError, match=r"finetune_train.pt cannot be read"):
-        ready(InstructionDataModule, folder)
+    for content in (b"", os.urandom(300)):
+        (folder / "finetune_train.pt").write_bytes(content)
+        with pytest.raises(UserError, match=r"finetune_train.pt cannot be read"):
+            ready(InstructionDataModule, folder)
+    torch.save(saved[:-1], folder / "finetune_train.pt")  # as no entry of the cache has it
+    for content in ("[3]", "{", "[" * 9999):
+        (folder / "args.json").write_text(content)
+        with pytest.raises(UserError, match=r"args.json is no JSON object; take it away to go without it"):
+            ready(InstructionDataModule, folder)
     assert capsys.readouterr().out == ""
 
 

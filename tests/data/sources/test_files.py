@@ -1,9 +1,13 @@
 import csv
 import gzip
+import io
 import json
 import os
+from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -300,6 +304,8 @@ def number_and_columns(path):
             b'{"train": [{"prompt": "a"}], "test": [{"prompt": "a"}]}',
             r"x.json is one object with several lists",
         ),
+        ("x.json", b"[" * 100_000, r"x.json: broken JSON \(beyond what can be parsed\); fix the file"),
+        ("x.json", b'[{"prompt": ' + b"9" * 9000 + b"}]", r"x.json: broken JSON \(beyond what can be parsed\)"),
         ("x.parquet", b"plain", r"x.parquet is not a Parquet file"),
         ("x.txt", b"hello", r"x.txt is of an unknown kind; expected .json"),
     ],
@@ -308,6 +314,79 @@ def test_files_that_cannot_be_read_at_all_are_named(tmp_path, name, content, mes
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         number_and_columns(tmp_path / name)
+
+
+def parquet_with(change):
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS * 40), buffer)
+    return change(buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: content[:-20], "is not a Parquet file: .*; fetch it again$"),
+        (
+            lambda content: content[:-8] + bytes([16, 0, 0, 0]) + content[-4:],
+            "is not a Parquet file: Couldn't deserialize thrift",
+        ),
+        (lambda content: content[:20] + b"\xff" * 40 + content[60:], "is not a whole Parquet file: "),
+    ],
+)
+def test_a_damaged_parquet_file_is_one_line(tmp_path, change, said):
+    (tmp_path / "x.parquet").write_bytes(parquet_with(change))
+    with pytest.raises(UserError, match=said):
+        [*open_rows(tmp_path / "x.parquet")]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def damage_text(path):
+    content = bytearray(path.read_bytes())
+    place = content.index(b"\xc3\xa9")
+    content[place] = 0xFF
+    path.write_bytes(content)
+
+
+def name_another_file(path):
+    (path.parents[1] / "other.arrow").write_bytes(path.read_bytes())
+    state = path.parent / "state.json"
+    said = json.loads(state.read_text())
+    said["_data_files"][0]["filename"] = "../other.arrow"
+    state.write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut, "saved is not a whole data set as `save_to_disk` writes it .*; save it again"),
+        (Path.unlink, "saved is not a whole data set as `save_to_disk` writes it"),
+        (lambda path: (path.parent / "state.json").write_text("[" * 9999), "saved is not a whole data set"),
+        (lambda path: (path.parent / "dataset_info.json").write_text("3"), "saved is not a whole data set"),
+        (damage_text, "saved.* is damaged: .*UTF8"),
+        (name_another_file, "saved names a file outside of itself .*other.arrow.*; it is not read"),
+    ],
+)
+def test_a_damaged_saved_data_set_is_one_line(tmp_path, damage, said):
+    path = write_saved(tmp_path)
+    damage(path / "data-00000-of-00002.arrow")
+    with pytest.raises(UserError, match=said):
+        [*open_rows(path)]
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "{", "[" * 9999, "3"])
+def test_a_damaged_memory_of_hashes_is_forgotten(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(files, "_BYTES_REMEMBERED", 0)
+    path = write_jsonl(tmp_path)
+    os.utime(path, (0, 0))
+    expected = open_rows(path).fingerprint()
+    memory = tmp_path / "cache" / "fingerprints.json"
+    known = json.loads(memory.read_text())
+    for text in (content, *(json.dumps(dict.fromkeys(known, entry)) for entry in (3, (1, None)))):
+        memory.write_text(text)
+        assert open_rows(path).fingerprint() == expected
 
 
 # What is named

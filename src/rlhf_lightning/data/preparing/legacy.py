@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,13 +124,17 @@ class LegacyPreparation:
             raise UserError(f"{path} holds no list of rows but {type(rows).__name__}")
         for number, row in enumerate(rows):
             try:
-                length = int(row["prompt_len"])
-                sequences = [np.asarray(row[key], dtype=np.int64).reshape(-1) for key in _KEYS[self._kind]]
-            except (KeyError, TypeError, ValueError) as error:
+                length = operator.index(row["prompt_len"])
+                sequences = [_ids(row[key]) for key in _KEYS[self._kind]]
+                if length < 0:
+                    raise ValueError(f"prompt_len {length} is below 0")
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise UserError(
                     f"{path} row {number} is not as it should be ({type(error).__name__}: {error}); "
                     f"expected prompt_len and {', '.join(_KEYS[self._kind])}"
                 ) from error
+            if any(int(ids.min(initial=0)) < 0 for ids in sequences):
+                raise UserError(f"{path} row {number} holds an id below 0; prepare the data again")
             largest = max(int(ids.max(initial=0)) for ids in sequences)
             if largest >= size:
                 raise UserError(f"{path} row {number} holds id {largest}, {self._differs()}")
@@ -145,7 +149,7 @@ class LegacyPreparation:
         try:
             theirs = np.asarray(example["input_ids"]).reshape(-1).tolist()
             ours = self.chat.encode_prompt(str(example["prompt"]))[1].tolist()
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, IndexError, ValueError) as error:
             raise UserError(f"{path} has no prompt and input_ids; take it away to go without this check") from error
         bos = self.chat.tokenizer.bos_token_id  # which they write before every text, and some tokenizers do not
         if theirs[theirs[:1] == [bos] :] != ours[ours[:1] == [bos] :]:
@@ -163,12 +167,28 @@ class LegacyPreparation:
 
     def _args(self) -> dict[str, Any]:
         path = self.folder / "args.json"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        try:
+            said = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            said = None
+        if not isinstance(said, dict):
+            raise UserError(f"{path} is no JSON object; take it away to go without it")
+        return said
+
+
+def _ids(value: Any) -> np.ndarray:
+    """Whole numbers, in a list, array or tensor."""
+    found = np.asarray(value)
+    if found.size and found.dtype.kind not in "iu":
+        raise ValueError(f"ids are {found.dtype}, not whole numbers")
+    return found.reshape(-1).astype(np.int64)
 
 
 def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # whatever damage, or an object that is not read, makes of it
         reason = [*str(error).strip().splitlines(), type(error).__name__][0]
         raise UserError(f"{path} cannot be read as plain tensors, lists and numbers ({reason})") from error

@@ -6,6 +6,7 @@ import hashlib
 import mmap
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -57,10 +58,8 @@ class ParquetRows(_MappedRows, FileRows):
     def __init__(self, path: Path, packed: bool, fingerprint: Callable[[], str], scratch: Path) -> None:
         super().__init__(path, packed, fingerprint)
         self._scratch = scratch
-        try:
+        with _damage_said(str(path), "not a Parquet file"):
             self._file = pyarrow.parquet.ParquetFile(open_seekable(path, packed, scratch))
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{path} is not a Parquet file: {error}") from error
         names = self._file.schema_arrow.names
         if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
             raise UserError(f"{path} has several columns {', '.join(twice)}; rename or drop all but one")
@@ -80,16 +79,29 @@ class ParquetRows(_MappedRows, FileRows):
     def stream(self) -> Iterator[tuple[str, RawRow | BadRowError]]:
         """Place and row, a batch in memory at a time."""
         index = 0
-        for batch in self._file.iter_batches(batch_size=_ROWS_A_BATCH):
+        for batch in self._read():
             for row in batch.to_pylist():
                 yield self.place(index), {name: _without_nulls(value) for name, value in row.items()}
                 index += 1
+
+    def _read(self) -> Iterator[pyarrow.RecordBatch]:
+        """The rows as the file holds them; all that its end says there are."""
+        batches, rows = self._file.iter_batches(batch_size=_ROWS_A_BATCH), 0
+        while True:
+            with _damage_said(str(self.path), "not a whole Parquet file"):
+                batch = next(batches, None)
+            if batch is None:
+                break
+            rows += batch.num_rows
+            yield batch
+        if rows != len(self):
+            raise UserError(f"{self.path} is damaged: it holds {rows} rows, not {len(self)}; fetch it again")
 
     @cached_property
     def _batches(self) -> list[pyarrow.RecordBatch]:
         with scratch_file(self._scratch) as unpacked:
             with pyarrow.ipc.new_file(unpacked, self._file.schema_arrow) as writer:
-                for batch in self._file.iter_batches(batch_size=_ROWS_A_BATCH):
+                for batch in self._read():
                     writer.write_batch(batch)
             unpacked.flush()
             mapped = mmap.mmap(unpacked.fileno(), 0, access=mmap.ACCESS_READ)
@@ -134,8 +146,12 @@ class DatasetRows(_MappedRows):
 
     @cached_property
     def _batches(self) -> list[pyarrow.RecordBatch]:
-        plain = self._dataset if self._dataset._indices is None else self._dataset.flatten_indices()
-        return [batch for batch in plain.data.table.to_batches() if batch.num_rows]
+        with _damage_said(self._name, "damaged"):
+            plain = self._dataset if self._dataset._indices is None else self._dataset.flatten_indices()
+            batches = [batch for batch in plain.data.table.to_batches() if batch.num_rows]
+            for batch in batches:  # else what is read for a row may lie outside of the file
+                batch.validate(full=True)
+        return batches
 
 
 class StreamedDataset(RawRows):
@@ -165,6 +181,18 @@ class StreamedDataset(RawRows):
 
     def _no_random_access(self) -> UserError:
         return UserError(f"{self._name} is streamed, so its rows can only be read in order; pass `streaming: false`")
+
+
+@contextmanager
+def _damage_said(name: str, what: str) -> Iterator[None]:
+    """One line for what Arrow says of a file that is cut off, or whose bytes are others than were written."""
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, IndexError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk, and not what lies on it
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name} is {what}: {reason[:300]}; fetch it again") from error
 
 
 def _without_nulls(value: Any) -> Any:

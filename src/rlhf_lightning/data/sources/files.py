@@ -227,9 +227,18 @@ def _open_file(path: Path) -> RawRows:
 def _open_saved(path: Path, split: str | None) -> dict[str, RawRows]:
     import datasets
 
-    return open_object(
-        datasets.load_from_disk(str(path)), partial(choose_splits, split=split), file_fingerprint, str(path)
-    )
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever a damaged file makes of it
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{path} is not a whole data set as `save_to_disk` writes it ({reason[:300]}); save it again"
+        ) from error
+    for part in found.values() if isinstance(found, dict) else [found]:
+        for file in part.cache_files:
+            if Path(os.path.abspath(path)) not in Path(os.path.abspath(file["filename"])).parents:
+                raise UserError(f"{path} names a file outside of itself ({file['filename']}); it is not read")
+    return open_object(found, partial(choose_splits, split=split), file_fingerprint, str(path))
 
 
 def _open_hub(name: str, split: str | None, streaming: bool, subset: str | None) -> dict[str, RawRows]:
@@ -279,9 +288,11 @@ def file_fingerprint(path: Path) -> str:
 
 def _read_memory() -> dict[str, list[Any]]:
     try:
-        return dict(json.loads((cache_root() / "fingerprints.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        said = json.loads((cache_root() / "fingerprints.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    known = said.items() if isinstance(said, dict) else ()
+    return {path: entry for path, entry in known if isinstance(entry, list) and len(entry) == 4}
 
 
 def _remember(key: str, entry: list[Any]) -> None:

@@ -110,6 +110,8 @@ def read_json(path: Path, packed: bool) -> list[Any]:
             raise UserError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from error
         except GZIP_ERRORS as error:
             raise gzip_error(path, error) from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
+            raise UserError(f"{path}: broken JSON (beyond what can be parsed); fix the file") from error
     return value if isinstance(value, list) else _rows_of_object(value, path)
 
 

@@ -1,0 +1,94 @@
+"""YAML of whatever origin, read within bounds of size, depth and aliases. Nothing here is slow to import."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+
+from rlhf_lightning.errors import UserError
+
+_LONGEST = 1_000_000  # characters; a recipe has some thousands
+_DEEPEST = 50  # values inside each other
+_MOST = 100_000  # values, each as often as aliases repeat it
+_SUSPECT = re.compile(r"[\[{&*]|.{1000}", re.DOTALL)
+
+
+class _Loader(yaml.SafeLoader):
+    """Stops where values lie too deep in each other, long before Python does."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise UserError(f"values lie more than {_DEEPEST} deep in each other")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def load_yaml(text: str, name: str) -> Any:
+    """What YAML says: plain values, never objects.
+
+    Args:
+        text: YAML or JSON.
+        name: what error messages call it.
+
+    Raises:
+        UserError: it is too large or too deep, or its aliases lead in a circle or to more values than anybody writes.
+        yaml.YAMLError: it is no YAML.
+    """
+    if len(text) > _LONGEST:
+        raise UserError(f"{name} has {len(text):,} characters; no more than {_LONGEST:,} are read")
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _measure(node, {})
+        return loader.construct_document(node)
+    except UserError as error:
+        raise UserError(f"{name}: {error}; write it in a simpler way") from error
+    except (ValueError, OverflowError) as error:  # such as a date in month 13
+        raise yaml.YAMLError(str(error)) from error
+
+
+def check_values(words: Iterable[str]) -> None:
+    """Refuse a value on the command line that is YAML beyond these bounds; what is no YAML passes.
+
+    Args:
+        words: of the command line.
+
+    Raises:
+        UserError: names the option.
+    """
+    for word in words:
+        option, equals, value = word.partition("=")
+        if not _SUSPECT.search(value if equals else word):
+            continue
+        try:
+            load_yaml(value if equals else word, option[:100])
+        except yaml.YAMLError:
+            continue
+
+
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """How many values a node stands for with its aliases written out, and how deep they lie in each other."""
+    if id(node) in known:
+        if (found := known[id(node)]) is None:
+            raise UserError("an alias stands for something that it is part of")
+        return found
+    known[id(node)] = None
+    children = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
+    children = [*node.value] if isinstance(node, yaml.SequenceNode) else children
+    sizes = [_measure(child, known) for child in children]
+    size, depth = 1 + sum(size for size, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
+    if size > _MOST:
+        raise UserError(f"aliases make it more than {_MOST:,} values")
+    if depth > _DEEPEST:
+        raise UserError(f"values lie more than {_DEEPEST} deep in each other")
+    known[id(node)] = size, depth
+    return size, depth
