@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +91,7 @@ def test_the_folder_is_complete_and_plain_transformers_generates_from_it(model, 
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
+        "lineage.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -215,6 +217,13 @@ def test_a_checkpoint_of_an_earlier_run_gets_no_folder(model, tmp_path):
     fit(model, tmp_path, HFExport(with_checkpoints=True), steps=3)
     assert (tmp_path / "checkpoints" / "last-hf").is_dir()
     assert not (tmp_path / "checkpoints" / "earlier-hf").exists()
+
+
+def test_a_copy_beside_the_checkpoints_is_kept_and_a_folder_goes_with_its_checkpoint(model, tmp_path):
+    fit(model, tmp_path, HFExport(with_checkpoints=True), steps=2)
+    shutil.copytree(tmp_path / "checkpoints" / "last-hf", tmp_path / "checkpoints" / "mine-hf")
+    fit(model, tmp_path, HFExport(with_checkpoints=True), steps=4, ckpt_path="last")
+    assert {path.name for path in (tmp_path / "checkpoints").glob("*-hf")} == {"step=step=4-hf", "last-hf", "mine-hf"}
 
 
 def test_somebody_elses_folder_is_refused_before_training_and_left_alone(model, tmp_path):

@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 
 from rlhf_lightning import __version__
 from rlhf_lightning.arguments import check_arguments, constructor_arguments
+from rlhf_lightning.callbacks.export_folder import check_place, finish_replacing, replace_folder
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import HEAD
@@ -31,6 +32,8 @@ from rlhf_lightning.models.merging import merged_state
 from rlhf_lightning.models.portable import rewrite_config, save_tokenizer
 from rlhf_lightning.models.rendering import RENDERING, rendering_of
 from rlhf_lightning.models.scalar_lm import CALIBRATION
+from rlhf_lightning.runs.lineage import is_ours, new_record, write_record
+from rlhf_lightning.runs.secrets import without_secrets
 from rlhf_lightning.training import consolidated_state_dict
 
 _CARD = "README.md"
@@ -42,7 +45,8 @@ class HFExport(Callback):
 
     The folder holds weights, config, tokenizer with its chat template, generation config, and a model card that says
     from what and with which settings it was made. It is written beside its place and then renamed, so a half-written
-    one is never found; and a folder that this callback did not write is never replaced.
+    one is never found; and a folder of somebody else is never replaced: an export is known by its `lineage.json`. Where
+    a link leads to its place, the link stays.
 
     After LoRA it is a plain model, too, the adapters added to the weights; or, with the module's `finetune.export:
     adapter`, a PEFT folder that loads on the model that training started from.
@@ -66,7 +70,7 @@ class HFExport(Callback):
 
     def target(self, trainer: pl.Trainer) -> Path:
         """The folder that `fit` ends with."""
-        return Path(self.dirpath) if self.dirpath else Path(trainer.default_root_dir) / "export"
+        return Path(self.dirpath).expanduser() if self.dirpath else Path(trainer.default_root_dir) / "export"
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse now, not after hours of training, to replace a folder of somebody else or to stack adapters."""
@@ -76,8 +80,10 @@ class HFExport(Callback):
                 "finetune.export to merged"
             )
         target = self.target(trainer)
-        if target.exists() and any(target.iterdir()) and not _is_ours(target):
-            raise UserError(f"HFExport: '{target}' exists and is not an export of this package; choose another dirpath")
+        if trainer.is_global_zero:
+            finish_replacing(target)
+        trainer.strategy.barrier()
+        check_place(target)
         self._stamps = trainer.strategy.broadcast(_checkpoint_stamps(trainer))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -103,12 +109,11 @@ class HFExport(Callback):
         stamps = trainer.strategy.broadcast(_checkpoint_stamps(trainer))
         for checkpoint, stamp in stamps.items():
             if self._stamps.get(checkpoint) != stamp:
-                self.export(trainer, pl_module, Path(checkpoint[: -len(".ckpt")] + "-hf"))
+                self.export(trainer, pl_module, _beside(checkpoint))
         if trainer.is_global_zero:
-            for folder in (
-                folder for parent in {Path(name).parent for name in stamps} for folder in parent.glob("*-hf")
-            ):
-                if str(folder)[: -len("-hf")] + ".ckpt" not in stamps and _is_ours(folder):
+            # Only what this run has seen beside a checkpoint: another folder of that name may be somebody's copy.
+            for gone in self._stamps.keys() - stamps.keys():
+                if is_ours(folder := _beside(gone)):
                     shutil.rmtree(folder)
         self._stamps = stamps
 
@@ -119,27 +124,17 @@ class HFExport(Callback):
             trainer: the running trainer.
             pl_module: a module with `export_model` and `tokenizer`.
             folder: replaced if it is an export.
+
+        Raises:
+            UserError: something else lies there.
         """
         model = pl_module.export_model
         weights = consolidated_state_dict(pl_module, model)
         if weights is None:
             return
-        new = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(new, ignore_errors=True)
-        try:
-            self._write(trainer, pl_module, weights, new)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(folder, lambda new: self._write(trainer, pl_module, weights, new))
 
     def _write(self, trainer: pl.Trainer, pl_module: Any, weights: dict[str, Tensor], folder: Path) -> None:
-        folder.mkdir(parents=True)
         model = pl_module.export_model
         _record_rendering(trainer, pl_module)
         if _exports_adapter(pl_module):
@@ -150,7 +145,8 @@ class HFExport(Callback):
             if model.can_generate():
                 _generation_config(model, pl_module.tokenizer).save_pretrained(folder)
         save_tokenizer(pl_module.tokenizer, folder)
-        (folder / _CARD).write_text(model_card(trainer, pl_module), encoding="utf-8")
+        (folder / _CARD).write_text(without_secrets(model_card(trainer, pl_module)), encoding="utf-8")
+        write_record(folder, new_record(type(pl_module).__name__, {}))
 
 
 def _record_rendering(trainer: pl.Trainer, pl_module: Any) -> None:
@@ -187,6 +183,11 @@ def _write_adapter(model: Any, weights: dict[str, Tensor], base: str, folder: Pa
         (folder / CALIBRATION_FILE).write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
 
 
+def _beside(checkpoint: str) -> Path:
+    """The folder that goes with a checkpoint."""
+    return Path(checkpoint.removesuffix(".ckpt") + "-hf")
+
+
 def _checkpoint_stamps(trainer: pl.Trainer) -> dict[str, int]:
     """When each checkpoint that is there, a file or DeepSpeed's folder, was written."""
     callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
@@ -211,11 +212,6 @@ def _generation_config(model: Any, tokenizer: Any) -> GenerationConfig:
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     return config
-
-
-def _is_ours(folder: Path) -> bool:
-    card = folder / _CARD
-    return card.is_file() and _MARK in card.read_text(encoding="utf-8")
 
 
 def model_card(trainer: pl.Trainer, pl_module: Any) -> str:

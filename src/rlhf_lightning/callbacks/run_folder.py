@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, SaveConfigCallback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.runs.checkpoint_files import remove, remove_unfinished
 from rlhf_lightning.runs.ending import MARK
+from rlhf_lightning.runs.lineage import is_ours
+from rlhf_lightning.runs.secrets import without_secrets
 from rlhf_lightning.runs.signals import Stopped
 
 _TRACES = ("events.out.tfevents.*", "config.yaml", "hparams.yaml")
@@ -25,7 +30,7 @@ _LEFTOVERS = (
     "report.html",
     "evaluation.json",
     "evaluation.jsonl",
-    "report",
+    "report/*.png",
     "events.out.tfevents.*",
 )
 
@@ -47,7 +52,7 @@ class RunFolder(SaveConfigCallback):
         root = Path(config.trainer.default_root_dir or ".")
         starts_anew = config.get("overwrite", False) and config.get("ckpt_path") is None
         self._present = set(root.iterdir()) if root.is_dir() else None
-        self._leftovers = [path for p in _LEFTOVERS for path in root.glob(p)] if starts_anew else []
+        self._leftovers = _leftovers(root) if starts_anew else []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Save the config when training starts, and never when a finished run is evaluated."""
@@ -57,7 +62,11 @@ class RunFolder(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         config = self.config.clone()
         config["ckpt_path"], config["overwrite"] = None, False
-        self.parser.save(config, str(folder / self.config_filename), skip_none=False, overwrite=True, multifile=False)
+        place = folder / self.config_filename
+        self.parser.save(config, str(place), skip_none=False, overwrite=True, multifile=False)
+        text = place.read_text(encoding="utf-8")
+        if (clean := without_secrets(text)) != text:
+            place.write_text(clean, encoding="utf-8")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove what the earlier run left, now that data and models of the new one have loaded."""
@@ -71,6 +80,8 @@ class RunFolder(SaveConfigCallback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no trace of a run that bad input, or a signal, stopped before it began."""
+        if isinstance(exception, SystemExit):
+            _refuse_success(exception, trainer.global_step)
         if not trainer.is_global_zero or trainer.state.fn is None:
             return
         if isinstance(exception, ValueError | MisconfigurationException | Stopped) and trainer.global_step == 0:
@@ -82,6 +93,39 @@ class RunFolder(SaveConfigCallback):
             path.unlink()
         if self._present is None and root.is_dir() and not any(root.iterdir()):
             root.rmdir()
+
+
+def _refuse_success(exception: SystemExit, steps: int) -> None:
+    """Let a run that something ended by `sys.exit()` not end as if it had done what it was started for."""
+    if not exception.code:
+        print(
+            f"error: something that the run called ended it by sys.exit after {steps} optimizer steps", file=sys.stderr
+        )
+        exception.code = 1
+
+
+def _leftovers(root: Path) -> list[Path]:
+    """What an earlier run left in its folder.
+
+    Raises:
+        UserError: files of those names lie in a folder that was never that of a run.
+    """
+    found = [path for pattern in _LEFTOVERS for path in root.glob(pattern)]
+    if found and not _is_of_a_run(root):
+        raise UserError(
+            f"'{root}' holds {found[0].relative_to(root)}, but no run of this package that --overwrite could replace; "
+            "choose another --trainer.default_root_dir"
+        )
+    return [path for path in found if not path.is_dir() or ".ckpt" in path.name or is_ours(path)]
+
+
+def _is_of_a_run(root: Path) -> bool:
+    """Whether a fit by the command line wrote there: by its record, or by the options in its config."""
+    try:
+        text = (root / "config.yaml").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        text = ""
+    return is_ours(root) or re.search(r"^overwrite: ", text, re.MULTILINE) is not None
 
 
 def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:

@@ -13,6 +13,7 @@ from rlhf_lightning.cli.short_help import short_help
 from rlhf_lightning.cli.spelling import check_keys, check_words, command_hint
 from rlhf_lightning.cli.unexpected import said_of, take_debug, wants_traceback
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.runs.secrets import without_secrets
 
 STAGE_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = {
@@ -100,7 +101,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if wants_traceback():
             traceback.print_exception(e)
         line, code = said_of(e)
-        print(f"error: {' '.join(line.split())}", file=sys.stderr)
+        print(f"error: {without_secrets(' '.join(line.split()))}", file=sys.stderr)
         sys.exit(code)
 
 

@@ -85,6 +85,11 @@ class Endpoint:
         check_arguments(Endpoint, vars(self), ranges, "endpoint.")
         if not re.fullmatch(r"https?://[^\s/]\S*", self.url):
             raise UserError(f"endpoint.url '{self.url}' is none; write one such as http://localhost:8000/v1")
+        if re.search("[@?#]", self.url):  # it is written into results, and said
+            raise UserError(
+                "endpoint.url holds a name, a password or a query; give the address alone, and the key in an "
+                "environment variable that api_key_variable names"
+            )
         if self.api_key_variable is not None and not os.environ.get(self.api_key_variable):
             raise UserError(f"the environment variable {self.api_key_variable} is to hold the judge's key; set it")
 

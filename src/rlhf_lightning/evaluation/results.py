@@ -17,6 +17,7 @@ from rich.text import Text
 
 from rlhf_lightning import __version__
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.runs.secrets import without_secrets
 
 VERSION = 1
 """Of the layout of `evaluation.json`."""
@@ -95,7 +96,7 @@ class Evaluation:
         curves = [finite(curve._asdict()) for curve in self.curves]
         path = Path(folder) / RESULTS
         text = json.dumps({**said, "results": results, "curves": curves}, indent=1, ensure_ascii=False, allow_nan=False)
-        write_whole(path, text + "\n")
+        write_whole(path, without_secrets(text) + "\n")
         return path
 
     @classmethod

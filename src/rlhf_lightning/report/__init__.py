@@ -8,11 +8,20 @@ from pathlib import Path
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.report.charts import MAIN, curve_charts, evaluation_charts, score_against_kl
-from rlhf_lightning.report.page import write_page
+from rlhf_lightning.report.page import MADE_BY, write_page
 from rlhf_lightning.report.pictures import save_pictures
 from rlhf_lightning.report.run import Run
 
-__all__ = ["save_report"]
+__all__ = ["is_report", "save_report"]
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a page that was made here.
+
+    Args:
+        path: of any file.
+    """
+    return path.is_file() and MADE_BY.encode() in path.read_bytes()[-4096:]
 
 
 def save_report(runs: Sequence[Run], path: Path) -> Path:
@@ -26,10 +35,12 @@ def save_report(runs: Sequence[Run], path: Path) -> Path:
         The path.
 
     Raises:
-        UserError: the path has no ending, or nothing can be written there.
+        UserError: the path has no ending, a file lies there that is no report, or nothing can be written there.
     """
     if not path.suffix:
         raise UserError(f"the report is to be '{path}', a name that the folder of its pictures has; end it in .html")
+    if path.exists() and not is_report(path):
+        raise UserError(f"'{path}' exists and is no report of runs; name another file, or move it away")
     # What a model wrote may hold halves of surrogate pairs, which no encoding can write.
     page = write_page(runs).encode("utf-8", "replace")
     try:

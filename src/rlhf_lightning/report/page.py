@@ -22,6 +22,9 @@ from rlhf_lightning.report.samples import Sample
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
+MADE_BY = "Made by <code>rlhf report</code>"
+"""What stands at the end of each page, by which one is known again."""
+
 
 def write_page(runs: Sequence[Run]) -> str:
     """The HTML of a report.
@@ -41,7 +44,7 @@ def write_page(runs: Sequence[Run]) -> str:
         *sections,
         _evaluations(runs),
         "</main>",
-        f"<footer>Made by <code>rlhf report</code>, rlhf-lightning {__version__}. Pictures lie beside it.</footer>",
+        f"<footer>{MADE_BY}, rlhf-lightning {__version__}. Pictures lie beside it.</footer>",
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -30,7 +30,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from rlhf_lightning.errors import UserError
 
 MANIFEST = "manifest.json"
-PARTIAL, OLD = ".partial", ".old"
+PARTIAL, OLD = ".partial", ".replaced"
 """What is appended to a checkpoint's name while it is written, and to that of a folder while it is replaced."""
 
 _VERSION, _SAVED_AT = "pytorch-lightning_version", "saved_at"

@@ -132,7 +132,8 @@ def run_over_optimise(out: Path, seed: int, console: Console) -> list[Course]:
 
 
 def _check_out(out: Path) -> None:
-    if out.exists() and any(out.iterdir()) and not (out / "data" / "sft.jsonl").exists():
+    made_here = all(path.exists() for path in toy_paths(out / "data"))
+    if out.exists() and any(out.iterdir()) and not made_here:
         raise UserError(f"'{out}' is not empty and holds no quickstart; choose another --out")
 
 
