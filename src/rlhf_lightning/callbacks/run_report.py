@@ -11,6 +11,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from rlhf_lightning.arguments import check_arguments
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.report import save_report
 from rlhf_lightning.report.headline import summary_lines
 from rlhf_lightning.report.logs import find_logs
@@ -56,7 +57,8 @@ class RunReport(Callback):
             path = save_report([run], Path(self.path) if self.path else root / "report.html")
             rank_zero_info("\n".join(summary_lines(run, str(path))))
         except Exception as e:  # a training that is done must not fail by its picture
-            rank_zero_warn(f"no report was written: {type(e).__name__}: {' '.join(str(e).split())}")
+            kind = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
+            rank_zero_warn(f"no report was written: {kind}{' '.join(str(e).split())}")
 
 
 def _log_folders(trainer: pl.Trainer) -> list[Path]:
