@@ -7,7 +7,6 @@ import errno
 import os
 import pickle
 import shutil
-import signal
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from hypothesis import strategies as st
 from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from helpers.killed import killed_in
 from helpers.stages import fit, instruction_rows, save_gpt2, trainer
 from rlhf_lightning import InstructionDataModule, SFTModule, UserError
 from rlhf_lightning.runs.checkpoint_files import (
@@ -32,6 +32,7 @@ from rlhf_lightning.runs.checkpoint_files import (
     newest_whole,
     put_in_place,
     read_manifest,
+    remove_unfinished,
     write_manifest,
 )
 
@@ -187,46 +188,21 @@ def test_no_code_of_a_file_is_run(real, tmp_path, weights_only):
 # Writing.
 
 
-def killed_in(action: Any) -> None:
-    """Run something in a process that kills itself within; only files tell of it."""
-    child = os.fork()
-    if child == 0:
-        action()
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
-
-
-def kill_at(monkeypatch: Any, owner: Any, name: str, call: int = 1) -> None:
-    """Let a process die just before a function is called for the nth time."""
-    real, calls = getattr(owner, name), []
-
-    def dies(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, dies)
-
-
-OLD, NEW = {"pytorch-lightning_version": "2", "state_dict": {"w": torch.zeros(9)}}, {}
+OLD = {"pytorch-lightning_version": "2", "state_dict": {"w": torch.zeros(9)}}
 NEW = {**OLD, "state_dict": {"w": torch.ones(9)}}
 
 
-@pytest.mark.parametrize(("owner", "name", "call"), [(torch, "save", 1), (os, "fsync", 1), (os, "replace", 1)])
+@pytest.mark.parametrize("function", ["torch.save", "os.fsync", "os.replace"])
 @pytest.mark.parametrize("was_there", [True, False])
-def test_killed_while_a_file_is_written_the_old_one_is_there(tmp_path, monkeypatch, owner, name, call, was_there):
+def test_killed_while_a_file_is_written_the_old_one_is_there(tmp_path, function, was_there):
     path = tmp_path / "last.ckpt"
     if was_there:
         WholeCheckpointIO().save_checkpoint(OLD, path)
-    with monkeypatch.context() as patched:
-        kill_at(patched, owner, name, call)
-        killed_in(lambda: WholeCheckpointIO().save_checkpoint(NEW, path))
+    killed_in(lambda: WholeCheckpointIO().save_checkpoint(NEW, path), function)
     assert newest_whole([tmp_path]) == (path if was_there else None)
     assert not was_there or same(torch.load(path)["state_dict"], OLD["state_dict"])
-    WholeCheckpointIO().save_checkpoint(NEW, path)
-    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
+    remove_unfinished([tmp_path])
+    assert [*tmp_path.iterdir()] == [path] * was_there
 
 
 def test_an_exception_while_a_file_is_written_leaves_the_old_one(tmp_path):
@@ -350,20 +326,18 @@ def test_a_changed_byte_of_a_manifest_is_refused_or_changes_nothing(a_folder, tm
         assert same(read_manifest(folder), said)
 
 
-@pytest.mark.parametrize(("name", "call"), [("rename", 1), ("rename", 2), ("is_dir", 1)])
-def test_killed_while_a_folder_is_replaced_one_of_the_two_is_whole(tmp_path, monkeypatch, name, call):
+@pytest.mark.parametrize(("function", "call"), [("rename", 1), ("rename", 2), ("is_dir", 1)])
+def test_killed_while_a_folder_is_replaced_one_of_the_two_is_whole(tmp_path, function, call):
     path = written(tmp_path / "last.ckpt", "old")
     new = written(tmp_path / "last.ckpt.partial", "new")
-    with monkeypatch.context() as patched:
-        kill_at(patched, Path, name, call)
-        killed_in(lambda: put_in_place(new, path))
+    killed_in(lambda: put_in_place(new, path), f"pathlib.Path.{function}", call)
     found = newest_whole([tmp_path])
     assert found is not None
     assert (found / "checkpoint/0.pt").read_text() == "old"
-    if not new.exists():
-        written(new, "new")
-    put_in_place(new, path)
-    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
+    remove_unfinished([tmp_path])
+    assert [*tmp_path.iterdir()] == [found]
+    put_in_place(written(tmp_path / "last.ckpt.partial", "new"), path)
+    assert [*tmp_path.iterdir()] == [path]
     assert (path / "checkpoint/0.pt").read_text() == "new"
 
 

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from rlhf_lightning.callbacks.run_folder import checkpoint_folders
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runs.checkpoint_files import check_whole, checkpoints_in, newest_whole
-from rlhf_lightning.runs.ending import MARK, limits_of, steps_when_finished
+from rlhf_lightning.runs.ending import MARK, steps_when_finished
 
 LAST, AUTO = "last", "auto"
 
@@ -43,12 +43,13 @@ def check_ckpt_path(command: str, path: str) -> None:
         raise UserError(f"--ckpt_path: {e}") from e
 
 
-def where_to_begin(config: Any, trainer: pl.Trainer) -> tuple[bool, str | None]:
+def where_to_begin(config: Any, trainer: pl.Trainer, limits: dict[str, float | None]) -> tuple[bool, str | None]:
     """Whether a run is over already; and the checkpoint that it goes on from, None for the beginning.
 
     Args:
         config: of `fit`.
         trainer: built from it.
+        limits: what `limits_of` says of it.
 
     Raises:
         UserError: there is nothing to go on from, or something that a start would destroy.
@@ -60,7 +61,7 @@ def where_to_begin(config: Any, trainer: pl.Trainer) -> tuple[bool, str | None]:
         return False, given
     if given == AUTO and config.overwrite:
         raise UserError("--ckpt_path auto goes on where --overwrite true starts anew; leave one of them out")
-    if not config.trainer.fast_dev_run and (steps := steps_when_finished(root, limits_of(trainer))) is not None:
+    if not config.trainer.fast_dev_run and (steps := steps_when_finished(root, limits)) is not None:
         if trainer.is_global_zero:
             print(
                 f"'{root}' is finished after {steps} optimizer steps, nothing is left to do; to train on, raise "

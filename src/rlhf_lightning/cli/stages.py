@@ -33,7 +33,7 @@ from rlhf_lightning.compat import parser_actions
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folders import check_model_folder
 from rlhf_lightning.models.reward_functions import import_from_working_folder
-from rlhf_lightning.runs.ending import mark_finished
+from rlhf_lightning.runs.ending import limits_of, mark_finished
 from rlhf_lightning.runs.lock import locked
 from rlhf_lightning.runs.signals import EXIT_CODES, SignalWatch, Stopped
 from rlhf_lightning.warning_filters import filter_warnings
@@ -171,7 +171,8 @@ class RLHFCLI(LightningCLI):
         """Keep other runs out, choose where this one begins, and lose nothing of an earlier one."""
         if self.trainer.is_global_zero and not self.config[self.subcommand].trainer.fast_dev_run:
             self.held.enter_context(locked(Path(self.trainer.default_root_dir)))
-        self.is_over, path = where_to_begin(self.config[self.subcommand], self.trainer)
+        self.limits = limits_of(self.trainer)
+        self.is_over, path = where_to_begin(self.config[self.subcommand], self.trainer, self.limits)
         self.config_init[self.subcommand].ckpt_path = path
 
     def fit(self, **kwargs: Any) -> None:
@@ -182,7 +183,7 @@ class RLHFCLI(LightningCLI):
     def after_fit(self) -> None:
         """Say in its folder that the run is over; nothing comes after that."""
         if not self.is_over:
-            mark_finished(self.trainer)
+            mark_finished(self.trainer, self.limits)
 
     def before_validate(self) -> None:
         """Choose what is measured."""

@@ -20,10 +20,10 @@ def limits_of(trainer: pl.Trainer) -> dict[str, float | None]:
     """What ends a run at the latest.
 
     Args:
-        trainer: before or after it has trained.
+        trainer: before it has trained, which writes Lightning's defaults into it.
 
     Returns:
-        `max_epochs`, `max_steps` (of the optimizer) and `max_time` (seconds); None for no limit.
+        `max_epochs`, `max_steps` (of the optimizer) and `max_time` (seconds); None for what was not set.
     """
     times: list[float] = []
     for timer in trainer.callbacks:  # type: ignore[attr-defined]
@@ -34,17 +34,18 @@ def limits_of(trainer: pl.Trainer) -> dict[str, float | None]:
     return {**limits, "max_time": round(min(times), 3) if times else None}
 
 
-def mark_finished(trainer: pl.Trainer) -> None:
+def mark_finished(trainer: pl.Trainer, limits: dict[str, float | None]) -> None:
     """Note in the folder of a run that it has ended, within which limits.
 
     Args:
         trainer: which has trained; the first process writes.
+        limits: as they were before.
     """
     ended = trainer.state.finished and not trainer.fast_dev_run  # type: ignore[attr-defined]
     if not ended or not trainer.is_global_zero:
         return
     path = Path(trainer.default_root_dir) / MARK
-    content = {"steps": trainer.global_step, "epoch": trainer.current_epoch, "limits": limits_of(trainer)}
+    content = {"steps": trainer.global_step, "epoch": trainer.current_epoch, "limits": limits}
     beside = path.with_name(MARK + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
