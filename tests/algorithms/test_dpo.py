@@ -259,10 +259,11 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
         DPOModule("nowhere", **settings)
 
 
-def trained(llama, checkpoint=None, **settings):
+def trained(llama, checkpoint=None, allow_mismatch=False, **settings):
     rows = preference_rows(12)
     data = PreferenceDataModule(llama, rows, validation_data=rows[:3], batch_size=4, max_length=60)
     module = DPOModule(llama, optimizer=adamw(1e-2), **CONSTANT, **settings)
+    module.allow_mismatch = allow_mismatch
     run = trainer(max_epochs=2, logger=(log := MemoryLogger()))
     run.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     return module, log
@@ -285,11 +286,15 @@ def test_a_resumed_run_goes_on_with_what_the_reference_said(llama, tmp_path):
     assert len(module.reference_model.known()["keys"]) == 12
 
 
-def test_a_resumed_run_with_another_reference_asks_that_one(llama, tmp_path):
+def test_a_resumed_run_that_may_have_another_reference_asks_that_one(llama, tmp_path):
     module, _ = trained(llama, precompute_reference=True)
     module.trainer.save_checkpoint(tmp_path / "run.ckpt")
     other = save_llama(tmp_path / "other", hidden_size=16)
-    resumed, _ = trained(llama, checkpoint=tmp_path / "run.ckpt", precompute_reference=True, reference=other)
+    options = {"checkpoint": tmp_path / "run.ckpt", "precompute_reference": True, "reference": other}
+    with pytest.raises(UserError, match="the checkpoint was made with the reference"):
+        trained(llama, **options)
+    with pytest.warns(UserWarning, match="a mismatch is allowed: the checkpoint was made with the reference"):
+        resumed, _ = trained(llama, **options, allow_mismatch=True)
     fresh, _ = trained(llama, precompute_reference=True, reference=other)
     assert resumed.reference_model.known() == fresh.reference_model.known() != module.reference_model.known()
 

@@ -95,6 +95,7 @@ def test_the_folder_is_complete_and_plain_transformers_generates_from_it(model, 
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
+        "trained_on.npy",
     }
     assert sorted(path.name for path in tmp_path.glob("export*")) == ["export"]
     tokenizer, loaded = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)

@@ -19,7 +19,15 @@ from rlhf_lightning.data.preparing.prepared import PreparedFolder
 PARTS = ("train", "validation", "test")
 FILES = {
     *(f"{kind}_{part}.arrow" for kind in ("finetune", "preference", "prompts") for part in PARTS),
-    *("args.json", "example_prompt.json", "manifest.json", "report.json", "report.txt", "lengths.png"),
+    *(
+        "args.json",
+        "example_prompt.json",
+        "manifest.json",
+        "prompt_hashes.npz",
+        "report.json",
+        "report.txt",
+        "lengths.png",
+    ),
 }
 
 

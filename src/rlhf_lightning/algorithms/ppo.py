@@ -111,6 +111,11 @@ class PPOModule(OnlineStage):
         """Where policy, reference, reward and value model come from."""
         return replace(super().model_source, value=self.value_name_or_path, value_trunk=self.value_trunk)
 
+    @property
+    def parents(self) -> dict[str, str]:
+        """Those of every online algorithm, and the value model, if one is named."""
+        return super().parents | ({"value": self.value_name_or_path} if self.value_name_or_path else {})
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Those of the policy, then those of the value model with its own learning rate."""
         value_options = {} if self.value_lr is None else {"lr": self.value_lr}

@@ -200,6 +200,12 @@ class ReferenceStage(PairStage):
         self.precompute_reference = precompute_reference
         self.reference_free = reference_free
 
+    @property
+    def parents(self) -> dict[str, str]:
+        """The policy and, unless there is none, its reference."""
+        reference = {} if self.reference_free else {"reference": self.reference or self.model_name_or_path}
+        return super().parents | reference
+
     def load_models(self) -> None:
         """Load the policy, to be trained, and the reference, frozen."""
         name, trust = self.model_name_or_path, self.trust_remote_code

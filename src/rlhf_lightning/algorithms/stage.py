@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.algorithms.checkpoints import check_trained_weights, drop_frozen_weights
 from rlhf_lightning.algorithms.hyperparameters import PLAIN, as_config, from_config, optimizer_from_config
+from rlhf_lightning.algorithms.lineage import check_parents, check_resumed, is_fitting, lineage_of
 from rlhf_lightning.algorithms.trainer_checks import check_trainer, keep_checkpoints_whole, let_checkpoints_save
 from rlhf_lightning.arguments import AT_LEAST_1, check_arguments
 from rlhf_lightning.errors import UserError
@@ -91,9 +92,11 @@ class Stage(pl.LightningModule):
 
     Attributes:
         tokenizer: of the model, with the chat template of the data; there once the models are loaded.
+        allow_mismatch: warn, where models, data and checkpoint do not fit one another, instead of stopping.
     """
 
     tokenizer: PreTrainedTokenizerBase
+    allow_mismatch = False
 
     def __init__(
         self,
@@ -130,6 +133,7 @@ class Stage(pl.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.trust_remote_code = trust_remote_code
         self._is_configured = False
+        self._lineage: dict[str, Any] | None = None
         self._run_state: dict[str, Any] = {}
 
     def _remember_arguments(self) -> None:
@@ -161,6 +165,11 @@ class Stage(pl.LightningModule):
         """What the optimizer moves, by name."""
         return {"model": self.export_model}
 
+    @property
+    def parents(self) -> dict[str, str]:
+        """Folder or hub id of each model that the stage begins with, by its role."""
+        return {"model": self.model_name_or_path}
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The groups of the optimizer."""
         return parameter_groups(self.export_model)
@@ -190,6 +199,13 @@ class Stage(pl.LightningModule):
             return getattr(self.trainer, "datamodule", None)
         except RuntimeError:  # not attached
             return None
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """What the stage comes from: versions, data, and the models it began with, each with a hash; plain values."""
+        if self._lineage is None:
+            self._lineage = lineage_of(self)
+        return self._lineage
 
     @property
     def seed(self) -> int:
@@ -339,8 +355,12 @@ class Stage(pl.LightningModule):
             check_same_words(self.tokenizer, theirs)
             if theirs.chat_template is not None:
                 self.tokenizer.chat_template = theirs.chat_template
+        if fitting := is_fitting(self):
+            check_parents(self)
         self.load_models()
         self._is_configured = True
+        if fitting:
+            self._lineage = lineage_of(self)  # as the files are now, and not after days of training
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Add none, and see to those of the trainer.
@@ -390,7 +410,12 @@ class Stage(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out frozen weights, which come from their own folders; keep the run's state under one key."""
         drop_frozen_weights(self, checkpoint)
-        checkpoint[_STATE] = {**self.run_state(), "seed": self.seed, "stage": self._algorithm}
+        checkpoint[_STATE] = {
+            **self.run_state(),
+            "seed": self.seed,
+            "stage": self._algorithm,
+            "lineage": self.lineage,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the run that wrote the checkpoint was.
@@ -405,6 +430,7 @@ class Stage(pl.LightningModule):
         made_by = checkpoint[_STATE].get("stage")
         if made_by not in (None, self._algorithm):
             raise UserError(f"the checkpoint is of {made_by}: it was made with another model or stage")
+        check_resumed(self, checkpoint[_STATE].get("lineage"))
         self._run_state = checkpoint[_STATE]
         self.load_run_state(self._run_state)
 

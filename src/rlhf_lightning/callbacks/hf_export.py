@@ -9,6 +9,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 import transformers
@@ -20,6 +21,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from rlhf_lightning import __version__
+from rlhf_lightning.algorithms.lineage import trained_on
+from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.arguments import check_arguments, constructor_arguments
 from rlhf_lightning.callbacks.export_folder import check_place, finish_replacing, replace_folder
 from rlhf_lightning.chat.encoder import ChatEncoder
@@ -32,7 +35,7 @@ from rlhf_lightning.models.merging import merged_state
 from rlhf_lightning.models.portable import rewrite_config, save_tokenizer
 from rlhf_lightning.models.rendering import RENDERING, rendering_of
 from rlhf_lightning.models.scalar_lm import CALIBRATION
-from rlhf_lightning.runs.lineage import is_ours, new_record, write_record
+from rlhf_lightning.runs.lineage import TRAINED_ON, is_ours, new_record, write_record
 from rlhf_lightning.runs.secrets import without_secrets
 from rlhf_lightning.training import consolidated_state_dict
 
@@ -146,7 +149,17 @@ class HFExport(Callback):
                 _generation_config(model, pl_module.tokenizer).save_pretrained(folder)
         save_tokenizer(pl_module.tokenizer, folder)
         (folder / _CARD).write_text(without_secrets(model_card(trainer, pl_module)), encoding="utf-8")
+        _write_lineage(pl_module, folder)
+
+
+def _write_lineage(pl_module: Any, folder: Path) -> None:
+    """Let the folder say what it came from, and by which prompts; of a foreign module only that it is an export."""
+    if not isinstance(pl_module, Stage):
         write_record(folder, new_record(type(pl_module).__name__, {}))
+        return
+    write_record(folder, pl_module.lineage)
+    if len(prompts := trained_on(pl_module)):
+        np.save(folder / TRAINED_ON, prompts)
 
 
 def _record_rendering(trainer: pl.Trainer, pl_module: Any) -> None:

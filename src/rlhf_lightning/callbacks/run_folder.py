@@ -12,14 +12,15 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, SaveConfigCallback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runs.checkpoint_files import remove, remove_unfinished
 from rlhf_lightning.runs.ending import MARK
-from rlhf_lightning.runs.lineage import is_ours
+from rlhf_lightning.runs.lineage import FILE, is_ours, write_record
 from rlhf_lightning.runs.secrets import without_secrets
 from rlhf_lightning.runs.signals import Stopped
 
-_TRACES = ("events.out.tfevents.*", "config.yaml", "hparams.yaml")
+_TRACES = ("events.out.tfevents.*", "config.yaml", "hparams.yaml", FILE)
 _LEFTOVERS = (
     "checkpoints/*.ckpt",
     "checkpoints/*.ckpt.*",
@@ -77,6 +78,11 @@ class RunFolder(SaveConfigCallback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             remove(Path(trainer.default_root_dir) / MARK)  # until this run ends
             remove_unfinished(checkpoint_folders(trainer))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say what the run comes from, now that nothing is left to be refused."""
+        if trainer.is_global_zero and isinstance(pl_module, Stage):
+            write_record(Path(trainer.default_root_dir), pl_module.lineage)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no trace of a run that bad input, or a signal, stopped before it began."""

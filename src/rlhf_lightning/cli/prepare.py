@@ -20,7 +20,7 @@ from rlhf_lightning.cli.recipes import config_paths, read_config
 from rlhf_lightning.cli.stages import OneLineParser, user_error
 from rlhf_lightning.data.limits import RANGES, TokenLimits, check_context, check_ids
 from rlhf_lightning.data.preparing.filters import Filters, Splits
-from rlhf_lightning.data.preparing.manifest import MANIFEST, PARTS, file_name, is_prepared
+from rlhf_lightning.data.preparing.manifest import MANIFEST, PARTS, PROMPT_HASHES, file_name, is_prepared
 from rlhf_lightning.data.preparing.preparation import Preparation
 from rlhf_lightning.data.preparing.prepared import PreparedFolder
 from rlhf_lightning.data.preparing.report import REPORT_FILES, print_report, report_on, save_report
@@ -136,7 +136,7 @@ def prepare(
     return PreparedFolder.open(folder)
 
 
-_OURS = {MANIFEST, "args.json", "example_prompt.json", *REPORT_FILES} | {
+_OURS = {MANIFEST, PROMPT_HASHES, "args.json", "example_prompt.json", *REPORT_FILES} | {
     file_name(kind, part) for kind in KINDS for part in PARTS
 }
 

@@ -15,6 +15,7 @@ RUN = {
     "config": "a recipe or YAML file; several are stacked, later ones win",
     "ckpt_path": "checkpoint to go on from, `last`, or `auto`: the last if there is one",
     "overwrite": "start anew in a folder that holds an earlier run",
+    "allow_mismatch": "warn where models, data and checkpoint do not fit, instead of stopping",
     "report": "false for no report.html in the folder at the end of fit",
     "seed_everything": "of all random numbers",
     "print_config": "print the whole recipe, to start one of your own from",

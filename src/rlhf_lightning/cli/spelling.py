@@ -43,6 +43,7 @@ _OF_EVERY_RUN = {
     "data",
     "seed_everything",
     "overwrite",
+    "allow_mismatch",
     "report",
     "print_config",
     "help",

@@ -21,6 +21,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.callbacks import RunReport, ShortSummary, StageProgressBar, Stopping
 from rlhf_lightning.callbacks.run_folder import RunFolder
 from rlhf_lightning.callbacks.stopping import is_launched
@@ -109,6 +110,12 @@ class RLHFCLI(LightningCLI):
         parser.add_argument(
             "--report", type=bool, default=True, help="Write report.html into the folder at the end of fit."
         )
+        parser.add_argument(
+            "--allow_mismatch",
+            type=bool,
+            default=False,
+            help="Warn, where models, data and checkpoint do not fit one another, instead of stopping.",
+        )
         for source, target in LINKS.items():
             parser.link_arguments(source, target)
 
@@ -164,6 +171,8 @@ class RLHFCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Look for the model before its tokenizer or the data are loaded."""
+        if isinstance(self.model, Stage):
+            self.model.allow_mismatch = self.config[self.subcommand].allow_mismatch
         if isinstance(name := getattr(self.model, "model_name_or_path", None), str):
             check_model_folder(name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from rlhf_lightning.data.packing import PackedTable
 from rlhf_lightning.data.preparing.cache import find_or_build
 from rlhf_lightning.data.preparing.filters import NO_FILTERS, Filters, Splits
 from rlhf_lightning.data.preparing.given import holds_tokens, open_tokens
-from rlhf_lightning.data.preparing.manifest import PARTS
+from rlhf_lightning.data.preparing.manifest import PARTS, Part
 from rlhf_lightning.data.preparing.preparation import Preparation, read_all
 from rlhf_lightning.data.preparing.prepared import PreparedFolder, TokenTable
 from rlhf_lightning.data.preparing.summary import said_of_rows, say_prepared
@@ -155,6 +156,7 @@ class TextDataModule(ResumableDataModule, ABC):
         self.counts: Counter[str] = Counter()
         self._tokenizer_source = tokenizer
         self._chat: ChatEncoder | None = None
+        self._prepared: PreparedFolder | None = None
         self._parts: dict[str, TokenTable] | None = None
         self._weights: list[float] = []
         self._train: Sequence[Any] = ()
@@ -259,6 +261,36 @@ class TextDataModule(ResumableDataModule, ABC):
         assert self._predict is not None, "call setup('predict') first"
         return self._eval_loader(self._predict, self._collate_predict())
 
+    # Where the data come from
+
+    def lineage(self) -> dict[str, Any]:
+        """What the training data are, after `setup`: their key and sources with their hashes, and how they are split.
+
+        Returns:
+            Plain values; of streamed data without their hashes, as nobody has seen them whole.
+        """
+        if self._prepared is None:
+            key = self._preparation().key() if self._streamed else None  # without training data there is none
+            return {"key": key, "sources": {}, "splits": asdict(self.splits)}
+        manifest = self._prepared.manifest
+        sources = manifest["sources"].items()
+        return {
+            "key": manifest["key"],
+            "sources": {role: {"name": said["name"], "hash": said.get("fingerprint")} for role, said in sources},
+            "splits": manifest["arguments"].get("splits"),
+        }
+
+    def prompt_hashes(self, part: Part) -> np.ndarray:
+        """Hashes of the prompts of one part, after `setup`, whatever the tokenizer; sorted, each once, uint64.
+
+        Args:
+            part: `train`, `validation` or `test`.
+
+        Returns:
+            None are known of streamed data and of folders that were made without them.
+        """
+        return np.zeros(0, np.uint64) if self._prepared is None else self._prepared.prompt_hashes(self.need, part)
+
     # Finding the tokens
 
     def _load_chat(self) -> None:
@@ -274,7 +306,7 @@ class TextDataModule(ResumableDataModule, ABC):
         if self._streamed:
             self._parts = self._evaluation_tables()
             return
-        folder = self._folder()
+        folder = self._prepared = self._folder()
         self._parts = {part: folder.part(self.need, part) for part in PARTS}
         sources = folder.manifest["sources"]
         self.counts.update(said_of_rows(sources))

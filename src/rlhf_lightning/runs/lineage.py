@@ -109,7 +109,7 @@ def new_record(stage: str, models: Mapping[str, dict[str, Any]], **said: Any) ->
             own[role]["made_by_stage"] = hash_of_record(record)
             stages |= record.get(_STAGES, {})
             stages[hash_of_record(record)] = {name: value for name, value in record.items() if name != _STAGES}
-    return {
+    record = {
         "made_by": MADE_BY,
         "stage": stage,
         "versions": versions(),
@@ -118,13 +118,15 @@ def new_record(stage: str, models: Mapping[str, dict[str, Any]], **said: Any) ->
         "models": own,
         _STAGES: stages,
     }
+    plain: dict[str, Any] = json.loads(json.dumps(record, default=str))  # as it will be read from a file
+    return plain
 
 
 def versions() -> dict[str, str]:
     """Of what decides the numbers of a run."""
     return {
         "rlhf_lightning": __version__,
-        "torch": str(torch.__version__),  # a class of its own, which a checkpoint cannot hold
+        "torch": torch.__version__,
         "transformers": transformers.__version__,
         "pytorch_lightning": pytorch_lightning.__version__,
         "python": platform.python_version(),
@@ -158,7 +160,7 @@ def model_of(name: str) -> dict[str, Any]:
     folder = folder_of(name)
     weights = None if folder is None else hash_of_weights(folder)
     lineage = None if folder is None else read_record(folder)
-    return {"name": name, "weights": weights, **({"lineage": lineage} if lineage else {})}
+    return {"name": str(name), "weights": weights, **({"lineage": lineage} if lineage else {})}
 
 
 def folder_of(name: str) -> Path | None:

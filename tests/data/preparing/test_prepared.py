@@ -81,6 +81,7 @@ def test_a_folder_holds_what_is_said_of_it(tmp_path):
     ]
     assert {path.name for path in folder.path.iterdir()} == {f"{name}.arrow" for name in tables} | {
         "args.json",
+        "prompt_hashes.npz",
         "example_prompt.json",
         "manifest.json",
     }

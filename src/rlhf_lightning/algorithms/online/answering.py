@@ -31,7 +31,7 @@ from rlhf_lightning.generation.engine import (
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.finetune import enable_gradient_checkpointing
 from rlhf_lightning.models.reward_functions import RewardFunction
-from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer
+from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer, find_reward
 from rlhf_lightning.models.scalar_lm import ScalarLM
 from rlhf_lightning.training import synced
 from rlhf_lightning.training.reporting import report_progress
@@ -109,6 +109,13 @@ class AnsweringStage(Stage):
             reward_timeout=self.reward_timeout,
             reference=self.reference,
         )
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """The policy, its reference, and the reward, if that is a model."""
+        parents = {**super().parents, "reference": self.reference or self.model_name_or_path}
+        reward = find_reward(self.reward, self.reward_timeout)
+        return parents | ({"reward": reward} if isinstance(reward, str) else {})
 
     def load_models(self) -> None:
         """Load the policy, to be trained; reference and reward, frozen; and a value model, if there is one."""

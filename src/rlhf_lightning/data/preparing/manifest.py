@@ -20,6 +20,8 @@ PARTS: tuple[Part, ...] = ("train", "validation", "test")
 FORMAT = 2
 """Version of the layout; a folder of another version is not read."""
 MANIFEST = "manifest.json"
+PROMPT_HASHES = "prompt_hashes.npz"
+"""For each file of tokens the hashes of its prompts; earlier versions did not write it."""
 
 _CHECKSUM = "crc32"
 _BLOCK = 1 << 20  # bytes

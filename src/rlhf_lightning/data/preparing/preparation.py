@@ -29,7 +29,7 @@ from rlhf_lightning.data.preparing.filters import (
     narrowed,
     served,
 )
-from rlhf_lightning.data.preparing.manifest import FORMAT, Part
+from rlhf_lightning.data.preparing.manifest import FORMAT, PROMPT_HASHES, Part
 from rlhf_lightning.data.preparing.prepared import FolderWriter
 from rlhf_lightning.data.preparing.reading import Choose, Item, RowReader
 from rlhf_lightning.data.rows import KINDS, Need, OnBadRow, Row
@@ -85,6 +85,7 @@ class Preparation:
     def _key(self) -> str:
         said = {
             "format": FORMAT,
+            "holds": PROMPT_HASHES,  # entries of a cache that were made without it are made anew
             "chat": self.chat.fingerprint(),
             "sources": {role: rows.fingerprint() for role, rows in self._rows.items()},
             **self.arguments(),
@@ -218,7 +219,7 @@ class Preparation:
             for need, examples in maker.examples(item, ids).items():
                 reader.counts.others[f"{need} {item.part}"] += len(examples)
                 for example in examples:
-                    writer[need, item.part].add(example, item.row.source)
+                    writer[need, item.part].add(example, item.row.source, item.prompt_hash)
         reader.check()
         return reader
 
@@ -238,8 +239,9 @@ class Preparation:
             elif reason := unwanted.reason(item.row, key):
                 item.dropped = reason
             else:
+                item.prompt_hash = hash_of(key)
                 if role != "data":
-                    evaluation_prompts.add(hash_of(key))
+                    evaluation_prompts.add(item.prompt_hash)
                 item.part = self._splits.part(side) if role == "data" else role.removesuffix("_data")
                 item.row, item.kinds = narrowed(item.row, kinds), kinds
 

@@ -5,6 +5,7 @@ One folder holds, for each kind of example it was made for, three files, which m
 * `finetune_train.arrow`, `finetune_validation.arrow`, `finetune_test.arrow`: prompt, turns, response
 * `preference_*.arrow`: prompt, chosen, rejected, margin, weight
 * `prompts_*.arrow`: prompt, and the prompt as its row wrote it, for rewards that do not read these ids
+* `prompt_hashes.npz`: which prompts each of them holds, whatever the tokenizer
 * `args.json`, `example_prompt.json`, and `manifest.json`, which is written last and says what belongs to the folder,
   with checksums
 
@@ -15,10 +16,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +32,7 @@ from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedProm
 from rlhf_lightning.data.preparing.manifest import (
     FORMAT,
     PARTS,
+    PROMPT_HASHES,
     Part,
     file_name,
     is_checked,
@@ -60,6 +64,7 @@ class TableWriter:
     Attributes:
         rows: rows written.
         tokens: ids written.
+        prompt_hashes: of the prompts of the rows.
     """
 
     def __init__(self, path: Path, need: Need) -> None:
@@ -68,10 +73,15 @@ class TableWriter:
         self._writer = pa.ipc.new_file(str(path), self._schema)
         self._waiting: list[tuple[Any, ...]] = []
         self.rows = self.tokens = 0
+        self.prompt_hashes = array("Q")
 
-    def add(self, example: EncodedExample | EncodedPair | EncodedPrompt, source: int = 0) -> None:
-        """Write one row."""
+    def add(
+        self, example: EncodedExample | EncodedPair | EncodedPrompt, source: int = 0, prompt_hash: int | None = None
+    ) -> None:
+        """Write one row, and keep the hash of its prompt as text, where that is known."""
         self._waiting.append(_cells(example, source))
+        if prompt_hash is not None:
+            self.prompt_hashes.append(prompt_hash)
         self.rows += 1
         if len(self._waiting) == _FLUSH:
             self._flush()
@@ -291,6 +301,21 @@ class PreparedFolder:
             raise UserError(f"{self.path} holds no {file_name(need, part)}, only {kinds}; prepare it with {need}")
         return TokenTable(self.path / file_name(need, part), need)
 
+    def prompt_hashes(self, need: Need, part: Part) -> np.ndarray:
+        """Hashes of 8 bytes of the prompts of one part as text, sorted, each once, uint64; none, if none are known.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.path / PROMPT_HASHES
+        if not path.is_file():
+            return np.zeros(0, np.uint64)
+        try:
+            with np.load(path, allow_pickle=False) as hashes:
+                return np.asarray(hashes[Path(file_name(need, part)).stem], dtype=np.uint64)
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise UserError(f"{path} is damaged ({error}); run `rlhf prepare` again") from error
+
     def largest_id(self, need: Need) -> int:
         """The largest id of all parts; reads the whole files."""
         return max(self.part(need, part).largest_id for part in PARTS)
@@ -358,9 +383,13 @@ class FolderWriter:
         write_json(self.path / "args.json", args)
         write_json(self.path / "example_prompt.json", example_prompt(chat))
         parts = {writer.path.name: {"rows": writer.rows, "tokens": writer.tokens} for writer in self._writers.values()}
+        hashes: dict[str, Any] = {
+            w.path.stem: np.unique(np.frombuffer(w.prompt_hashes, np.uint64)) for w in self._writers.values()
+        }
+        np.savez(self.path / PROMPT_HASHES, **hashes)
         said = {"fingerprint": chat.fingerprint(), **chat.describe()}
         whole = {"format": FORMAT, "kinds": self.kinds, "chat": said, **manifest, "parts": parts}
-        write_manifest(self.path, whole, ("args.json", "example_prompt.json"))
+        write_manifest(self.path, whole, ("args.json", "example_prompt.json", PROMPT_HASHES))
 
 
 def example_prompt(chat: ChatEncoder) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Item:
         other_stage: whether it belongs to another stage.
         kinds: what it is for.
         part: where it goes.
+        prompt_hash: of its prompt as text, 8 bytes.
     """
 
     where: int | str
@@ -50,6 +51,7 @@ class Item:
     other_stage: bool = False
     kinds: tuple[Need, ...] = ()
     part: str = ""
+    prompt_hash: int = 0
 
     @property
     def goes_on(self) -> bool:
