@@ -169,10 +169,8 @@ def test_a_reward_function_is_recorded_by_its_name(stages):
 
 def test_stages_with_the_same_splits_fit_one_another(stages, recwarn):
     start(*ppo(stages["sft"], stages["reward"]))
-    fit(
-        *ppo(stages["sft"], stages["reward"], data={"validation_data": [{"prompt": "nobody has seen this"}]}),
-        max_steps=1,
-    )
+    unseen = {"validation_data": [{"prompt": "nobody has seen this"}]}
+    start(*ppo(stages["sft"], stages["reward"], data=unseen))
     assert not [w for w in recwarn if "mismatch" in str(w.message)]
 
 
@@ -358,12 +356,13 @@ def test_data_of_others_have_no_prompts_to_compare(stages):
 
 def test_hashes_of_prompts_do_not_depend_on_the_tokenizer_or_the_kind_of_row(stages, tmp_path):
     other = save_llama(tmp_path / "other", tiny_tokenizer())
-    rows = instruction_rows(16)
+    rows = [{"prompt": f"Salt {i}", "response": "bread"} for i in range(16)]
+    turns = [[{"role": "user", "content": f"salt  {i}"}, {"role": "assistant", "content": "a"}] for i in range(16)]
     loud = [{"prompt": row["prompt"].upper()} for row in rows]
     modules = [
-        InstructionDataModule(stages["base"], messages(16), max_length=200, **SPLIT),
-        InstructionDataModule(other, rows, max_length=100, **SPLIT),
-        PromptDataModule(other, loud, max_prompt_length=8, rollout_batch_size=2, **SPLIT),
+        InstructionDataModule(stages["base"], [{"messages": each} for each in turns], max_length=64, **SPLIT),
+        InstructionDataModule(other, rows, max_length=32, **SPLIT),
+        PromptDataModule(other, loud, max_prompt_length=6, rollout_batch_size=2, **SPLIT),
     ]
     for module in modules:
         module.setup("fit")

@@ -17,6 +17,7 @@ import torch
 import yaml
 from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.utilities import rank_zero_info
+from transformers import AutoModelForCausalLM
 
 import rlhf_lightning
 from helpers.cli_runs import SFT, save_model, save_pairs, short
@@ -191,6 +192,30 @@ def test_overwrite_starts_anew_and_removes_what_the_earlier_run_left(inputs, tmp
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["overwrite"] is False
+
+
+def test_a_mismatch_is_one_line_unless_it_is_allowed(inputs, tmp_path, capsys):
+    """Adapters on another base; the folder says what the run came from, and nothing of the base that was refused."""
+    lora, record = ["--model.finetune.mode=lora", "--model.finetune.rank=2"], tmp_path / "run" / "lineage.json"
+    main(["fit", *SFT, *short(inputs / "lm", inputs / "pairs.jsonl", tmp_path / "run"), *lora])
+    first = record.read_text()
+    assert f'"name": "{inputs / "lm"}"' in first
+    assert (tmp_path / "run" / "export" / "lineage.json").read_text() == first
+    save_model(tmp_path / "other")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    for weight in model.parameters():
+        weight.data += 1
+    model.save_pretrained(tmp_path / "other")
+    again = short(tmp_path / "other", inputs / "pairs.jsonl", tmp_path / "run")
+    words = ["fit", *SFT, *again, *lora, f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"]
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--trainer.max_steps=3"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: the checkpoint's adapters were trained on '")
+    assert record.read_text() == first
+    with pytest.warns(UserWarning, match="a mismatch is allowed: the checkpoint's adapters were trained on"):
+        main([*words, "--trainer.max_steps=3", "--allow_mismatch=true"])
+    assert f'"name": "{tmp_path / "other"}"' in record.read_text()
 
 
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(inputs, tmp_path, capsys):

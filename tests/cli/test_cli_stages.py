@@ -80,7 +80,10 @@ def test_a_run_leaves_one_folder_with_config_checkpoints_export_and_samples(stag
     root, _ = stages
     for stage, more in {"sft": {"samples.md"}, "reward": set(), "ppo": {"samples.md"}}.items():
         names = {path.name for path in (root / stage).iterdir() if not path.name.startswith("events.out")}
-        assert names == {"config.yaml", "hparams.yaml", "checkpoints", "export", "report.html", "report"} | more
+        assert (
+            names
+            == {"config.yaml", "hparams.yaml", "checkpoints", "export", "lineage.json", "report.html", "report"} | more
+        )
         assert [path.name for path in (root / stage / "checkpoints").iterdir()] == ["last.ckpt"]
     assert sorted(path.name for path in root.iterdir()) == ["lm", "pairs.jsonl", "ppo", "reward", "sft"]
 

@@ -17,6 +17,7 @@ KNOWN = [
     "ckpt_path",
     "seed_everything",
     "overwrite",
+    "allow_mismatch",
     *arguments_of("pytorch_lightning.Trainer", "trainer"),
     *arguments_of("SFTModule", "model"),
     *arguments_of("rlhf_lightning.InstructionDataModule", "data"),
