@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from rlhf_lightning.algorithms.online.settings import ScoreShaping as ScoreShaping
     from rlhf_lightning.callbacks import Evaluate as Evaluate
     from rlhf_lightning.callbacks import HFExport as HFExport
+    from rlhf_lightning.callbacks import MetricGuard as MetricGuard
     from rlhf_lightning.callbacks import OverOptimisation as OverOptimisation
     from rlhf_lightning.callbacks import PredictionWriter as PredictionWriter
     from rlhf_lightning.callbacks import RunReport as RunReport
     from rlhf_lightning.callbacks import SampleTexts as SampleTexts
     from rlhf_lightning.callbacks import ShortSummary as ShortSummary
+    from rlhf_lightning.callbacks import SkipNonFinite as SkipNonFinite
     from rlhf_lightning.callbacks import StageProgressBar as StageProgressBar
     from rlhf_lightning.callbacks import Stopping as Stopping
     from rlhf_lightning.chat.plain import PlainFormat as PlainFormat
@@ -46,11 +48,13 @@ _HOMES = {
     "callbacks": (
         "Evaluate",
         "HFExport",
+        "MetricGuard",
         "OverOptimisation",
         "PredictionWriter",
         "RunReport",
         "SampleTexts",
         "ShortSummary",
+        "SkipNonFinite",
         "StageProgressBar",
         "Stopping",
     ),

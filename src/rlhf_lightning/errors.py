@@ -1,5 +1,7 @@
 """Errors that are the user's to fix."""
 
+from typing import Any
+
 
 class UserError(ValueError):
     """Bad input: a missing file, a wrong column, sizes that do not divide.
@@ -10,4 +12,10 @@ class UserError(ValueError):
 
 
 class NonFiniteError(UserError):
-    """A loss, gradient or score is NaN or infinite; raised before the weights are touched."""
+    """A loss, gradient or score is NaN or infinite; raised on every process, before the weights are touched.
+
+    Attributes:
+        examples: what it was computed from on this process, tensors and texts; None where that is not known.
+    """
+
+    examples: Any = None

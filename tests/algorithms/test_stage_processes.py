@@ -37,11 +37,12 @@ def one(folders, exports):
 
 @pytest.fixture(scope="module")
 def two(folders, exports):
-    """Every run of this file on two processes, started once; (stage, strategy) -> result of each rank."""
+    """Every run of this file on two processes, started once; (stage, strategy), or `skips` -> result of each rank."""
     names = [(stage, name) for name in STRATEGIES for stage in STAGES]
     runs = [{"stage": s, "name": n, "export": str(exports / f"{s} {n}"), **folders} for s, n in names]
-    results = run_in_processes("helpers.stage_runs:run_all", runs=runs)
-    return dict(zip(names, zip(*results, strict=True), strict=True))
+    skips = {"folder": folders["folder"], "root": str(exports / "skips")}
+    results = run_in_processes("helpers.stage_runs:run_all", runs=runs, skips=skips)
+    return dict(zip([*names, "skips"], zip(*results, strict=True), strict=True))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -95,3 +96,14 @@ def test_reward_models_are_calibrated_over_all_processes(exports, name):
     assert loaded.calibration.mean == pytest.approx(single.calibration.mean, abs=1e-5)
     assert loaded.calibration.std == pytest.approx(single.calibration.std, abs=1e-5)
     assert loaded.probe_error() < 1e-4
+
+
+def test_a_step_is_skipped_on_all_processes(two, exports):
+    """A bad row of one process leaves no trace on either."""
+    for result in two["skips"]:
+        assert result["skipped"]["skips"] == 1
+        assert result["without"]["skips"] == 0
+        assert result["skipped"]["steps"] == result["without"]["steps"] == 2
+        assert result["skipped"]["weights"] == result["without"]["weights"] == two["skips"][0]["skipped"]["weights"]
+    names = {f"1_rank{rank}.{kind}" for rank in (0, 1) for kind in ("pt", "txt")}
+    assert {path.name for path in (exports / "skips" / "non_finite").iterdir()} == names

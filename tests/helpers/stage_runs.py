@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import Strategy
 
+from helpers.guard_runs import run_with_skips
 from helpers.stages import MemoryLogger, instruction_rows, preference_rows, prompt_rows, sgd, trainer
 from rlhf_lightning import (
     DeepSpeedStrategy,
@@ -214,6 +215,6 @@ def run(stage: str, name: str, folder: str, reward: str, export: str | None = No
     }
 
 
-def run_all(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One run after the other in the same process."""
-    return [run(**settings) for settings in runs]
+def run_all(runs: list[dict[str, Any]], skips: dict[str, str]) -> list[dict[str, Any]]:
+    """One run after the other in the same process, and in the end one with a step that is skipped."""
+    return [*(run(**settings) for settings in runs), run_with_skips(**skips)]

@@ -31,7 +31,7 @@ from rlhf_lightning.algorithms.hyperparameters import PLAIN, as_config, from_con
 from rlhf_lightning.algorithms.lineage import check_parents, check_resumed, is_fitting, lineage_of
 from rlhf_lightning.algorithms.trainer_checks import check_trainer, keep_checkpoints_whole, let_checkpoints_save
 from rlhf_lightning.arguments import AT_LEAST_1, check_arguments
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.models.finetune import describe_trained
 from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.tokenizer import check_same_words, load_tokenizer
@@ -272,7 +272,11 @@ class Stage(pl.LightningModule):
         with forked_rng(self.device, self.seed, type(self).__name__, self.trainer.global_step, self.global_rank):
             for piece in pieces:
                 accumulation.backward(scaled(loss_of(piece)))
-        grad_norm = accumulation.step(context)
+        try:
+            grad_norm = accumulation.step(context)
+        except NonFiniteError as error:
+            error.examples = pieces
+            raise
         means: dict[str, Tensor] = {}
         if sums:
             reduced = sum_over_ranks(self, torch.stack([*sums.values()]))

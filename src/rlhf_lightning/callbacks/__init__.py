@@ -1,6 +1,7 @@
-"""Everything optional: exports, sample texts, a held-out judge, prediction files, progress."""
+"""Everything optional: exports, sample texts, a held-out judge, prediction files, progress, guards."""
 
 from rlhf_lightning.callbacks.evaluate import Evaluate
+from rlhf_lightning.callbacks.guards import MetricGuard, SkipNonFinite
 from rlhf_lightning.callbacks.hf_export import HFExport
 from rlhf_lightning.callbacks.over_optimisation import OverOptimisation
 from rlhf_lightning.callbacks.predictions import PredictionWriter
@@ -13,11 +14,13 @@ from rlhf_lightning.callbacks.summary import ShortSummary
 __all__ = [
     "Evaluate",
     "HFExport",
+    "MetricGuard",
     "OverOptimisation",
     "PredictionWriter",
     "RunReport",
     "SampleTexts",
     "ShortSummary",
+    "SkipNonFinite",
     "StageProgressBar",
     "Stopping",
 ]

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from rlhf_lightning.arguments import AT_LEAST_1, NOT_NEGATIVE, Range, check_arguments
+from rlhf_lightning.callbacks.acting import ActingCallback
 from rlhf_lightning.callbacks.evaluate import Evaluate, Judged
 from rlhf_lightning.callbacks.hf_export import HFExport
 from rlhf_lightning.errors import UserError
@@ -19,7 +19,7 @@ FOLDER = "best_by_judge"
 """Where the best policy lies in a run's folder."""
 
 
-class OverOptimisation(Callback):
+class OverOptimisation(ActingCallback):
     """Stops training, or slows it down, when the held-out judge falls while the score that is trained on rises.
 
     What the reward gives more and more for is then no longer what it was made to measure (Gao et al. 2022). Goes with
@@ -55,7 +55,6 @@ class OverOptimisation(Callback):
         self.patience, self.tolerance, self.action, self.factor = patience, tolerance, action, factor
         self.dirpath = dirpath
         self.best: Judged | None = None
-        self.lr_factor = 1.0
         self._against = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -70,11 +69,6 @@ class OverOptimisation(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse now to replace a folder of somebody else."""
         self._export(trainer).on_fit_start(trainer, pl_module)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Go on with the learning rates as they were lowered; a schedule itself begins with those of its settings."""
-        if self.lr_factor != 1:
-            pl_module.lr_schedulers().scale(self.lr_factor)
 
     def on_judged(self, trainer: pl.Trainer, pl_module: pl.LightningModule, judged: Judged) -> None:
         """Keep the best policy, or act."""
@@ -93,15 +87,9 @@ class OverOptimisation(Callback):
             self._against = 0
             self._act(trainer, pl_module, judged)
 
-    def _act(self, trainer: pl.Trainer, pl_module: Any, judged: Judged) -> None:
+    def _act(self, trainer: pl.Trainer, pl_module: pl.LightningModule, judged: Judged) -> None:
         assert self.best is not None
-        if self.action == "stop":
-            trainer.should_stop = True
-            done = "the run ends here"
-        else:
-            pl_module.lr_schedulers().scale(self.factor)
-            self.lr_factor *= self.factor
-            done = f"learning rates are now {self.lr_factor:g} of those of the settings"
+        done = self.act(trainer, pl_module)
         rank_zero_warn(
             "over-optimisation: the judge falls while the score rises, from "
             f"{_said(self.best)} to {_said(judged)}; {done}"

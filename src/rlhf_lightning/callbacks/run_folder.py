@@ -27,6 +27,8 @@ _LEFTOVERS = (
     "checkpoints/*-hf",
     MARK,
     "best_by_judge",
+    "kept",
+    "non_finite",
     "samples.md",
     "report.html",
     "evaluation.json",

@@ -185,7 +185,9 @@ def one_line(message: str, known_keys: Iterable[str] = ()) -> str:
         if found:
             return found
     if option := re.fullmatch(r"argument (--[\w.]+)(?:/\S+)?: expected one argument", message):
-        return f"{option[1]} needs a value" + (f": {option[1]} true" if option[1] in ("--overwrite", "--allow_mismatch") else "")
+        return f"{option[1]} needs a value" + (
+            f": {option[1]} true" if option[1] in ("--overwrite", "--allow_mismatch") else ""
+        )
     lines = [line.strip(" -") for line in message.splitlines()]
     telling = [line for line in lines if line and not line.startswith(_BOILERPLATE)] or lines[:1]
     return ": ".join(part for part in (path, "; ".join(dict.fromkeys(telling))) if part)

@@ -164,6 +164,31 @@ class GradientAccumulation:
         return norm
 
 
+def check_skipping(trainer: pl.Trainer) -> None:
+    """Refuse to skip steps where a gradient cannot be forgotten.
+
+    Args:
+        trainer: Lightning's, before it trains.
+
+    Raises:
+        UserError: the strategy keeps parts of gradients to itself.
+    """
+    if isinstance(trainer.strategy, LightningDeepSpeedStrategy):
+        raise UserError(
+            "steps cannot be skipped on DeepSpeed, whose engine keeps a gradient to itself: leave out SkipNonFinite; a "
+            "number that is not finite stops the run before the weights change"
+        )
+
+
+def forget_gradient(module: pl.LightningModule) -> None:
+    """Clear the gradient of a step that is not made.
+
+    Args:
+        module: attached to a trainer that `check_skipping` has seen.
+    """
+    _only_optimizer(module).zero_grad()
+
+
 def _total(losses: Iterator[Tensor]) -> Tensor:
     return torch.stack(list(losses)).sum()
 

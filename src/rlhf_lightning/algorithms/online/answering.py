@@ -227,7 +227,8 @@ class AnsweringStage(Stage):
             pieces=self.cut(lambda least: length_sorted_pieces(lengths, **limits, min_pieces=least)),
             report=partial(report_progress, self, "scoring"),
         )
-        checks.check_scores(self, measured.scores, prompts.row_ids)
+        answers = {"prompts": prompts, "responses": texts, "scores": measured.scores}
+        checks.check_scores(self, measured.scores, prompts.row_ids, answers)
         return measured
 
     # Evaluation.

@@ -67,13 +67,14 @@ def check_temperature(sampling: Sampling) -> None:
         raise UserError("the policy learns from sampled responses: sampling.temperature must be above 0")
 
 
-def check_scores(module: pl.LightningModule, scores: Tensor, row_ids: Tensor) -> None:
+def check_scores(module: pl.LightningModule, scores: Tensor, row_ids: Tensor, examples: Any = None) -> None:
     """All scores of all ranks are numbers.
 
     Args:
         module: the module that measured them.
         scores: this rank's, `[B]`.
         row_ids: where their prompts stand in the data, `[B]`, int64.
+        examples: what they are the scores of; goes with the error.
 
     Raises:
         NonFiniteError: on every rank, if one of any rank is NaN or infinite.
@@ -81,7 +82,10 @@ def check_scores(module: pl.LightningModule, scores: Tensor, row_ids: Tensor) ->
     finite = torch.isfinite(scores)
     if int(sum_over_ranks(module, (~finite).sum())):
         rows = name_rows(row_ids[~finite])
-        raise NonFiniteError(f"step {module.trainer.global_step}: a score is not finite ({rows}); look at the reward")
+        step = module.trainer.global_step
+        error = NonFiniteError(f"step {step}: a score is not finite ({rows}); look at the reward")
+        error.examples = examples
+        raise error
 
 
 def check_rollout_size(given: int, wanted: int) -> None:

@@ -24,6 +24,7 @@ from rlhf_lightning.algorithms.online.settings import KLPenalty, ScoreShaping
 from rlhf_lightning.algorithms.stage import Loss
 from rlhf_lightning.arguments import AT_LEAST_1, check_arguments, check_batch_sizes
 from rlhf_lightning.batches import PromptBatch, name_rows, repeat_prompts
+from rlhf_lightning.errors import NonFiniteError
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.training import sum_over_ranks, world_size
@@ -164,9 +165,13 @@ class OnlineStage(AnsweringStage):
         started, lr = time.perf_counter(), self.learning_rates()
         order = self.random("minibatches", self.iteration, device="cpu")
         updates: list[dict[str, Tensor]] = []
-        for minibatch in experience.minibatches(self.ppo_epochs, self.minibatch_size, order):
-            updates.append(self.update(minibatch, is_first=self.iteration == 0 and not updates))
-            report_progress(self, "updating", len(updates), self.steps_per_batch)
+        try:
+            for minibatch in experience.minibatches(self.ppo_epochs, self.minibatch_size, order):
+                updates.append(self.update(minibatch, is_first=self.iteration == 0 and not updates))
+                report_progress(self, "updating", len(updates), self.steps_per_batch)
+        except NonFiniteError:
+            self.iteration += 1  # its answers are used up, should the run go on without the rest of it
+            raise
         means = {name: torch.stack([update[name] for update in updates]).mean() for name in updates[0]}
         loss = means.pop("loss")
         metrics |= means | {"lr": lr[0], "seconds_updating": time.perf_counter() - started}
