@@ -79,6 +79,10 @@ class SkipNonFinite(Callback):
         """Step aside."""
         vars(pl_module).pop("training_step", None)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Step aside after an error, too, when there is no teardown."""
+        vars(pl_module).pop("training_step", None)
+
     def _skip(self, trainer: pl.Trainer, pl_module: Any, error: NonFiniteError, batch: Any) -> None:
         if self.skips == self.max_skips:
             said = str(error).rstrip(".")
