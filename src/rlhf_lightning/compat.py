@@ -193,3 +193,50 @@ def last_path(callback: ModelCheckpoint) -> str:
 def optimizer_steps_begun(trainer: Trainer) -> int:
     """Steps of the optimizer in manual optimisation, with one that an exception ended."""
     return int(trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.ready)
+
+
+def is_within_batch(trainer: Trainer) -> bool:
+    """Whether a training batch has begun and its `training_step` has not returned."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return bool(progress.processed < progress.ready)
+
+
+def metrics_to_log(trainer: Trainer, ends_epoch: bool) -> tuple[dict[str, float], int]:
+    """What `self.log` was given and Lightning has yet to give to the loggers, and the step that it names there.
+
+    Args:
+        trainer: in `on_train_batch_end` there are those of the batch; elsewhere there are none, but
+        ends_epoch: in `on_train_epoch_end` there are those of the epoch.
+    """
+    connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
+    progress: Any = loop.batch_progress.current
+    ends_batch = progress.completed < progress.processed == progress.ready
+    if not (ends_epoch or (ends_batch and connector.should_update_logs)) or not trainer.training:
+        return {}, 0
+    metrics = {name: float(value) for name, value in connector.metrics["log"].items()}
+    step = metrics.pop("step", None)
+    if not metrics:
+        return {}, 0
+    metrics.setdefault("epoch", float(trainer.current_epoch))
+    return metrics, int(step) if step is not None else loop._batches_that_stepped - ends_epoch
+
+
+def go_on_after_batch(trainer: Trainer, validates: bool, is_over: bool) -> None:
+    """Let a resumed epoch go on with what follows on the last batch that was made: validation, next batch, or its end.
+
+    Args:
+        trainer: in `on_train_start`; its counters say that the batch is completed.
+        validates: the validation that may be due is to run.
+        is_over: no more batches are to be made, though the epoch has more.
+    """
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    is_due = loop._should_check_val_fx(fetcher)
+    is_over = is_over or loop._num_ready_batches_reached()
+    loop.batch_progress.is_last_batch = is_over
+    if is_due and validates:
+        return
+    if is_over:
+        loop.val_loop._has_run = True  # else one more batch would be asked for
+    if (is_over or not is_due) and not loop._should_accumulate():
+        loop._batches_that_stepped += 1  # elsewhere the loop counts by itself

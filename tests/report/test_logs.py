@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlhf_lightning.report.events import read_event_file
 from rlhf_lightning.report.logs import find_logs, read_logs
+from rlhf_lightning.runs.event_files import read_event_file
 
 
 def log(folder, start, stop, every=2, name="train/loss"):

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lightning.algorithms.checkpoints import check_trained_weights, drop_frozen_weights
 from rlhf_lightning.algorithms.hyperparameters import PLAIN, as_config, from_config, optimizer_from_config
 from rlhf_lightning.algorithms.lineage import check_parents, check_resumed, is_fitting, lineage_of
+from rlhf_lightning.algorithms.log_keeper import keep_logs
 from rlhf_lightning.algorithms.trainer_checks import check_trainer, keep_checkpoints_whole, let_checkpoints_save
 from rlhf_lightning.arguments import AT_LEAST_1, check_arguments
 from rlhf_lightning.errors import NonFiniteError, UserError
@@ -376,6 +377,7 @@ class Stage(pl.LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             check_trainer(self.trainer)
             let_checkpoints_save(self.trainer)
+            keep_logs(self.trainer)
         return []
 
     def configure_optimizers(self) -> Any:

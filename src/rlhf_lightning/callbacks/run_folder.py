@@ -16,11 +16,13 @@ from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runs.checkpoint_files import remove, remove_unfinished
 from rlhf_lightning.runs.ending import MARK
+from rlhf_lightning.runs.event_files import PATTERN
 from rlhf_lightning.runs.lineage import FILE, is_ours, write_record
+from rlhf_lightning.runs.log_files import is_of_a_fit
 from rlhf_lightning.runs.secrets import without_secrets
 from rlhf_lightning.runs.signals import Stopped
 
-_TRACES = ("events.out.tfevents.*", "config.yaml", "hparams.yaml", FILE)
+_TRACES = (PATTERN, "config.yaml", "hparams.yaml", FILE)
 _LEFTOVERS = (
     "checkpoints/*.ckpt",
     "checkpoints/*.ckpt.*",
@@ -34,7 +36,7 @@ _LEFTOVERS = (
     "evaluation.json",
     "evaluation.jsonl",
     "report/*.png",
-    "events.out.tfevents.*",
+    PATTERN,
 )
 
 
@@ -72,10 +74,17 @@ class RunFolder(SaveConfigCallback):
             place.write_text(clean, encoding="utf-8")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remove what the earlier run left, now that data and models of the new one have loaded."""
+        """Remove what an earlier run left, now that data and models of the new one have loaded.
+
+        A run that was killed before it had saved anything leaves logs of steps that are now made again.
+        """
         if not trainer.is_global_zero:
             return
-        for path in self._leftovers:
+        logs: list[Path] = []
+        if self.config.get("ckpt_path") is None:
+            root = Path(trainer.default_root_dir)
+            logs = [path for path in root.glob(PATTERN) if is_of_a_fit(path)] + [root / "samples.md"]
+        for path in {*self._leftovers, *logs}:
             remove(path)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             remove(Path(trainer.default_root_dir) / MARK)  # until this run ends

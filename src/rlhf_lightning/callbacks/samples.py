@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from rlhf_lightning.models.tokenizer import filler_id
 from rlhf_lightning.rng import generator
 from rlhf_lightning.training import synced
 from rlhf_lightning.training.reporting import log_text
+
+_HEADING = b"## Step "
 
 
 class SampleTexts(Callback):
@@ -43,13 +46,15 @@ class SampleTexts(Callback):
         self.prompts = prompts
         self.path = path
         self.sampling = sampling
-        self._answered_at = 0
+        self._answered_at: int | None = None
+        self._size = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Answer before the first step; a resumed run has done so."""
-        self._answered_at = trainer.global_step
-        if trainer.global_step == 0:
+        """Answer before the first step; a resumed run has done so, and takes back what came after its checkpoint."""
+        if self._answered_at is None:
             self._write(trainer, pl_module)
+        elif trainer.is_global_zero:
+            self._cut(self._file(trainer))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Answer after each validation during training."""
@@ -60,6 +65,22 @@ class SampleTexts(Callback):
         """Answer after the last step, unless a validation has come after it."""
         if trainer.global_step != self._answered_at:
             self._write(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step that was answered at last, and the length of the file then, in bytes."""
+        return {"answered_at": self._answered_at, "size": self._size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._answered_at, self._size = state_dict["answered_at"], state_dict["size"]
+
+    def _file(self, trainer: pl.Trainer) -> Path:
+        return Path(self.path) if self.path else Path(trainer.default_root_dir) / "samples.md"
+
+    def _cut(self, path: Path) -> None:
+        rest = path.read_bytes()[self._size :] if path.is_file() else b""
+        if rest and _HEADING.startswith(rest[: len(_HEADING)]):  # else it is another run's file
+            os.truncate(path, self._size)
 
     @torch.no_grad()
     def _write(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -84,12 +105,13 @@ class SampleTexts(Callback):
         if not trainer.is_global_zero:
             return
         samples = [sample_section(prompt, text) for prompt, text in zip(self.prompts, texts, strict=True)]
-        section = "\n\n".join([f"## Step {trainer.global_step}", *samples])
+        section = "\n\n".join([f"{_HEADING.decode()}{trainer.global_step}", *samples])
         log_text(pl_module, "samples", section, trainer.global_step)
-        path = Path(self.path) if self.path else Path(trainer.default_root_dir) / "samples.md"
+        path = self._file(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(section + "\n\n")
+        self._size = path.stat().st_size
 
 
 def sample_section(prompt: str, answer: str) -> str:

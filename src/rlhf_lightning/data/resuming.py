@@ -3,17 +3,19 @@
 Lightning has counters of its own for epochs and batches. What they say depends on the hook that a checkpoint was saved
 in: after the end of training the epoch counts as finished, wherever it was stopped; after a resume at an epoch's last
 batch one of them stays behind for good. So the data module keeps the place itself, and a resumed run's counters are
-written anew from it.
+written anew from it. The place includes what follows on a batch: a run that was killed in a validation, or before the
+hooks of an epoch's end, does them when it is resumed.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch.distributed
 from pytorch_lightning.trainer.states import TrainerFn
 
+from rlhf_lightning import compat
 from rlhf_lightning.data.sampler import ResumableSampler
 from rlhf_lightning.data.streaming import StreamedExamples
 from rlhf_lightning.errors import UserError
@@ -26,19 +28,27 @@ class ResumableDataModule(pl.LightningDataModule):
         batch_size: examples in a training batch of one process.
         packing: whether examples share rows.
         place: the epoch of the running fit, from 0, and how many batches of it are used up.
+        ended: all of them are, but the hooks of the epoch's end are yet to run.
+        done: what has come after the last batch: nothing (`batch`), the validation, or the hooks of an epoch's end,
+            which also run where training stops within one.
     """
 
     batch_size: int
     packing = False
+    ended: bool
+    done: Literal["batch", "validation", "epoch"]
 
     def __init__(self) -> None:
         super().__init__()
         self._sampler: ResumableSampler | StreamedExamples | None = None
-        self.place = (0, 0)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.place, self.ended, self.done = (0, 0), False, "epoch"
 
     def _keep_place(self) -> None:
         """Begin at the beginning, and let the trainer tell how far the run has come."""
-        self.place = (0, 0)
+        self._begin()
         trainer: Any = self.trainer
         if trainer is not None:
             others = [callback for callback in trainer.callbacks if not isinstance(callback, _PlaceKeeper)]
@@ -56,7 +66,7 @@ class ResumableDataModule(pl.LightningDataModule):
         if self._sampler is None or self.trainer is None:
             return {}
         epoch, batches = self.place
-        return {"epoch": epoch, "batches": batches, "order": self._order()}
+        return {"epoch": epoch, "batches": batches, "ended": self.ended, "done": self.done, "order": self._order()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a place that `state_dict` gave.
@@ -66,10 +76,11 @@ class ResumableDataModule(pl.LightningDataModule):
         """
         if self._sampler is None:
             return
-        if state_dict["batches"] > 0:
+        epoch, batches, self.ended = state_dict["epoch"], state_dict["batches"], state_dict["ended"]
+        self.place, self.done = (epoch, batches), state_dict["done"]
+        if batches > 0 and not self.ended:
             self._check_order(state_dict["order"])
-        self.place = state_dict["epoch"], state_dict["batches"]
-        self._sampler.resume(state_dict["epoch"], state_dict["batches"] * self.batch_size)
+        self._sampler.resume(*((epoch + 1, 0) if self.ended else (epoch, batches * self.batch_size)))
 
     def _order(self) -> dict[str, Any]:
         """Everything that, with the epoch, fixes which example is in which batch."""
@@ -104,6 +115,8 @@ class _PlaceKeeper(pl.Callback):
     def __init__(self, data: ResumableDataModule) -> None:
         self._data = data
         self._resumed = False
+        self._max_steps: int | None = None
+        self._is_over = False
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -117,25 +130,46 @@ class _PlaceKeeper(pl.Callback):
                 f"the checkpoint does not say which batches of {name} were used; resume with the data it was saved with"
             )
         self._resumed = True
+        self._is_over = 0 < trainer.max_steps <= checkpoint["global_step"]
         # Of every batch comes one optimizer step for Lightning's loggers, unless it steps by itself.
         counters = checkpoint["loops"]["fit_loop"]
         batches = counters["epoch_loop.batch_progress"]["total"]["processed"]
         steps = checkpoint["global_step"] if pl_module.automatic_optimization else batches
         accumulates = self._data.place[1] % trainer.accumulate_grad_batches != 0
-        _count_from(self._data.place, counters, batches, steps, accumulates, trainer.max_epochs)
+        _count_from(self._data, counters, batches, steps, accumulates, trainer.max_epochs)
+        if trainer.strategy.restore_checkpoint_after_setup:  # after the hook below
+            self._raise_limit(trainer)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the hooks run that come after the last step; Lightning would leave at once."""
+        if self._resumed:
+            self._raise_limit(trainer)
+
+    def _raise_limit(self, trainer: pl.Trainer) -> None:
+        if self._is_over:
+            self._max_steps = trainer.max_steps
+            trainer.fit_loop.epoch_loop.max_steps = -1
+
+    def _put_limit_back(self, trainer: pl.Trainer) -> None:
+        if self._max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start a new epoch as such: with `max_steps` set, Lightning takes every resumed epoch for a started one."""
         if not self._resumed:
             return
         epoch, batches = self._data.place
-        if batches == 0:
+        if self._is_over and (batches == 0 or self._data.done == "epoch"):
+            self._put_limit_back(trainer)
+        elif batches == 0:
             trainer.fit_loop.epoch_loop.restarting = False
-        elif batches >= trainer.num_training_batches:
+        elif not self._data.ended and batches >= trainer.num_training_batches:
             raise UserError(
                 f"the checkpoint stands after batch {batches} of epoch {epoch}, which now has only "
                 f"{trainer.num_training_batches} batches; resume with the same trainer.limit_train_batches"
             )
+        else:
+            compat.go_on_after_batch(trainer, self._data.done == "batch", self._is_over)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -152,17 +186,39 @@ class _PlaceKeeper(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """One more batch is used up. A batch in whose middle an exception strikes is not, and is run again."""
-        ended = ends_epoch(trainer, batch_idx)
-        self._data.place = (trainer.current_epoch + 1, 0) if ended else (trainer.current_epoch, batch_idx + 1)
+        self._data.place, self._data.done = (trainer.current_epoch, batch_idx + 1), "batch"
+        self._data.ended = ends_epoch(trainer, batch_idx)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The validation need not run again."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._data.done = "validation"
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the next epoch, unless training stops within this one."""
+        self._put_limit_back(trainer)
+        trainer.fit_loop.epoch_loop.restarting = False  # it does not notice where no batch was left
+        self._data.done = "epoch"
+        if self._data.ended:
+            self._data.place, self._data.ended = (self._data.place[0] + 1, 0), False
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the trainer as it was."""
+        self._put_limit_back(trainer)
 
 
 def _count_from(
-    place: tuple[int, int], counters: dict[str, Any], total: int, steps: int, accumulates: bool, max_epochs: int | None
+    data: ResumableDataModule,
+    counters: dict[str, Any],
+    total: int,
+    steps: int,
+    accumulates: bool,
+    max_epochs: int | None,
 ) -> None:
     """Write Lightning's counters of a fit as it saves them itself after a batch, or before an epoch.
 
     Args:
-        place: epoch, and batches of it that are used up.
+        data: knows the place.
         counters: of the fit loop, from a checkpoint; changed in place.
         total: batches of all epochs.
         steps: batches that ended in an optimizer step.
@@ -170,19 +226,24 @@ def _count_from(
         max_epochs: where the run ends. At that place the last epoch counts as one whose last batch has just been made:
             then Lightning trains no more, but still runs the hooks of the end of training, which may not have run.
     """
-    epoch, batches = place
-    ended = batches == 0 and 0 < epoch == max_epochs
-    started, finished = epoch + (batches > 0), epoch - ended
-    # Within an epoch it is started, but not finished, and the hooks of its last batch are counted as still running.
+    epoch, batches = data.place
+    is_within = batches > 0
+    over = not is_within and 0 < epoch == max_epochs
+    started, finished = epoch + is_within, epoch - over
+    # Within an epoch it is started, but not finished.
     epochs = {"ready": started, "started": started, "processed": finished, "completed": finished}
-    running = started - finished
     seen = {
-        "total": {"ready": total, "started": total, "processed": total, "completed": total - running},
-        "current": {"ready": batches, "started": batches, "processed": batches, "completed": batches - (batches > 0)},
-        "is_last_batch": ended,
+        "total": {"ready": total, "started": total, "processed": total, "completed": total - over},
+        "current": dict.fromkeys(("ready", "started", "processed", "completed"), batches),
+        "is_last_batch": data.ended or over,
     }
-    unseen = dict.fromkeys(("ready", "started", "processed", "completed"), 0)
+    begun, ended = (int(is_within and data.done == "batch"), 0)  # a validation that is to run
+    validated = {"ready": begun, "started": begun, "processed": ended, "completed": ended}
     counters["epoch_progress"] = {"total": epochs, "current": {**epochs}}
     counters["epoch_loop.batch_progress"] = seen
-    counters["epoch_loop.val_loop.batch_progress"] = {"total": unseen, "current": {**unseen}, "is_last_batch": False}
-    counters["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - (batches > 0 and not accumulates)
+    counters["epoch_loop.val_loop.batch_progress"] = {
+        "total": validated,
+        "current": {**validated},
+        "is_last_batch": False,
+    }
+    counters["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - (is_within and not accumulates)

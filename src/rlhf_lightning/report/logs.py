@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rlhf_lightning.report.events import PATTERN, read_event_file
+from rlhf_lightning.runs.event_files import PATTERN, read_event_file
 
 Numbers = npt.NDArray[np.float64]
 CSV = "metrics.csv"
