@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
+from lightning_fabric.utilities.apply_func import convert_tensors_to_scalars
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -213,11 +214,11 @@ def metrics_to_log(trainer: Trainer, ends_epoch: bool) -> tuple[dict[str, float]
     ends_batch = progress.completed < progress.processed == progress.ready
     if not (ends_epoch or (ends_batch and connector.should_update_logs)) or not trainer.training:
         return {}, 0
-    metrics = {name: float(value) for name, value in connector.metrics["log"].items()}
+    metrics = convert_tensors_to_scalars(connector.metrics["log"])
     step = metrics.pop("step", None)
     if not metrics:
         return {}, 0
-    metrics.setdefault("epoch", float(trainer.current_epoch))
+    metrics.setdefault("epoch", trainer.current_epoch)
     return metrics, int(step) if step is not None else loop._batches_that_stepped - ends_epoch
 
 

@@ -152,3 +152,31 @@ def test_a_schedule_resumed_into_a_longer_run_has_the_rate_of_its_step_there():
     resumed.step()
     longer.step()
     assert learning_rates(resumed) == [0.5 * learning_rate_factor(7, "linear", 2, 10)]
+
+
+class Remembering(torch.optim.SGD):
+    """Keeps a state of its own among the options, as some optimizers do."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["seen"] = group.get("seen", 0) + 1
+            group["dampening"] = 0.5
+
+
+def test_options_that_changed_win_over_the_checkpoint_and_state_among_them_goes_on():
+    def made(**options):
+        optimizer = Remembering([nn.Parameter(torch.zeros(2))], lr=0.1, **options)
+        return optimizer, schedule_learning_rate(optimizer, "constant", 0, 10)
+
+    optimizer, schedule = made(momentum=0.9, weight_decay=0.1)
+    optimizer.step()
+    schedule.step()
+    state, place = optimizer.state_dict(), schedule.state_dict()
+
+    optimizer, schedule = made(momentum=0.8, weight_decay=0.1)
+    optimizer.load_state_dict(state)  # in this order, as Lightning does
+    schedule.load_state_dict(place)
+
+    (group,) = optimizer.param_groups
+    assert (group["momentum"], group["weight_decay"], group["dampening"], group["seen"]) == (0.8, 0.1, 0.5, 1)
+    assert schedule.options[0]["momentum"] == 0.8

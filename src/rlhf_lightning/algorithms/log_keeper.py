@@ -6,6 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from rlhf_lightning import compat
@@ -22,6 +23,15 @@ def keep_logs(trainer: Any) -> None:
     """
     others = [callback for callback in trainer.callbacks if not isinstance(callback, _LogKeeper)]
     trainer.callbacks = [_LogKeeper(), *others]  # first: before what logs
+    _open_tables(trainer)
+
+
+@rank_zero_only
+def _open_tables(trainer: Any) -> None:
+    """Keep `CSVLogger` from removing the file that a resumed run goes on with, as it does once it is looked at."""
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            open_csv(logger)
 
 
 class _LogKeeper(pl.Callback):
@@ -37,13 +47,6 @@ class _LogKeeper(pl.Callback):
         self._places = LogPlaces()
         self._before_batch: list[dict[str, Any]] = []
         self._ends_epoch = False
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep `CSVLogger` from removing the file that a resumed run goes on with."""
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                if isinstance(logger, CSVLogger):
-                    open_csv(logger)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -30,6 +30,7 @@ from rlhf_lightning.algorithms.checkpoints import check_trained_weights, drop_fr
 from rlhf_lightning.algorithms.hyperparameters import PLAIN, as_config, from_config, optimizer_from_config
 from rlhf_lightning.algorithms.lineage import check_parents, check_resumed, is_fitting, lineage_of
 from rlhf_lightning.algorithms.log_keeper import keep_logs
+from rlhf_lightning.algorithms.resumed_settings import check_settings, optimizer_class
 from rlhf_lightning.algorithms.trainer_checks import check_trainer, keep_checkpoints_whole, let_checkpoints_save
 from rlhf_lightning.arguments import AT_LEAST_1, check_arguments
 from rlhf_lightning.errors import NonFiniteError, UserError
@@ -416,12 +417,8 @@ class Stage(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out frozen weights, which come from their own folders; keep the run's state under one key."""
         drop_frozen_weights(self, checkpoint)
-        checkpoint[_STATE] = {
-            **self.run_state(),
-            "seed": self.seed,
-            "stage": self._algorithm,
-            "lineage": self.lineage,
-        }
+        made_by = {"seed": self.seed, "stage": self._algorithm, "optimizer": optimizer_class(self.optimizer)}
+        checkpoint[_STATE] = {**self.run_state(), **made_by, "lineage": self.lineage}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the run that wrote the checkpoint was.
@@ -437,6 +434,7 @@ class Stage(pl.LightningModule):
         if made_by not in (None, self._algorithm):
             raise UserError(f"the checkpoint is of {made_by}: it was made with another model or stage")
         check_resumed(self, checkpoint[_STATE].get("lineage"))
+        check_settings(self, checkpoint[_STATE], checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}))
         self._run_state = checkpoint[_STATE]
         self.load_run_state(self._run_state)
 

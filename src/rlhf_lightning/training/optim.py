@@ -15,6 +15,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.training.zero import full_shape
 
 Schedule = Literal["cosine", "linear", "constant"]
+_OURS = ("params", "lr", "initial_lr")
 
 # Defaults of the modules, written as in a config: unlike a lambda they can be saved, read again and pickled.
 ADAMW: Any = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.1}}
@@ -86,8 +87,18 @@ def learning_rate_factor(
 class StepSchedule(LambdaLR):
     """A schedule of which a checkpoint holds only the step: a resumed run has the learning rates of its own settings.
 
-    Lightning restores the optimizer, and with it the rates of the run that was saved, before it restores the schedule.
+    Lightning restores the optimizer, and with it the rates and the other options of the run that was saved, before it
+    restores the schedule. Options such as betas and weight decay become those of the settings, too, if these differ
+    from the settings that were saved; some optimizers keep state of their own among the options.
+
+    Args:
+        optimizer: made with the settings, no step made yet.
+        factor: gives what all rates are multiplied by at a step.
     """
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
+        self.options = [_plain_options(group) for group in optimizer.param_groups]
+        super().__init__(optimizer, factor)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go to the step that was saved.
@@ -95,7 +106,10 @@ class StepSchedule(LambdaLR):
         Args:
             state_dict: from `state_dict`.
         """
-        super().load_state_dict({**state_dict, "base_lrs": self.base_lrs})
+        before = state_dict.get("options", self.options)
+        super().load_state_dict({**state_dict, "base_lrs": self.base_lrs, "options": self.options})
+        for group, saved, options in zip(self.optimizer.param_groups, before, self.options, strict=True):
+            group.update((name, value) for name, value in options.items() if saved.get(name) != value)
         for group, base, factor in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
             group["lr"] = base * factor(self.last_epoch)
         self._last_lr = [*learning_rates(self.optimizer)]
@@ -110,6 +124,11 @@ class StepSchedule(LambdaLR):
         for group in self.optimizer.param_groups:
             group["lr"] *= factor
         self._last_lr = [*learning_rates(self.optimizer)]
+
+
+def _plain_options(group: dict[str, Any]) -> dict[str, Any]:
+    plain = bool, int, float, str, tuple, list, type(None)
+    return {name: value for name, value in group.items() if name not in _OURS and isinstance(value, plain)}
 
 
 def schedule_learning_rate(
