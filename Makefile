@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-numbers test-exports lint types format bench bench-arguments clean
+.PHONY: demo test test-numbers test-exports torture lint types format bench bench-arguments clean
 
 demo: $(READY)
 	$(BIN)/rlhf quickstart
@@ -20,6 +20,12 @@ NUMBERS = tests/functional tests/forward tests/models tests/generation tests/tra
 test-numbers: $(READY)
 	ATEN_CPU_CAPABILITY=$(CAPABILITY) ONEDNN_MAX_CPU_ISA=$(if $(filter default,$(CAPABILITY)),SSE41,AVX2) \
 		TORCHINDUCTOR_FX_GRAPH_CACHE=0 $(BIN)/pytest -n 2 $(NUMBERS)
+
+# N runs of all algorithms, killed at random moments, resumed until they are done, and compared with runs that were not
+# killed; it goes on where it was stopped, unless runs/torture is removed. About 15 seconds of one core for each.
+N ?= 100
+torture: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m helpers.torture runs/torture $(N)
 
 # Everything that is exported, opened by the oldest transformers that it is written for, in an environment of its own.
 OLDER := .venv.older

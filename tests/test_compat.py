@@ -293,3 +293,52 @@ def test_every_name_has_a_test():
         ours = getattr(value, "__module__", None) == compat.__name__ or name.isupper()
         if ours and not name.startswith("_"):
             assert f"compat.{name}" in written, name
+
+
+class Seen(pl.Callback):
+    """Asks at each hook what Lightning has yet to log, and whether a batch is under way."""
+
+    def __init__(self):
+        self.told = []
+
+    def tell(self, trainer, hook, ends_epoch=False):
+        metrics, step = compat.metrics_to_log(trainer, ends_epoch)
+        self.told.append((hook, compat.is_within_batch(trainer), sorted(metrics), step))
+
+    def on_train_batch_start(self, trainer, *_):
+        self.tell(trainer, "start")
+
+    def on_train_batch_end(self, trainer, *_):
+        self.tell(trainer, "end")
+
+    def on_validation_end(self, trainer, *_):
+        self.tell(trainer, "validated")
+
+    def on_train_epoch_end(self, trainer, *_):
+        self.tell(trainer, "epoch", ends_epoch=True)
+
+
+class LoggingModel(BoringModel):
+    def training_step(self, batch, batch_idx):
+        self.log("step", float(batch_idx), on_step=True, on_epoch=False)
+        self.log("value", 1.0, on_step=True, on_epoch=False)
+        self.log("mean", 1.0, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_trainer_tells_what_it_has_yet_to_log():
+    """Else a run that is killed after a checkpoint would lack the numbers of its step, or have others twice."""
+    seen = Seen()
+    settings = {"limit_train_batches": 2, "limit_val_batches": 1, "max_epochs": 1, "log_every_n_steps": 1}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    run = pl.Trainer(callbacks=[seen], accelerator="cpu", enable_checkpointing=False, **settings, **quiet)
+    run.fit(LoggingModel())
+
+    assert seen.told[1:] == [  # the first hook is that of the validation before training
+        ("start", True, [], 0),
+        ("end", False, ["epoch", "value"], 0),
+        ("start", True, [], 0),
+        ("end", False, ["epoch", "value"], 1),
+        ("validated", False, [], 0),
+        ("epoch", False, ["epoch", "mean"], 1),
+    ]

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -142,21 +143,38 @@ def run_forked(
 
 
 def run_ranks(
-    words: Sequence[str | Path], cwd: Path | str, port: int, processes: int = 2, timeout: float = 120
+    words: Sequence[str | Path],
+    cwd: Path | str,
+    processes: int = 2,
+    timeout: float = 300,
+    before: Callable[[], None] | None = None,
 ) -> list[Finished]:
-    """Run the command line on several processes, as torchrun would; what came of each, by rank."""
-    ranks = []
-    for rank in range(processes):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": processes, "MASTER_PORT": port}
-        env = {name: str(value) for name, value in place.items()} | {"LOCAL_WORLD_SIZE": str(processes)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "tests", "DS_ACCELERATOR": "cpu"}
-        ranks.append(Forked(words, cwd, env))
-    connection.wait([rank.process.sentinel for rank in ranks], timeout)
-    if any(rank.process.exitcode for rank in ranks):  # the others would wait for it
-        for rank in ranks:
-            rank.process.join(5)
-            rank.kill()
-    return [rank.wait(timeout) for rank in ranks]
+    """Run the command line on several processes, as torchrun would; what came of each, by rank.
+
+    Args:
+        words: after `rlhf`.
+        cwd: the working folder.
+        processes: how many.
+        timeout: seconds after which all are killed, and that is an error.
+        before: called in each first; importable by name.
+    """
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "GROUP_RANK": "0"}
+    shared |= {"LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_RUN_ID": "tests", "DS_ACCELERATOR": "cpu"}
+    ranks = [Forked(words, cwd, {**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, before) for r in range(processes)]
+    deadline = time.monotonic() + timeout
+    running = list(ranks)
+    while running and time.monotonic() < deadline:
+        connection.wait([rank.process.sentinel for rank in running], timeout=1)
+        running = [rank for rank in running if rank.process.is_alive()]
+        if any(rank.process.exitcode for rank in ranks):  # the others would wait for it
+            for rank in running:
+                rank.process.join(5)
+                rank.kill()
+            running = []
+    return [rank.wait(max(0.0, deadline - time.monotonic())) for rank in ranks]
 
 
 def _start_server() -> None:

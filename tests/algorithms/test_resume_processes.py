@@ -1,0 +1,38 @@
+"""On several processes, too, a run that is cut and resumed ends as one that was not."""
+
+import json
+from functools import partial
+
+import pytest
+
+from helpers.forked import run_ranks
+from helpers.resumed_runs import BATCHES, CUT_AFTER, EPOCHS, cut_and_resume
+from helpers.stages import save_llama, save_reward_model
+
+STAGES = {"ddp": ["sft", "reward"], "zero2": ["ppo"], "zero3": ["sft"]}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    base = save_llama(root / "llama", hidden_size=16)
+    return base, save_reward_model(root / "reward", base)
+
+
+@pytest.mark.parametrize("strategy", STAGES)
+def test_two_processes_that_are_cut_end_as_if_they_had_not_been_cut(folders, tmp_path, strategy):
+    stages = STAGES[strategy]
+    job = partial(cut_and_resume, stages, strategy, *folders, str(tmp_path))
+
+    ranks = run_ranks(["--version"], tmp_path, before=job)
+
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(rank.stderr[-3000:] for rank in ranks)
+    results = json.loads((tmp_path / "0.json").read_text())
+    for stage in stages:
+        whole, resumed = results[stage]
+        assert resumed["steps"] == whole["steps"] > 0
+        assert resumed["weights"] == whole["weights"]
+        for name, values in whole["logged"].items():
+            assert len(values) == EPOCHS * BATCHES
+            # The checkpoint was saved before its step was logged and validated.
+            assert resumed["logged"][name] == values[CUT_AFTER - 1 :], (stage, name)
