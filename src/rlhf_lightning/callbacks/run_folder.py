@@ -57,6 +57,7 @@ class RunFolder(SaveConfigCallback):
         root = Path(config.trainer.default_root_dir or ".")
         starts_anew = config.get("overwrite", False) and config.get("ckpt_path") is None
         self._present = set(root.iterdir()) if root.is_dir() else None
+        self._was_of_a_run = _is_of_a_run(root)
         self._leftovers = _leftovers(root) if starts_anew else []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -78,17 +79,16 @@ class RunFolder(SaveConfigCallback):
 
         A run that was killed before it had saved anything leaves logs of steps that are now made again.
         """
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        root = Path(trainer.default_root_dir)
         logs: list[Path] = []
-        if self.config.get("ckpt_path") is None:
-            root = Path(trainer.default_root_dir)
+        if trainer.ckpt_path is None and self._was_of_a_run:
             logs = [path for path in root.glob(PATTERN) if is_of_a_fit(path)] + [root / "samples.md"]
         for path in {*self._leftovers, *logs}:
             remove(path)
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            remove(Path(trainer.default_root_dir) / MARK)  # until this run ends
-            remove_unfinished(checkpoint_folders(trainer))
+        remove(root / MARK)  # until this run ends
+        remove_unfinished(checkpoint_folders(trainer))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what the run comes from, now that nothing is left to be refused."""
