@@ -22,7 +22,7 @@ def run_folder(root, text="overwrite: false\n", **options):
 
 def start(callback, root):
     trainer = SimpleNamespace(
-        is_global_zero=True, default_root_dir=str(root), fast_dev_run=False, checkpoint_callbacks=[]
+        is_global_zero=True, default_root_dir=str(root), fast_dev_run=False, checkpoint_callbacks=[], ckpt_path=None
     )
     callback.setup(trainer, None, "fit")
     callback.on_fit_start(trainer, None)
