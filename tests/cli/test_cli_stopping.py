@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 from pathlib import Path
@@ -102,6 +103,28 @@ def test_a_folder_that_cannot_be_written_is_said_before_models_are_loaded(root, 
         "error: --trainer.default_root_dir: 'file/run' cannot be written (Not a dir"
     )
     assert "loading" not in said
+
+
+@pytest.fixture
+def limit():
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_becomes_full_ends_a_run_in_one_line_and_leaves_the_checkpoint_before(root, leaves, limit):
+    (root / "full.yaml").write_text(
+        "trainer:\n  callbacks:\n"
+        "  - class_path: ModelCheckpoint\n    init_args: {every_n_train_steps: 2, save_last: true}\n"
+        "  - class_path: helpers.stopped.FullDisk\n    init_args: {step: 2, size: 40000}\n"
+    )
+    code, said = leaves(*fit("full", "--config=full.yaml"))
+    written = [path.name for path in (root / "full/checkpoints").iterdir()]
+    assert (code, sorted(written)) == (2, ["epoch=0-step=2.ckpt", "last.ckpt"])
+    assert torch.load(root / "full/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    assert said.partition("error")[2].splitlines() == [
+        ": the checkpoint 'full/checkpoints/epoch=0-step=4.ckpt' was not written: File too large"
+    ]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,11 +1,14 @@
 """A run that is cut and resumed sees exactly the batches of a run that is not."""
 
+from contextlib import nullcontext
+
 import pytest
 import pytorch_lightning as pl
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
 from helpers.tokenizers import tiny_tokenizer
@@ -59,7 +62,7 @@ def data_module(kind, workers=0, **changes):
 
 def trainer(folder, callbacks=(), **settings):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return pl.Trainer(default_root_dir=folder, callbacks=list(callbacks), **quiet, **({"max_epochs": 3} | settings))
+    return pl.Trainer(default_root_dir=folder, callbacks=list(callbacks), **quiet | {"max_epochs": 3} | settings)
 
 
 def uninterrupted(folder, kind, **settings):
@@ -364,3 +367,81 @@ def test_stopped_anywhere_in_any_way_it_goes_on_at_the_next_batch(
     assert seen + last.seen == whole.seen
     assert torch.equal(last.weight, whole.weight) or not last.seen
     assert leg(folder, order, {"max_epochs": EPOCHS}, *fixed).seen == []
+
+
+class Diary(Callback):
+    """Writes down, in order, what comes after each batch, with the epoch that Lightning says it is."""
+
+    def __init__(self, cut_in=None):
+        self.lines, self.cut_in = [], cut_in
+
+    def _note(self, hook, trainer):
+        self.lines.append((hook, trainer.current_epoch, trainer.global_step))
+        if self.lines[-1] == self.cut_in:
+            raise Cut
+
+    def on_train_batch_start(self, trainer, *_):
+        self._note("batch", trainer)
+
+    def on_validation_batch_start(self, trainer, *_):
+        if not trainer.sanity_checking:
+            self._note("validation batch", trainer)
+
+    def on_validation_end(self, trainer, *_):
+        if not trainer.sanity_checking:
+            self._note("validated", trainer)
+
+    def on_train_epoch_end(self, trainer, *_):
+        self._note("epoch ends", trainer)
+
+    def on_train_end(self, trainer, *_):
+        self._note("end", trainer)
+
+
+class Steps(Logger):
+    """Notes the step that Lightning gives to each value."""
+
+    name, version = "steps", 0
+
+    def __init__(self):
+        super().__init__()
+        self.values = []
+
+    def log_metrics(self, metrics, step):
+        self.values += [(name, value, step) for name, value in metrics.items()]
+
+    def log_hyperparams(self, *_):
+        pass
+
+
+class Logs(Recorder):
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        self.log("weight", self.weight)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.weight, batch_size=1)
+
+
+def written(folder, kind=InstructionDataModule, cut_in=None, ckpt_path=None, saver=None, **settings):
+    """What came after each batch, and what was logged at which step."""
+    diary, steps = Diary(cut_in), Steps()
+    callbacks = [diary, saver or checkpoint_every(folder, 1)]
+    run = trainer(folder, callbacks, **{"max_epochs": 2, "log_every_n_steps": 1} | settings | {"logger": steps})
+    with pytest.raises(Cut) if cut_in else nullcontext():
+        run.fit(Logs(), data_module(kind, batch_size=8), ckpt_path=ckpt_path)
+    return diary.lines, steps.values
+
+
+@pytest.mark.parametrize("limits", [{}, {"check_val_every_n_epoch": None}, {"val_check_interval": 2}, {"max_steps": 6}])
+def test_a_validation_that_was_cut_is_run_once_more_and_the_epoch_ends(tmp_path, limits):
+    limits = {"val_check_interval": 1} | limits
+    lines, values = written(tmp_path / "whole", **limits)
+    cuts = {line[2]: line for line in lines if line[0] == "validation batch"}
+    for step, line in cuts.items():
+        before, logged_before = written(tmp_path / f"cut{step}", cut_in=line, **limits)
+        checkpoint = tmp_path / f"cut{step}" / f"step={step}.ckpt"
+        after, logged_after = written(tmp_path / f"rest{step}", ckpt_path=checkpoint, **limits)
+        assert before[:-1] + after == lines, step
+        assert logged_before + logged_after == values, step
+    assert [*cuts] == ([2, 5] if limits["val_check_interval"] == 2 else [*range(1, 7)])

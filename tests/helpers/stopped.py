@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from typing import Any
 
@@ -28,3 +29,14 @@ class SignalAt(pl.Callback):
         if trainer.global_step == self.step and self.rank in (None, trainer.global_rank):
             while self.numbers:
                 os.kill(os.getpid(), self.numbers.pop(0))
+
+
+class FullDisk(pl.Callback):
+    """Lets no file grow beyond a size after some optimizer steps; who uses it puts `RLIMIT_FSIZE` back."""
+
+    def __init__(self, step: int, size: int) -> None:
+        self.step, self.size = step, size
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

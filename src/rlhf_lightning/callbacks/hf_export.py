@@ -37,6 +37,7 @@ from rlhf_lightning.models.rendering import RENDERING, rendering_of
 from rlhf_lightning.models.scalar_lm import CALIBRATION
 from rlhf_lightning.runs.lineage import TRAINED_ON, is_ours, new_record, write_record
 from rlhf_lightning.runs.secrets import without_secrets
+from rlhf_lightning.runs.signals import Stopped
 from rlhf_lightning.training import consolidated_state_dict
 
 _CARD = "README.md"
@@ -104,6 +105,11 @@ class HFExport(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Export beside a checkpoint while the weights are still those it holds."""
         self._export_with_checkpoints(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """The same where a run that is asked to stop has just saved."""
+        if isinstance(exception, Stopped):
+            self._export_with_checkpoints(trainer, pl_module)
 
     def _export_with_checkpoints(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not (self.with_checkpoints and self._checkpoint_written):
