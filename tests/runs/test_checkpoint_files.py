@@ -116,6 +116,19 @@ def test_a_changed_byte_is_refused_or_changes_nothing(real, content_of_real, unc
     assert "\n" not in error
 
 
+def test_a_record_that_is_said_to_be_a_folder_is_refused(real, tmp_path):
+    """The one bit outside of all checksums that a test of the archive lets pass, and `torch.load` does not."""
+    content, path = bytearray(real.read_bytes()), tmp_path / "last.ckpt"
+    with zipfile.ZipFile(real) as archive:
+        name = next(record.filename for record in archive.infolist() if "/data/" in record.filename)
+    content[content.rindex(name.encode()) - 46 + 38] |= 0x10  # where the archive's directory describes it
+    path.write_bytes(content)
+    assert (
+        refused(path)
+        == f"'{path}' is not a complete checkpoint (its record '{name}' is damaged); resume from another one"
+    )
+
+
 @settings(max_examples=40)
 @given(length=st.floats(0, 1, exclude_max=True))
 @example(length=0.0)
@@ -290,10 +303,10 @@ def test_a_folder_says_what_belongs_to_it(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (lambda folder: (folder / "latest").unlink(), "latest is missing"),
-        (lambda folder: (folder / "checkpoint/1.pt").write_text("weightz"), "checkpoint/1.pt has changed"),
-        (lambda folder: (folder / "checkpoint/1.pt").write_text(""), "checkpoint/1.pt has changed"),
-        (lambda folder: shutil.rmtree(folder / "checkpoint"), "checkpoint/0.pt is missing"),
+        (lambda folder: (folder / "latest").unlink(), "'latest' is missing"),
+        (lambda folder: (folder / "checkpoint/1.pt").write_text("weightz"), "'checkpoint/1.pt' has changed"),
+        (lambda folder: (folder / "checkpoint/1.pt").write_text(""), "'checkpoint/1.pt' has changed"),
+        (lambda folder: shutil.rmtree(folder / "checkpoint"), "'checkpoint/0.pt' is missing"),
         (lambda folder: (folder / MANIFEST).unlink(), f"it has no {MANIFEST}"),
         (lambda folder: (folder / MANIFEST).write_text("{"), f"its {MANIFEST} is damaged"),
         (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), f"its {MANIFEST} is damaged"),

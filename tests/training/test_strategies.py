@@ -285,7 +285,7 @@ def test_a_checkpoint_folder_that_is_not_as_it_was_written_is_refused_on_all_pro
         assert two_processes[name, "code", file] == [code] * 2
     for file in [*SAVED[name], "latest"]:
         for how, why in (("damage", "has changed"), ("missing", "is missing")):
-            message = f"'{folder}' is not a complete checkpoint ({file} {why}); resume from another one"
+            message = f"'{folder}' is not a complete checkpoint ('{file}' {why}); resume from another one"
             assert two_processes[name, how, file] == [message] * 2
     for result in two_processes[name, "resumed from code"]:
         assert "UserError: " in result["error"]
