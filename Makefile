@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/rlhf quickstart
 
 test: $(READY)
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # The numerical tests under another instruction set than the machine's own; CAPABILITY=default for none at all.
 # torch.compile keeps generated code by the model, not by the instruction set, so that its cache is left out.
@@ -19,7 +19,7 @@ CAPABILITY ?= avx2
 NUMBERS = tests/functional tests/forward tests/models tests/generation tests/training tests/algorithms
 test-numbers: $(READY)
 	ATEN_CPU_CAPABILITY=$(CAPABILITY) ONEDNN_MAX_CPU_ISA=$(if $(filter default,$(CAPABILITY)),SSE41,AVX2) \
-		TORCHINDUCTOR_FX_GRAPH_CACHE=0 $(BIN)/pytest -n 2 $(NUMBERS)
+		TORCHINDUCTOR_FX_GRAPH_CACHE=0 $(BIN)/pytest -n 2 --dist loadfile $(NUMBERS)
 
 # N runs of all algorithms, killed at random moments, resumed until they are done, and compared with runs that were not
 # killed; it goes on where it was stopped, unless runs/torture is removed. About 15 seconds of one core for each.

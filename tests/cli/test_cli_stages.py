@@ -25,6 +25,7 @@ from helpers.cli_runs import (
     short,
     working_folder,
 )
+from helpers.forked import Finished
 from rlhf_lightning.cli.main import main
 
 FROM_PYTHON = """
@@ -42,7 +43,7 @@ PLACES = {"report": "report.html", "export": "export", "checkpoints": "checkpoin
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, subprocess.CompletedProcess[str]]]:
+def stages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Finished]]:
     root = tmp_path_factory.mktemp("stages")
     save_model(root / "lm")
     save_pairs(root / "pairs.jsonl")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,11 +14,12 @@ import pytorch_lightning as pl
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from helpers.forked import Finished, run_forked
+from helpers.forked import environment as environment
 from helpers.tokenizers import tiny_tokenizer
 
 QUESTIONS = ["bake bread", "repair a bicycle", "plant a tree", "learn to swim", "write a letter", "cook some rice"]
 CONTEXT = 96
-TESTS = str(Path(__file__).resolve().parents[1])
 
 
 def save_model(folder: Path, *, chat_template: bool = False, seed: int = 0) -> Path:
@@ -95,15 +95,9 @@ def command(*args: str) -> list[str]:
     return [sys.executable, "-m", "rlhf_lightning", *args]
 
 
-def environment() -> dict[str, str]:
-    """One thread, no GPU, no hub."""
-    paths = os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-
-
-def run(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    return subprocess.run(command(*args), capture_output=True, text=True, cwd=cwd, env=environment(), check=False)
+def run(*args: str, cwd: Path | None = None) -> Finished:
+    """Run the command line in a process of its own, forked from one that has imported everything."""
+    return run_forked(args, cwd or Path.cwd(), timeout=600)
 
 
 @contextlib.contextmanager

@@ -1,21 +1,21 @@
 """Run a function in several processes, as torchrun would, and bring the results back.
 
 The function is named `package.module:function`, takes JSON values as keyword arguments and returns JSON values; each
-process writes its result to a file. The first process to fail, or the deadline, ends all of them.
+process writes its result to a file. The first process to fail, or the deadline, ends all of them. They are forked from
+one that has imported everything (`helpers.forked`).
 """
 
 import importlib
 import json
 import os
 import socket
-import subprocess
-import sys
 import tempfile
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+import time
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parents[1]
+from helpers.forked import forked_process
 
 
 def run_in_processes(function: str, world_size: int = 2, timeout: float = 1200, **kwargs: Any) -> list[Any]:
@@ -35,23 +35,35 @@ def run_in_processes(function: str, world_size: int = 2, timeout: float = 1200, 
     """
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
-        processes = [_start(function, kwargs, rank, world_size, Path(folder), port) for rank in range(world_size)]
-        with ThreadPoolExecutor(world_size) as pool:
-            futures = [pool.submit(_check_exit, process, Path(folder), rank) for rank, process in enumerate(processes)]
-            done, running = wait(futures, timeout=timeout, return_when=FIRST_EXCEPTION)
-            for process in processes:
-                process.kill()
-        for future in done:
-            future.result()
-        if running:
-            raise RuntimeError(f"{function} ran past {timeout} s:\n{_tail(Path(folder), 0)}")
+        processes = [
+            forked_process(_run, function, kwargs, _environment(rank, world_size, port), folder, rank)
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        running, deadline, failed = (
+            {p.sentinel: rank for rank, p in enumerate(processes)},
+            time.monotonic() + timeout,
+            "",
+        )
+        while running and not failed:
+            ended = connection.wait([*running], max(0.0, deadline - time.monotonic()))
+            failed = "" if ended else f"{function} ran past {timeout} s:\n{_tail(Path(folder), 0)}"
+            for sentinel in ended:
+                rank = running.pop(sentinel)  # type: ignore[arg-type]
+                processes[rank].join()
+                if code := processes[rank].exitcode:
+                    failed = f"process {rank} ended with {code}:\n{_tail(Path(folder), rank)}"
+        for process in processes:
+            process.kill()
+            process.join()
+        if failed:
+            raise RuntimeError(failed)
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def _start(
-    function: str, kwargs: dict[str, Any], rank: int, world_size: int, folder: Path, port: int
-) -> subprocess.Popen[bytes]:
-    environment = os.environ | {
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return os.environ | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "RANK": str(rank),
@@ -63,16 +75,20 @@ def _start(
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, "-m", "helpers.distributed", function, json.dumps(kwargs), str(folder / f"{rank}.json")]
-    with (folder / f"{rank}.log").open("wb") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
 
 
-def _check_exit(process: subprocess.Popen[bytes], folder: Path, rank: int) -> None:
-    if process.wait() != 0:
-        raise RuntimeError(f"process {rank} ended with {process.returncode}:\n{_tail(folder, rank)}")
+def _run(function: str, kwargs: dict[str, Any], environment: dict[str, str], folder: str, rank: int) -> None:
+    """What each process does."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    log = os.open(f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    module, _, name = function.partition(":")
+    result = getattr(importlib.import_module(module), name)(**kwargs)
+    Path(folder, f"{rank}.json").write_text(json.dumps(result))
 
 
 def _tail(folder: Path, rank: int) -> str:
@@ -83,14 +99,3 @@ def _free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
-
-
-def _main() -> None:
-    function, kwargs, path = sys.argv[1:]
-    module, _, name = function.partition(":")
-    result = getattr(importlib.import_module(module), name)(**json.loads(kwargs))
-    Path(path).write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    _main()

@@ -18,16 +18,15 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection, forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
-
-from helpers.cli_runs import environment
+from typing import Any, NamedTuple
 
 PRELOADED = (
     "rlhf_lightning.cli.main",
     "rlhf_lightning.cli.stages",
     "rlhf_lightning.callbacks",
-    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "tensorboard.compat.proto.event_pb2",
     "torch.utils.tensorboard",
     "transformers.models.llama.modeling_llama",
@@ -37,6 +36,13 @@ PRELOADED = (
 )
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([*PRELOADED])
+TESTS = str(Path(__file__).resolve().parents[1])
+
+
+def environment() -> dict[str, str]:
+    """One thread, no GPU, no hub."""
+    paths = os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
 
 
 class Finished(NamedTuple):
@@ -177,10 +183,23 @@ def run_ranks(
     return [rank.wait(max(0.0, deadline - time.monotonic())) for rank in ranks]
 
 
+def forked_process(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A process that will be forked from the server when it is started.
+
+    Args:
+        target: called there; importable by name.
+        *arguments: it is called with.
+    """
+    _start_server()
+    return _CONTEXT.Process(target=target, args=arguments)
+
+
 def _start_server() -> None:
     """Let the server find what this process finds; it looks at the environment only."""
     before = dict(os.environ)
-    os.environ.update(environment() | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "DS_ACCELERATOR": "cpu"})
+    # A pool of compiling processes would be started by an import, in the server.
+    more = {"DS_ACCELERATOR": "cpu", "TORCH_WARM_POOL": "0"}
+    os.environ.update(environment() | more | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
     try:
         forkserver.ensure_running()
     finally:

@@ -182,7 +182,13 @@ class KeepState(pl.Callback):
 
 def strategy(name: str) -> str | Strategy:
     """`zero2`, `zero3`, or a name Lightning knows."""
-    return DeepSpeedStrategy(stage=int(name[4:])) if name.startswith("zero") else name
+    if not name.startswith("zero"):
+        return name
+    found = DeepSpeedStrategy(stage=int(name[4:]))
+    if name == "zero3":
+        # At each weight DeepSpeed looks a billion weights ahead: in a tiny model through all modules of all steps.
+        found.config["zero_optimization"]["stage3_max_reuse_distance"] = 10_000
+    return found
 
 
 def run(stage: str, name: str, folder: str, reward: str, export: str | None = None) -> dict[str, Any]:
