@@ -93,17 +93,7 @@ def judge_tab(
     with gr.Row():
         ask = gr.Button("Next prompt" if prompts else "Ask", variant="primary", elem_id="judge-ask", **SMALL)
         stop = gr.Button("Stop", elem_id="judge-stop", **SMALL)
-    with gr.Row():
-        left, right = (
-            gr.Textbox(label=side, lines=5, max_lines=20, interactive=False, elem_id=f"judge-{side}-answer")
-            for side in ("left", "right")
-        )
-    comment = gr.Textbox(label="comment", placeholder="why, if you like; write it before you choose", max_lines=4)
-    with gr.Row():
-        buttons = [
-            gr.Button(f"{words}  [{keys}]", elem_id=f"judge-{end}", interactive=False, **SMALL)
-            for end, words, keys in CHOICES
-        ]
+    left, right, comment, buttons = _answers()
     said = gr.HTML(elem_id="judge-said")
     tab = _Judging(models, stops, judgements, prompts, seed)
     shown = [prompt, left, right, pair, *buttons]
@@ -117,6 +107,22 @@ def judge_tab(
     annotator.change(tab.so_far, annotator, said, js=_KEEP, **AT_ONCE)
     export_button("Export preferences", "judge-export", tab.export)
     page.load(tab.opened, annotator, [annotator, said], js=_FIND, **AT_ONCE)
+
+
+def _answers() -> tuple[Any, Any, Any, list[Any]]:
+    """Boxes of the two answers and of a comment, and the buttons that judge."""
+    with gr.Row():
+        left, right = (
+            gr.Textbox(label=side, lines=5, max_lines=20, interactive=False, elem_id=f"judge-{side}-answer")
+            for side in ("left", "right")
+        )
+    comment = gr.Textbox(label="comment", placeholder="why, if you like; write it before you choose", max_lines=4)
+    with gr.Row():
+        buttons = [
+            gr.Button(f"{words}  [{keys}]", elem_id=f"judge-{end}", interactive=False, **SMALL)
+            for end, words, keys in CHOICES
+        ]
+    return left, right, comment, buttons
 
 
 class _Shown(NamedTuple):
