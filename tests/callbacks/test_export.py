@@ -26,12 +26,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from helpers.cli_runs import QUESTIONS, dialogue, save_model
 from helpers.stages import share_of_letters
+from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import (
     Blend,
     HelpfulHarmless,
     HFExport,
     InstructionDataModule,
     PPOModule,
+    RewardModule,
     SampleTexts,
     Sampling,
     SFTModule,
@@ -130,6 +132,14 @@ def test_no_setting_can_keep_a_model_card_from_being_written():
     settings = yaml.safe_load(card.split("```yaml\n")[1].partition("```")[0])["module"]
     assert (settings["engine"], settings["share"], settings["paths"]) == ("object", 0.5, ["x", ["y", None]])
     assert settings["sampling"]["stop_strings"] == ["a"]
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_the_card_of_a_reward_model_says_where_its_score_is_read(has_template):
+    trainer = SimpleNamespace(callback_metrics={}, precision="32-true", world_size=1, global_step=3)
+    module = RewardModule("lm")
+    module.tokenizer = tiny_tokenizer(chat_template=has_template)
+    assert ("the score is read one token late" in model_card(trainer, module)) == has_template
 
 
 def test_the_model_card_names_base_model_data_and_settings(model, tmp_path):

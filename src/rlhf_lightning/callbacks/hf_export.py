@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 
 from rlhf_lightning import __version__
 from rlhf_lightning.algorithms.lineage import trained_on
+from rlhf_lightning.algorithms.reward import RewardModule
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.arguments import check_arguments, constructor_arguments
 from rlhf_lightning.callbacks.export_folder import check_place, finish_replacing, replace_folder
@@ -255,7 +256,7 @@ def model_card(trainer: pl.Trainer, pl_module: Any) -> str:
 
 Made by `{_MARK}`: stage `{stage}`, started from `{pl_module.model_name_or_path}`, after {trainer.global_step} optimizer
 steps. Versions: rlhf-lightning {__version__}, torch {torch.__version__}, transformers {transformers.__version__}.
-
+{_how_to_score(pl_module)}
 ## Settings
 
 ```yaml
@@ -265,6 +266,16 @@ steps. Versions: rlhf-lightning {__version__}, torch {torch.__version__}, transf
 
 ```yaml
 {yaml.safe_dump(metrics)}```
+"""
+
+
+def _how_to_score(pl_module: Any) -> str:
+    """Where others' tools read the score of a reward model a token late; nothing of what has no chat template."""
+    if not isinstance(pl_module, RewardModule) or not pl_module.tokenizer.chat_template:
+        return ""
+    return """
+The score is the one at the end of the last turn. Many chat templates write a line break after it: strip that from
+`apply_chat_template(messages, tokenize=False)`, or the score is read one token late.
 """
 
 
