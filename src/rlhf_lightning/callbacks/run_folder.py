@@ -29,8 +29,8 @@ _LEFTOVERS = (
     "checkpoints/*-hf",
     MARK,
     "best_by_judge",
-    "kept",
-    "non_finite",
+    "kept/*.ckpt",
+    "non_finite/*_rank*",
     "samples.md",
     "report.html",
     "evaluation.json",
@@ -92,7 +92,7 @@ class RunFolder(SaveConfigCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what the run comes from, now that nothing is left to be refused."""
-        if trainer.is_global_zero and isinstance(pl_module, Stage):
+        if trainer.is_global_zero and isinstance(pl_module, Stage) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_record(Path(trainer.default_root_dir), pl_module.lineage)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
