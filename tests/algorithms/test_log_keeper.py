@@ -49,7 +49,7 @@ def base(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("llama"), hidden_size=16)
 
 
-def run(base, folder, cut=None, saver=None):
+def run(base, folder, cut=None, saver=None, **limits):
     """Fit, from the last checkpoint if there is one, until something ends it."""
     torch.manual_seed(3)
     rows = instruction_rows(16)
@@ -61,7 +61,7 @@ def run(base, folder, cut=None, saver=None):
         TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
         CSVLogger(folder, name="", version=""),
     ]
-    settings = {"max_epochs": EPOCHS, "val_check_interval": 2, "default_root_dir": folder}
+    settings = {"max_epochs": EPOCHS, "val_check_interval": 2, "default_root_dir": folder, **limits}
     fitting = trainer(logger=loggers, callbacks=[*callbacks, HFExport()], enable_checkpointing=True, **settings)
     last = folder / "last.ckpt"
     try:
@@ -141,6 +141,20 @@ def test_a_cut_run_has_logged_what_one_has_that_was_not_cut(base, whole, tmp_pat
     run(base, tmp_path)
 
     for found, expected in zip(outcome(tmp_path), whole, strict=True):
+        assert found == expected
+
+
+@pytest.mark.parametrize("steps", [6, 7])
+def test_what_comes_after_the_last_step_is_made_up_for(base, tmp_path, steps):
+    """With a validation, and without one; in the middle of an epoch."""
+    run(base, tmp_path / "whole", max_steps=steps)
+    run(base, tmp_path / "cut", max_steps=steps, saver=CutAfterSaving(tmp_path / "cut", cut_after=steps))
+    assert not (tmp_path / "cut" / "export").exists()
+
+    trainer = run(base, tmp_path / "cut", max_steps=steps)
+
+    assert trainer.max_steps == trainer.global_step == steps
+    for found, expected in zip(outcome(tmp_path / "cut"), outcome(tmp_path / "whole"), strict=True):
         assert found == expected
 
 

@@ -76,8 +76,9 @@ class ResumableDataModule(pl.LightningDataModule):
         """
         if self._sampler is None:
             return
-        epoch, batches, self.ended = state_dict["epoch"], state_dict["batches"], state_dict["ended"]
-        self.place, self.done = (epoch, batches), state_dict["done"]
+        epoch, batches = self.place = state_dict["epoch"], state_dict["batches"]
+        # Version 0.1 did not say so, and took the validation for done.
+        self.ended, self.done = state_dict.get("ended", False), state_dict.get("done", "validation")
         if batches > 0 and not self.ended:
             self._check_order(state_dict["order"])
         self._sampler.resume(*((epoch + 1, 0) if self.ended else (epoch, batches * self.batch_size)))
