@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-numbers test-exports torture lint types format bench bench-arguments clean
+.PHONY: demo test fuzz test-numbers test-exports torture lint types format bench bench-arguments clean
 
 demo: $(READY)
 	$(BIN)/rlhf quickstart
@@ -26,6 +26,11 @@ test-numbers: $(READY)
 N ?= 100
 torture: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m helpers.torture runs/torture $(N)
+
+# Damaged files of every kind, and whatever may be typed, drawn anew.
+CASES ?= 10000
+fuzz: $(READY)
+	HYPOTHESIS_PROFILE=random CASES=$(CASES) $(BIN)/pytest tests/test_fuzz.py
 
 # Everything that is exported, opened by the oldest transformers that it is written for, in an environment of its own.
 OLDER := .venv.older

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 import yaml
@@ -43,6 +44,9 @@ def load_yaml(text: str, name: str) -> Any:
     """
     if len(text) > _LONGEST:
         raise UserError(f"{name} has {len(text):,} characters; no more than {_LONGEST:,} are read")
+    depth = accumulate(1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text))
+    if max(depth, default=0) > 10 * _DEEPEST:  # which PyYAML takes minutes for; brackets in texts need not be in pairs
+        raise UserError(f"{name}: values lie more than {_DEEPEST} deep in each other; write it in a simpler way")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()

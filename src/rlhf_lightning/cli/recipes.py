@@ -69,7 +69,25 @@ def read_config(path: str) -> dict[str, Any]:
         raise UserError(f"config '{path}'{place}: broken YAML ({' '.join(reason.split())})") from e
     if not isinstance(config, dict):
         raise UserError(f"config '{path}' holds no 'key: value' lines; pass a recipe such as sft.yaml")
+    if wrong := _misshapen({"": config}):
+        raise UserError(f"config '{path}': {wrong}")
     return config
+
+
+def _misshapen(config: dict[str, Any], prefix: str = "") -> str:
+    """Which key below another holds no settings, or no name of a class, though it should; empty if none."""
+    for key, value in config.items():
+        name = f"{prefix}.{key}".strip(".")
+        if key == "init_args" or name == "trainer":
+            if not isinstance(value, dict | None):
+                return f"{name} holds {value!r}, not settings as 'key: value' lines"
+        elif (key == "class_path" and not isinstance(value, str | None)) or (name == "model" and value is True):
+            return f"{name} holds {value!r}, not the name of a class"
+        items = value if isinstance(value, list) else [value]
+        for inner in items:
+            if isinstance(inner, dict) and (wrong := _misshapen(inner, name)):
+                return wrong
+    return ""
 
 
 def resolve_recipes(args: Sequence[str]) -> list[str]:

@@ -120,7 +120,8 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict) and "class_path" in value:
         return str(value["class_path"])
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        return ",".join(str(item.get("class_path", "")).rpartition(".")[2] for item in value)
+        named = (item.get("class_path", "") if isinstance(item, dict) else item for item in value)
+        return ",".join(str(name).rpartition(".")[2] for name in named)
     return "" if value is None else as_word(value)
 
 

@@ -119,7 +119,9 @@ class Evaluation:
             return cls(said["settings"], results, curves, said["made"], said["rlhf_lightning"])
         except FileNotFoundError as error:
             raise UserError(f"{file} does not exist; make it with `rlhf evaluate`") from error
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except UserError:
+            raise
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise UserError(f"{file} is not what `rlhf evaluate` writes ({error!r}); evaluate again") from error
 
     def print_table(self, console: Console) -> None:

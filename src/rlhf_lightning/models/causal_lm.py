@@ -17,7 +17,7 @@ from rlhf_lightning.compat import DROPOUTS
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapter_folders import adapter_base, is_adapter, is_reward_adapter, merge_adapter
 from rlhf_lightning.models.dtypes import keep_tables
-from rlhf_lightning.models.folders import check_model_folder, read_config, reason_of
+from rlhf_lightning.models.folders import architectures, check_model_folder, reason_of
 from rlhf_lightning.models.quantized import nf4_options, settle_nf4
 
 
@@ -38,9 +38,8 @@ def load_causal_lm(
         UserError: there is no language model at that place.
     """
     name = check_model_folder(name_or_path)
-    architectures = read_config(name).get("architectures") or []
-    if any("SequenceClassification" in a for a in architectures):
-        raise UserError(f"'{name}' is a reward model ({architectures[0]}); a language model is needed here")
+    if classifiers := [each for each in architectures(name) if "SequenceClassification" in each]:
+        raise UserError(f"'{name}' is a reward model ({classifiers[0]}); a language model is needed here")
     if is_reward_adapter(name):
         raise UserError(f"'{name}' is the adapter of a reward model; a language model is needed here")
     kwargs: dict[str, Any] = {"dtype": torch.get_default_dtype(), "trust_remote_code": trust_remote_code}

@@ -80,6 +80,16 @@ def read_config(name: str, file: str = "config.json") -> dict[str, Any]:
     return config
 
 
+def architectures(name: str) -> list[str]:
+    """The classes that the config of a local model folder names; none where it names none.
+
+    Args:
+        name: a folder, or anything else.
+    """
+    named = read_config(name).get("architectures")
+    return [str(each) for each in named] if isinstance(named, list) else []
+
+
 def same_model(name_or_path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
     """Whether two names mean the same folder or hub id.
 

@@ -31,7 +31,7 @@ from rlhf_lightning.models.adapter_folders import (
 )
 from rlhf_lightning.models.causal_lm import disable_dropout, load_causal_lm, train_every_row
 from rlhf_lightning.models.dtypes import keep_tables
-from rlhf_lightning.models.folders import check_model_folder, read_config, reason_of
+from rlhf_lightning.models.folders import architectures, check_model_folder, read_config, reason_of
 from rlhf_lightning.models.fused_lora import fuse_adapters
 from rlhf_lightning.models.peft_library import (
     PeftConfig,
@@ -258,8 +258,7 @@ def new_scalar_lm(
 def has_reward_head(name_or_path: str | os.PathLike[str]) -> bool:
     """Whether a local folder holds a classifier, or an adapter with its head, rather than a language model."""
     name = check_model_folder(name_or_path)
-    architectures = read_config(name).get("architectures") or []
-    return is_reward_adapter(name) or any("SequenceClassification" in a for a in architectures)
+    return is_reward_adapter(name) or any("SequenceClassification" in each for each in architectures(name))
 
 
 def check_reward_model(name_or_path: str | os.PathLike[str]) -> str:
@@ -272,19 +271,19 @@ def check_reward_model(name_or_path: str | os.PathLike[str]) -> str:
         UserError: as for `load_reward_model`, as far as its config tells.
     """
     name = check_model_folder(name_or_path)
-    config: dict[str, Any] = read_config(name)
-    is_lm = any("CausalLM" in a or "LMHead" in a for a in config.get("architectures") or [])
+    is_lm = any("CausalLM" in each or "LMHead" in each for each in architectures(name))
     if is_lm or (is_adapter(name) and not is_reward_adapter(name)):
         raise _untrained(name)
-    if len(config.get("id2label") or {"0": ""}) != 1:
-        raise UserError(f"'{name}' is a classifier with {len(config['id2label'])} labels; a reward model has one")
+    labels = read_config(name).get("id2label")
+    if isinstance(labels, dict) and len(labels) > 1:
+        raise UserError(f"'{name}' is a classifier with {len(labels)} labels; a reward model has one")
     return name
 
 
 def _untrained(name: str) -> UserError:
     kind = "language model's adapter" if is_adapter(name) else "model"
     return UserError(
-        f"'{name}' has no trained reward head (it is a {(read_config(name).get('architectures') or [kind])[0]}); "
+        f"'{name}' has no trained reward head (it is a {(architectures(name) or [kind])[0]}); "
         "train one with `rlhf fit --config reward.yaml` and pass its export folder"
     )
 
