@@ -43,35 +43,47 @@ def check_ckpt_path(command: str, path: str) -> None:
         raise UserError(f"--ckpt_path: {e}") from e
 
 
-def where_to_begin(config: Any, trainer: pl.Trainer, limits: dict[str, float | None]) -> tuple[bool, str | None]:
-    """Whether a run is over already; and the checkpoint that it goes on from, None for the beginning.
+def is_over(config: Any, trainer: pl.Trainer, limits: dict[str, float | None]) -> bool:
+    """Whether a run that is to go on has ended, within limits as high as those of now; says so. Nothing is touched.
 
     Args:
         config: of `fit`.
         trainer: built from it.
         limits: what `limits_of` says of it.
+    """
+    if config.ckpt_path not in (LAST, AUTO) or config.overwrite or config.trainer.fast_dev_run:
+        return False
+    root = Path(trainer.default_root_dir)
+    steps = steps_when_finished(root, limits)
+    if steps is not None and trainer.is_global_zero:
+        print(
+            f"'{root}' is finished after {steps} optimizer steps, nothing is left to do; to train on, raise "
+            "--trainer.max_epochs, max_steps or max_time"
+        )
+    return steps is not None
+
+
+def where_to_begin(config: Any, trainer: pl.Trainer) -> str | None:
+    """The checkpoint that a run goes on from; None for the beginning.
+
+    Args:
+        config: of `fit`.
+        trainer: built from it.
 
     Raises:
         UserError: there is nothing to go on from, or something that a start would destroy.
     """
-    root, given = Path(trainer.default_root_dir), config.ckpt_path
+    given: str | None = config.ckpt_path
     if given not in (LAST, AUTO):
         if given is None and not config.overwrite and not config.trainer.fast_dev_run:
             _refuse_earlier_run(trainer)
-        return False, given
+        return given
     if given == AUTO and config.overwrite:
         raise UserError("--ckpt_path auto goes on where --overwrite true starts anew; leave one of them out")
-    if not config.trainer.fast_dev_run and (steps := steps_when_finished(root, limits)) is not None:
-        if trainer.is_global_zero:
-            print(
-                f"'{root}' is finished after {steps} optimizer steps, nothing is left to do; to train on, raise "
-                "--trainer.max_epochs, max_steps or max_time"
-            )
-        return True, None
     path = _newest(given, trainer, to_train=True)
     if path is None:
         _refuse_earlier_run(trainer)
-    return False, path
+    return path
 
 
 def what_to_measure(given: str | None, trainer: pl.Trainer) -> str | None:

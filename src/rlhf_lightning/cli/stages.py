@@ -27,7 +27,7 @@ from rlhf_lightning.callbacks.run_folder import RunFolder
 from rlhf_lightning.callbacks.stopping import is_launched
 from rlhf_lightning.cli.errors import arguments_of, find_class, one_line
 from rlhf_lightning.cli.recipes import named_classes
-from rlhf_lightning.cli.resuming import check_ckpt_path, what_to_measure, where_to_begin
+from rlhf_lightning.cli.resuming import check_ckpt_path, is_over, what_to_measure, where_to_begin
 from rlhf_lightning.cli.spelling import HELP_ALL
 from rlhf_lightning.cli.stacking import StackedConfig, as_configs
 from rlhf_lightning.compat import parser_actions
@@ -177,12 +177,14 @@ class RLHFCLI(LightningCLI):
             check_model_folder(name)
 
     def before_fit(self) -> None:
-        """Keep other runs out, choose where this one begins, and lose nothing of an earlier one."""
-        if self.trainer.is_global_zero and not self.config[self.subcommand].trainer.fast_dev_run:
+        """Leave a run alone that is over; else keep others out, choose where it begins, and lose nothing of it."""
+        config, self.limits = self.config[self.subcommand], limits_of(self.trainer)
+        self.is_over = is_over(config, self.trainer, self.limits)
+        if self.is_over:
+            return
+        if self.trainer.is_global_zero and not config.trainer.fast_dev_run:
             self.held.enter_context(locked(Path(self.trainer.default_root_dir)))
-        self.limits = limits_of(self.trainer)
-        self.is_over, path = where_to_begin(self.config[self.subcommand], self.trainer, self.limits)
-        self.config_init[self.subcommand].ckpt_path = path
+        self.config_init[self.subcommand].ckpt_path = where_to_begin(config, self.trainer)
 
     def fit(self, **kwargs: Any) -> None:
         """Train, unless the run is over."""
