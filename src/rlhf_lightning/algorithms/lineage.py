@@ -215,8 +215,10 @@ def check_resumed(module: Any, saved: dict[str, Any] | None) -> None:
                 )
     if not is_fitting(module):
         return  # evaluated against whatever the user names
-    for role in ("reference", "reward"):
-        if (role in then or role in now) and _other(then.get(role), now.get(role)):
+    # Whether there is a reference at all is a setting of its own.
+    compared = {"reward"} & {*then, *now} | {"reference"} & {*then} & {*now}
+    for role in sorted(compared):
+        if _other(then.get(role), now.get(role)):
             _refuse_resuming(module, f"the checkpoint was made with the {role}", role, then.get(role), now.get(role))
     if module.finetune.mode != "all" and "value" in then and "value" in now and _other(then["value"], now["value"]):
         _refuse_resuming(module, "the checkpoint's value model was trained on", "value", then["value"], now["value"])
