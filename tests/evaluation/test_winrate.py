@@ -110,6 +110,13 @@ def test_strengths_are_those_of_the_wins():
     table = torch.tensor([[0.0, 1.5, 0.0], [3.5, 0.0, 3.0], [0.0, 3.0, 0.0]])
     assert [one.value for one in found] == pytest.approx(bradley_terry(table).tolist())
     assert [one.model for one in found] == ["a", "b", "c"]
+    assert {one.count for one in found} == {6}
+    nobody = [*wins[:-1], None]
+    compared = [
+        Compared("b", "a", [Verdict(win) for win in nobody]),
+        Compared("c", "b", [Verdict(0.5)] * 5 + [Verdict(None)]),
+    ]
+    assert {one.count for one in ranking(["a", "b", "c"], compared, seed=0)} == {5}
 
 
 def test_what_was_not_judged_counts_for_nothing_but_itself(monkeypatch):

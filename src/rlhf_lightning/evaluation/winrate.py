@@ -256,8 +256,9 @@ def ranking(models: list[str], compared: list[Compared], seed: int) -> list[Resu
     if count > 1:
         drawn = bradley_terry(torch.stack([wins[rows].sum(dim=0) for rows in _resampled(count, seed)]))
         bounds = np.percentile(drawn.numpy(), [2.5, 97.5], axis=0).tolist()
+    judged = int(wins.any(dim=-1).any(dim=-1).sum())
     columns = zip(models, strengths, *bounds, strict=True)
-    return [Result("strength", model, "all", value, low, high, count) for model, value, low, high in columns]
+    return [Result("strength", model, "all", value, low, high, judged) for model, value, low, high in columns]
 
 
 def _resampled(count: int, seed: int) -> list[Tensor]:
