@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sqlite3
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -161,3 +163,25 @@ def test_other_files_are_refused(tmp_path):
         Judgements(tmp_path)
     with pytest.raises(UserError, match="cannot be opened"):
         Judgements(text / "below")
+
+
+def test_a_new_file_may_be_opened_by_two_at_once(tmp_path, monkeypatch):
+    path, connect, happened = tmp_path / "new.sqlite", sqlite3.connect, []
+
+    class Interrupted(sqlite3.Connection):
+        def execute(self, statement, *values):
+            if "journal_mode" in statement and "refused" not in happened:
+                happened.append("refused")
+                raise sqlite3.OperationalError("database is locked")
+            found = super().execute(statement, *values)
+            if "SELECT" not in statement or "opened" in happened:
+                return found
+            happened.append("opened")
+            rows = found.fetchall()
+            monkeypatch.setattr(sqlite3, "connect", connect)
+            Judgements(path).close()  # another is faster
+            return SimpleNamespace(fetchone=lambda: rows[0])
+
+    monkeypatch.setattr(sqlite3, "connect", partial(connect, factory=Interrupted))
+    assert Judgements(path).add(Judgement(pair(), "Ann", "first", True))
+    assert happened == ["opened", "refused"]

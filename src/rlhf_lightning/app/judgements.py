@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -143,7 +144,7 @@ class Judgements:
             UserError: it is of another kind or version.
         """
         try:
-            version, tables = (self._file.execute(f"SELECT {what}").fetchone()[0] for what in _LOOK)
+            version, tables = self._file.execute(_LOOK).fetchone()
         except sqlite3.Error as error:
             raise self._unusable(error) from error
         if version == 0 and tables == 0:
@@ -166,7 +167,7 @@ class Judgements:
         with self._one_at_a_time:
             try:
                 # A write-ahead log, synced with every transaction.
-                mode = self._file.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+                mode = self._begin_log()
                 if mode != "wal":
                     raise UserError(
                         f"judgements '{self.path}': this disk has no room for a write-ahead log (journal mode {mode}); "
@@ -182,6 +183,17 @@ class Judgements:
                     raise
             except sqlite3.Error as error:
                 raise self._unusable(error) from error
+
+    def _begin_log(self) -> str:
+        """Use a write-ahead log; SQLite itself does not wait for another process that begins one, too."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return str(self._file.execute("PRAGMA journal_mode = WAL").fetchone()[0])
+            except sqlite3.OperationalError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def add(self, judgement: Judgement) -> bool:
         """Keep a judgement; it is on the disk when this returns.
@@ -269,4 +281,5 @@ class Judgements:
         self._file.close()
 
 
-_LOOK = ("user_version FROM pragma_user_version", "count(*) FROM sqlite_schema")
+_LOOK = "SELECT user_version, (SELECT count(*) FROM sqlite_schema) FROM pragma_user_version"
+"""In one statement, so that nobody writes between the two."""
