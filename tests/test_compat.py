@@ -342,3 +342,34 @@ def test_a_trainer_tells_what_it_has_yet_to_log():
         ("validated", False, [], 0),
         ("epoch", False, ["epoch", "mean"], 1),
     ]
+
+
+class EndAtOnce(pl.Callback):
+    """Takes the epoch that begins for one that was resumed after its last batch."""
+
+    def __init__(self):
+        self.hooks = []
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.fit_loop.epoch_loop.restarting = True
+        compat.go_on_after_batch(trainer, validates=False, is_over=True)
+
+    def on_train_batch_start(self, *_):
+        self.hooks.append("batch")
+
+    def on_validation_start(self, trainer, pl_module):
+        self.hooks.append("validation")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.fit_loop.epoch_loop.restarting = False
+        self.hooks.append("epoch end")
+
+
+def test_an_epoch_ends_without_a_batch_where_all_were_made():
+    """Else a run that is resumed after its last step would make one more, or leave out what ends an epoch."""
+    seen = EndAtOnce()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    run = pl.Trainer(callbacks=[seen], accelerator="cpu", enable_checkpointing=False, max_epochs=1, **quiet)
+    run.fit(BoringModel())
+    assert seen.hooks == ["epoch end"]
+    assert run.global_step == 0
