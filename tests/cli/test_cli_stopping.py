@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import socket
 from pathlib import Path
 
 import pytest
@@ -129,12 +128,9 @@ def test_a_disk_that_becomes_full_ends_a_run_in_one_line_and_leaves_the_checkpoi
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_stop_at_the_same_batch_whichever_is_asked(root, rank):
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
     words = fit(f"rank{rank}", recipe(root, "on_train_batch_start", 1, rank=rank), "--config=trainer/ddp.yaml")
     words.append("--trainer.devices=2")
-    ranks = run_ranks(words, root, port)
+    ranks = run_ranks(words, root)
     assert [each.returncode for each in ranks] == [143, 143]
     last = [each.stderr.strip().splitlines()[-1] for each in ranks]
     assert last[0].startswith("stopped by SIGTERM after 2 optimizer steps; go on from ")

@@ -151,6 +151,7 @@ def run_forked(
 def run_ranks(
     words: Sequence[str | Path],
     cwd: Path | str,
+    *,
     processes: int = 2,
     timeout: float = 300,
     before: Callable[[], None] | None = None,
