@@ -118,6 +118,28 @@ def test_a_tokenizer_that_cannot_be_is_one_line(folders, tmp_path, content):
     assert "no tokenizer could be loaded from" in refusal(load_tokenizer, tmp_path / "model")
 
 
+def test_code_of_others_and_the_base_of_an_adapter_are_said_once(folders, tmp_path, logged):
+    shutil.copytree(folders / "adapter", tmp_path / "adapter")
+    for _ in range(2):
+        load_causal_lm(tmp_path / "adapter", trust_remote_code=True)
+    lines = [line for line in logged() if "adapter" in line]
+    assert lines == [
+        f"'{tmp_path / 'adapter'}' may run Python code of its own, as trust_remote_code allows",
+        f"the adapter '{tmp_path / 'adapter'}' stands on '{folders / 'lm'}', as its config says",
+    ]
+
+
+def test_code_of_others_is_not_run_unasked(folders, tmp_path, capsys):
+    shutil.copytree(folders / "lm", tmp_path / "model")
+    (tmp_path / "model" / "own.py").write_text("print('code from a folder was run')")
+    path = tmp_path / "model" / "config.json"
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    for load in (load_causal_lm, new_scalar_lm):
+        assert "trust_remote_code" in refusal(load, tmp_path / "model")
+    assert capsys.readouterr().out == ""
+
+
 class Trap:
     """Runs code where it is unpickled."""
 

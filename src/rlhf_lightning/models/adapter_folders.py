@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.folders import looks_local, read_config
+from rlhf_lightning.models.folders import looks_local, read_config, say_base
 from rlhf_lightning.models.peft_library import PeftModel, without_bitsandbytes
 from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.training.zero import is_sharded
@@ -51,6 +51,7 @@ def adapter_base(name: str) -> str:
         )
     if is_adapter(base):
         raise UserError(f"the base model of adapter '{name}' is an adapter itself ('{base}'); merge that one first")
+    say_base(name, base)
     return base
 
 

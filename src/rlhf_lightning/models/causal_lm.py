@@ -17,7 +17,7 @@ from rlhf_lightning.compat import DROPOUTS
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapter_folders import adapter_base, is_adapter, is_reward_adapter, merge_adapter
 from rlhf_lightning.models.dtypes import keep_tables
-from rlhf_lightning.models.folders import architectures, check_model_folder, reason_of
+from rlhf_lightning.models.folders import architectures, check_model_folder, reason_of, say_trusted
 from rlhf_lightning.models.quantized import nf4_options, settle_nf4
 
 
@@ -45,6 +45,8 @@ def load_causal_lm(
     kwargs: dict[str, Any] = {"dtype": torch.get_default_dtype(), "trust_remote_code": trust_remote_code}
     kwargs |= nf4_options(name) if nf4 else {}
     model: Any
+    if trust_remote_code:
+        say_trusted(name)
     try:
         if is_adapter(name):
             base = load_causal_lm(adapter_base(name), dropout=True, trust_remote_code=trust_remote_code)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from rlhf_lightning.errors import UserError
 
@@ -18,6 +21,8 @@ def reason_of(error: Exception) -> str:
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    if "trust_remote_code" in str(error):
+        return "it brings Python code of its own; if you trust its makers, allow that with trust_remote_code"
     return text or type(error).__name__
 
 
@@ -78,6 +83,27 @@ def read_config(name: str, file: str = "config.json") -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"'{path}' does not hold a JSON object; export the model again")
     return config
+
+
+@lru_cache
+def say_trusted(name: str) -> None:
+    """Say that a model or tokenizer may bring Python code along, which runs here; once.
+
+    Args:
+        name: a folder or hub id that is about to be loaded with `trust_remote_code`.
+    """
+    rank_zero_info(f"'{name}' may run Python code of its own, as trust_remote_code allows")
+
+
+@lru_cache
+def say_base(name: str, base: str) -> None:
+    """Say which model an adapter names as its base, for its folder may come from others; once.
+
+    Args:
+        name: folder of the adapter.
+        base: folder or hub id that is loaded.
+    """
+    rank_zero_info(f"the adapter '{name}' stands on '{base}', as its config says")
 
 
 def architectures(name: str) -> list[str]:

@@ -31,7 +31,7 @@ from rlhf_lightning.models.adapter_folders import (
 )
 from rlhf_lightning.models.causal_lm import disable_dropout, load_causal_lm, train_every_row
 from rlhf_lightning.models.dtypes import keep_tables
-from rlhf_lightning.models.folders import architectures, check_model_folder, read_config, reason_of
+from rlhf_lightning.models.folders import architectures, check_model_folder, read_config, reason_of, say_trusted
 from rlhf_lightning.models.fused_lora import fuse_adapters
 from rlhf_lightning.models.peft_library import (
     PeftConfig,
@@ -202,6 +202,8 @@ def _restore_records(config: Any, name: str) -> None:
 
 def _load(name: str, dropout: bool, trust_remote_code: bool, nf4: bool = False) -> tuple[ScalarLM, set[str]]:
     options = nf4_options(name) if nf4 else {}
+    if trust_remote_code:
+        say_trusted(name)
     try:
         if is_adapter(name):
             model, missing = _adapted_classifier(name, trust_remote_code)

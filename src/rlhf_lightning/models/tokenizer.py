@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_lightning.chat.control_tokens import RESERVED
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.folders import looks_local, reason_of
+from rlhf_lightning.models.folders import looks_local, reason_of, say_trusted
 
 
 def load_tokenizer(
@@ -30,6 +30,8 @@ def load_tokenizer(
     name = os.path.expanduser(os.fspath(name_or_path))
     if looks_local(name) and not Path(name).is_dir():
         raise UserError(f"tokenizer folder '{name}' does not exist; pass a Hugging Face folder or hub id")
+    if trust_remote_code:
+        say_trusted(name)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as e:  # the tokenizers library raises nothing narrower
