@@ -225,6 +225,17 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(words, t
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_a_folder_that_a_killed_run_had_put_aside_comes_back(words, tmp_path, capsys, monkeypatch):
+    out, workplace = tmp_path / "data", tmp_path / ".data.unfinished"
+    main([*words, f"--out={out}"])
+    before = (out / "manifest.json").read_bytes()
+    (workplace / "notes").mkdir(parents=True)
+    out.rename(workplace / "old")
+    assert "holds prepared data already" in refused([*words, f"--out={out}"], capsys)
+    assert (out / "manifest.json").read_bytes() == before
+    assert [path.name for path in workplace.iterdir()] == ["notes"]  # somebody else's
+
+
 def test_the_rest_of_a_killed_run_is_cleared_away(words, tmp_path):
     left = tmp_path / ".data.unfinished" / "new"
     left.mkdir(parents=True)

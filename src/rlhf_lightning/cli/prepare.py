@@ -165,21 +165,32 @@ def _build_beside(preparation: Preparation, out: Path, num_examples: int, overwr
         raise UserError(f"--out: {out} cannot be made ({error.strerror}); name another") from error
     try:
         with FileLock(workplace / "lock", blocking=False):
-            _check_out(out, overwrite)  # another run may have been faster
-            new = workplace / "new"
-            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
-            new.mkdir(parents=True)
+            new, old = workplace / "new", workplace / "old"
             try:
+                if old.exists() and not out.exists():  # a run was killed between two renames
+                    old.rename(out)
+                _check_out(out, overwrite)  # another run may have been faster
+                shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+                new.mkdir(parents=True)
                 with Console(stderr=True).status("preparing"):
                     preparation.build(new)
                 folder = PreparedFolder.open(new)
                 check_ids(preparation.chat.tokenizer, lambda: max(map(folder.largest_id, folder.manifest["kinds"])))
                 save_report(folder, report_on(folder, preparation.chat.tokenizer, num_examples))
-                _move(new, out, workplace / "old")
+                _move(new, out, old)
             finally:
-                shutil.rmtree(workplace)
+                _leave(workplace, [new, old] if out.exists() else [new])
     except Timeout as error:
         raise UserError(f"--out: another `rlhf prepare` is writing {out}; wait for it or name another") from error
+
+
+def _leave(workplace: Path, folders: Sequence[Path]) -> None:
+    """Take away what a run has made for itself, and nothing else that may lie there."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    (workplace / "lock").unlink(missing_ok=True)
+    if not any(workplace.iterdir()):
+        workplace.rmdir()
 
 
 def _move(new: Path, out: Path, old: Path) -> None:

@@ -25,6 +25,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from rlhf_lightning import __version__
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.runs.secrets import without_secrets
 
 FILE = "lineage.json"
 MADE_BY = "rlhf_lightning"
@@ -220,7 +221,7 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
         folder: of a run or an export.
         record: from `new_record`.
     """
-    text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False)
+    text = without_secrets(json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False))
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
 
