@@ -187,3 +187,12 @@ def test_a_key_is_not_carried_elsewhere(monkeypatch):
         with chat_server(lambda body: moved) as server, pytest.raises(UserError, match="302, which leads to http"):
             Endpoint(server.url, "m", "MY_JUDGE", **FAST).ask(asked("x"))
     assert other.bodies == []
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:s3cret@host/v1", "https://host/v1?api_key=s3cret", "https://host/v1#s3cret"]
+)
+def test_a_url_that_may_hold_a_secret_is_refused_without_saying_it(url):
+    with pytest.raises(UserError, match=r"a name, a password or a query; .*api_key_variable") as caught:
+        Endpoint(url, "judge")
+    assert "s3cret" not in str(caught.value)

@@ -116,3 +116,20 @@ def test_a_table_shows_names_as_they_are_and_numbers_that_are_small():
     assert "source=[i]" in said.getvalue()
     assert "0.00042" in said.getvalue()
     assert "0.000 to 0.021" in said.getvalue()
+
+
+@pytest.mark.parametrize("content", ["[]", '{"accuracy": 0.9}', "[" * 9999, "not JSON"])
+def test_files_of_others_are_not_replaced(tmp_path, content):
+    (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises(UserError, match=r"evaluation.json is not what `rlhf evaluate` writes; name another folder"):
+        Evaluation(results=RESULTS).save(tmp_path)
+    assert (tmp_path / "evaluation.json").read_text() == content
+    (tmp_path / "evaluation.jsonl").write_text('{"mine": 1}\n{"mine": 2}\n')
+    with pytest.raises(UserError, match=r"evaluation.jsonl is not what `rlhf evaluate` writes"):
+        Lines(tmp_path)
+
+
+def test_an_evaluation_holds_no_passwords(tmp_path):
+    Evaluation({"data": "https://me:s3cret@host/rows.jsonl"}, RESULTS).save(tmp_path)
+    assert "s3cret" not in (tmp_path / "evaluation.json").read_text()
+    Evaluation({"seed": 2}, RESULTS).save(tmp_path)  # its own may be replaced

@@ -90,7 +90,11 @@ class Evaluation:
 
         Args:
             folder: made where it is missing.
+
+        Raises:
+            UserError: a file of that name lies there that no evaluation wrote.
         """
+        _check_ours(Path(folder) / RESULTS)
         said = {"version": VERSION, "made": self.made, "rlhf_lightning": self.rlhf_lightning, "settings": self.settings}
         results = [finite(result._asdict()) for result in self.results]
         curves = [finite(curve._asdict()) for curve in self.curves]
@@ -176,6 +180,8 @@ class Lines:
         self._made: dict[tuple[str, str, int], dict[str, Any]] = {}
         before = self.path.read_bytes() if self.path.is_file() else b""
         self._before = {_place(line): line for line in _lines_of(before)}
+        if before.count(b"\n") > 1 and not self._before:
+            raise _foreign(self.path)
         self._gap = "" if before.endswith(b"\n") or not before else "\n"  # behind a line that was cut off
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,6 +223,21 @@ class Lines:
         order = {place[:2]: number for number, place in enumerate(dict.fromkeys(p[:2] for p in self._made))}
         places = sorted(self._made, key=lambda place: (order[place[:2]], place[2]))
         write_whole(self.path, "".join(_written(self._made[place]) for place in places))
+
+
+def _check_ours(path: Path) -> None:
+    if not path.exists():
+        return
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict) or "rlhf_lightning" not in said:
+        raise _foreign(path)
+
+
+def _foreign(path: Path) -> UserError:
+    return UserError(f"{path} is not what `rlhf evaluate` writes; name another folder, or move it away")
 
 
 def key_of_settings(*said: Any) -> str:
