@@ -65,7 +65,11 @@ def test_a_report_loads_no_torch(root):
 
 @pytest.mark.parametrize(
     ("out", "said"),
-    [("page", "end it in .html"), ("folder.html", "Is a directory"), ("config.yaml/x.html", "File exists")],
+    [
+        ("page", "end it in .html"),
+        ("folder.html", "exists and is no report of runs"),
+        ("config.yaml/x.html", "File exists"),
+    ],
 )
 def test_a_page_that_cannot_be_written_is_one_line(root, capsys, out, said):
     (root / "ppo" / "folder.html").mkdir(exist_ok=True)
