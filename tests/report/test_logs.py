@@ -125,6 +125,13 @@ def test_what_a_csv_logger_wrote_is_read_alike(tmp_path):
     assert logs.seconds is None
 
 
+def test_a_column_without_a_number_is_no_curve(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,x\n2,\x00\n")
+    logs = read_logs(find_logs(tmp_path))
+    assert (logs.curves, logs.measured) == ({}, {})
+    assert logs.problems == [f"'{tmp_path / 'metrics.csv'}': 2 values are no numbers and are left out"]
+
+
 def test_values_in_a_csv_that_are_no_numbers_are_counted(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n0,0,1.5\n0,one,2\n0,2,lost\n")
     logs = read_logs(find_logs(tmp_path))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -120,12 +121,18 @@ def _curve(name: str, points: Points) -> Curve:
     return Curve(np.array(steps, dtype=np.float64), np.array([by_step[step] for step in steps], dtype=np.float64))
 
 
+def _rows(file: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a CSV file, up to where it is none any more."""
+    with contextlib.suppress(csv.Error):
+        yield from csv.DictReader(file)
+
+
 def _read_csv(path: Path) -> tuple[dict[str, Points], str]:
     """What Lightning's `CSVLogger` wrote; values that are no numbers are left out and counted."""
     scalars: dict[str, Points] = {}
     broken = 0
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        for row in csv.DictReader(file):
+        for row in _rows(file):
             step = row.get("step") or ""
             if not re.fullmatch(r"\d+", step):
                 broken += 1
@@ -134,7 +141,9 @@ def _read_csv(path: Path) -> tuple[dict[str, Points], str]:
                 if not name or name == "step" or not text or isinstance(text, list):
                     continue
                 try:
-                    scalars.setdefault(name, []).append((int(step), float(text), float("nan")))
+                    point = int(step), float(text), float("nan")
                 except ValueError:
                     broken += 1
+                else:
+                    scalars.setdefault(name, []).append(point)
     return scalars, f"'{path}': {broken} values are no numbers and are left out" if broken else ""
