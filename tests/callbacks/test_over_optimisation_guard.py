@@ -184,7 +184,7 @@ def test_lowered_learning_rates_are_gone_on_with(folder, tmp_path):
     checkpoint = tmp_path / "checkpoints" / f"step={2 * (lowered + 1)}.ckpt"
     with pytest.warns(UserWarning, match="over-optimisation"):
         again, resumed, resumed_log = run(folder, tmp_path, fewer_letters, checkpoint, action="lower_lr", factor=0.5)
-    assert resumed_log.series("train/lr") == log.series("train/lr")[lowered + 1 :]
+    assert resumed_log.series("train/lr") == log.series("train/lr")[lowered:]  # of the step of the checkpoint on
     assert same_weights(weights(module), weights(resumed))
     assert again.state_dict() == guard.state_dict()
 
