@@ -36,7 +36,11 @@ from rlhf_lightning import (
     SFTModule,
     UserError,
 )
+from rlhf_lightning.algorithms.lineage import _tokenizer_hash
+from rlhf_lightning.chat.fingerprint import hash_of_template
 from rlhf_lightning.models.adapter_folders import ADAPTER_CONFIG
+from rlhf_lightning.models.portable import save_tokenizer
+from rlhf_lightning.models.tokenizer import own_pad_token
 from rlhf_lightning.runs.lineage import hash_of_record, hash_of_weights, read_record, read_trained_on, short
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -187,6 +191,18 @@ def test_a_reward_model_with_another_tokenizer_and_template_is_right_as_it_is(st
     tokenizer.add_tokens(["<other>"])
     other = exported(*reward(save_llama(tmp_path / "other", tokenizer)), tmp_path / "reward")
     start(*ppo(stages["sft"], other))
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("pad", ["own", "eos", "none"])
+def test_an_exported_tokenizer_has_the_hashes_of_its_training(tmp_path, pad, bos):
+    """Also a reward model's, which was given a pad token of its own."""
+    tokenizer = tiny_tokenizer(pad=pad, bos=bos, chat_template=True)
+    hashes = _tokenizer_hash(tokenizer), hash_of_template(tokenizer)
+    own_pad_token(tokenizer, len(tokenizer))
+    save_tokenizer(tokenizer, tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert (_tokenizer_hash(loaded), hash_of_template(loaded)) == hashes
 
 
 def test_folders_without_a_record_are_taken_as_they_are(stages, tmp_path):
