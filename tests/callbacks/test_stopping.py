@@ -230,7 +230,7 @@ def test_saves_every_few_minutes_and_lets_the_callback_keep_what_it_would(folder
     kept = {}
     for minutes in (None, 1e-9):
         folder = tmp_path / str(minutes)
-        saver = ModelCheckpoint(folder, "{step}", monitor="val/loss", save_top_k=2, every_n_train_steps=2)
+        saver = ModelCheckpoint(folder, "{step}", monitor="val/loss", save_top_k=2, every_n_train_steps=4)
         epochs = ModelCheckpoint(folder, "epoch={epoch}", every_n_epochs=1, save_on_train_epoch_end=True)
         names = []
         watch = LambdaCallback(

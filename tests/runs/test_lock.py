@@ -64,14 +64,19 @@ def test_a_killed_run_keeps_nobody_out(tmp_path):
 
 def test_a_worker_that_outlives_its_run_keeps_nobody_out(tmp_path):
     lock = locked(tmp_path)
-    lock.__enter__()
-    worker = in_child(lambda: None)
+
+    def begin():
+        os.setpgid(0, 0)
+        lock.__enter__()
+        in_child(lambda: None)
+
+    child = in_child(begin)
     try:
-        lock.__exit__(None, None, None)
+        end(child)
         with locked(tmp_path):
             pass
     finally:
-        end(worker)
+        os.killpg(child, signal.SIGKILL)
 
 
 def test_a_lock_that_was_removed_while_it_was_waited_for_is_none(tmp_path, monkeypatch):

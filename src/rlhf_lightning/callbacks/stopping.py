@@ -212,9 +212,6 @@ class Stopping(Callback):
         callback = self._checkpoints(trainer)
         if callback is None or self._saved == _progress(trainer, pl_module):
             return
-        path = Path(last_path(callback))
-        if trainer.is_global_zero and path.is_symlink():  # to another checkpoint, which is to stay what it is
-            path.unlink()
         save_last(callback, trainer)
 
     def _can_save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
