@@ -57,7 +57,7 @@ def test_the_five_lines_train_and_export_and_plain_transformers_answers(exports,
 
 def test_a_chat_template_is_asked_as_the_data_modules_ask_it(tmp_path):
     folder = save_model(tmp_path / "chat", chat_template=True)
-    (asked,) = re.findall(r"`(tokenizer\.apply_chat_template\([^`]*)`", README)
+    (asked,) = re.findall(r"`(tokenizer\.apply_chat_template\([^`]*add_generation_prompt[^`]*)`", README)
     messages = [{"role": "user", "content": "how do i bake bread?"}]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = eval(asked, {"tokenizer": tokenizer, "messages": messages})

@@ -81,10 +81,8 @@ def test_a_run_leaves_one_folder_with_config_checkpoints_export_and_samples(stag
     root, _ = stages
     for stage, more in {"sft": {"samples.md"}, "reward": set(), "ppo": {"samples.md"}}.items():
         names = {path.name for path in (root / stage).iterdir() if not path.name.startswith("events.out")}
-        assert (
-            names
-            == {"config.yaml", "hparams.yaml", "checkpoints", "export", "lineage.json", "report.html", "report"} | more
-        )
+        files = {"config.yaml", "hparams.yaml", "lineage.json", "finished.json", "report.html"}
+        assert names == files | {"checkpoints", "export", "report"} | more
         assert [path.name for path in (root / stage / "checkpoints").iterdir()] == ["last.ckpt"]
     assert sorted(path.name for path in root.iterdir()) == ["lm", "pairs.jsonl", "ppo", "reward", "sft"]
 
@@ -218,7 +216,7 @@ def test_ctrl_c_ends_with_one_line_and_the_run_resumes(stages, monkeypatch):
         assert not list(Path("stopped").glob("export*"))
         assert Path("stopped/report.html").exists()
         monkeypatch.setattr("sys.argv", ["rlhf"])
-        main([*args, "--ckpt_path=last", f"--trainer.max_steps={saved + 2}"])
-        final = torch.load("stopped/checkpoints/last.ckpt", weights_only=True)["global_step"]
-        assert final == saved + 2
+        goal = saved + 2 + saved % 2  # at which a checkpoint is due
+        main([*args, "--ckpt_path=last", f"--trainer.max_steps={goal}"])
+        assert torch.load("stopped/checkpoints/last.ckpt", weights_only=True)["global_step"] == goal
         assert (root / "stopped/export/model.safetensors").is_file()
