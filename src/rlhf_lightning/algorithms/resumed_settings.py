@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import nn
 
+from rlhf_lightning.algorithms.lineage import is_fitting
 from rlhf_lightning.errors import UserError
 
 
@@ -30,7 +31,7 @@ def check_settings(module: Any, state: dict[str, Any], hyperparameters: dict[str
         hyperparameters: those of the run that was saved.
 
     Raises:
-        UserError: another optimizer, or other weights to train.
+        UserError: another optimizer of a run that trains on, or other weights to train.
     """
     mode = (hyperparameters.get("finetune") or {}).get("mode", module.finetune.mode)
     if mode != module.finetune.mode:
@@ -38,6 +39,8 @@ def check_settings(module: Any, state: dict[str, Any], hyperparameters: dict[str
             f"finetune.mode is {module.finetune.mode}, that of the checkpoint is {mode}, which trains other weights: "
             "resume with the same, or start anew from an exported model"
         )
+    if not is_fitting(module):
+        return  # weights are all that is taken from it
     saved, now = state.get("optimizer"), optimizer_class(module.optimizer)
     if saved not in (None, now):
         raise UserError(

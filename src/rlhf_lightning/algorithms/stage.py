@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lightning.algorithms.checkpoints import check_trained_weights, drop_frozen_weights
+from rlhf_lightning.algorithms.checkpoints import CheckpointedModule
 from rlhf_lightning.algorithms.hyperparameters import PLAIN, as_config, from_config, optimizer_from_config
-from rlhf_lightning.algorithms.lineage import check_parents, check_resumed, is_fitting, lineage_of
+from rlhf_lightning.algorithms.lineage import check_parents, is_fitting, lineage_of
 from rlhf_lightning.algorithms.log_keeper import keep_logs
-from rlhf_lightning.algorithms.resumed_settings import check_settings, optimizer_class
 from rlhf_lightning.algorithms.trainer_checks import check_trainer, keep_checkpoints_whole, let_checkpoints_save
 from rlhf_lightning.arguments import AT_LEAST_1, check_arguments
 from rlhf_lightning.errors import NonFiniteError, UserError
@@ -55,8 +54,6 @@ PieceT = TypeVar("PieceT")
 Loss = tuple[Tensor, dict[str, Tensor]]
 """A loss summed over what counts (tokens, pairs), a scalar; and sums that are logged beside it, without gradient."""
 
-_STATE = "rlhf_lightning"
-
 
 class Step(NamedTuple):
     """What one step of the optimizer did; all scalars, the same on every rank.
@@ -74,7 +71,7 @@ class Step(NamedTuple):
     means: dict[str, Tensor]
 
 
-class Stage(pl.LightningModule):
+class Stage(CheckpointedModule):
     """A module that loads a model, trains it with an optimizer that it steps itself, and hands it to the next stage.
 
     Args:
@@ -94,11 +91,9 @@ class Stage(pl.LightningModule):
 
     Attributes:
         tokenizer: of the model, with the chat template of the data; there once the models are loaded.
-        allow_mismatch: warn, where models, data and checkpoint do not fit one another, instead of stopping.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    allow_mismatch = False
 
     def __init__(
         self,
@@ -135,8 +130,6 @@ class Stage(pl.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.trust_remote_code = trust_remote_code
         self._is_configured = False
-        self._lineage: dict[str, Any] | None = None
-        self._run_state: dict[str, Any] = {}
 
     def _remember_arguments(self) -> None:
         """Save the arguments of this class and of the subclass that is being made, as a config would hold them."""
@@ -181,17 +174,6 @@ class Stage(pl.LightningModule):
         """Optimizer steps made from one batch of the loader."""
         return 1
 
-    def run_state(self) -> dict[str, Any]:
-        """What must be remembered besides weights: plain numbers, strings, lists and dicts."""
-        return {}
-
-    def load_run_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `run_state` gave.
-
-        Args:
-            state: as it was in the checkpoint.
-        """
-
     # What it can use.
 
     @property
@@ -201,23 +183,6 @@ class Stage(pl.LightningModule):
             return getattr(self.trainer, "datamodule", None)
         except RuntimeError:  # not attached
             return None
-
-    @property
-    def lineage(self) -> dict[str, Any]:
-        """What the stage comes from: versions, data, and the models it began with, each with a hash; plain values."""
-        if self._lineage is None:
-            self._lineage = lineage_of(self)
-        return self._lineage
-
-    @property
-    def seed(self) -> int:
-        """The seed of the run: that of the checkpoint it was resumed from, else torch's (`seed_everything`)."""
-        return int(self._run_state.get("seed", torch.initial_seed()))
-
-    @property
-    def _algorithm(self) -> str:
-        """Name of the class of this package that the stage is, or derives from."""
-        return next(kind.__name__ for kind in type(self).__mro__ if kind.__module__.startswith("rlhf_lightning."))
 
     def random(self, *place: int | str, device: torch.device | str | None = None) -> torch.Generator:
         """Random numbers for one place in the run, each rank its own.
@@ -351,10 +316,7 @@ class Stage(pl.LightningModule):
         """
         if self._is_configured:
             return
-        names = [self.model_name_or_path]
-        if isinstance(reward := getattr(self, "reward", None), str):
-            names.append(reward)
-        rank_zero_info(f"loading {', '.join(map(str, names))}")  # nothing else is said while large models load
+        rank_zero_info(f"loading {', '.join(self.parents.values())}")  # nothing else is said while large models load
         self.tokenizer = load_tokenizer(self.model_name_or_path, self.trust_remote_code)
         theirs = getattr(self.datamodule, "tokenizer", None)
         if isinstance(theirs, PreTrainedTokenizerBase):
@@ -413,30 +375,6 @@ class Stage(pl.LightningModule):
         reached = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch
         limit = f"max_epochs {trainer.max_epochs}, which can be raised," if reached else "a callback or max_time"
         rank_zero_info(f"{limit} ended the run after {trainer.global_step} of max_steps {trainer.max_steps}")
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out frozen weights, which come from their own folders; keep the run's state under one key."""
-        drop_frozen_weights(self, checkpoint)
-        made_by = {"seed": self.seed, "stage": self._algorithm, "optimizer": optimizer_class(self.optimizer)}
-        checkpoint[_STATE] = {**self.run_state(), **made_by, "lineage": self.lineage}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where the run that wrote the checkpoint was.
-
-        Raises:
-            UserError: the checkpoint is not of this package, or of another model or stage.
-        """
-        self.configure_model()
-        check_trained_weights(self, checkpoint)
-        if _STATE not in checkpoint:
-            raise UserError("the checkpoint was not made by this package; resume from one of its own")
-        made_by = checkpoint[_STATE].get("stage")
-        if made_by not in (None, self._algorithm):
-            raise UserError(f"the checkpoint is of {made_by}: it was made with another model or stage")
-        check_resumed(self, checkpoint[_STATE].get("lineage"))
-        check_settings(self, checkpoint[_STATE], checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}))
-        self._run_state = checkpoint[_STATE]
-        self.load_run_state(self._run_state)
 
 
 def _warn_of_other_lightning(name: str) -> None:
