@@ -50,15 +50,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 DATA = {"SFTModule": "Instruction", "RewardModule": "Preference", "DPOModule": "Preference"}
 STEPS_PER_BATCH = {"ppo": 4, "ppo lora": 2, "rloo": 4, "grpo": 4}
+TIMEOUT = 300  # seconds that no run takes
 PROMPTS = ["\n\nHuman: how do i bake bread?\n\nAssistant:"]
 
 
 class Reference(NamedTuple):
-    """A run that was left alone: what it ended with, and seconds from its start to its config and to its end."""
+    """A run that was left alone: what it ended with, seconds from its start to its config, and bytes that it logged."""
 
     outcome: dict[str, Any]
     begun: float
-    seconds: float
+    logged: int
 
 
 def prepare(folder: Path) -> None:
@@ -134,37 +135,50 @@ def reference(folder: Path, variant: str) -> Reference:
     forked = start(folder, variant, root)
     forked.wait_for((root / "config.yaml").exists)
     begun = time.monotonic() - started
-    finished = forked.wait()
+    finished = forked.wait(TIMEOUT)
     if finished.returncode:
         raise RuntimeError(finished.stderr)
-    return Reference(outcome(root), begun, time.monotonic() - started)
+    return Reference(outcome(root), begun, logged(root))
+
+
+def logged(root: Path) -> int:
+    """Bytes of the event files of a run, which grow with each step."""
+    return sum(path.stat().st_size for path in root.glob(PATTERN))
+
+
+def wait_for_a_moment(forked: Forked, rng: random.Random, root: Path, reference: Reference) -> None:
+    """Wait until something random has come about, by what is in the folder: how quick a process is changes."""
+    kind, share = rng.random(), rng.random()
+    if kind < 0.15:  # while it starts
+        forked.process.join(share * reference.begun)
+        return
+    if kind < 0.8:  # while it trains
+        begun = logged(root)
+        forked.wait_for(lambda: logged(root) >= begun + share * (reference.logged - begun) > begun, TIMEOUT)
+    else:  # while it exports, and after that
+        forked.wait_for(lambda: any((root / name).exists() for name in ("export.partial", "export")), TIMEOUT)
+    forked.process.join(0.1 * rng.random())
 
 
 def torture(folder: Path, number: int, references: dict[str, Reference]) -> dict[str, Any]:
     """Make one case; what came of it, as a line of the results."""
     rng = random.Random(number)
     variant = list(VARIANTS)[number % len(VARIANTS)]
-    expected, begun, seconds = references[variant]
     root = folder / "cases" / str(number)
     shutil.rmtree(root, ignore_errors=True)
-    kills = []
+    kills = 0
     try:
         for _ in range(rng.randint(1, 4)):
             forked = start(folder, variant, root)
-            # Most of the first seconds pass before there is anything to lose.
-            place = rng.random()
-            seen = place < 0.8
-            if seen:
-                (root / "config.yaml").unlink(missing_ok=True)
-                forked.wait_for((root / "config.yaml").exists)
-            forked.process.join(place / 0.8 * (seconds - begun) if seen else rng.random() * seconds)
-            kills.append(round(place, 2))
+            wait_for_a_moment(forked, rng, root, references[variant])
             forked.kill()
             if forked.wait().returncode == 0:
                 break
+            kills += 1
         for path in root.glob("checkpoints/*.ckpt"):
             torch.load(path, weights_only=True)
-        finished = start(folder, variant, root).wait()
+        finished = start(folder, variant, root).wait(TIMEOUT)
+        expected = references[variant].outcome
         wrong = finished.stderr[-2000:] if finished.returncode else differences(outcome(root), expected)
     except Exception as e:  # a fault, too: the other cases go on
         wrong = f"{type(e).__name__}: {e}"[-2000:]
@@ -243,7 +257,7 @@ def run(folder: Path, count: int, at_once: int = 2) -> list[dict[str, Any]]:
 
 def summary(results: list[dict[str, Any]]) -> str:
     """One line."""
-    kills, wrong = sum(len(result["kills"]) for result in results), [each for each in results if each["wrong"]]
+    kills, wrong = sum(result["kills"] for result in results), [each for each in results if each["wrong"]]
     said = "".join(f"\n  case {each['case']} ({each['variant']}): {each['wrong']}" for each in wrong)
     return f"{len(results)} runs killed {kills} times: {len(results) - len(wrong)} as the undisturbed run{said}"
 
