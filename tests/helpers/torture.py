@@ -156,7 +156,7 @@ def wait_for_a_moment(forked: Forked, rng: random.Random, root: Path, reference:
         begun = logged(root)
         forked.wait_for(lambda: logged(root) >= begun + share * (reference.logged - begun) > begun, TIMEOUT)
     else:  # while it exports, and after that
-        forked.wait_for(lambda: any((root / name).exists() for name in ("export.partial", "export")), TIMEOUT)
+        forked.wait_for(lambda: any((root / name).exists() for name in (".export.unfinished", "export")), TIMEOUT)
     forked.process.join(0.1 * rng.random())
 
 
