@@ -50,6 +50,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 DATA = {"SFTModule": "Instruction", "RewardModule": "Preference", "DPOModule": "Preference"}
 STEPS_PER_BATCH = {"ppo": 4, "ppo lora": 2, "rloo": 4, "grpo": 4}
+LATE = ("SampleTexts", "Evaluate", "OverOptimisation")
+"""Callbacks that do something at the end of training; what it is stands in the logs."""
+
 TIMEOUT = 300  # seconds that no run takes
 PROMPTS = ["\n\nHuman: how do i bake bread?\n\nAssistant:"]
 
@@ -201,7 +204,7 @@ def outcome(root: Path) -> dict[str, Any]:
     # Not the place within a step: a run that is resumed at its last one saves it again at the end of training.
     kept = ("state_dict", "optimizer_states", "lr_schedulers", "rlhf_lightning", "global_step", "callbacks")
     for saved in checkpoints.values():
-        saved["callbacks"].pop("SampleTexts", None)
+        saved["callbacks"] = {name: state for name, state in saved["callbacks"].items() if name not in LATE}
     samples = root / "samples.md"
     card = (root / "export" / "README.md").read_text().splitlines()
     return {

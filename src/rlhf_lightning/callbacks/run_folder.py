@@ -56,6 +56,7 @@ class RunFolder(SaveConfigCallback):
         super().__init__(parser, config, **kwargs)
         root = Path(config.trainer.default_root_dir or ".")
         starts_anew = config.get("overwrite", False) and config.get("ckpt_path") is None
+        self._chosen_here = config.get("ckpt_path") in ("last", "auto")
         self._present = set(root.iterdir()) if root.is_dir() else None
         self._was_of_a_run = _is_of_a_run(root)
         self._leftovers = _leftovers(root) if starts_anew else []
@@ -94,6 +95,11 @@ class RunFolder(SaveConfigCallback):
         """Say what the run comes from, now that nothing is left to be refused."""
         if trainer.is_global_zero and isinstance(pl_module, Stage) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_record(Path(trainer.default_root_dir), pl_module.lineage)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Let the checkpoint that the run goes on from be replaced in its turn; Lightning would keep it."""
+        if self._chosen_here:  # nobody has named it
+            trainer.ckpt_path = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no trace of a run that bad input, or a signal, stopped before it began."""
