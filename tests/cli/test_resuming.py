@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -283,3 +284,18 @@ def test_the_checkpoint_that_a_run_goes_on_from_makes_room_for_the_next_unless_i
 
     expected = ["last.ckpt", "step=2.ckpt", "step=4.ckpt"] if named else ["last.ckpt", "step=4.ckpt"]
     assert sorted(path.name for path in kept.iterdir()) == expected
+
+
+def test_what_a_killed_process_was_about_to_remove_is_removed(folder):
+    (folder / "callbacks.yaml").unlink()
+    (folder / "callbacks.yaml").write_text(CALLBACKS.replace("save_top_k: -1", "save_top_k: 1"))
+    died = partial(die_in, "pytorch_lightning.callbacks.ModelCheckpoint._remove_checkpoint", 1)
+    run_forked(words(), folder, before=died)
+    kept = folder / "run/checkpoints"
+    (kept / "mine.ckpt").write_bytes((kept / "step=2.ckpt").read_bytes())
+    os.utime(kept / "mine.ckpt", (0, 0))
+    assert {"step=2.ckpt", "step=4.ckpt"} < {path.name for path in kept.iterdir()}
+
+    fit(folder, "--ckpt_path=auto")
+
+    assert sorted(path.name for path in kept.iterdir()) == ["last.ckpt", "mine.ckpt", "step=6.ckpt"]

@@ -23,6 +23,7 @@ from rlhf_lightning.runs.secrets import without_secrets
 from rlhf_lightning.runs.signals import Stopped
 
 _TRACES = (PATTERN, "config.yaml", "hparams.yaml", FILE)
+_KEPT = "rlhf_lightning_kept"
 _LEFTOVERS = (
     "checkpoints/*.ckpt",
     "checkpoints/*.ckpt.*",
@@ -57,6 +58,7 @@ class RunFolder(SaveConfigCallback):
         root = Path(config.trainer.default_root_dir or ".")
         starts_anew = config.get("overwrite", False) and config.get("ckpt_path") is None
         self._chosen_here = config.get("ckpt_path") in ("last", "auto")
+        self._kept: dict[str, list[str]] = {}
         self._present = set(root.iterdir()) if root.is_dir() else None
         self._was_of_a_run = _is_of_a_run(root)
         self._leftovers = _leftovers(root) if starts_anew else []
@@ -84,7 +86,8 @@ class RunFolder(SaveConfigCallback):
             return
         root = Path(trainer.default_root_dir)
         logs: list[Path] = []
-        if trainer.ckpt_path is None and self._was_of_a_run:
+        # Not that of the trainer, which under some strategies does not know it yet.
+        if self.config.get("ckpt_path") is None and self._was_of_a_run:
             logs = [path for path in root.glob(PATTERN) if is_of_a_fit(path)] + [root / "samples.md"]
         for path in {*self._leftovers, *logs}:
             remove(path)
@@ -95,11 +98,34 @@ class RunFolder(SaveConfigCallback):
         """Say what the run comes from, now that nothing is left to be refused."""
         if trainer.is_global_zero and isinstance(pl_module, Stage) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_record(Path(trainer.default_root_dir), pl_module.lineage)
+        if trainer.is_global_zero:
+            self._remove_replaced(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Let the checkpoint that the run goes on from be replaced in its turn; Lightning would keep it."""
         if self._chosen_here:  # nobody has named it
             trainer.ckpt_path = None
+        self._kept = _kept(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Remember which checkpoints were kept, one of which may be removed once this one is written."""
+        checkpoint[_KEPT] = self._kept
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Know which they were."""
+        self._kept = checkpoint.get(_KEPT, {})
+
+    def _remove_replaced(self, trainer: pl.Trainer) -> None:
+        """Remove what a process that was killed right after it had written a checkpoint was about to remove."""
+        now = _kept(trainer)
+        for name, before in self._kept.items():
+            for path in {*map(Path, before)} - {*map(Path, now.get(name, before))}:
+                if path.parent in checkpoint_folders(trainer):
+                    remove(path)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no trace of a run that bad input, or a signal, stopped before it began."""
@@ -116,6 +142,16 @@ class RunFolder(SaveConfigCallback):
             path.unlink()
         if self._present is None and root.is_dir() and not any(root.iterdir()):
             root.rmdir()
+
+
+def _kept(trainer: pl.Trainer) -> dict[str, list[str]]:
+    """The checkpoints of each callback that it removes when it has written others in their place."""
+    kept = {}
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.save_top_k > 0:
+            alone = [callback.best_model_path] if callback.monitor is None and callback.save_top_k == 1 else []
+            kept[callback.state_key] = [path for path in (*callback.best_k_models, *alone) if path]
+    return kept
 
 
 def _refuse_success(exception: SystemExit, steps: int) -> None:

@@ -184,7 +184,8 @@ class RLHFCLI(LightningCLI):
             return
         if self.trainer.is_global_zero and not config.trainer.fast_dev_run:
             self.held.enter_context(locked(Path(self.trainer.default_root_dir)))
-        self.config_init[self.subcommand].ckpt_path = where_to_begin(config, self.trainer)
+        # The first is what Lightning acts on, the second what `RunFolder` sees.
+        self.config_init[self.subcommand].ckpt_path = config.ckpt_path = where_to_begin(config, self.trainer)
 
     def fit(self, **kwargs: Any) -> None:
         """Train, unless the run is over."""
