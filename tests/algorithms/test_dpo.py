@@ -284,6 +284,8 @@ def test_a_resumed_run_goes_on_with_what_the_reference_said(llama, tmp_path):
     resumed, _ = trained(llama, checkpoint=tmp_path / "run.ckpt", precompute_reference=True)
     assert resumed.reference_model.known() == module.reference_model.known()
     assert len(module.reference_model.known()["keys"]) == 12
+    assert module.run_state()["reference"] == module.reference_model.known()
+    assert module.step_state() == {}  # which is copied after every batch
 
 
 def test_a_resumed_run_that_may_have_another_reference_asks_that_one(llama, tmp_path):

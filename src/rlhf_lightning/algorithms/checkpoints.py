@@ -40,6 +40,10 @@ class CheckpointedModule(pl.LightningModule):
             state: as it was in the checkpoint.
         """
 
+    def step_state(self) -> dict[str, Any]:
+        """What steps change of `run_state`; small, as it is asked for after every batch."""
+        return self.run_state()
+
     @property
     def lineage(self) -> dict[str, Any]:
         """What the stage comes from: versions, data, and the models it began with, each with a hash; plain values."""

@@ -244,6 +244,10 @@ class ReferenceStage(PairStage):
         """What the reference said, if it is not asked again."""
         return {"reference": self.reference_model.known()}
 
+    def step_state(self) -> dict[str, Any]:
+        """Nothing: the reference has spoken before the first step."""
+        return {}
+
     def load_run_state(self, state: dict[str, Any]) -> None:
         """Go on with what the reference said."""
         self.reference_model.load_known(state["reference"])

@@ -246,9 +246,8 @@ def _is_last_of_run(trainer: Any, batch_idx: int) -> bool:
 
 def _learnt(trainer: pl.Trainer, pl_module: Any) -> tuple[int, Any]:
     """What tells whether a batch has changed anything yet: optimizer steps, and what a stage keeps beside weights."""
-    return optimizer_steps_begun(trainer), copy.deepcopy(
-        pl_module.run_state() if hasattr(pl_module, "run_state") else 0
-    )
+    kept = pl_module.step_state() if hasattr(pl_module, "step_state") else 0
+    return optimizer_steps_begun(trainer), copy.deepcopy(kept)
 
 
 def _progress(trainer: Any, pl_module: pl.LightningModule) -> tuple[Any, ...]:
