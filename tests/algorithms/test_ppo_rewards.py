@@ -265,7 +265,8 @@ def test_the_folder_of_reward_training_records_its_rendering_and_ppo_reads_by_it
     options = {"chat_template": LLAMA2_LIKE, "dialogue_format": "chat_template", "max_length": 60}
     asked = [[{"role": "user", "content": f"faster, {i}?"}] for i in range(8)]
     rows = [{"prompt": prompt, "chosen": "Buy it!", "rejected": "No."} for prompt in asked]
-    data = PreferenceDataModule(base, rows, batch_size=4, cache_dir=tmp_path / "cache", **options)
+    held_out = {"validation_split": 0.5, "cache_dir": tmp_path / "cache"}
+    data = PreferenceDataModule(base, rows, batch_size=2, **held_out, **options)
     fit(RewardModule(base, **settings), data, max_steps=1, callbacks=[HFExport(str(tmp_path / "rm"))])
     expected = {tuple(ids) for ids in trained_ids(base, rows, tmp_path / "cache", **options).values()}
 
@@ -278,8 +279,7 @@ def test_the_folder_of_reward_training_records_its_rendering_and_ppo_reads_by_it
     monkeypatch.setattr(TextScorer, "encode", spy)
     policy = save_llama(tmp_path / "policy", tokenizer_of(CHATML))
     module = PPOModule(policy, str(tmp_path / "rm"), **SIZES)
-    options = {"rollout_batch_size": 2, "max_prompt_length": 50, "validation_split": 0.5}
-    prompts = PromptDataModule(policy, rows, cache_dir=tmp_path / "cache", **options)
+    prompts = PromptDataModule(policy, rows, rollout_batch_size=2, max_prompt_length=50, **held_out)
     fit(module, prompts, max_steps=1)
     trainer(max_steps=1).predict(module, prompts)
     chat = module.scorer.chat

@@ -40,6 +40,14 @@ from rlhf_lightning import (
 from rlhf_lightning.runs.signals import SignalWatch, Stopped
 
 
+@pytest.fixture(autouse=True)
+def sigint_is_heard():
+    """Processes that a shell starts in the background ignore SIGINT from the start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")

@@ -202,7 +202,10 @@ CASES = [
     ([*BASE, "--data.num_workers=-1"], "num_workers (-1) must be at least 0"),
     ([*BASE, "--trainer.devices=99999"], "--trainer.devices 99999: without GPUs each is a process, and there are "),
     ([*BASE, "--trainer.devices=-5"], "--trainer: `devices` selected with `CPUAccelerator` should be an int > 0."),
-    ([*BASE, "--trainer.default_root_dir=/dev/null/run"], "/dev/null/run: Not a directory; check the path"),
+    (
+        [*BASE, "--trainer.default_root_dir=/dev/null/run"],
+        "--trainer.default_root_dir: '/dev/null/run' cannot be written (Not a directory); ",
+    ),
     ([*BASE, f"--data.data={'x' * 5000}.jsonl"], f"{'x' * 300} ...: File name too long; check the path"),
     ([*BASE, f"--model.model_name_or_path=./{'x' * 5000}"], f"{'x' * 300} ...: File name too long; check the path"),
     (["fit", "--config", "circle.yaml"], "config 'circle.yaml': an alias stands for something that it is part of"),

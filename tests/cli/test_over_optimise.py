@@ -16,7 +16,7 @@ from rlhf_lightning.cli import quickstart
 from rlhf_lightning.cli.quickstart import over_optimise as shown
 from rlhf_lightning.cli.quickstart.over_optimise import Course, best_of_n_points
 from rlhf_lightning.cli.quickstart.stages import gold
-from rlhf_lightning.cli.quickstart.toy import build_toy_tokenizer, toy_texts, write_toy_data, write_toy_model
+from rlhf_lightning.cli.quickstart.toy import build_toy_tokenizer, toy_paths, toy_texts, write_toy_data, write_toy_model
 from rlhf_lightning.functional import best_of_n_kl
 
 
@@ -80,7 +80,8 @@ def test_models_of_a_finished_quickstart_are_taken(tmp_path, monkeypatch, seed, 
         quickstart, "show_over_optimisation", lambda sft, *_: calls.append(str(sft.relative_to(tmp_path)))
     )
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "sft.jsonl").touch()
+    for path in toy_paths(tmp_path / "data"):
+        path.touch()
     (tmp_path / "results.json").write_text('{"seed": 1}')
     quickstart.main(["--over_optimise", "--out", str(tmp_path), "--seed", str(seed)])
     assert calls == (["sft/export"] if made else ["stages", "sft/export"])

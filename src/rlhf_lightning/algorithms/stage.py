@@ -316,7 +316,9 @@ class Stage(CheckpointedModule):
         """
         if self._is_configured:
             return
-        rank_zero_info(f"loading {', '.join(self.parents.values())}")  # nothing else is said while large models load
+        rank_zero_info(
+            f"loading {', '.join(map(str, self.parents.values()))}"
+        )  # nothing else is said while large models load
         self.tokenizer = load_tokenizer(self.model_name_or_path, self.trust_remote_code)
         theirs = getattr(self.datamodule, "tokenizer", None)
         if isinstance(theirs, PreTrainedTokenizerBase):

@@ -66,6 +66,11 @@ class SampleTexts(Callback):
         if trainer.global_step != self._answered_at:
             self._write(trainer, pl_module)
 
+    @property
+    def state_key(self) -> str:
+        """One for each file and its prompts, so that several keep their states apart."""
+        return f"SampleTexts {self.path} {self.prompts}"
+
     def state_dict(self) -> dict[str, Any]:
         """The step that was answered at last, and the length of the file then, in bytes."""
         return {"answered_at": self._answered_at, "size": self._size}

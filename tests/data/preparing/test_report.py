@@ -67,7 +67,7 @@ def measured(tmp_path: Path, lengths: dict[Need, list[tuple[int, ...]]]) -> Prep
         "counts": {"rows": count + 3, "kept": count, "dropped: chosen is null": 1, "other stages": 2},
         "bad_rows": {"count": 0, "first": []},
     }
-    writer.finish({"sources": {"data": source}}, {}, chat)
+    writer.finish({"arguments": {"find_turns": True}, "sources": {"data": source}}, {}, chat)
     return PreparedFolder.open(folder)
 
 
