@@ -204,7 +204,7 @@ def outcome(root: Path) -> dict[str, Any]:
     # Not the place within a step: a run that is resumed at its last one saves it again at the end of training.
     kept = ("state_dict", "optimizer_states", "lr_schedulers", "rlhf_lightning", "global_step", "callbacks")
     for saved in checkpoints.values():
-        saved["callbacks"] = {name: state for name, state in saved["callbacks"].items() if name not in LATE}
+        saved["callbacks"] = {name: state for name, state in saved["callbacks"].items() if not name.startswith(LATE)}
     samples = root / "samples.md"
     card = (root / "export" / "README.md").read_text().splitlines()
     return {
