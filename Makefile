@@ -10,9 +10,8 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/rlhf quickstart
 
-# Three at a time on two cores, since many tests wait for processes of their own.
 test: $(READY)
-	$(BIN)/pytest -n 3 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # The numerical tests under another instruction set than the machine's own; CAPABILITY=default for none at all.
 # torch.compile keeps generated code by the model, not by the instruction set, so that its cache is left out.
