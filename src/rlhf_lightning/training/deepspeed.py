@@ -111,7 +111,7 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
             UserError: the folder is not whole, holds what could run code, or was saved with other settings.
         """
         if self.load_full_weights and self.zero_stage_3:
-            return super().load_checkpoint(checkpoint_path, weights_only)
+            return super().load_checkpoint(checkpoint_path, weights_only=True)
         path = Path(self.broadcast(checkpoint_path))
         assert self.lightning_module is not None
         fits = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
