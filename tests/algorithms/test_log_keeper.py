@@ -8,7 +8,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from helpers.stages import adamw, instruction_rows, save_llama, trainer
 from rlhf_lightning import HFExport, InstructionDataModule, SampleTexts, Sampling, SFTModule
-from rlhf_lightning.runs.event_files import PATTERN, read_event_file
+from rlhf_lightning.runs.event_files import PATTERN, find_event_files, read_event_file
 
 CLOCK = ("tokens_per_second", "memory_gib")
 BATCHES, EPOCHS = 4, 2
@@ -75,7 +75,7 @@ def run(base, folder, cut=None, saver=None, **limits):
 def outcome(folder):
     """Points of each name in the order of the files, rows of the table, the samples, and the model card's metrics."""
     points = {}
-    for path in sorted(folder.glob(PATTERN)):
+    for path in find_event_files(folder):
         for name, values in read_event_file(path).scalars.items():
             points.setdefault(name, []).extend(value[:2] for value in values)
     points = {name: values for name, values in points.items() if not any(word in name for word in CLOCK)}

@@ -27,7 +27,7 @@ from helpers.cli_runs import save_model, save_pairs
 from helpers.forked import Forked
 from helpers.stages import save_reward_model
 from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning.runs.event_files import PATTERN, read_event_file
+from rlhf_lightning.runs.event_files import PATTERN, find_event_files, read_event_file
 
 CLOCK = ("seconds", "tokens_per_second", "memory_gib")
 """Parts of the names of metrics that depend on the clock or the machine."""
@@ -194,7 +194,7 @@ def outcome(root: Path) -> dict[str, Any]:
     """All that a run ended with and that does not depend on the clock."""
     scalars: dict[str, list[Any]] = {}
     texts: dict[str, list[Any]] = {}
-    for path in sorted(root.glob(PATTERN)):
+    for path in find_event_files(root):
         logged = read_event_file(path)
         for name, points in logged.scalars.items():
             scalars.setdefault(name, []).extend(point[:2] for point in points)

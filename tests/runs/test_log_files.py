@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from helpers.stages import MemoryLogger
-from rlhf_lightning.runs.event_files import PATTERN, read_event_file
+from rlhf_lightning.runs.event_files import PATTERN, find_event_files, read_event_file
 from rlhf_lightning.runs.log_files import CSV, LogPlaces, go_back, is_of_a_fit, open_csv
 
 
@@ -28,7 +28,7 @@ def log(logger, steps, **more):
 
 def events(folder):
     """Everything that a reader finds in the event files, one after the other."""
-    files = [read_event_file(path) for path in sorted(folder.glob(PATTERN))]
+    files = [read_event_file(path) for path in find_event_files(folder)]
     assert not [file.problem for file in files if file.problem]
     return [(name, *point[:2]) for file in files for name, points in file.scalars.items() for point in points]
 
@@ -60,6 +60,14 @@ def test_event_files_are_cut_at_the_place_and_others_stay(tmp_path):
 def events_but(folder, name):
     (folder / name).unlink()
     return events(folder)
+
+
+def test_event_files_come_in_the_order_in_which_they_were_begun(tmp_path):
+    names = [f"events.out.tfevents.1790000000.host1.{rest}" for rest in ("9.2", "9.9", "9.10", "10.0", "10.0.v2")]
+    for name in ["events.out.tfevents.999999999.host1.9.11", *names][::-1]:
+        (tmp_path / name).touch()
+
+    assert [path.name for path in find_event_files(tmp_path)][1:] == names
 
 
 def test_only_files_with_something_of_training_are_of_a_fit(tmp_path):

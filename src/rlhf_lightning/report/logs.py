@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rlhf_lightning.runs.event_files import PATTERN, read_event_file
+from rlhf_lightning.runs.event_files import find_event_files, read_event_file
 
 Numbers = npt.NDArray[np.float64]
 CSV = "metrics.csv"
@@ -62,7 +62,7 @@ def find_logs(folder: Path) -> list[Path]:
     """
     versions = sorted(folder.glob("lightning_logs/version_*"), key=_version)
     for place in (folder, *versions[::-1][:1]):
-        if files := sorted(place.glob(PATTERN)):
+        if files := find_event_files(place):
             return files
         if (place / CSV).is_file():
             return [place / CSV]

@@ -7,6 +7,7 @@ cut off or overwritten is noticed at the record where it happened; those of the 
 
 from __future__ import annotations
 
+import re
 import struct
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +34,18 @@ class EventFile(NamedTuple):
     scalars: dict[str, list[tuple[int, float, float]]]
     texts: dict[str, list[tuple[int, str]]]
     problem: str
+
+
+def find_event_files(folder: Path) -> list[Path]:
+    """The event files of a folder in the order in which they were begun.
+
+    Their names hold the second, the host, the process and a number that counts within the process: in the order of the
+    alphabet the tenth of a second would come before the ninth.
+
+    Args:
+        folder: whose files, not those of its folders.
+    """
+    return sorted(folder.glob(PATTERN), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
 
 
 def read_event_file(path: Path) -> EventFile:
