@@ -13,11 +13,8 @@ from rlhf_lightning.runs.lineage import new_record, write_record
 
 
 def run_folder(root, text="overwrite: false\n", **options):
-    def save(config, path, **kwargs):
-        (root / "config.yaml").write_text(text)
-
     config = Namespace(trainer=Namespace(default_root_dir=str(root)), ckpt_path=None, **{"overwrite": True} | options)
-    return RunFolder(SimpleNamespace(save=save), config)
+    return RunFolder(SimpleNamespace(dump=lambda config, **kwargs: text), config)
 
 
 def start(callback, root):

@@ -11,6 +11,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
+from rlhf_lightning.runs.whole_files import write_whole
+
 
 class PredictionWriter(BasePredictionWriter):
     """Writes predictions as JSON lines, in the order of the source, each row once.
@@ -54,9 +56,7 @@ class PredictionWriter(BasePredictionWriter):
         rows = [json.loads(line) for line in lines]
         unique = {(row["row"], row.get("role", "")): line for row, line in zip(rows, lines, strict=True)}
         target = self._target(trainer)
-        joined = target.with_name(target.name + ".partial")
-        joined.write_text("".join(unique[key] + "\n" for key in sorted(unique)), encoding="utf-8")
-        joined.replace(target)
+        write_whole(target, "".join(unique[key] + "\n" for key in sorted(unique)))
         for part in parts:
             part.unlink()
         rank_zero_info(f"predictions: {len(unique)} rows in '{target}'")

@@ -21,6 +21,7 @@ from rlhf_lightning.runs.lineage import FILE, is_ours, write_record
 from rlhf_lightning.runs.log_files import is_of_a_fit
 from rlhf_lightning.runs.secrets import without_secrets
 from rlhf_lightning.runs.signals import Stopped
+from rlhf_lightning.runs.whole_files import write_whole
 
 _TRACES = (PATTERN, "config.yaml", "hparams.yaml", FILE)
 _KEPT = "rlhf_lightning_kept"
@@ -71,11 +72,8 @@ class RunFolder(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         config = self.config.clone()
         config["ckpt_path"], config["overwrite"] = None, False
-        place = folder / self.config_filename
-        self.parser.save(config, str(place), skip_none=False, overwrite=True, multifile=False)
-        text = place.read_text(encoding="utf-8")
-        if (clean := without_secrets(text)) != text:
-            place.write_text(clean, encoding="utf-8")
+        text = self.parser.dump(config, skip_none=False)
+        write_whole(folder / self.config_filename, without_secrets(text))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove what an earlier run left, now that data and models of the new one have loaded.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -18,6 +17,7 @@ from rich.text import Text
 from rlhf_lightning import __version__
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runs.secrets import without_secrets
+from rlhf_lightning.runs.whole_files import write_whole
 
 VERSION = 1
 """Of the layout of `evaluation.json`."""
@@ -100,7 +100,7 @@ class Evaluation:
         curves = [finite(curve._asdict()) for curve in self.curves]
         path = Path(folder) / RESULTS
         text = json.dumps({**said, "results": results, "curves": curves}, indent=1, ensure_ascii=False, allow_nan=False)
-        write_whole(path, without_secrets(text) + "\n")
+        _write(path, without_secrets(text) + "\n")
         return path
 
     @classmethod
@@ -222,7 +222,7 @@ class Lines:
         """Leave only the lines of this evaluation, in order: by task and model as they came, then by row."""
         order = {place[:2]: number for number, place in enumerate(dict.fromkeys(p[:2] for p in self._made))}
         places = sorted(self._made, key=lambda place: (order[place[:2]], place[2]))
-        write_whole(self.path, "".join(_written(self._made[place]) for place in places))
+        _write(self.path, "".join(_written(self._made[place]) for place in places))
 
 
 def _check_ours(path: Path) -> None:
@@ -253,24 +253,10 @@ def key_of_settings(*said: Any) -> str:
     return blake2b(json.dumps(said, sort_keys=True, default=repr).encode(), digest_size=6).hexdigest()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it holds all of the text, or what it held before.
-
-    Args:
-        path: its folder is made where it is missing.
-        text: of the file.
-
-    Raises:
-        UserError: nothing can be written there.
-    """
-    unfinished = path.with_name(f".{path.name}.unfinished")
+def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        write_whole(path, text)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); name another folder") from error
 

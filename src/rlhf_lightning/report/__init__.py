@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from rlhf_lightning.report.charts import MAIN, curve_charts, evaluation_charts, 
 from rlhf_lightning.report.page import MADE_BY, write_page
 from rlhf_lightning.report.pictures import save_pictures
 from rlhf_lightning.report.run import Run
+from rlhf_lightning.runs.whole_files import write_whole
 
 __all__ = ["is_report", "save_report"]
 
@@ -45,9 +45,7 @@ def save_report(runs: Sequence[Run], path: Path) -> Path:
     page = write_page(runs).encode("utf-8", "replace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(page)
-        os.replace(partial, path)
+        write_whole(path, page)
         _save_pictures(runs, path)
     except OSError as error:
         raise UserError(f"the report cannot be written to '{path}' ({error.strerror}); name another file") from error

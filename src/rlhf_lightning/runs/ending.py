@@ -6,12 +6,13 @@ It is written as the last thing of all. A run that was killed in its export has 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Timer
+
+from rlhf_lightning.runs.whole_files import write_whole
 
 MARK = "finished.json"
 
@@ -46,10 +47,8 @@ def mark_finished(trainer: pl.Trainer, limits: dict[str, float | None]) -> None:
         return
     path = Path(trainer.default_root_dir) / MARK
     content = {"steps": trainer.global_step, "epoch": trainer.current_epoch, "limits": limits}
-    beside = path.with_name(MARK + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def steps_when_finished(root: Path, limits: dict[str, float | None]) -> int | None:

@@ -26,6 +26,7 @@ from huggingface_hub import try_to_load_from_cache
 from rlhf_lightning import __version__
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runs.secrets import without_secrets
+from rlhf_lightning.runs.whole_files import write_whole
 
 FILE = "lineage.json"
 MADE_BY = "rlhf_lightning"
@@ -222,7 +223,7 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
         record: from `new_record`.
     """
     text = without_secrets(json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False))
-    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+    write_whole(folder / FILE, text + "\n")
 
 
 def read_trained_on(folder: Path) -> np.ndarray:
