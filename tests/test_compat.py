@@ -373,3 +373,31 @@ def test_an_epoch_ends_without_a_batch_where_all_were_made():
     run.fit(BoringModel())
     assert seen.hooks == ["epoch end"]
     assert run.global_step == 0
+
+
+class StopAfterOne(EndAtOnce):
+    """Asks the trainer to stop as if its first batch had been the last one of a run that was stopped."""
+
+    def on_train_start(self, trainer, pl_module):
+        assert compat.can_stop_early(trainer)
+        compat.stop_with_validation(trainer)
+        assert not trainer.should_stop
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        super().on_train_epoch_end(trainer, pl_module)
+        compat.put_advance_back(trainer)
+        compat.put_advance_back(trainer)
+
+
+def test_a_trainer_that_is_asked_within_a_batch_validates_and_stops():
+    """Else a run that a callback has ended would leave out its last validation when it is resumed."""
+    seen = StopAfterOne()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    run = pl.Trainer(callbacks=[seen], accelerator="cpu", enable_checkpointing=False, max_epochs=2, **quiet)
+    run.fit(BoringModel())
+    assert seen.hooks == ["batch", "validation", "epoch end"]
+    assert run.current_epoch == 1
+    assert "advance" not in vars(run.fit_loop.epoch_loop)
+
+    compat.count_epoch(run)
+    assert run.current_epoch == 2

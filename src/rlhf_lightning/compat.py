@@ -222,6 +222,44 @@ def metrics_to_log(trainer: Trainer, ends_epoch: bool) -> tuple[dict[str, float]
     return metrics, int(step) if step is not None else loop._batches_that_stepped - ends_epoch
 
 
+def stop_with_validation(trainer: Trainer) -> None:
+    """Let a resumed epoch see that training was asked to stop as late as the epoch that was cut did.
+
+    Lightning asks before a batch, and there the loop would leave at once, without the validation that it makes after
+    the last batch of a run that is stopped.
+
+    Args:
+        trainer: in `on_train_start`, before `go_on_after_batch`.
+    """
+    loop = trainer.fit_loop.epoch_loop
+
+    def advance(fetcher: Any) -> None:
+        trainer.should_stop = True
+        type(loop).advance(loop, fetcher)
+
+    loop.__dict__["advance"] = advance
+
+
+def put_advance_back(trainer: Trainer) -> None:
+    """Undo `stop_with_validation`; nothing if it was not done.
+
+    Args:
+        trainer: of the run.
+    """
+    trainer.fit_loop.epoch_loop.__dict__.pop("advance", None)
+
+
+def count_epoch(trainer: Trainer) -> None:
+    """Count the running epoch as over, as Lightning does after the hooks of its end, also of one that was stopped."""
+    trainer.fit_loop.epoch_progress.increment_processed()
+    trainer.fit_loop.epoch_progress.increment_completed()
+
+
+def can_stop_early(trainer: Trainer) -> bool:
+    """Whether `should_stop` ends training now, as `min_epochs` and `min_steps` are reached."""
+    return trainer.fit_loop._can_stop_early
+
+
 def go_on_after_batch(trainer: Trainer, validates: bool, is_over: bool) -> None:
     """Let a resumed epoch go on with what follows on the last batch that was made: validation, next batch, or its end.
 

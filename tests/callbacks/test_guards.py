@@ -197,6 +197,15 @@ def test_what_it_knows_survives_a_checkpoint():
             assert watch(second, values[cut:])[0] == 4 - cut
 
 
+@pytest.mark.parametrize(("action", "known"), [("stop", True), ("warn", False)])
+def test_that_it_has_ended_the_run_is_known_as_long_as_it_may(action, known):
+    guard, again = MetricGuard("train/kl", above=1, window=1), MetricGuard("train/kl", above=1, action=action)
+    with pytest.warns(UserWarning, match="the run ends here"):
+        watch(guard, [2.0])
+    again.load_state_dict(guard.state_dict())
+    assert again.has_stopped == known
+
+
 @pytest.mark.parametrize(
     ("limits", "message"),
     [({}, "give above or below, the limits of train/kl"), ({"above": 1, "below": 1.0}, "must be less than above")],
@@ -269,7 +278,7 @@ def test_a_skipped_step_has_no_metrics_to_look_at(folder, tmp_path):
     guard = MetricGuard("train/loss", above=0, window=2, action="warn")
     with pytest.warns(UserWarning, match="a step is skipped"):
         run_guarded(folder, tmp_path, SkipNonFinite(), guard, bad_rows=(1,))
-    assert guard.state_dict() == {"values": [], "lr_factor": 1.0}  # it acted on the other two
+    assert guard.state_dict() == {"values": [], "lr_factor": 1.0, "has_stopped": False}  # it acted on the other two
 
 
 def test_a_metric_of_validation_is_looked_at_after_validation(folder, tmp_path):

@@ -153,6 +153,13 @@ def test_a_run_stops_and_the_best_policy_is_where_it_says(folder, tmp_path, capl
     place = f"'{tmp_path / 'best_by_judge'}'" if guard.best.iteration else "what training started from"
     assert f"the judge liked best {place}: judge {guard.best.score:.3g}" in caplog.text
 
+    newest = tmp_path / "checkpoints" / f"step={2 * module.iteration}.ckpt"
+    with caplog.at_level("INFO", "pytorch_lightning"):
+        _, again, log = run(folder, tmp_path, fewer_letters, newest)  # as if it had been killed before its end
+    assert same_weights(weights(again), weights(module))
+    assert len(log.series("train/lr")) == 1  # what the killed process had yet to log
+    assert "OverOptimisation has ended this run before" in caplog.text
+
 
 def test_the_best_policy_is_the_one_that_was_judged(folder, tmp_path):
     seen: dict[int, Any] = {}

@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
@@ -423,10 +423,10 @@ class Logs(Recorder):
         self.log("val", self.weight, batch_size=1)
 
 
-def written(folder, kind=InstructionDataModule, cut_in=None, ckpt_path=None, saver=None, **settings):
+def written(folder, kind=InstructionDataModule, cut_in=None, ckpt_path=None, saver=None, before=(), **settings):
     """What came after each batch, and what was logged at which step."""
     diary, steps = Diary(cut_in), Steps()
-    callbacks = [diary, saver or checkpoint_every(folder, 1)]
+    callbacks = [*before, diary, saver or checkpoint_every(folder, 1)]
     run = trainer(folder, callbacks, **{"max_epochs": 2, "log_every_n_steps": 1} | settings | {"logger": steps})
     with pytest.raises(Cut) if cut_in else nullcontext():
         run.fit(Logs(), data_module(kind, batch_size=8), ckpt_path=ckpt_path)
@@ -445,3 +445,69 @@ def test_a_validation_that_was_cut_is_run_once_more_and_the_epoch_ends(tmp_path,
         assert before[:-1] + after == lines, step
         assert logged_before + logged_after == values, step
     assert [*cuts] == ([2, 5] if limits["val_check_interval"] == 2 else [*range(1, 7)])
+
+
+class SaveAlways(ModelCheckpoint):
+    """Saves wherever a checkpoint may be saved."""
+
+    def __init__(self, folder):
+        super().__init__(folder, "last", enable_version_counter=False)
+
+    def _save(self, trainer, *_):
+        if not trainer.sanity_checking:
+            trainer.save_checkpoint(f"{self.dirpath}/last.ckpt")
+
+    on_train_batch_end = on_validation_end = on_train_epoch_end = on_train_end = _save
+
+
+class Guard(StopAfter):
+    """Knows that it has asked."""
+
+    has_stopped = False
+
+    def on_train_batch_end(self, trainer, *_):
+        super().on_train_batch_end(trainer, *_)
+        self.has_stopped = trainer.should_stop
+
+    def state_dict(self):
+        return {"has_stopped": self.has_stopped}
+
+    def load_state_dict(self, state_dict):
+        self.has_stopped = state_dict["has_stopped"]
+
+
+def stops_at_third_validation():
+    return EarlyStopping("val", min_delta=1e9, patience=2, mode="max", check_on_train_epoch_end=False)
+
+
+STOPPED = {
+    "between two epochs": (stops_at_third_validation, {}, 9),
+    "within an epoch": (stops_at_third_validation, {"val_check_interval": 2}, 8),
+    "as soon as it may": (stops_at_third_validation, {"val_check_interval": 1, "min_epochs": 2}, 6),
+    "after a batch": (lambda: Guard(4), {}, 4),
+    "after the last batch of an epoch": (lambda: Guard(6), {}, 6),
+    "after a batch, not validated": (lambda: Guard(4), {"limit_val_batches": 0}, 4),
+}
+
+
+@pytest.mark.parametrize(("stopper", "limits", "batches"), STOPPED.values(), ids=STOPPED)
+def test_what_a_callback_has_ended_stays_ended_where_it_is_killed_before_its_end(tmp_path, stopper, limits, batches):
+    def run(folder, **more):
+        settings = {"max_epochs": 5, "before": [stopper()], "saver": SaveAlways(folder)}
+        return written(folder, **settings | limits | more)
+
+    lines, values = run(tmp_path / "whole")
+    made = [place for place, line in enumerate(lines) if line[0] == "batch"]
+    assert len(made) == batches
+    for place in range(made[-1] + 1, len(lines)):
+        folder = tmp_path / str(place)
+        before, logged_before = run(folder, cut_in=lines[place])
+        after, logged_after = run(folder, ckpt_path=folder / "last.ckpt")
+        assert before[: len(lines) - len(after)] + after == lines, lines[place]
+        assert logged_before[: len(values) - len(logged_after)] + logged_after == values, lines[place]
+
+
+def test_what_a_callback_has_ended_trains_on_without_it(tmp_path):
+    before, _ = written(tmp_path, before=[Guard(4)], saver=SaveAlways(tmp_path))
+    after, _ = written(tmp_path, ckpt_path=tmp_path / "last.ckpt", saver=SaveAlways(tmp_path))
+    assert [sum(line[0] == "batch" for line in lines) for lines in (before, after)] == [4, 2]

@@ -19,11 +19,14 @@ class ActingCallback(Callback):
         action: `warn`, `lower_lr` or `stop`.
         factor: what learning rates are multiplied by.
         lr_factor: what they were multiplied by so far; a subclass keeps it in its state.
+        has_stopped: whether the run was ended; kept there, too, so that a run that was killed before its end is not
+            trained on when it is resumed.
     """
 
     action: Action
     factor: float
     lr_factor = 1.0
+    has_stopped = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Go on with the learning rates as they were lowered; a schedule itself begins with those of its settings.
@@ -49,7 +52,7 @@ class ActingCallback(Callback):
             What was done, for a message.
         """
         if self.action == "stop":
-            trainer.should_stop = True
+            trainer.should_stop = self.has_stopped = True
             return "the run ends here"
         if self.action == "warn":
             return "the run goes on"

@@ -230,12 +230,13 @@ class MetricGuard(ActingCallback):
         return f"below {self.below:g}" if self.below is not None and mean < self.below else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The values of the window, and how far learning rates were lowered."""
-        return {"values": [*self._values], "lr_factor": self.lr_factor}
+        """The values of the window, and what was done."""
+        return {"values": [*self._values], "lr_factor": self.lr_factor, "has_stopped": self.has_stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self._values, self.lr_factor = [*state_dict["values"]], state_dict["lr_factor"]
+        self.has_stopped = self.action == "stop" and state_dict.get("has_stopped", False)
 
 
 def keep_best_checkpoint(trainer: pl.Trainer) -> str | None:

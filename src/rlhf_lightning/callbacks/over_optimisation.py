@@ -103,14 +103,16 @@ class OverOptimisation(ActingCallback):
         rank_zero_info(f"the judge liked best {place}: {_said(self.best)}")
 
     def state_dict(self) -> dict[str, Any]:
-        """What was best, how long it has been falling, and how far learning rates were lowered."""
+        """What was best, how long it has been falling, and what was done."""
         best = None if self.best is None else self.best._asdict()
-        return {"best": best, "against": self._against, "lr_factor": self.lr_factor}
+        done = {"lr_factor": self.lr_factor, "has_stopped": self.has_stopped}
+        return {"best": best, "against": self._against, **done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.best = None if state_dict["best"] is None else Judged(**state_dict["best"])
         self._against, self.lr_factor = state_dict["against"], state_dict["lr_factor"]
+        self.has_stopped = self.action == "stop" and state_dict.get("has_stopped", False)
 
     def _export(self, trainer: pl.Trainer) -> HFExport:
         return HFExport(self.dirpath or str(Path(trainer.default_root_dir) / FOLDER))

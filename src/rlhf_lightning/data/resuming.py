@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch.distributed
+from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from rlhf_lightning import compat
 from rlhf_lightning.data.sampler import ResumableSampler
@@ -118,6 +120,7 @@ class _PlaceKeeper(pl.Callback):
         self._resumed = False
         self._max_steps: int | None = None
         self._is_over = False
+        self._is_stopped = False
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -151,6 +154,13 @@ class _PlaceKeeper(pl.Callback):
             self._max_steps = trainer.max_steps
             trainer.fit_loop.epoch_loop.max_steps = -1
 
+    def _end(self, trainer: pl.Trainer) -> None:
+        """Let the trainer see again what ends the run."""
+        self._put_limit_back(trainer)
+        if self._is_stopped:
+            compat.put_advance_back(trainer)
+            trainer.should_stop, self._is_stopped = True, False
+
     def _put_limit_back(self, trainer: pl.Trainer) -> None:
         if self._max_steps is not None:
             trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
@@ -160,8 +170,11 @@ class _PlaceKeeper(pl.Callback):
         if not self._resumed:
             return
         epoch, batches = self._data.place
+        self._stop_again(trainer)
         if self._is_over and (batches == 0 or self._data.done == "epoch"):
-            self._put_limit_back(trainer)
+            self._end(trainer)
+            if batches > 0:
+                compat.count_epoch(trainer)
         elif batches == 0:
             trainer.fit_loop.epoch_loop.restarting = False
         elif not self._data.ended and batches >= trainer.num_training_batches:
@@ -171,6 +184,18 @@ class _PlaceKeeper(pl.Callback):
             )
         else:
             compat.go_on_after_batch(trainer, self._data.done == "batch", self._is_over)
+            if self._is_stopped:
+                compat.stop_with_validation(trainer)
+                trainer.should_stop = False
+
+    def _stop_again(self, trainer: pl.Trainer) -> None:
+        """Let stand what a callback had decided, whose state has been loaded by now."""
+        if (stopper := _stopper(trainer)) is None:
+            return
+        trainer.should_stop = True
+        if compat.can_stop_early(trainer):
+            rank_zero_info(f"{stopper} has ended this run before; without it among the callbacks, it trains on")
+            self._is_over = self._is_stopped = True
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -197,7 +222,7 @@ class _PlaceKeeper(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the next epoch, unless training stops within this one."""
-        self._put_limit_back(trainer)
+        self._end(trainer)
         trainer.fit_loop.epoch_loop.restarting = False  # it does not notice where no batch was left
         self._data.done = "epoch"
         if self._data.ended:
@@ -206,6 +231,16 @@ class _PlaceKeeper(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the trainer as it was."""
         self._put_limit_back(trainer)
+        compat.put_advance_back(trainer)
+
+
+def _stopper(trainer: Any) -> str | None:
+    """Name of a callback that has ended the run, if any did, by its state."""
+    for callback in trainer.callbacks:
+        reason = getattr(callback, "stopping_reason", EarlyStoppingReason.NOT_STOPPED)
+        if reason != EarlyStoppingReason.NOT_STOPPED or getattr(callback, "has_stopped", False):
+            return type(callback).__name__
+    return None
 
 
 def _count_from(
