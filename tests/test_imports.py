@@ -28,7 +28,7 @@ FLOORS = (
     ("arguments", "compat", "yaml_text"),
     ("errors", "functional"),
 )
-STRATEGIES = re.compile(r"(ds_|deepspeed|fsdp|ddp)\w*", re.IGNORECASE)
+STRATEGIES = re.compile(r"(ds_|deepspeed|fsdp|ddp|singledevice)\w*", re.IGNORECASE)
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
 FILES = {name.removesuffix("__init__").rstrip("."): path for name, path in FILES.items()}

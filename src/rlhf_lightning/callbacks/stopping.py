@@ -15,7 +15,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from pytorch_lightning.plugins.environments import LightningEnvironment
-from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from rlhf_lightning.arguments import POSITIVE, check_arguments
@@ -24,7 +23,7 @@ from rlhf_lightning.data.resuming import ends_epoch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runs.signals import EXIT_CODES, SignalWatch, Stopped
 from rlhf_lightning.runs.space import check_space, free_space
-from rlhf_lightning.training import sum_over_ranks
+from rlhf_lightning.training import is_single_device, sum_over_ranks
 from rlhf_lightning.training.checkpoint_size import checkpoint_size
 
 _COMPLETING = "training is done, completing the run; Ctrl-C once more ends it at once"
@@ -219,7 +218,7 @@ class Stopping(Callback):
         return (
             trainer.state.fn == "fit"
             and self._watch.deferred
-            and isinstance(trainer.strategy, SingleDeviceStrategy)
+            and is_single_device(trainer)
             and not pl_module.automatic_optimization
             and self._after_batch == _learnt(trainer, pl_module)
         )

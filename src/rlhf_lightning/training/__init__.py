@@ -11,6 +11,7 @@ from rlhf_lightning.training.accumulation import GradientAccumulation as Gradien
 from rlhf_lightning.training.accumulation import check_skipping as check_skipping
 from rlhf_lightning.training.accumulation import equally_many as equally_many
 from rlhf_lightning.training.accumulation import forget_gradient as forget_gradient
+from rlhf_lightning.training.accumulation import is_single_device as is_single_device
 from rlhf_lightning.training.accumulation import sum_over_ranks as sum_over_ranks
 from rlhf_lightning.training.accumulation import world_size as world_size
 from rlhf_lightning.training.deepspeed import DeepSpeedStrategy as DeepSpeedStrategy

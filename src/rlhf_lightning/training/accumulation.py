@@ -29,6 +29,15 @@ def world_size(module: pl.LightningModule) -> int:
     return module.trainer.world_size
 
 
+def is_single_device(trainer: pl.Trainer) -> bool:
+    """Whether one process holds all weights and gradients, and may save them without asking others.
+
+    Args:
+        trainer: of any strategy.
+    """
+    return isinstance(trainer.strategy, SingleDeviceStrategy)
+
+
 def sum_over_ranks(module: pl.LightningModule, tensor: Tensor) -> Tensor:
     """Sum a tensor over all processes; every process must call it with the same shape.
 
