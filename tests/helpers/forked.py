@@ -32,6 +32,7 @@ PRELOADED = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.gpt2.modeling_gpt2",
     "torch._dynamo",
+    "helpers.stages",
     "helpers.forked",
 )
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -32,15 +33,16 @@ from rlhf_lightning.runs.event_files import PATTERN, find_event_files, read_even
 CLOCK = ("seconds", "tokens_per_second", "memory_gib")
 """Parts of the names of metrics that depend on the clock or the machine."""
 
-ONLINE = {"rollout_batch_size": 4, "micro_batch_size": 2, "sampling": {"max_new_tokens": 4, "temperature": 1.0}}
+SHORT = {"max_new_tokens": 4, "temperature": 1.0}
+ONLINE = {"rollout_batch_size": 4, "micro_batch_size": 2, "sampling": SHORT}
 LORA = {"mode": "lora", "rank": 2}
 ADAPTIVE = {"coef": 0.15, "target": 0.05, "horizon": 50}
 GROUPS = {"minibatch_size": 4, "samples_per_prompt": 2}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sft": ("SFTModule", {"micro_batch_size": 2}),
-    "sft lora": ("SFTModule", {"finetune": LORA}),
+    "sft": ("SFTModule", {"micro_batch_size": 2, "sampling": SHORT}),
+    "sft lora": ("SFTModule", {"finetune": LORA, "sampling": SHORT}),
     "reward": ("RewardModule", {"micro_batch_size": 2}),
-    "dpo": ("DPOModule", {"micro_batch_size": 2}),
+    "dpo": ("DPOModule", {"micro_batch_size": 2, "sampling": SHORT}),
     "ppo": ("PPOModule", {**ONLINE, "minibatch_size": 2, "kl": ADAPTIVE}),
     "ppo lora": ("PPOModule", {**ONLINE, "minibatch_size": 4, "finetune": LORA, "value_trunk": "policy"}),
     "rloo": ("RLOOModule", {**ONLINE, **GROUPS, "kl": ADAPTIVE}),
@@ -97,6 +99,11 @@ def config(folder: Path, variant: str) -> dict[str, Any]:
     ]
     if kind != "RewardModule":
         callbacks.append({"class_path": "rlhf_lightning.SampleTexts", "init_args": {"prompts": PROMPTS}})
+    if variant == "reward":
+        worse = {"monitor": "val/loss", "mode": "max", "min_delta": 1e9, "patience": 1}  # at the second validation
+        early = {"class_path": "pytorch_lightning.callbacks.EarlyStopping", "init_args": worse}
+        best = {"filename": "best", "monitor": "val/loss", "save_top_k": 1}  # saved after a validation
+        callbacks += [early, {"class_path": "pytorch_lightning.callbacks.ModelCheckpoint", "init_args": best}]
     if variant == "ppo":
         judge = {"judge": "helpers.torture.count_letters", "every_n_iterations": 3, "num_prompts": 2}
         callbacks.append({"class_path": "rlhf_lightning.Evaluate", "init_args": judge})
@@ -204,6 +211,8 @@ def outcome(root: Path) -> dict[str, Any]:
     # Not the place within a step: a run that is resumed at its last one saves it again at the end of training.
     kept = ("state_dict", "optimizer_states", "lr_schedulers", "rlhf_lightning", "global_step", "callbacks")
     for saved in checkpoints.values():
+        for state in saved["callbacks"].values():
+            state.pop("current_score", None)  # which Lightning does not take from a checkpoint
         saved["callbacks"] = {name: state for name, state in saved["callbacks"].items() if not name.startswith(LATE)}
     samples = root / "samples.md"
     card = (root / "export" / "README.md").read_text().splitlines()
@@ -223,6 +232,9 @@ def differences(found: Any, expected: Any, path: str = "") -> str:
     if isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor):
         return "" if torch.equal(found, expected) else f"{path}: other numbers"
     if isinstance(found, dict) and isinstance(expected, dict):
+        found, expected = (
+            {re.sub(r".*/checkpoints/", "", str(k)): v for k, v in each.items()} for each in (found, expected)
+        )
         if found.keys() != expected.keys():
             return f"{path}: {sorted(map(str, found.keys() ^ expected.keys()))}"
         pairs: Iterable[Any] = [(key, found[key], expected[key]) for key in found]

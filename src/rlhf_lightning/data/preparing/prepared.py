@@ -150,7 +150,7 @@ class TokenTable(Sequence[Any]):
         self._starts = np.cumsum([0, *(len(batch) for batch in batches)])
         self._lists = {name: [_views(batch.column(name)) for batch in batches] for name in _LISTS[need]}
         numbers = {
-            name: np.concatenate([np.zeros(0, kind), *(batch.column(name).to_numpy() for batch in batches)])
+            name: np.concatenate([np.zeros(0, kind), *(_view(batch.column(name), kind) for batch in batches)])
             for name, kind in _NUMBERS[need].items()
         }
         self._written = [batch.column(_WRITTEN) for batch in batches] if need == "prompts" else []
@@ -245,7 +245,15 @@ def _batches(path: Path, need: Need) -> list[pa.RecordBatch]:
 
 
 def _views(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    return column.offsets.to_numpy(), column.values.to_numpy()
+    return _view(column.offsets, np.int32), _view(column.values, np.int32)
+
+
+def _view(column: pa.Array, kind: Any) -> np.ndarray:
+    """Numbers without nulls, as `to_numpy` gives them, which first spends most of a second on importing pandas."""
+    _, numbers = column.buffers()
+    if len(column) == 0:
+        return np.zeros(0, kind)
+    return np.frombuffer(numbers, kind, len(column), column.offset * np.dtype(kind).itemsize)
 
 
 class Derived(Sequence[Any]):
