@@ -143,7 +143,7 @@ def reference(folder: Path, variant: str) -> Reference:
     shutil.rmtree(root, ignore_errors=True)
     started = time.monotonic()
     forked = start(folder, variant, root)
-    forked.wait_for((root / "config.yaml").exists)
+    forked.wait_for((root / "config.yaml").exists, TIMEOUT)
     begun = time.monotonic() - started
     finished = forked.wait(TIMEOUT)
     if finished.returncode:
