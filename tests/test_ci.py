@@ -46,7 +46,7 @@ def test_the_hooks_call_targets_of_the_makefile():
 
 
 def run_checks(folder: Path, user: str, apt_get: str) -> tuple[str, list[str]]:
-    """Run `.ci/run` on a machine without a browser, whose commands only note that they were called.
+    """Run `.ci/run` on a machine without a browser and a zsh, whose commands only note that they were called.
 
     Args:
         folder: for those commands.
@@ -75,23 +75,25 @@ def run_checks(folder: Path, user: str, apt_get: str) -> tuple[str, list[str]]:
 CHECKS = ["make lint", "make types", "make test", "make test-numbers", "make test-exports"]
 
 
-def test_the_checks_install_a_browser_where_there_is_none(tmp_path):
+def test_the_checks_install_what_tests_need(tmp_path):
     said, calls = run_checks(tmp_path, user="0", apt_get="0")
     assert (said, calls[2:]) == ("", CHECKS)
     assert [call.split()[1] for call in calls[:2]] == ["update", "install"]
-    assert "chromium" in calls[1].split()
+    assert calls[1].split()[-2:] == ["chromium", "zsh"]
 
 
 @pytest.mark.parametrize(("user", "apt_get"), [("1000", "0"), ("0", "100")])
-def test_the_checks_say_that_they_cannot_install_a_browser_and_go_on(tmp_path, user, apt_get):
+def test_the_checks_say_that_they_cannot_install_it_and_go_on(tmp_path, user, apt_get):
     said, calls = run_checks(tmp_path, user, apt_get)
     assert len(said.splitlines()) == 1
-    assert "hromium" in said
+    assert "chromium zsh" in said
     assert calls[-len(CHECKS) :] == CHECKS
 
 
 def test_the_checks_look_for_the_browsers_that_the_tests_would_take():
-    (named,) = re.findall(r"if ! command -v (.+) >/dev/null; then", (ROOT / ".ci/run").read_text(encoding="utf-8"))
+    (named,) = re.findall(
+        r"command -v (.+) >/dev/null .* missing\+=\(chromium\)", (ROOT / ".ci/run").read_text(encoding="utf-8")
+    )
     assert tuple(named.split()) == COMMANDS
 
 

@@ -24,7 +24,16 @@ _rlhf() {
 }
 complete -o default -F _rlhf rlhf
 """
-_ZSH = "autoload -U +X bashcompinit && bashcompinit\n" + _BASH
+_ZSH = """\
+_rlhf() {
+    local -a found
+    found=(${(f)"$(rlhf completion for "${(j: :)words[1,CURRENT-1]} $PREFIX" 2>/dev/null)"})
+    [[ $PREFIX != -*=* ]] || compset -P '*='
+    (( $#found )) && compadd -a found || _files
+}
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }
+compdef _rlhf rlhf
+"""
 SHELLS = {"bash": _BASH, "zsh": _ZSH}
 
 
