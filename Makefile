@@ -22,9 +22,11 @@ test-numbers: $(READY)
 		TORCHINDUCTOR_FX_GRAPH_CACHE=0 $(BIN)/pytest -n 2 --dist loadfile $(NUMBERS)
 
 # N runs of all algorithms, killed at random moments, resumed until they are done, and compared with runs that were not
-# killed; it goes on where it was stopped, unless runs/torture is removed. About 15 seconds of one core for each.
+# killed; it goes on where it was stopped, unless runs/torture is removed. About 10 seconds of one core for each. Before
+# that every stage is cut and resumed on two processes with every strategy.
 N ?= 100
 torture: $(READY)
+	MATRIX=full $(BIN)/pytest -q tests/algorithms/test_resume_processes.py
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m helpers.torture runs/torture $(N)
 
 # Damaged files of every kind, and whatever may be typed, drawn anew.

@@ -1,15 +1,22 @@
-"""On several processes, too, a run that is cut and resumed ends as one that was not."""
+"""On several processes, too, a run that is cut and resumed ends as one that was not.
+
+`MATRIX=full` takes every stage on every strategy, as `make torture` does.
+"""
 
 import json
+import os
 from functools import partial
 
 import pytest
 
+from helpers import stage_runs
 from helpers.forked import run_ranks
 from helpers.resumed_runs import BATCHES, CUT_AFTER, EPOCHS, cut_and_resume
 from helpers.stages import save_llama, save_reward_model
 
 STAGES = {"ddp": ["sft", "reward"], "zero2": ["ppo"], "zero3": ["sft"]}
+if os.environ.get("MATRIX") == "full":
+    STAGES = {strategy: [*stage_runs.STAGES] for strategy in ("ddp", "zero1", "zero2", "zero3")}
 
 
 @pytest.fixture(scope="module")
