@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import InstructionDataModule
 from rlhf_lightning.cli.prepare import prepare
-from rlhf_lightning.data.limits import TokenLimits, check_context, cut_prompt
+from rlhf_lightning.data.fitting import check_context
+from rlhf_lightning.data.limits import TokenLimits, cut_prompt
 from rlhf_lightning.errors import UserError
 
 BOS = 1

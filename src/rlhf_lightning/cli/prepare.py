@@ -18,7 +18,8 @@ from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.plain import PlainFormat
 from rlhf_lightning.cli.recipes import config_paths, read_config
 from rlhf_lightning.cli.stages import OneLineParser, user_error
-from rlhf_lightning.data.limits import RANGES, TokenLimits, check_context, check_ids
+from rlhf_lightning.data.fitting import check_context, check_ids
+from rlhf_lightning.data.limits import RANGES, TokenLimits
 from rlhf_lightning.data.preparing.filters import Filters, Splits
 from rlhf_lightning.data.preparing.manifest import MANIFEST, PARTS, PROMPT_HASHES, file_name, is_prepared
 from rlhf_lightning.data.preparing.preparation import Preparation

@@ -18,7 +18,8 @@ from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.plain import HUMAN_ASSISTANT, PlainFormat
 from rlhf_lightning.data.encode import EncodedRow, Encoder
-from rlhf_lightning.data.limits import RANGES, TokenLimits, check_context, check_ids
+from rlhf_lightning.data.fitting import check_context, check_ids
+from rlhf_lightning.data.limits import RANGES, TokenLimits
 from rlhf_lightning.data.packing import PackedTable
 from rlhf_lightning.data.preparing.cache import find_or_build
 from rlhf_lightning.data.preparing.filters import NO_FILTERS, Filters, Splits

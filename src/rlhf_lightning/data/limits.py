@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.arguments import AT_LEAST_1, SHARE_BELOW_1, check_arguments
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.forward.capacity import RESIZE, context_length
-from rlhf_lightning.models.adapter_folders import folder_config
 
 _COUNTS = ("max_length", "max_prompt_length", "response_room", "num_samples", "num_proc")
 _BATCHES = ("batch_size", "eval_batch_size", "rollout_batch_size")
@@ -68,44 +65,6 @@ class TokenLimits:
         """How many tokens a prompt may have before responses of these lengths; before none, `kept_room` is left."""
         room = self.max_length - min(max(response_lengths, default=self.kept_room), self.kept_room)
         return room if self.max_prompt_length is None else min(room, self.max_prompt_length)
-
-
-def check_context(tokenizer: PreTrainedTokenizerBase, name: str, length: int) -> None:
-    """Refuse a limit beyond the context of the model that lies in the tokenizer's folder, if one does.
-
-    Args:
-        tokenizer: loaded from anywhere.
-        name: of the limit.
-        length: its value, in tokens.
-
-    Raises:
-        UserError: the model has fewer positions than that.
-    """
-    config = folder_config(tokenizer.name_or_path or "")
-    context = None if config is None else context_length(config)
-    if context is not None and length > context:
-        raise UserError(f"{name} ({length}) is beyond the {context} positions of {tokenizer.name_or_path}; lower it")
-
-
-def check_ids(tokenizer: PreTrainedTokenizerBase, largest_id: Callable[[], int]) -> None:
-    """Refuse data with ids that the model in the tokenizer's folder, if one lies there, has no embedding for.
-
-    Args:
-        tokenizer: that made the data; with fewer tokens than the model has embeddings it cannot go wrong.
-        largest_id: looks for the largest id of the data.
-
-    Raises:
-        UserError: names the token.
-    """
-    config = folder_config(tokenizer.name_or_path or "")
-    rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
-    if rows is None or len(tokenizer) <= rows or (found := largest_id()) < rows:
-        return
-    token = tokenizer.convert_ids_to_tokens(found)
-    raise UserError(
-        f"the data hold the token '{token}' (id {found}), but the model of {tokenizer.name_or_path} has {rows} "
-        f"embeddings; {RESIZE}"
-    )
 
 
 def cut_prompt(ids: np.ndarray, turns: np.ndarray, room: int, prefix: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -31,6 +31,11 @@ def test_workers_start_where_the_text_that_is_left_is_worth_it(tmp_path, monkeyp
 
 
 SCRIPT = """
+import sys
+from rlhf_lightning.data.preparing.workers import _start_worker
+
+assert not {"pytorch_lightning", "torchmetrics", "transformers.modeling_utils"} & set(sys.modules)  # 6 of 9 seconds
+
 from helpers.preparing import preparation
 from pathlib import Path
 from rlhf_lightning.data.preparing import workers

@@ -8,7 +8,7 @@ from typing import Any
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from rlhf_lightning.chat.encoder import ChatEncoder
-from rlhf_lightning.data.limits import check_context, check_ids
+from rlhf_lightning.data.fitting import check_context, check_ids
 from rlhf_lightning.data.preparing.cache import find_or_build
 from rlhf_lightning.data.preparing.legacy import LegacyPreparation, is_legacy
 from rlhf_lightning.data.preparing.manifest import PARTS, is_prepared

@@ -18,9 +18,9 @@ from rlhf_lightning.chat.messages import exact_text
 from rlhf_lightning.data.encode import EncodedRow, Encoder
 from rlhf_lightning.data.rows import Row
 
-WORTH_WORKERS = 30_000_000
-"""Characters that must be left for workers to start. One takes 6 seconds of a core for its imports, in which a core
-tokenises 10 million characters (measured on one core of a shared machine with a small BPE tokenizer)."""
+WORTH_WORKERS = 15_000_000
+"""Characters that must be left for workers to start. One takes 3 seconds of a core for its imports, in which a core
+tokenises 5 million characters (measured on one core of a shared machine with a small BPE tokenizer)."""
 
 Chunk = TypeVar("Chunk")
 Encoded = list[EncodedRow | str]
