@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import subprocess
@@ -77,6 +78,15 @@ def test_what_needs_no_model_imports_no_torch():
         "assert not {'torch', 'transformers', 'pytorch_lightning'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_what_a_command_imports_is_no_garbage_to_look_through_and_collections_go_on():
+    main(["env"])
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 10_000
+    frozen = gc.get_freeze_count()
+    main(["env"])
+    assert gc.get_freeze_count() <= frozen  # what a caller makes between commands can be collected
 
 
 def test_every_public_name_is_there_and_no_other():

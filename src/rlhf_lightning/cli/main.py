@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib
 import sys
 import traceback
 from collections.abc import Sequence
+from types import ModuleType
 
 from rlhf_lightning import __version__
 from rlhf_lightning.cli.recipes import recipe_names, resolve_recipes
@@ -110,6 +113,27 @@ def _say_what_takes_long() -> None:
         print("loading PyTorch and Lightning", file=sys.stderr)
 
 
+def _load(name: str) -> ModuleType:
+    """A module of `cli`, with all that it imports, which no search for garbage goes through, now or later.
+
+    That took one of the eight seconds of the imports, and almost another in the first steps.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        module = importlib.import_module(f"rlhf_lightning.cli.{name}")
+        _keep_what_is_there()
+    finally:
+        if collects:
+            gc.enable()
+    return module
+
+
+@functools.cache  # once: what a caller from Python drops later shall be collected
+def _keep_what_is_there() -> None:
+    gc.freeze()
+
+
 def _dispatch(command: str, options: list[str]) -> None:
     resolved = resolve_recipes(options)
     if command in STAGE_COMMANDS:
@@ -119,12 +143,10 @@ def _dispatch(command: str, options: list[str]) -> None:
             sys.exit(0)
         check_keys(command, resolved)
         _say_what_takes_long()
-        from rlhf_lightning.cli.stages import run_stage
-
-        run_stage(command, resolved)
+        _load("stages").run_stage(command, resolved)
     elif command in COMMANDS:
         if command not in AT_ONCE:
             _say_what_takes_long()
-        importlib.import_module(f"rlhf_lightning.cli.{COMMANDS[command]}").main(resolved)
+        _load(COMMANDS[command]).main(resolved)
     else:
         raise UserError(f"unknown command '{command}'; {command_hint(command, [*STAGE_COMMANDS, *COMMANDS])}")

@@ -56,6 +56,10 @@ class OneLineParser(LightningArgumentParser):
             kwargs["action"] = StackedConfig
         return super().add_argument(*args, **kwargs)
 
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """Write a config that was parsed, and thereby checked; once more would take as long as to parse it."""
+        return super().dump(*args, **{"skip_validation": True, **kwargs})
+
     def known_keys(self) -> set[str]:
         """Every option, for suggestions."""
         return _keys(self)
@@ -88,13 +92,18 @@ class RLHFCLI(LightningCLI):
     """LightningCLI with the links and defaults of this package.
 
     Args:
+        command: the one it is made for; parsers of the others, which take as long to build, are left out.
         held: what the run holds until it has ended, however it ends.
         **kwargs: as LightningCLI takes them.
     """
 
-    def __init__(self, held: ExitStack, **kwargs: Any) -> None:
-        self.held = held
+    def __init__(self, command: str, held: ExitStack, **kwargs: Any) -> None:
+        self.command, self.held = command, held
         super().__init__(**kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # static there, called on the instance
+        """The command, and what of the trainer's method is no option."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that takes `--config`."""
@@ -298,10 +307,11 @@ def run_stage(command: str, options: Sequence[str]) -> None:
         print(help_for_classes(options))
         options = [word if word != HELP_ALL else "--help" for word in options]
     sys.argv = [sys.argv[0], command, *options]  # what LightningCLI reads, and the processes of a strategy run
-    usage = {name: {"usage": f"rlhf {name} --config RECIPE [options]"} for name in LightningCLI.subcommands()}
+    usage = {command: {"usage": f"rlhf {command} --config RECIPE [options]"}}
     with SignalWatch() as watch, ExitStack() as held:
         try:
             cli = RLHFCLI(
+                command,
                 held,
                 model_class=pl.LightningModule,
                 datamodule_class=pl.LightningDataModule,
