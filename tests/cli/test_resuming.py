@@ -103,11 +103,10 @@ def assert_ended_as(root: Path, whole: Path) -> None:
     assert sorted(path.name for path in (root / "checkpoints").iterdir()) == names
 
 
-@pytest.mark.parametrize("word", ["last", "auto"])
-def test_a_finished_run_is_left_as_it_is(folder, copied, capsys, word):
+def test_a_finished_run_is_left_as_it_is(folder, copied, capsys):
     before = snapshot(copied)
-    fit(folder, f"--ckpt_path={word}")
-    fit(folder, f"--ckpt_path={word}", steps=4)
+    fit(folder, "--ckpt_path=last")
+    fit(folder, "--ckpt_path=auto", steps=4)  # one way leads from either word, whatever the limit
     line = (
         "'run' is finished after 6 optimizer steps, nothing is left to do; to train on, raise "
         "--trainer.max_epochs, max_steps or max_time\n"
@@ -136,7 +135,8 @@ def test_a_finished_run_goes_on_when_a_limit_is_raised(folder, copied):
 
 KILLED = {
     "before any checkpoint": ("torch.save", 1, []),
-    "while a checkpoint is written": ("os.fsync", 5, ["last", "step=2"]),  # one for the file, one for its folder
+    # One for each of config.yaml and lineage.json; then one for the file, and one for its folder.
+    "while a checkpoint is written": ("os.fsync", 7, ["last", "step=2"]),
     "between two checkpoints of a step": ("torch.save", 4, ["last", "step=2", "step=4"]),
     "in the export": ("rlhf_lightning.callbacks.hf_export.model_card", 1, ["last", "step=2", "step=4", "step=6"]),
     "before it is said to be over": (
