@@ -10,35 +10,35 @@ import pytest
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from helpers.cli_runs import SFT, save_model, save_pairs, short
-from helpers.forked import run_forked
+from helpers.cli_runs import SFT, save_model, save_pairs, short, working_folder
 from rlhf_lightning import HFExport, SFTModule
+from rlhf_lightning.cli.main import main
 
 
-def break_logger():
+def break_logger(monkeypatch):
     def log_metrics(*_, **__):
         raise OSError(errno.EIO, "", "/logs/events")
 
-    TensorBoardLogger.log_metrics = log_metrics
+    monkeypatch.setattr(TensorBoardLogger, "log_metrics", log_metrics)
 
 
-def fill_disk_in_export():
+def fill_disk_in_export(monkeypatch):
     def write(self, trainer, pl_module, weights, folder):
         (folder / "model.safetensors").write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "", str(folder / "model.safetensors"))
 
-    HFExport._write = write
+    monkeypatch.setattr(HFExport, "_write", write)
 
 
-def run_out_of_memory():
+def run_out_of_memory(monkeypatch):
     def training_step(*_):
         torch.empty(2**62, dtype=torch.uint8)
 
-    SFTModule.training_step = training_step
+    monkeypatch.setattr(SFTModule, "training_step", training_step)
 
 
-def exit_in_a_hook():
-    SFTModule.on_train_batch_start = lambda *_: sys.exit(0)
+def exit_in_a_hook(monkeypatch):
+    monkeypatch.setattr(SFTModule, "on_train_batch_start", lambda *_: sys.exit(0))
 
 
 FAULTS = [
@@ -58,15 +58,17 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("fault", "code", "said"), FAULTS)
-def test_a_fault_is_one_line_with_its_exit_code(inputs, tmp_path, fault, code, said):
+def test_a_fault_is_one_line_with_its_exit_code(inputs, tmp_path, monkeypatch, capfd, fault, code, said):
     quiet = ["--trainer.log_every_n_steps=1", "--trainer.num_sanity_val_steps=0"]
-    finished = run_forked(
-        ["fit", *SFT, *short(inputs / "lm", inputs / "pairs.jsonl", tmp_path), *quiet], tmp_path, before=fault
-    )
-    assert finished.returncode == code, finished.stderr
-    errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, finished.stderr
+    monkeypatch.setattr("sys.argv", ["rlhf"])
+    fault(monkeypatch)
+    with working_folder(tmp_path), pytest.raises(SystemExit) as end:
+        main(["fit", *SFT, *short(inputs / "lm", inputs / "pairs.jsonl", tmp_path), *quiet])
+    err = capfd.readouterr().err
+    assert end.value.code == code, err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, err
     assert said in errors[0]
-    assert "Traceback" not in finished.stderr
+    assert "Traceback" not in err
     assert not (tmp_path / "export").exists()
     assert not list(tmp_path.glob(".export*"))

@@ -94,7 +94,8 @@ def test_an_error_of_a_loader_process_is_as_short_as_one_of_this_one():
     assert said_of(caught.value) == ("row 3 is bad; mend it", 2)
 
 
-def test_a_loader_process_that_dies_is_one_line():
+def test_a_loader_process_that_dies_is_one_line(monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # seconds between looks, 5 by default
     with pytest.raises(RuntimeError) as caught:
         next(iter(DataLoader(Died(), num_workers=1)))
     line, code = said_of(caught.value)
