@@ -1,44 +1,44 @@
 import errno
 import json
+import multiprocessing
 import signal
-import subprocess
-import sys
 import warnings
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
+from helpers.forked import forked_process
 from helpers.preparing import build, preparation
 from helpers.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.data.limits import TokenLimits
 from rlhf_lightning.data.preparing.cache import find_or_build
 from rlhf_lightning.data.preparing.filters import Filters, Splits
+from rlhf_lightning.data.preparing.preparation import Preparation
 from rlhf_lightning.data.preparing.prepared import PreparedFolder
 from rlhf_lightning.errors import UserError
 
 ROWS = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(20)]
 
-BUILDER = """
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from helpers.preparing import preparation
-from rlhf_lightning.data.preparing.cache import find_or_build
-from rlhf_lightning.data.preparing.preparation import Preparation
 
 class Slow(Preparation):
-    def build(self, folder):
+    """Stops in the middle until it is told to go on."""
+
+    said: Connection
+
+    def build(self, folder: Path) -> None:
         (folder / "finetune_train.arrow").write_bytes(b"half of it")
-        print("building", flush=True)
-        sys.stdin.readline()
+        self.said.send("building")
+        self.said.recv()
         super().build(folder)
 
-rows, cache = sys.argv[1:]
-prepared = preparation(rows, kinds=("finetune",))
-prepared.__class__ = Slow
-print(find_or_build(prepared, cache).path.name, flush=True)
-"""
+
+def build_slowly(rows: Path, cache: Path, said: Connection) -> None:
+    prepared = preparation(rows, kinds=("finetune",))
+    prepared.__class__ = Slow
+    prepared.said = said
+    said.send(find_or_build(prepared, cache).path.name)
 
 
 @pytest.fixture
@@ -54,9 +54,12 @@ def cache(tmp_path):
 
 
 def start(rows, cache):
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    tests = Path(__file__).parents[2]
-    return subprocess.Popen([sys.executable, "-c", BUILDER, str(rows), str(cache)], cwd=tests, **pipes)
+    """A process that builds, and the way to hear it."""
+    ours, theirs = multiprocessing.Pipe()
+    process = forked_process(build_slowly, rows, cache, theirs)
+    process.start()
+    theirs.close()
+    return process, ours
 
 
 def finetune(rows, **settings):
@@ -68,25 +71,27 @@ def entries(cache):
 
 
 def test_two_that_start_at_once_build_once(rows, cache):
-    first = start(rows, cache)
-    assert first.stdout.readline() == "building\n"
-    second = start(rows, cache)
-    first.stdin.write("\n")
-    first.stdin.flush()
+    first, of_first = start(rows, cache)
+    assert of_first.recv() == "building"
+    second, of_second = start(rows, cache)
+    assert not of_second.poll(0.5)  # it waits
+    of_first.send("go on")
 
     key = finetune(rows).key()
-    assert first.communicate()[0] == f"{key}\n"
-    assert second.communicate()[0] == f"{key}\n"  # and no "building"
+    assert of_first.recv() == key
+    assert of_second.recv() == key  # and no "building"
+    for process in (first, second):
+        process.join()
+        assert process.exitcode == 0
     assert entries(cache) == [key]
 
 
 def test_a_build_that_is_killed_leaves_nothing_that_is_read(rows, cache):
-    killed = start(rows, cache)
-    assert killed.stdout.readline() == "building\n"
+    killed, said = start(rows, cache)
+    assert said.recv() == "building"
     killed.kill()
-    assert killed.wait() == -signal.SIGKILL
-    killed.stdout.close()
-    killed.stdin.close()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     key = finetune(rows).key()
     assert [name.startswith(f".{key}.") for name in entries(cache)] == [True]
 
