@@ -2,16 +2,19 @@ import json
 import pickle
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.forked import run_forked
 from helpers.preparing import build
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder
-from rlhf_lightning.data.collate import EncodedExample, EncodedPair
+from rlhf_lightning.chat.written import WrittenPrompt
+from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt
 from rlhf_lightning.data.preparing import manifest
 from rlhf_lightning.data.preparing.manifest import is_prepared
 from rlhf_lightning.data.preparing.prepared import PreparedFolder, TableWriter, TokenTable
@@ -40,6 +43,25 @@ def test_what_is_written_is_read(tmp_path_factory, rows):
     for example, (prompt, turns, response, row_id, _) in zip(table, rows, strict=True):
         assert (example.ids.tolist(), example.prompt_length) == (prompt + response, len(prompt))
         assert (example.turns.tolist(), example.row_id) == (turns, row_id)
+
+
+def write_and_read_prompts():
+    prompts = [WrittenPrompt("wie geht's, größer?", ()), None, WrittenPrompt("", ({"name": "{}"},))]
+    writer = TableWriter("prompts.arrow", "prompts")
+    for i, written in enumerate(prompts):
+        writer.add(EncodedPrompt(np.full(i, i, np.int32), "", i, written), i)
+    writer.close()
+    table = TokenTable("prompts.arrow", "prompts")
+    assert [prompt.written for prompt in table] == prompts
+    print([prompt.ids.tolist() for prompt in table], table.sources.tolist(), "pandas" in sys.modules)
+
+
+def test_reading_and_writing_do_without_pandas_which_takes_long_to_import(tmp_path):
+    """Nor do prompts lose their texts, or that they have none."""
+    finished = run_forked(["--version"], tmp_path, before=write_and_read_prompts)
+
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith("[[], [1], [2, 2]] [0, 1, 2] False\n")
 
 
 def test_pairs_are_found_in_every_record_batch_and_by_a_copy_in_another_process(tmp_path):

@@ -99,9 +99,9 @@ class TableWriter:
         arrays = [_list_array(column) for column in columns[: len(lists)]]
         self.tokens += sum(len(array.values) for name, array in zip(lists, arrays, strict=False) if name != "turns")
         kinds = _NUMBERS[self._need].values()
-        arrays += [pa.array(np.array(column, kind)) for column, kind in zip(columns[len(lists) :], kinds, strict=False)]
+        arrays += [_array(np.array(column, kind)) for column, kind in zip(columns[len(lists) :], kinds, strict=False)]
         if self._need == "prompts":
-            arrays.append(pa.array([to_json(written) for written in columns[-1]], pa.large_string()))
+            arrays.append(_text_array([to_json(written) for written in columns[-1]]))
         self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
         self._waiting = []
 
@@ -128,7 +128,21 @@ def _list_array(rows: Sequence[np.ndarray]) -> pa.ListArray:
     offsets = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
     values = np.concatenate(rows).astype(np.int32, copy=False)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+    return pa.ListArray.from_arrays(_array(offsets), _array(values))
+
+
+def _array(numbers: np.ndarray) -> pa.Array:
+    """As `pa.array`, which first spends most of a second on importing pandas; `numbers` must not change."""
+    return pa.Array.from_buffers(pa.from_numpy_dtype(numbers.dtype), len(numbers), [None, pa.py_buffer(numbers)])
+
+
+def _text_array(texts: Sequence[str | None]) -> pa.LargeStringArray:
+    """Likewise for texts, and nulls where there is none."""
+    there = np.packbits([text is not None for text in texts], bitorder="little")
+    encoded = [(text or "").encode() for text in texts]
+    offsets = np.cumsum([0, *(len(text) for text in encoded)], dtype=np.int64)
+    buffers = [pa.py_buffer(there), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.large_string(), len(texts), buffers)
 
 
 class TokenTable(Sequence[Any]):
