@@ -26,14 +26,20 @@ PRELOADED = (
     "rlhf_lightning.cli.main",
     "rlhf_lightning.cli.stages",
     "rlhf_lightning.callbacks",
+    "deepspeed.moe.ep_count",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "tensorboard.compat.proto.event_pb2",
     "torch.utils.tensorboard",
     "transformers.models.llama.modeling_llama",
     "transformers.models.gpt2.modeling_gpt2",
     "torch._dynamo",
+    "torch._subclasses.schema_check_mode",
+    "torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks",
     "helpers.stages",
     "helpers.forked",
+    "helpers.frozen",  # last
 )
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([*PRELOADED])
