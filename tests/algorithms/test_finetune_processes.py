@@ -34,7 +34,7 @@ def told(root, case, name):
 @pytest.fixture(scope="module")
 def losses(root):
     """(case, strategy) -> losses of the first process; every run on two processes is started once."""
-    save_llama(root / "base")
+    save_llama(root / "base", layers=1)
     names = [(case, name) for name in STRATEGIES for case in CASES]
     results, _ = run_in_processes("helpers.finetune_runs:run_all", runs=[told(root, *pair) for pair in names])
     return dict(zip(names, results, strict=True)) | {(case, "auto"): run(**told(root, case, "auto")) for case in CASES}

@@ -16,7 +16,7 @@ STRATEGIES = ["ddp", "zero2", "zero3"]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    base = save_llama(root / "llama")
+    base = save_llama(root / "llama", layers=1)  # test_strategies.py and test_resume_processes.py have two
     reference = load_causal_lm(base)
     with torch.no_grad():
         for weight in reference.parameters():

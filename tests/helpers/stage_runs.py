@@ -130,7 +130,7 @@ def groups(kind: Any, folder: str, processes: int, reward: str, **options: Any) 
         rollout_batch_size=share,
         samples_per_prompt=2,
         minibatch_size=2 * share,
-        micro_batch_size=2,
+        micro_batch_size=4,
         ppo_epochs=2,
         optimizer=sgd(0.3),
         score=ScoreShaping(scaling=False, clip=None, missing_eos_penalty=0.5),

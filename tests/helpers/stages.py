@@ -31,14 +31,19 @@ LETTERS = set("abcdefghijklmnopqrstuvwxyz")
 _WORDS = ["bread", "water", "salt", "yeast", "chain", "bicycle", "happy", "politely", "small", "repair", "bake"]
 
 
-def save_llama(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None, hidden_size: int = 32) -> str:
-    """A Llama of about 35,000 parameters with its tokenizer; always the same weights."""
+def save_llama(
+    folder: Path, tokenizer: PreTrainedTokenizerBase | None = None, hidden_size: int = 32, layers: int = 2
+) -> str:
+    """A Llama of about 35,000 parameters with its tokenizer; always the same weights.
+
+    On ZeRO-3 a pass costs by the layer, whatever its size.
+    """
     tokenizer = tokenizer or tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
