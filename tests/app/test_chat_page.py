@@ -166,6 +166,19 @@ def test_judgements_by_keyboard_are_there_after_a_reload(opened, judgements):
     assert [row["chosen"] for row in rows] == [shown[0], again[1]]
 
 
+def test_a_name_written_before_the_server_answers_stays(address, page, judgements, monkeypatch):
+    answered, read = Event(), Judgements.all
+    monkeypatch.setattr(Judgements, "all", lambda self: answered.wait(20) and read(self))
+    page.page.goto(address)
+    page.page.get_by_role("tab", name="Judge").click()
+    name = page.page.locator("#judge-name input, #judge-name textarea")
+    name.fill("Eve")
+    answered.set()
+    expect(page.page.locator("#judge-said")).to_contain_text("by Eve")
+    expect(name).to_have_value("Eve")
+    assert page.page.evaluate("localStorage.getItem('rlhf-annotator')") == "Eve"
+
+
 def test_what_cannot_be_done_is_told(opened):
     send(opened, "  ")
     expect(opened.get_by_text("write something first")).to_be_visible()

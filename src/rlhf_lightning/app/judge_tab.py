@@ -49,8 +49,8 @@ document.addEventListener("keydown", (event) => {
 """
 """Keys press the buttons while these are to be seen, but not while somebody writes."""
 
-_KEEP = "(name) => { localStorage.setItem('rlhf-annotator', name); return name; }"
-_FIND = "() => localStorage.getItem('rlhf-annotator') || ''"
+_KEEP = "(name) => { localStorage.setItem('rlhf-annotator', name); }"
+_FIND = "(name) => name || localStorage.getItem('rlhf-annotator') || ''"
 """The browser remembers who judges."""
 
 
@@ -76,7 +76,7 @@ def judge_tab(
     """
     pair: Any = gr.State(None)
     with gr.Row():
-        annotator = gr.Textbox(label="your name", placeholder="judgements are kept under it", elem_id="judge-name")
+        annotator = gr.Textbox("", label="your name", placeholder="judgements are kept under it", elem_id="judge-name")
         sides = [models.choices[0], models.choices[min(1, len(models.choices) - 1)]]
         first, second = (
             gr.Dropdown(models.choices, value=side, label=label)
@@ -104,9 +104,10 @@ def judge_tab(
         taken = button.click(tab.judging(end), [pair, comment], [said, comment, left, right, pair, *buttons], **AT_ONCE)
         if prompts:
             taken.success(tab.ask, asked, shown, show_progress="minimal", **ONE_AT_A_TIME)
-    annotator.change(tab.so_far, annotator, said, js=_KEEP, **AT_ONCE)
+    page.load(None, annotator, annotator, js=_FIND)  # without the server, whose answer may come after a name is written
+    annotator.change(None, annotator, js=_KEEP)
+    gr.on([page.load, annotator.change], tab.so_far, annotator, said, trigger_mode="always_last", **AT_ONCE)
     export_button("Export preferences", "judge-export", tab.export)
-    page.load(tab.opened, annotator, [annotator, said], js=_FIND, **AT_ONCE)
 
 
 def _answers() -> tuple[Any, Any, Any, list[Any]]:
@@ -142,10 +143,6 @@ class _Judging:
         self.models, self.stops, self.judgements, self.prompts = models, stops, judgements, prompts
         self.seed = seed
         self._same: set[tuple[str, ...]] = set()  # prompts with twice the same answer
-
-    def opened(self, name: str) -> list[str]:
-        """Who judged here before is greeted by what was judged."""
-        return [name, self.so_far(name)]
 
     def so_far(self, annotator: str) -> str:
         """What was judged."""
