@@ -12,6 +12,7 @@ from urllib.request import Request, urlopen
 import pytest
 from playwright.sync_api import expect
 
+from helpers.browser import WatchedPage
 from helpers.chat_page import served, tiny_models
 from rlhf_lightning.app.judgements import Judgements
 from rlhf_lightning.app.models import Models
@@ -43,15 +44,27 @@ def address(models, judgements):
         yield address
 
 
+@pytest.fixture(scope="module")
+def visitor(chromium, address):
+    """Somebody who stays: the page takes seconds to build itself."""
+    context = chromium.new_context()
+    watched = WatchedPage(context.new_page())
+    watched.page.goto(address)
+    yield watched
+    context.close()
+
+
 @pytest.fixture
-def opened(page, address, folder):
-    """The page of a visitor; what it looked like at the end lies among the artefacts."""
-    page.page.goto(address)
-    expect(page.page.locator("#chat-box textarea")).to_be_visible()
-    yield page.page
-    page.page.screenshot(path=folder / f"{len(list(folder.glob('*.png')))}.png", full_page=True)
-    assert not page.requests, "no other machine is asked"
-    assert not page.errors
+def opened(visitor):
+    """The visitor's page, with a conversation that begins anew."""
+    tab = visitor.page.get_by_role("tab", name="Chat")
+    if tab.get_attribute("aria-selected") != "true":
+        tab.click()
+    visitor.page.locator("#chat-reset").click()
+    expect(visitor.page.locator("#chat-window-0 .message")).to_have_count(0)
+    yield visitor.page
+    assert not visitor.requests, "no other machine is asked"
+    assert not visitor.errors
 
 
 def send(page, text, tab="chat"):
@@ -144,8 +157,17 @@ def judge(page, name, prompt, key):
     return shown
 
 
-def test_judgements_by_keyboard_are_there_after_a_reload(opened, judgements):
+def test_judgements_by_keyboard_are_there_after_a_reload(address, page, judgements, monkeypatch):
+    answered, read = Event(), Judgements.all
+    monkeypatch.setattr(Judgements, "all", lambda self: answered.wait(20) and read(self))
+    opened = page.page
+    opened.goto(address)
     opened.get_by_role("tab", name="Judge").click()
+    name, said = opened.locator("#judge-name input, #judge-name textarea"), opened.locator("#judge-said")
+    name.fill("Ann")
+    answered.set()  # the server greets somebody who has written the name already
+    expect(said).to_contain_text("by Ann")
+    expect(name).to_have_value("Ann")
     shown = judge(opened, "Ann", "how do i bake bread?", "ArrowLeft")
     (kept,) = judgements.all()
     assert {kept.pair.first, kept.pair.second} == set(shown)
@@ -153,10 +175,9 @@ def test_judgements_by_keyboard_are_there_after_a_reload(opened, judgements):
     judge(opened, "Ann", "how do i repair a chain?", "4")
     opened.reload()
     opened.get_by_role("tab", name="Judge").click()
-    said = opened.locator("#judge-said")
     expect(said).to_contain_text("2 judgements in all, 2 by Ann")
     expect(said.locator("tbody tr").first).to_contain_text("both bad")
-    opened.locator("#judge-name input, #judge-name textarea").press("2")  # a name, not a judgement
+    name.press("2")  # a name, not a judgement
     again = judge(opened, "Ben", "how do i bake bread?", "2")
     assert set(again) == set(shown), "all annotators see the same pair"
     expect(said).to_contain_text("Ann and Ben: Cohen's kappa")
@@ -164,19 +185,8 @@ def test_judgements_by_keyboard_are_there_after_a_reload(opened, judgements):
         opened.locator("#judge-export").click()
     rows = [json.loads(line) for line in Path(saved.value.path()).read_text(encoding="utf-8").splitlines()]
     assert [row["chosen"] for row in rows] == [shown[0], again[1]]
-
-
-def test_a_name_written_before_the_server_answers_stays(address, page, judgements, monkeypatch):
-    answered, read = Event(), Judgements.all
-    monkeypatch.setattr(Judgements, "all", lambda self: answered.wait(20) and read(self))
-    page.page.goto(address)
-    page.page.get_by_role("tab", name="Judge").click()
-    name = page.page.locator("#judge-name input, #judge-name textarea")
-    name.fill("Eve")
-    answered.set()
-    expect(page.page.locator("#judge-said")).to_contain_text("by Eve")
-    expect(name).to_have_value("Eve")
-    assert page.page.evaluate("localStorage.getItem('rlhf-annotator')") == "Eve"
+    assert not page.requests
+    assert not page.errors
 
 
 def test_what_cannot_be_done_is_told(opened):
@@ -187,12 +197,15 @@ def test_what_cannot_be_done_is_told(opened):
     expect(opened.get_by_text("give your name first")).to_be_visible()
 
 
-@pytest.mark.parametrize("colors", ["light", "dark"])
-def test_nobody_is_shut_out(opened, page, colors):
-    page.show(1280, colors=colors)
-    for tab in ("Chat", "Side by side", "Summarise", "Judge"):
-        opened.get_by_role("tab", name=tab).click()
-        assert page.accessibility_findings() == []
+def test_nobody_is_shut_out(address, page):
+    page.page.goto(address)
+    for colors in ("light", "dark"):
+        page.show(1280, colors=colors)
+        expect(page.page.locator("body.dark")).to_have_count(int(colors == "dark"))
+        for tab in ("Chat", "Side by side", "Summarise", "Judge"):
+            page.page.get_by_role("tab", name=tab).click()
+            page.page.wait_for_function("!document.getAnimations().some(each => each instanceof CSSTransition)")
+            assert page.accessibility_findings() == []
 
 
 def test_sixteen_visitors_at_once(address, models):

@@ -33,12 +33,14 @@ OTHERS = {
 """Families that the helpers lack: shared keys, windows on all or some layers, a layer that keeps no keys."""
 
 
-def model_of(name, seed=3):
+def model_of(name, seed=3, layers=None):
+    """A model of a family, with two layers; `layers` says how many else."""
+    model_type, options = FAMILIES.get(name) or OTHERS[name]
+    depth = {key: layers for key in ("n_layer", "num_hidden_layers") if layers and key in options}
     if name in FAMILIES:
-        return tiny_causal_lm(name, seed, tie_word_embeddings=False)
-    model_type, options = OTHERS[name]
+        return tiny_causal_lm(name, seed, tie_word_embeddings=False, **depth)
     ids = {"vocab_size": VOCAB_SIZE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS}
-    options = ids | {"tie_word_embeddings": False} | options
+    options = ids | {"tie_word_embeddings": False} | options | depth
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         config = AutoConfig.for_model(model_type, **options)

@@ -35,6 +35,12 @@ def prompts(extra: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return answers.prompts(LENGTHS, extra)
 
 
+def small(seed: int = 3) -> PreTrainedModel:
+    """One layer, for engines that compile."""
+    model: PreTrainedModel = model_of("llama-grouped", seed, layers=1)
+    return model
+
+
 def a_model() -> PreTrainedModel:
     """Some of its greedy answers end by themselves, after different numbers of tokens, and some do not."""
     return copy.deepcopy(_a_model())
@@ -42,7 +48,7 @@ def a_model() -> PreTrainedModel:
 
 @cache
 def _a_model() -> PreTrainedModel:
-    model = model_of("llama-grouped").double()
+    model = small().double()
     tokens = [token for ids, _ in greedy(model, tiny_tokenizer(), GREEDY) for token in ids[1:5]]
     model.generation_config.eos_token_id = [2, *(token for token, _ in Counter(tokens).most_common(2))]
     return model
@@ -183,7 +189,7 @@ def check_sync_weights(make: EngineFactory) -> None:
     model, tokenizer = a_model(), tiny_tokenizer()
     engine = make(model, tokenizer, None)
     before = responses(ask(engine, GREEDY))
-    model.load_state_dict(model_of("llama-grouped", seed=4).state_dict())
+    model.load_state_dict(small(4).state_dict())
     engine.sync_weights()
     after = [ids for ids, _ in greedy(model, tokenizer, GREEDY)]
     assert after != before
@@ -199,7 +205,7 @@ def check_sleep_and_wake(make: EngineFactory) -> None:
         engine.sync_weights()
         assert responses(ask(engine, GREEDY)) == [ids for ids, _ in greedy(model, tokenizer, GREEDY)]
         engine.sleep()
-        model.load_state_dict(model_of("llama-grouped", seed).state_dict())
+        model.load_state_dict(small(seed).state_dict())
 
 
 def check_on_token(make: EngineFactory) -> None:

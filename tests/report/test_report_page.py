@@ -58,8 +58,12 @@ def test_what_a_model_wrote_is_shown_and_never_run(opened):
     assert opened.page.locator("pre").first.text_content().count("</pre><script>1</script>") == 1
 
 
-@pytest.mark.parametrize("colors", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
+# Each page in both colours, on both widths, and both widths in both colours.
+@pytest.mark.parametrize(
+    ("opened", "width", "colors"),
+    [("one", 390, "light"), ("one", 1280, "dark"), ("several", 390, "dark"), ("several", 1280, "light")],
+    indirect=["opened"],
+)
 def test_everybody_can_read_it(opened, colors, width):
     opened.show(width, colors=colors)
     opened.page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
@@ -105,8 +109,7 @@ def test_a_long_run_makes_a_small_page(tmp_path):
 
 
 def test_half_of_a_surrogate_pair_does_not_break_it(tmp_path):
-    folder = write_run(tmp_path / "run", steps=2)
-    run = read_run(folder)
+    run = read_run(write_run(tmp_path / "run", steps=2))
     run.evaluation.results[0] = run.evaluation.results[0]._replace(model="half \ud83d")
     assert "half ?" in save_report([run], tmp_path / "page.html").read_text(encoding="utf-8")
 
