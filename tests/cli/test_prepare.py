@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,17 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(words, t
         main([*words, f"--out={out}", "--overwrite=true"])
     assert (out / "manifest.json").read_bytes() == before
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_disk_that_takes_no_more_is_one_line_that_names_the_folder(words, tmp_path, capsys):
+    out, limits = tmp_path / "data", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        said = refused([*words, f"--out={out}"], capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"--out: {out} cannot be written (File too large); make room, or name another" in said
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_folder_that_a_killed_run_had_put_aside_comes_back(words, tmp_path, capsys, monkeypatch):

@@ -4,6 +4,7 @@ The signature of `prepare` is the config; its docstring is the help.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -179,6 +180,11 @@ def _build_beside(preparation: Preparation, out: Path, num_examples: int, overwr
                 check_ids(preparation.chat.tokenizer, lambda: max(map(folder.largest_id, folder.manifest["kinds"])))
                 save_report(folder, report_on(folder, preparation.chat.tokenizer, num_examples))
                 _move(new, out, old)
+            except OSError as error:
+                if error.filename is not None:
+                    raise
+                reason = os.strerror(error.errno) if error.errno else str(error)  # Arrow names no file
+                raise UserError(f"--out: {out} cannot be written ({reason}); make room, or name another") from error
             finally:
                 _leave(workplace, [new, old] if out.exists() else [new])
     except Timeout as error:
