@@ -1,6 +1,8 @@
 """A run that is cut and resumed sees exactly the batches of a run that is not."""
 
 from contextlib import nullcontext
+from functools import cache
+from itertools import product
 
 import pytest
 import pytorch_lightning as pl
@@ -65,10 +67,13 @@ def trainer(folder, callbacks=(), **settings):
     return pl.Trainer(default_root_dir=folder, callbacks=list(callbacks), **quiet | {"max_epochs": 3} | settings)
 
 
-def uninterrupted(folder, kind, **settings):
+def uninterrupted(kind, **settings):
     module = Recorder()
-    trainer(folder, enable_checkpointing=False, **settings).fit(module, data_module(kind))
+    trainer(None, enable_checkpointing=False, **settings).fit(module, data_module(kind))
     return module.seen
+
+
+known = cache(uninterrupted)  # what most tests compare with
 
 
 def resumed(folder, checkpoint, kind, workers=0, asks_for_length=False, changes=None, **settings):
@@ -84,21 +89,23 @@ def checkpoint_every(folder, steps):
 
 @pytest.mark.parametrize("kind", [InstructionDataModule, PreferenceDataModule, PromptDataModule])
 def test_an_epoch_sees_every_row_once_and_the_next_in_another_order(tmp_path, kind):
-    seen = uninterrupted(tmp_path, kind)
+    seen = uninterrupted(kind)
 
     epochs = [[row for epoch, _, rows, _ in seen for row in rows if epoch == number] for number in range(3)]
     size = 20 if kind is PromptDataModule else 23  # prompts come in full batches only
     assert [len(set(rows)) for rows in epochs] == [len(rows) for rows in epochs] == [size] * 3
     assert epochs[0] != epochs[1] != epochs[2]
-    assert seen == uninterrupted(tmp_path, kind)
+    assert seen == uninterrupted(kind)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("asks_for_length", [False, True])
-@pytest.mark.parametrize("step", [2, 6, 8])  # the middle of an epoch, the end of one, the middle of the next
+# The middle of an epoch, the end of one, the middle of the next; with loader processes in pairs, as they are slow.
+@pytest.mark.parametrize(
+    ("step", "asks_for_length", "workers"),
+    [*product([2, 6, 8], [False, True], [0]), (2, True, 2), (6, False, 2), (6, True, 2), (8, False, 2)],
+)
 def test_resumes_after_any_batch(tmp_path, workers, asks_for_length, step):
     kind = InstructionDataModule
-    whole = uninterrupted(tmp_path, kind, val_check_interval=3)
+    whole = known(kind, val_check_interval=3)
     part = Recorder(cut_after=step + 1)
     with pytest.raises(Cut):
         trainer(tmp_path, [checkpoint_every(tmp_path, 2)], val_check_interval=3).fit(part, data_module(kind))
@@ -119,7 +126,7 @@ class LateStrategy(SingleDeviceStrategy):
 @pytest.mark.parametrize("step", [2, 6, 8])
 def test_resumes_where_the_loader_is_made_before_the_checkpoint_is_read(tmp_path, workers, step):
     kind = PreferenceDataModule
-    whole = uninterrupted(tmp_path, kind)
+    whole = known(kind)
     with pytest.raises(Cut):
         trainer(tmp_path, [checkpoint_every(tmp_path, 2)]).fit(Recorder(cut_after=9), data_module(kind))
 
@@ -130,7 +137,7 @@ def test_resumes_where_the_loader_is_made_before_the_checkpoint_is_read(tmp_path
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", [PreferenceDataModule, PromptDataModule])
 def test_resumes_in_every_data_module(tmp_path, kind, workers):
-    whole = uninterrupted(tmp_path, kind)
+    whole = known(kind)
     with pytest.raises(Cut):
         trainer(tmp_path, [checkpoint_every(tmp_path, 1)]).fit(Recorder(cut_after=8), data_module(kind))
 
@@ -164,7 +171,7 @@ def test_resumes_in_every_order(tmp_path, kind, changes, step):
 @pytest.mark.parametrize("when", ["on_train_epoch_end", "on_validation_end"])
 def test_resumes_from_the_end_of_an_epoch(tmp_path, workers, when):
     kind = InstructionDataModule
-    whole = uninterrupted(tmp_path, kind)
+    whole = known(kind)
     saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=when == "on_train_epoch_end")
     trainer(tmp_path, [saver], max_epochs=2).fit(Recorder(), data_module(kind))
 
@@ -175,7 +182,7 @@ def test_resumes_from_the_end_of_an_epoch(tmp_path, workers, when):
 
 def test_resumes_twice_and_with_fewer_batches_an_epoch(tmp_path):
     kind, short = PromptDataModule, {"limit_train_batches": 3}
-    whole = uninterrupted(tmp_path, kind, **short)
+    whole = known(kind, **short)
     with pytest.raises(Cut):
         trainer(tmp_path / "a", [checkpoint_every(tmp_path / "a", 1)], **short).fit(
             Recorder(cut_after=2), data_module(kind)
@@ -192,7 +199,7 @@ def test_resumes_twice_and_with_fewer_batches_an_epoch(tmp_path):
 
 def test_a_batch_that_failed_is_run_again(tmp_path):
     kind = PromptDataModule
-    whole = uninterrupted(tmp_path, kind)
+    whole = known(kind)
     saver = pl.callbacks.OnExceptionCheckpoint(tmp_path, "failed")
     with pytest.raises(Cut):
         trainer(tmp_path, [saver]).fit(Recorder(cut_after=7), data_module(kind))
@@ -209,7 +216,7 @@ def test_lightning_knows_that_the_loader_resumes(tmp_path, recwarn):
 
 
 def test_a_fresh_fit_with_the_same_objects_begins_at_the_beginning(tmp_path):
-    whole = uninterrupted(tmp_path, PromptDataModule)
+    whole = known(PromptDataModule)
     with pytest.raises(Cut):
         trainer(tmp_path, [checkpoint_every(tmp_path, 1)]).fit(Recorder(cut_after=3), data_module(PromptDataModule))
     data = data_module(PromptDataModule)

@@ -1,10 +1,12 @@
 import json
+import multiprocessing
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.forked import forked_process
 from helpers.preparing import build, preparation, row_ids
 from helpers.templates import shelf_tokenizer
 from helpers.tokenizers import tiny_tokenizer
@@ -381,6 +383,9 @@ def test_the_tokens_do_not_depend_on_the_number_of_processes(tmp_path, monkeypat
     settings = {"filters": Filters(shuffle=True, duplicates="exact"), "splits": Splits(0.2, 0.1), "max_length": 16}
     alone = build(tmp_path / "one", rows, **settings)
     monkeypatch.setattr(workers, "WORTH_WORKERS", 1)
+    forked_process(print)  # starts the server; test_workers.py has a fresh process
+    forking = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: forking)
     together = build(tmp_path / "two", rows, num_proc=2, **settings)
 
     names = sorted(path.name for path in alone.path.iterdir())
