@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
+import functools
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -59,7 +61,7 @@ def read_config(path: str) -> dict[str, Any]:
         UserError: it is no YAML, or no mapping.
     """
     try:
-        config = load_yaml(Path(path).read_text(encoding="utf-8"), f"config '{path}'")
+        config = copy.deepcopy(_parsed(Path(path).read_text(encoding="utf-8"), f"config '{path}'"))
     except UnicodeDecodeError as e:
         raise UserError(f"config '{path}' is no text file; pass a YAML file") from e
     except yaml.YAMLError as e:
@@ -72,6 +74,11 @@ def read_config(path: str) -> dict[str, Any]:
     if wrong := _misshapen({"": config}):
         raise UserError(f"config '{path}': {wrong}")
     return config
+
+
+@functools.lru_cache(maxsize=16)  # a start asks for each config five times
+def _parsed(text: str, name: str) -> Any:
+    return load_yaml(text, name)
 
 
 def _misshapen(config: dict[str, Any], prefix: str = "") -> str:
