@@ -54,6 +54,7 @@ FILES = {name: text for _, name, text in BLOCKS if name}
 MODULES = [name.removesuffix(".py") for name in FILES if name.endswith(".py")]
 COMMANDS = [line for language, _, text in BLOCKS if language == "bash" for line in text.splitlines()]
 SHORT = [
+    "--report=false",
     "--data.validation_split=0.25",
     "--trainer.max_steps=4",
     "--trainer.accelerator=cpu",

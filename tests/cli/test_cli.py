@@ -6,6 +6,7 @@ import contextlib
 import gc
 import io
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,16 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(folder / "lm")
     save_pairs(folder / "pairs.jsonl")
     return folder
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, for copies."""
+    root = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sys.argv", ["rlhf"])
+        main(["fit", *SFT, *short(inputs / "lm", inputs / "pairs.jsonl", root)])
+    return root
 
 
 @pytest.fixture
@@ -188,9 +199,9 @@ def test_settings_come_from_the_command_line_when_a_run_resumes(inputs, tmp_path
     assert started["module"].micro_batch_size == 2
 
 
-def test_overwrite_starts_anew_and_removes_what_the_earlier_run_left(inputs, tmp_path):
+def test_overwrite_starts_anew_and_removes_what_the_earlier_run_left(inputs, finished, tmp_path):
     options = short(inputs / "lm", inputs / "pairs.jsonl", tmp_path)
-    main(["fit", *SFT, *options])
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoints" / "step=900.ckpt").write_bytes(b"of the earlier run")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "evaluation.json").write_text("{}")  # of weights that are replaced; the report would show it
@@ -228,10 +239,9 @@ def test_a_mismatch_is_one_line_unless_it_is_allowed(inputs, tmp_path, capsys):
     assert f'"name": "{tmp_path / "other"}"' in record.read_text()
 
 
-def test_a_checkpoint_of_another_model_is_refused_in_one_line(inputs, tmp_path, capsys):
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(inputs, finished, tmp_path, capsys):
     options = short(inputs / "lm", inputs / "pairs.jsonl", tmp_path / "run")
-    main(["fit", *SFT, *options])
-    tiny = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    tiny = torch.load(finished / "checkpoints/last.ckpt", weights_only=True)
     del tiny["state_dict"]["model.model.norm.weight"]
     torch.save(tiny, tmp_path / "other.ckpt")
     capsys.readouterr()

@@ -272,18 +272,21 @@ def test_a_reward_model_that_was_killed_in_its_export_is_exported_with_its_calib
         assert (root / "export" / name).read_bytes() == (folder / "once/export" / name).read_bytes()
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_the_checkpoint_that_a_run_goes_on_from_makes_room_for_the_next_unless_it_was_named(folder, named):
+def test_the_checkpoint_that_a_run_goes_on_from_makes_room_for_the_next_unless_it_was_named(folder):
     (folder / "callbacks.yaml").unlink()
     (folder / "callbacks.yaml").write_text(CALLBACKS.replace("save_top_k: -1", "save_top_k: 1"))
     kept = fit(folder, steps=2) / "checkpoints"
     (kept / "last.ckpt").unlink()  # as if killed before it was written
     assert [path.name for path in kept.iterdir()] == ["step=2.ckpt"]
+    shutil.copytree(folder / "run", folder / "before")
 
-    fit(folder, f"--ckpt_path={kept / 'step=2.ckpt' if named else 'auto'}", steps=4)
+    fit(folder, "--ckpt_path=auto", steps=4)
+    assert sorted(path.name for path in kept.iterdir()) == ["last.ckpt", "step=4.ckpt"]
 
-    expected = ["last.ckpt", "step=2.ckpt", "step=4.ckpt"] if named else ["last.ckpt", "step=4.ckpt"]
-    assert sorted(path.name for path in kept.iterdir()) == expected
+    shutil.rmtree(folder / "run")
+    (folder / "before").rename(folder / "run")
+    fit(folder, f"--ckpt_path={kept / 'step=2.ckpt'}", steps=4)
+    assert sorted(path.name for path in kept.iterdir()) == ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]
 
 
 def test_what_a_killed_process_was_about_to_remove_is_removed(folder):
