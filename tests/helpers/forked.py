@@ -39,7 +39,7 @@ PRELOADED = (
     "torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks",
     "helpers.stages",
     "helpers.forked",
-    "helpers.frozen",  # last
+    "helpers.fork_server",  # last
 )
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([*PRELOADED])
