@@ -1,5 +1,8 @@
 """A run that is cut and resumed ends, bit for bit, where the uninterrupted run ends."""
 
+import itertools
+from pathlib import Path
+
 import pytest
 import torch
 from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint
@@ -186,14 +189,21 @@ def whole(request, folders):
 KEPT = ["state_dict", "optimizer_states", "lr_schedulers", "rlhf_lightning", "global_step", "epoch"]
 
 
+@pytest.fixture(scope="module")
+def cut(whole, folders, tmp_path_factory):
+    """Checkpoints of a run of the same stage, from after each of its batches until it is cut."""
+    folder = tmp_path_factory.mktemp("cut")
+    with pytest.raises(Cut):
+        run(whole[0], folders, folder, max(WITHIN, AT_THE_END))
+    return folder
+
+
 @pytest.mark.parametrize("cut_after", [WITHIN, AT_THE_END])
-def test_a_cut_run_ends_as_if_it_had_not_been_cut(whole, folders, tmp_path, cut_after):
+def test_a_cut_run_ends_as_if_it_had_not_been_cut(whole, cut, folders, cut_after):
     stage, whole_log, end = whole
     steps_per_batch = STAGES[stage][1]
-    with pytest.raises(Cut):
-        run(stage, folders, tmp_path, cut_after)
 
-    log, resumed = run(stage, folders, ckpt_path=tmp_path / f"step={cut_after * steps_per_batch}.ckpt")
+    log, resumed = run(stage, folders, ckpt_path=cut / f"step={cut_after * steps_per_batch}.ckpt")
 
     assert end["global_step"] == EPOCHS * BATCHES * steps_per_batch
     for name in KEPT:
@@ -271,29 +281,38 @@ def test_a_run_ends_at_other_weights_with_another_seed(whole, folders):
     assert any(not torch.equal(module.state_dict()[name], tensor) for name, tensor in end["state_dict"].items())
 
 
-@pytest.mark.parametrize(
-    ("saved", "resumed"),
-    [(a, b) for a in STAGES for b in STAGES if a != b],
-)
-def test_the_checkpoint_of_another_stage_is_refused(folders, tmp_path, saved, resumed):
-    save_checkpoint(saved, folders, tmp_path / "saved.ckpt")
-    refuses(resumed, folders, tmp_path / "saved.ckpt", "it was made with another model or stage")
+@pytest.fixture(scope="module")
+def saved(folders, tmp_path_factory):
+    """A checkpoint of each stage after one step."""
+    root = tmp_path_factory.mktemp("saved")
+    for stage in STAGES:
+        save_checkpoint(stage, folders, root / f"{stage}.ckpt")
+    return {stage: root / f"{stage}.ckpt" for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def other_folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("others")
+    bases = [save_llama(root / name, hidden_size=int(name)) for name in ("16", "32")]  # another family, another size
+    return [{"base": base, "reward": save_reward_model(Path(f"{base} reward"), base)} for base in bases]
+
+
+@pytest.mark.parametrize(("other", "stage"), itertools.permutations(STAGES, 2))
+def test_the_checkpoint_of_another_stage_is_refused(folders, saved, other, stage):
+    refuses(stage, folders, saved[other], "it was made with another model or stage")
 
 
 @pytest.mark.parametrize("stage", list(STAGES))
-def test_the_checkpoint_of_another_model_is_refused(folders, tmp_path, stage):
-    save_checkpoint(stage, folders, tmp_path / "saved.ckpt")
-    for name, hidden_size in [("other family", 16), ("other size", 32)]:
-        base = save_llama(tmp_path / name, hidden_size=hidden_size)
-        other = {"base": base, "reward": save_reward_model(tmp_path / f"{name} reward", base)}
-        refuses(stage, other, tmp_path / "saved.ckpt", "it was made with another model or stage")
-        save_checkpoint(stage, other, tmp_path / "saved.ckpt")
+def test_the_checkpoint_of_another_model_is_refused(saved, other_folders, tmp_path, stage):
+    other_family, other_size = other_folders
+    refuses(stage, other_family, saved[stage], "it was made with another model or stage")
+    save_checkpoint(stage, other_family, tmp_path / "saved.ckpt")
+    refuses(stage, other_size, tmp_path / "saved.ckpt", "it was made with another model or stage")
 
 
 @pytest.mark.parametrize("stage", list(STAGES))
-def test_a_checkpoint_that_is_not_of_this_package_is_refused(folders, tmp_path, stage):
-    save_checkpoint(stage, folders, tmp_path / "saved.ckpt")
-    checkpoint = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+def test_a_checkpoint_that_is_not_of_this_package_is_refused(folders, saved, tmp_path, stage):
+    checkpoint = torch.load(saved[stage], weights_only=True)
     del checkpoint["rlhf_lightning"]
     torch.save(checkpoint, tmp_path / "foreign.ckpt")
     refuses(stage, folders, tmp_path / "foreign.ckpt", "the checkpoint was not made by this package")
