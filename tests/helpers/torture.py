@@ -170,17 +170,22 @@ def wait_for_a_moment(forked: Forked, rng: random.Random, root: Path, reference:
     forked.process.join(0.1 * rng.random())
 
 
-def torture(folder: Path, number: int, references: dict[str, Reference]) -> dict[str, Any]:
-    """Make one case; what came of it, as a line of the results."""
+def variant_of(number: int) -> str:
+    """The variant of a case."""
+    return list(VARIANTS)[number % len(VARIANTS)]
+
+
+def torture(folder: Path, number: int, reference: Reference) -> dict[str, Any]:
+    """Make one case, of the variant of the reference; what came of it, as a line of the results."""
     rng = random.Random(number)
-    variant = list(VARIANTS)[number % len(VARIANTS)]
+    variant = variant_of(number)
     root = folder / "cases" / str(number)
     shutil.rmtree(root, ignore_errors=True)
     kills = 0
     try:
         for _ in range(rng.randint(1, 4)):
             forked = start(folder, variant, root)
-            wait_for_a_moment(forked, rng, root, references[variant])
+            wait_for_a_moment(forked, rng, root, reference)
             forked.kill()
             if forked.wait().returncode == 0:
                 break
@@ -188,8 +193,7 @@ def torture(folder: Path, number: int, references: dict[str, Reference]) -> dict
         for path in root.glob("checkpoints/*.ckpt"):
             torch.load(path, weights_only=True)
         finished = start(folder, variant, root).wait(TIMEOUT)
-        expected = references[variant].outcome
-        wrong = finished.stderr[-2000:] if finished.returncode else differences(outcome(root), expected)
+        wrong = finished.stderr[-2000:] if finished.returncode else differences(outcome(root), reference.outcome)
     except Exception as e:  # a fault, too: the other cases go on
         wrong = f"{type(e).__name__}: {e}"[-2000:]
     if not wrong:
@@ -258,10 +262,11 @@ def run(folder: Path, count: int, at_once: int = 2) -> list[dict[str, Any]]:
     lines = folder / "results.jsonl"
     results = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
     missing = sorted(set(range(count)) - {result["case"] for result in results})
-    variants = {list(VARIANTS)[number % len(VARIANTS)] for number in missing}
-    references = {variant: reference(folder, variant) for variant in sorted(variants)}
     with ThreadPoolExecutor(at_once) as pool, lines.open("a") as file:
-        for result in pool.map(lambda number: torture(folder, number, references), missing):
+        # A case waits for its reference, which has been started before it.
+        variants = sorted({variant_of(number) for number in missing})
+        references = {variant: pool.submit(reference, folder, variant) for variant in variants}
+        for result in pool.map(lambda n: torture(folder, n, references[variant_of(n)].result()), missing):
             results.append(result)
             file.write(json.dumps(result) + "\n")
             file.flush()
