@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import rlhf_lightning
+from helpers.compiling import count_compiling
 from helpers.stages import preference_rows, save_llama
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -93,6 +94,7 @@ def test_structure_script_sees_our_files_and_no_others(tmp_path: Path, bench: An
 
 def test_gpu_script_runs_on_a_cpu(tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = bench("gpu")
+    count_compiling(monkeypatch)  # the compiler itself has tests elsewhere
     gpu.write_model(gpu.TINY, tmp_path)
     options = ["--device", "cpu", "--tiny", "--steps", "1", "--warmup", "0", "--precision", "32-true"]
     monkeypatch.setattr(sys, "argv", ["gpu.py", *options])

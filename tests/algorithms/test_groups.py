@@ -200,11 +200,16 @@ def one_step(kind, tmp_path, coef, **settings):
 CASES = [(GRPOModule, *row) for row in GRPO] + [(RLOOModule, *row) for row in RLOO]
 
 
+IN_PARTS = [case for case in CASES if case[1].get("coef") or "clip_range" in case[1]]  # each loss, with a KL too
+
+
 @pytest.mark.usefixtures("double_precision")
-@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 3}], ids=["whole", "in three"])
-@pytest.mark.parametrize(("kind", "settings", "loss", "norm", "embed_tokens", "q_proj", "down_proj", "lm_head"), CASES)
+@pytest.mark.parametrize(
+    ("options", "kind", "settings", "loss", "norm", "embed_tokens", "q_proj", "down_proj", "lm_head"),
+    [({}, *case) for case in CASES] + [({"micro_batch_size": 3}, *case) for case in IN_PARTS],
+)
 def test_loss_and_gradient_are_those_of_trl(
-    tmp_path, kind, settings, loss, norm, embed_tokens, q_proj, down_proj, lm_head, options
+    tmp_path, options, kind, settings, loss, norm, embed_tokens, q_proj, down_proj, lm_head
 ):
     found, gradient = one_step(kind, tmp_path, **settings, **options)
     assert found == pytest.approx([loss], rel=1e-5, abs=2e-7)  # rotary positions are float32, TRL's start elsewhere
@@ -224,13 +229,15 @@ def data_module(folder, **settings):
 SIZES = {"rollout_batch_size": 4, "samples_per_prompt": 4, "minibatch_size": 16, "sampling": Sampling(max_new_tokens=6)}
 
 
-@pytest.mark.parametrize("settings", [{}, {"ppo_epochs": 2, "minibatch_size": 8, "micro_batch_size": 4}])
-@pytest.mark.parametrize("kind", [RLOOModule, GRPOModule])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(GRPOModule, {}), (RLOOModule, {"ppo_epochs": 2, "minibatch_size": 8, "micro_batch_size": 4})],
+)
 def test_raises_the_score_of_a_function_reward(llama, kind, settings):
     module = kind(
-        llama, share_of_letters, **SIZES | settings, optimizer=adamw(1e-2), lr_schedule="constant", kl=KLPenalty(0.0)
+        llama, share_of_letters, **SIZES | settings, optimizer=adamw(3e-2), lr_schedule="constant", kl=KLPenalty(0.0)
     )
-    log = fit(module, data_module(llama), max_epochs=25)
+    log = fit(module, data_module(llama), max_epochs=14)
     scores = log.series("train/score")
     assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.15
 

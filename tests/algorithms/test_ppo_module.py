@@ -93,11 +93,11 @@ def test_raises_the_score_of_a_function_reward(folder):
         rollout_batch_size=32,
         minibatch_size=16,
         micro_batch_size=8,
-        optimizer=adamw(2e-2),
+        optimizer=adamw(3e-2),
         kl=KLPenalty(0.01),
         **CONSTANT,
     )
-    scores = fit(module, data_module(folder, 32, 32), max_epochs=12).series("train/score")
+    scores = fit(module, data_module(folder, 32, 32), max_epochs=10).series("train/score")
     assert scores[0] < 0.4
     assert statistics.mean(scores[-3:]) > 0.8
 
@@ -262,20 +262,20 @@ def test_advantages_are_whitened_over_all_tokens_of_the_rollout(folder, reward_f
     torch.testing.assert_close(experience.advantages[mask], (scores - experience.values)[mask], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("micro_batch_size", [4, 2, 1])
-def test_micro_batches_change_nothing(folder, reward_folder, micro_batch_size):
+def test_micro_batches_change_nothing(folder, reward_folder):
     trained, lengths = [], set()
-    for size in (None, micro_batch_size):
+    for size in (None, 4, 2, 1):
         # One token is certain in each state, so the responses cannot depend on rounding.
         sampling = Sampling(top_k=1, max_new_tokens=10, stop_strings=list("aeiou"))
         module = ppo(
             folder, reward_folder, micro_batch_size=size, optimizer=sgd(0.1), sampling=sampling, gradient_clip_val=None
         )
-        run(module, iterations=3)
+        run(module, iterations=2)
         trained.append({**weights(module.policy), **weights(module.value)})
         lengths |= {int(length) for _, experience in module.rollouts for length in experience.response_mask.sum(dim=1)}
     assert len(lengths) > 2
-    assert_close_weights(*trained)
+    for other in trained[1:]:
+        assert_close_weights(trained[0], other)
 
 
 def test_prompts_answered_in_parts_give_responses_of_one_shape(folder, reward_folder):

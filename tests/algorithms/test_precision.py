@@ -133,7 +133,7 @@ class Watch:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_losses_and_all_that_is_measured_are_float32(stage, precision, folders):
+def test_what_is_float32_and_what_weights_and_optimizer_state_are(stage, precision, folders):
     disturb_random_numbers(0)
     module, data = STAGES[stage](folders)
     watch = Watch(module)
@@ -156,6 +156,17 @@ def test_losses_and_all_that_is_measured_are_float32(stage, precision, folders):
     metrics = [part for part in module.modules() if isinstance(part, Metric)]
     assert metrics
     assert {metric.dtype for metric in metrics} == {torch.float32}
+    check_weights_and_optimizer_state(module, precision)
+
+
+def check_weights_and_optimizer_state(module, precision):
+    """Weights are what the precision says, and moments float32 whatever it says."""
+    assert {p.dtype for p in module.parameters()} == {PRECISIONS[precision]}
+    optimizer = module.trainer.optimizers[0]
+    assert isinstance(optimizer, MasterWeights) == (precision == "bf16-true")
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert len(moments) == 2 * sum(p.requires_grad for p in module.parameters())
+    assert {moment.dtype for moment in moments} == {torch.float32}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -168,20 +179,6 @@ def test_what_the_rollout_knows_already_is_float32_too(precision, folders):
     assert watch.seen.pop("answer.0.hidden") == {PRECISIONS[precision]}  # activations, which the head reads
     assert {name: types for name, types in watch.seen.items() if types != {torch.float32}} == {}
     assert {"answer.0.logprobs", "rollout.0.logprobs", "rollout.0.values", "loss"} <= watch.seen.keys()
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("stage", STAGES)
-def test_what_weights_and_optimizer_state_are(stage, precision, folders):
-    disturb_random_numbers(0)
-    module, data = STAGES[stage](folders)
-    fit(module, data, precision=precision, max_steps=1, limit_val_batches=0)
-    assert {p.dtype for p in module.parameters()} == {PRECISIONS[precision]}
-    optimizer = module.trainer.optimizers[0]
-    assert isinstance(optimizer, MasterWeights) == (precision == "bf16-true")
-    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    assert len(moments) == 2 * sum(p.requires_grad for p in module.parameters())
-    assert {moment.dtype for moment in moments} == {torch.float32}
 
 
 @pytest.mark.parametrize("stage", STAGES)

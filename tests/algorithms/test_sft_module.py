@@ -56,10 +56,10 @@ def logprobs_by_hand(folder, batch):
 
 def test_learns_a_batch_by_heart_and_recites_it(folder):
     rows = instruction_rows(4)
-    module = SFTModule(folder, optimizer=adamw(1e-2), **CONSTANT, sampling=Sampling(temperature=0, max_new_tokens=40))
+    module = SFTModule(folder, optimizer=adamw(2e-2), **CONSTANT, sampling=Sampling(temperature=0, max_new_tokens=40))
     data = data_module(folder, rows, batch_size=4, predict_data=rows)
 
-    losses = fit(module, data, max_epochs=80).series("train/loss")
+    losses = fit(module, data, max_epochs=40).series("train/loss")
     assert losses[0] > 3
     assert losses[-1] < 0.05
 
@@ -68,14 +68,14 @@ def test_learns_a_batch_by_heart_and_recites_it(folder):
     assert [(a["row"], a["prompt"], a["response"], a["ended"]) for a in answers] == expected
 
 
-@pytest.mark.parametrize("micro_batch_size", [8, 4, 2, 3])
-def test_micro_batches_change_nothing(folder, micro_batch_size):
+def test_micro_batches_change_nothing(folder):
     trained = []
-    for size in (None, micro_batch_size):
+    for size in (None, 8, 4, 2, 3):
         module = SFTModule(folder, optimizer=sgd(0.5), **CONSTANT, micro_batch_size=size, gradient_clip_val=None)
         fit(module, data_module(folder, instruction_rows(24), batch_size=8))
         trained.append(weights(module.model))
-    assert_close_weights(*trained)
+    for other in trained[1:]:
+        assert_close_weights(trained[0], other)
 
 
 def test_more_padding_changes_nothing(folder):
@@ -166,16 +166,16 @@ def test_dropout_depends_on_the_seed_and_on_nothing_else(tmp_path):
     assert not same_weights(trained[0], trained[2])
 
 
-@pytest.mark.parametrize("budget", [120, 50, 1])
-def test_a_token_budget_changes_nothing(folder, budget):
+def test_a_token_budget_changes_nothing(folder):
     trained = []
-    for max_tokens in (None, budget):
+    for max_tokens in (None, 120, 50, 1):
         module = SFTModule(
             folder, optimizer=sgd(0.5), **CONSTANT, max_tokens_per_batch=max_tokens, gradient_clip_val=None
         )
         fit(module, data_module(folder, instruction_rows(16), batch_size=8))
         trained.append(weights(module.model))
-    assert_close_weights(*trained)
+    for other in trained[1:]:
+        assert_close_weights(trained[0], other)
 
 
 def test_refuses_two_limits_at_once(folder):
