@@ -1,7 +1,9 @@
 """Data that are read as they arrive."""
 
 import json
+from contextlib import nullcontext
 from itertools import chain
+from pathlib import Path
 
 import pytest
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -253,3 +255,31 @@ def test_weights_that_would_have_no_effect_are_refused(path, kind, filters):
     data.data = Blend([Table(path, streaming=True)], weights=[2])
     with pytest.raises(UserError, match="does not go with weights above 1, as what comes again is left out"):
         data.setup("fit")
+
+
+def cut_off(path):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:8]))
+
+
+def one_more(path):
+    path.write_text(path.read_text() + json.dumps(ROWS[0]) + "\n")
+
+
+def touched(path):
+    path.write_text(path.read_text())
+
+
+@pytest.mark.parametrize(("change", "refused"), [(cut_off, True), (one_more, True), (touched, False)])
+@pytest.mark.parametrize("when", ["between epochs", "within one"])
+def test_a_file_that_is_no_longer_what_it_was_ends_the_run(path, when, change, refused):
+    data = data_module(InstructionDataModule, path)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    whole = rows_of(loader)
+    batches = iter(loader)
+    if when == "within one":
+        next(batches)
+    change(Path(path))
+    with pytest.raises(UserError, match="has changed since the run began to stream it") if refused else nullcontext():
+        assert len(rows_of(batches)) == len(whole) - 4 * (when == "within one")  # which waited in the window
+        assert len(rows_of(loader)) == len(whole)

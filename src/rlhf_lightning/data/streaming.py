@@ -104,14 +104,24 @@ class StreamedExamples(IterableDataset[Any]):
             yield from round_[self._rank :: self.num_replicas]
 
     def _examples(self) -> Iterator[Any]:
+        self._check_unchanged()
         reader, rows = self._preparation.stream(self.epoch)
         maker = ExampleMaker(reader, self._preparation.filters.remove_same_responses)
         for item, ids in rows:
             yield from maker.examples(item, ids).get(self._need, ())
         reader.check()
         reader.check_enough()
+        self._check_unchanged()
         if self._rank == 0:
             logger.info("epoch %d of the stream: %s", self.epoch, say_counts(reader.counts.said()))
+
+    def _check_unchanged(self) -> None:
+        """Refuse files that are not what they were when the run began: its epochs would be over other rows."""
+        if replace(self._preparation).key() != self._preparation.key():
+            raise UserError(
+                f"{self._preparation.data.name} has changed since the run began to stream it; put it back and resume, "
+                "or resume from a checkpoint of an epoch's end"
+            )
 
 
 def check_streaming(preparation: Preparation, others: Mapping[str, bool]) -> None:
