@@ -7,6 +7,7 @@ objects, no child looks through for garbage; DeepSpeed lets it do so whenever it
 import contextlib
 import gc
 import io
+import logging
 import sys
 import warnings
 
@@ -21,6 +22,9 @@ with contextlib.suppress(ImportError):  # of older transformers
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     get_checkpoint_conversion_mapping("llama")
+
+# `helpers.stages` has silenced what a command line says.
+logging.getLogger("pytorch_lightning").setLevel(logging.INFO)
 
 gc.collect()
 gc.freeze()
