@@ -20,23 +20,22 @@ if os.environ.get("MATRIX") == "full":
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def results(tmp_path_factory):
+    """What came of all runs, made in one start of two processes."""
     root = tmp_path_factory.mktemp("models")
     base = save_llama(root / "llama", hidden_size=16)
-    return base, save_reward_model(root / "reward", base)
+    job = partial(cut_and_resume, STAGES, base, save_reward_model(root / "reward", base), str(root))
+
+    ranks = run_ranks(["--version"], root, before=job, timeout=1200)
+
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(rank.stderr[-3000:] for rank in ranks)
+    return json.loads((root / "0.json").read_text())
 
 
 @pytest.mark.parametrize("strategy", STAGES)
-def test_two_processes_that_are_cut_end_as_if_they_had_not_been_cut(folders, tmp_path, strategy):
-    stages = STAGES[strategy]
-    job = partial(cut_and_resume, stages, strategy, *folders, str(tmp_path))
-
-    ranks = run_ranks(["--version"], tmp_path, before=job)
-
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(rank.stderr[-3000:] for rank in ranks)
-    results = json.loads((tmp_path / "0.json").read_text())
-    for stage in stages:
-        whole, resumed = results[stage]
+def test_two_processes_that_are_cut_end_as_if_they_had_not_been_cut(results, strategy):
+    assert results[strategy].keys() == set(STAGES[strategy])
+    for stage, (whole, resumed) in results[strategy].items():
         assert resumed["steps"] == whole["steps"] > 0
         assert resumed["weights"] == whole["weights"]
         assert any(name.startswith("val/") for name in whole["logged"])

@@ -61,12 +61,21 @@ def fit(stage: str, strategy: str, folder: str, reward: str, path: Path, cut: bo
     return {"weights": keep.states[-1], "steps": fitting.global_step, "logged": exact}
 
 
-def cut_and_resume(stages: list[str], strategy: str, folder: str, reward: str, out: str) -> None:
-    """Fit each stage whole, and cut and resumed; both go to `<out>/<rank>.json`."""
-    results = {}
-    for stage in stages:
-        path = Path(out) / f"{stage}.ckpt"
-        whole = fit(stage, strategy, folder, reward, path, cut=False, resume=False)
-        fit(stage, strategy, folder, reward, path, cut=True, resume=False)
-        results[stage] = [whole, fit(stage, strategy, folder, reward, path, cut=False, resume=True)]
+def cut_and_resume(runs: dict[str, list[str]], folder: str, reward: str, out: str) -> None:
+    """Fit each stage of each strategy whole, and cut and resumed; both go to `<out>/<rank>.json`.
+
+    Args:
+        runs: stages, by strategy.
+        folder: language model.
+        reward: reward model.
+        out: where the checkpoints go, too.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for strategy, stages in runs.items():
+        for stage in stages:
+            path = Path(out) / strategy / f"{stage}.ckpt"
+            whole = fit(stage, strategy, folder, reward, path, cut=False, resume=False)
+            fit(stage, strategy, folder, reward, path, cut=True, resume=False)
+            resumed = fit(stage, strategy, folder, reward, path, cut=False, resume=True)
+            results.setdefault(strategy, {})[stage] = [whole, resumed]
     (Path(out) / f"{os.environ['RANK']}.json").write_text(json.dumps(results))
