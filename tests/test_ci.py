@@ -101,3 +101,10 @@ def test_no_two_test_files_share_a_name():
     """Pytest could not collect both: test folders are no packages."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert sorted(names) == sorted(set(names))
+
+
+def test_what_the_numerical_tests_leave_out_is_there():
+    said = subprocess.run(["make", "-n", "test-numbers"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    left_out = re.findall(r"--ignore=(\S+)", said)
+    assert left_out
+    assert all((ROOT / path).is_file() for path in left_out)
