@@ -217,6 +217,8 @@ def outcome(root: Path) -> dict[str, Any]:
     for saved in checkpoints.values():
         for state in saved["callbacks"].values():
             state.pop("current_score", None)  # which Lightning does not take from a checkpoint
+        # Made in validation; a run that is resumed at its last step saves it once more, after that validation.
+        saved["rlhf_lightning"].pop("calibration", None)
         saved["callbacks"] = {name: state for name, state in saved["callbacks"].items() if not name.startswith(LATE)}
     samples = root / "samples.md"
     card = (root / "export" / "README.md").read_text().splitlines()
@@ -226,6 +228,7 @@ def outcome(root: Path) -> dict[str, Any]:
         "files": sorted(str(path.relative_to(root)) for path in root.rglob("*") if "events.out" not in path.name),
         "checkpoints": {name: {key: saved[key] for key in kept if key in saved} for name, saved in checkpoints.items()},
         "export": load_file(root / "export" / "model.safetensors"),
+        "configs": {path.name: json.loads(path.read_text()) for path in (root / "export").glob("*config.json")},
         "card": [line for line in card if not any(word in line for word in (*CLOCK, str(root.parent)))],
         "samples": samples.read_text() if samples.exists() else "",
     }
