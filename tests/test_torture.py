@@ -1,15 +1,15 @@
 """Runs that are killed at random moments and resumed end as runs that were left alone; `make torture` makes more."""
 
-from helpers.torture import differences, run, summary
+from helpers.torture import VARIANTS, differences, run, summary
 
 
 def test_runs_that_are_killed_end_as_those_that_are_not(tmp_path):
-    results = run(tmp_path, 8)  # of each variant one
+    results = run(tmp_path, 12)  # of each variant one or two
 
-    assert len({result["variant"] for result in results}) == 8
+    assert len({result["variant"] for result in results}) == len(VARIANTS)
     assert sum(result["kills"] for result in results) >= 12
     assert not [result for result in results if result["wrong"]], summary(results)
-    assert run(tmp_path, 8) == results  # taken from the file
+    assert run(tmp_path, 12) == results  # taken from the file
 
 
 def test_differences_are_seen():
