@@ -109,7 +109,9 @@ def test_markup_is_shown_and_not_run(opened):
     assert not opened.locator("#chat-window-0 .message img").count()
 
 
-def test_an_answer_is_stopped_and_the_next_one_comes(opened, monkeypatch):
+@pytest.fixture
+def endless(monkeypatch):
+    """Answers do not end by themselves, until they are let."""
     whole = Policy.stream
 
     def endlessly(self, *args):
@@ -119,14 +121,44 @@ def test_an_answer_is_stopped_and_the_next_one_comes(opened, monkeypatch):
                 yield step
 
     monkeypatch.setattr(Policy, "stream", endlessly)
-    send(opened, "tell me everything")
-    expect(opened.locator("#chat-window-0 .bot .message")).to_have_text(re.compile(r"\S"))
+    return monkeypatch
+
+
+def being_answered(page, text):
+    """Ask something, and wait until there is a beginning of the answer."""
+    send(page, text)
+    expect(page.locator("#chat-window-0 .bot .message").last).to_have_text(re.compile(r"\S"))
+
+
+def test_an_answer_is_stopped_and_the_next_one_comes(opened, endless):
+    being_answered(opened, "tell me everything")
     opened.locator("#chat-stop").click()
     stopped = finished(opened)
-    monkeypatch.undo()
+    endless.undo()
     opened.locator("#chat-again").click()
     expect(opened.locator("#chat-window-0 .bot").last).not_to_have_text(stopped)
     assert len(finished(opened)) > len(stopped)
+
+
+def test_a_conversation_begins_anew_while_an_answer_is_written(opened, endless):
+    being_answered(opened, "tell me everything")
+    opened.locator("#chat-reset").click()
+    expect(opened.locator("#chat-window-0 .message")).to_have_count(0)
+    endless.undo()
+    send(opened, "how do i bake bread?")
+    finished(opened)
+    expect(opened.locator("#chat-window-0 .user")).to_have_count(1)
+
+
+def test_who_writes_on_while_an_answer_is_written_is_answered(opened, endless):
+    being_answered(opened, "tell me everything")
+    opened.locator("#chat-box textarea").fill("no, how do i bake bread?")
+    endless.undo()
+    opened.keyboard.press("Enter")
+    expect(opened.locator("#chat-window-0 .user")).to_have_count(2)
+    expect(opened.locator("#chat-window-0 .bot")).to_have_count(2)
+    finished(opened)
+    expect(opened.locator("#chat-window-0 .user").last).to_have_text("no, how do i bake bread?")
 
 
 def test_two_models_answer_side_by_side(opened):

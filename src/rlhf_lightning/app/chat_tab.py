@@ -72,13 +72,15 @@ def chat_tab(models: Models, controls: Sequence[Any], stops: Stops, examples: Se
     conversation = _Conversation(models, stops, sides)
     shown = [*windows, *verdicts, *histories, attempt]
     asked = [*names, *histories, attempt, *controls]
-    # The box is emptied when its words stand in the conversation, and what follows waits for a model.
+    # The box is emptied when its words stand in the conversation, and what follows waits for a model; that an answer is
+    # being written keeps nobody from going on.
+    answering = {"show_progress": "minimal", "trigger_mode": "always_last", **ONE_AT_A_TIME}
     for event in (send.click, box.submit):
         event(conversation.take, [box, *histories], [box, *windows, *histories, attempt], **AT_ONCE).success(
-            conversation.answer, asked, shown, show_progress="minimal", **ONE_AT_A_TIME
+            conversation.answer, asked, shown, **answering
         )
     again.click(conversation.back, [*histories, attempt], [*windows, *histories, attempt], **AT_ONCE).success(
-        conversation.answer, asked, shown, show_progress="minimal", **ONE_AT_A_TIME
+        conversation.answer, asked, shown, **answering
     )
     stop.click(stops.stop, None, None, **AT_ONCE)
     for event in (reset.click, *(window.clear for window in windows)):
@@ -93,21 +95,23 @@ class _Conversation:
     def __init__(self, models: Models, stops: Stops, sides: int) -> None:
         self.models, self.stops, self.sides = models, stops, sides
 
-    def take(self, text: str, *histories: list[Message]) -> list[Any]:
-        """The user's turn enters the conversation."""
+    def take(self, request: gr.Request, text: str, *histories: list[Message]) -> list[Any]:
+        """The user's turn enters the conversation; an answer that is being written ends where it is."""
         if not text.strip():
             gr.Info("There is nothing to send: write something first.", title="Empty")
             return [gr.skip()] * (2 + 2 * self.sides)
+        self.stops.forget(request)
         asked = [[*_answered(history), {"role": "user", "content": text}] for history in histories]
         return ["", *map(turns, asked), *asked, 0]
 
-    def back(self, *values: Any) -> list[Any]:
+    def back(self, request: gr.Request, *values: Any) -> list[Any]:
         """The last answer leaves the conversation, for another one."""
         histories, attempt = values[: self.sides], values[self.sides]
         asked = [history[:-1] if history and history[-1]["role"] == "assistant" else history for history in histories]
         if not asked[0]:
             gr.Info("There is no answer yet.", title="Nothing to regenerate")
             return [gr.skip()] * (1 + 2 * self.sides)
+        self.stops.forget(request)
         return [*map(turns, asked), *asked, attempt + 1]
 
     def answer(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
@@ -123,18 +127,23 @@ class _Conversation:
                 Ask(name, prompt, (len(prompt.prompt), attempt, side))
                 for side, (name, prompt) in enumerate(zip(names, prompts, strict=True))
             ]
-            grown, answers = list(histories), None
-            for answers in answers_to(self.models, asks, settings, self.stops.begin(request)):
+            grown, answers, stopped = list(histories), None, self.stops.begin(request)
+            for answers in answers_to(self.models, asks, settings, stopped):
+                if stopped.forgotten:
+                    return
                 said: list[Message] = [{"role": "assistant", "content": answer.text} for answer in answers]
                 grown = [[*history, turn] for history, turn in zip(histories, said, strict=True)]
                 yield [*map(turns, grown), *[""] * sides, *grown, attempt]
             if answers is not None:
                 scored = zip(prompts, answers, strict=True)
                 verdicts = [self.models.verdict(prompt, answer.text, answer.ended) for prompt, answer in scored]
+                if stopped.forgotten:
+                    return
                 yield [*map(turns, grown), *map(verdict_html, verdicts), *grown, attempt]
 
-    def reset(self) -> list[Any]:
-        """Begin anew."""
+    def reset(self, request: gr.Request) -> list[Any]:
+        """Begin anew, also while an answer is being written."""
+        self.stops.forget(request)
         empty: list[Any] = [[] for _ in range(self.sides)]
         return [*empty, *[""] * self.sides, *empty, 0]
 
