@@ -262,7 +262,7 @@ def test_sixteen_visitors_at_once(address, models):
     def visit(visitor):
         post("queue/join", calls["take"], visitor, [f"visitor {visitor}: hello", None])
         taken = events(visitor)
-        post("queue/join", calls["answer"], visitor, [models.choices[0], None, None, 1.0, 1.0, 0, 16, visitor])
+        post("queue/join", calls["answer"], visitor, [models.choices[0], None, 1.0, 1.0, 0, 16, visitor])
         return taken, events(visitor)
 
     with ThreadPoolExecutor(16) as visitors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from threading import Lock
 from typing import Any
 
 import gradio as gr
@@ -67,95 +68,119 @@ def chat_tab(models: Models, controls: Sequence[Any], stops: Stops, examples: Se
                 verdicts.append(gr.HTML(elem_id=f"{name}-verdict-{side}"))
     if examples:
         gr.Examples([[example] for example in examples], [box], label="examples", api_visibility="private")
-    histories = [gr.State([]) for _ in range(sides)]
-    attempt = gr.State(0)
+    talk = gr.State(_Talk(sides))
     conversation = _Conversation(models, stops, sides)
-    shown = [*windows, *verdicts, *histories, attempt]
-    asked = [*names, *histories, attempt, *controls]
+    shown = [*windows, *verdicts]
+    asked = [*names, talk, *controls]
     # The box is emptied when its words stand in the conversation, and what follows waits for a model; that an answer is
     # being written keeps nobody from going on.
     answering = {"show_progress": "minimal", "trigger_mode": "always_last", **ONE_AT_A_TIME}
-    for event in (send.click, box.submit):
-        event(conversation.take, [box, *histories], [box, *windows, *histories, attempt], **AT_ONCE).success(
-            conversation.answer, asked, shown, **answering
-        )
-    again.click(conversation.back, [*histories, attempt], [*windows, *histories, attempt], **AT_ONCE).success(
-        conversation.answer, asked, shown, **answering
-    )
+    taken = [event(conversation.take, [box, talk], [box, *shown], **AT_ONCE) for event in (send.click, box.submit)]
+    taken.append(again.click(conversation.back, [talk], shown, **AT_ONCE))
+    answers = [each.success(conversation.answer, asked, shown, **answering) for each in taken]
     stop.click(stops.stop, None, None, **AT_ONCE)
     for event in (reset.click, *(window.clear for window in windows)):
-        event(conversation.reset, None, shown, **AT_ONCE)
+        event(conversation.reset, [talk], shown, cancels=answers, **AT_ONCE)
     with row:
-        export_button("Export", f"{name}-export", conversation.export, [*names, *histories, *controls])
+        export_button("Export", f"{name}-export", conversation.export, [*names, talk, *controls])
+
+
+class _Talk:
+    """What was said to each side, of which the last turn is the user's while it is answered.
+
+    Gradio hands the same one to all events of a visitor, and none returns it: what an event that is still running
+    returns would stand over what the visitor has done meanwhile.
+
+    Attributes:
+        histories: the turns of each side.
+        attempt: how often the last turn was answered anew.
+        changes: what the visitor has done; an answer counts only while nothing was added to it.
+    """
+
+    def __init__(self, sides: int) -> None:
+        self.histories: list[list[Message]] = [[] for _ in range(sides)]
+        self.attempt = self.changes = 0
+
+    def go_on(self, histories: Sequence[list[Message]], attempt: int = 0) -> None:
+        """As the visitor wants it, whatever is still being written."""
+        self.changes += 1
+        self.histories, self.attempt = list(histories), attempt
+
+    def shown(self, verdicts: Sequence[str] = ()) -> list[Any]:
+        """For the windows, and what stands below them."""
+        return [*map(turns, self.histories), *(verdicts or [""] * len(self.histories))]
 
 
 class _Conversation:
-    """What happens in a tab: one history for each side, of which the last turn is the user's while it is answered."""
+    """What happens in a tab."""
 
     def __init__(self, models: Models, stops: Stops, sides: int) -> None:
         self.models, self.stops, self.sides = models, stops, sides
+        self._one_at_a_time = Lock()
 
-    def take(self, request: gr.Request, text: str, *histories: list[Message]) -> list[Any]:
+    def take(self, request: gr.Request, text: str, talk: _Talk) -> list[Any]:
         """The user's turn enters the conversation; an answer that is being written ends where it is."""
         if not text.strip():
             gr.Info("There is nothing to send: write something first.", title="Empty")
-            return [gr.skip()] * (2 + 2 * self.sides)
-        self.stops.forget(request)
-        asked = [[*_answered(history), {"role": "user", "content": text}] for history in histories]
-        return ["", *map(turns, asked), *asked, 0]
-
-    def back(self, request: gr.Request, *values: Any) -> list[Any]:
-        """The last answer leaves the conversation, for another one."""
-        histories, attempt = values[: self.sides], values[self.sides]
-        asked = [history[:-1] if history and history[-1]["role"] == "assistant" else history for history in histories]
-        if not asked[0]:
-            gr.Info("There is no answer yet.", title="Nothing to regenerate")
             return [gr.skip()] * (1 + 2 * self.sides)
-        self.stops.forget(request)
-        return [*map(turns, asked), *asked, attempt + 1]
+        with self._one_at_a_time:
+            talk.go_on([[*_answered(history), {"role": "user", "content": text}] for history in talk.histories])
+        self.stops.stop(request)
+        return ["", *talk.shown()]
+
+    def back(self, request: gr.Request, talk: _Talk) -> list[Any]:
+        """The last answer leaves the conversation, for another one."""
+        with self._one_at_a_time:
+            asked = [each[:-1] if each and each[-1]["role"] == "assistant" else each for each in talk.histories]
+            if not asked[0]:
+                gr.Info("There is no answer yet.", title="Nothing to regenerate")
+                return [gr.skip()] * (2 * self.sides)
+            talk.go_on(asked, talk.attempt + 1)
+        self.stops.stop(request)
+        return talk.shown()
 
     def answer(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         """Each side answers a turn that waits for it, and is scored."""
-        sides = self.sides
-        names, histories, attempt = values[:sides], values[sides : 2 * sides], values[2 * sides]
+        names, talk, controls = values[: self.sides], values[self.sides], values[self.sides + 1 :]
+        changes, histories = talk.changes, talk.histories
         if not histories[0] or histories[0][-1]["role"] != "user":
+            yield talk.shown()
             return
         with told():
-            settings = settings_of(*values[2 * sides + 1 :])
+            settings = settings_of(*controls)
             prompts = [WrittenPrompt(history) for history in histories]
             asks = [
-                Ask(name, prompt, (len(prompt.prompt), attempt, side))
+                Ask(name, prompt, (len(prompt.prompt), talk.attempt, side))
                 for side, (name, prompt) in enumerate(zip(names, prompts, strict=True))
             ]
-            grown, answers, stopped = list(histories), None, self.stops.begin(request)
-            for answers in answers_to(self.models, asks, settings, stopped):
-                if stopped.forgotten:
-                    return
+            answers = None
+            for answers in answers_to(self.models, asks, settings, self.stops.begin(request)):
                 said: list[Message] = [{"role": "assistant", "content": answer.text} for answer in answers]
-                grown = [[*history, turn] for history, turn in zip(histories, said, strict=True)]
-                yield [*map(turns, grown), *[""] * sides, *grown, attempt]
-            if answers is not None:
+                with self._one_at_a_time:
+                    if talk.changes == changes:
+                        talk.histories = [[*history, turn] for history, turn in zip(histories, said, strict=True)]
+                yield talk.shown()
+            if answers is not None and talk.changes == changes:
                 scored = zip(prompts, answers, strict=True)
                 verdicts = [self.models.verdict(prompt, answer.text, answer.ended) for prompt, answer in scored]
-                if stopped.forgotten:
-                    return
-                yield [*map(turns, grown), *map(verdict_html, verdicts), *grown, attempt]
+                yield talk.shown([*map(verdict_html, verdicts)] if talk.changes == changes else ())
 
-    def reset(self, request: gr.Request) -> list[Any]:
+    def reset(self, request: gr.Request, talk: _Talk) -> list[Any]:
         """Begin anew, also while an answer is being written."""
-        self.stops.forget(request)
-        empty: list[Any] = [[] for _ in range(self.sides)]
-        return [*empty, *[""] * self.sides, *empty, 0]
+        with self._one_at_a_time:
+            talk.go_on([[] for _ in range(self.sides)])
+        self.stops.stop(request)
+        return talk.shown()
 
     def export(self, *values: Any) -> str:
         """The conversation as a line of JSON for each side, which the stages read as a row of messages."""
-        names, histories = values[: self.sides], values[self.sides : 2 * self.sides]
+        names, talk, controls = values[: self.sides], values[self.sides], values[self.sides + 1 :]
         with told():
-            settings = settings_of(*values[2 * self.sides :])
+            settings = settings_of(*controls)
         made = {**vars(settings.sampling), "seed": settings.seed}
         lines = [
             {"messages": history, "model": name, "sampling": made}
-            for name, history in zip(names, histories, strict=True)
+            for name, history in zip(names, talk.histories, strict=True)
         ]
         return download("conversation.jsonl", lines)
 

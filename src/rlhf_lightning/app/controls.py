@@ -75,40 +75,20 @@ def sampling_controls(sampling: Sampling, seed: int) -> list[Any]:
         ]
 
 
-class Stopped(Event):
-    """Is set when an answer is to end.
-
-    Attributes:
-        forgotten: nothing more of it is to be shown, for the conversation has gone on without it.
-    """
-
-    forgotten = False
-
-
 class Stops:
     """What each visitor may stop."""
 
     def __init__(self) -> None:
-        self._running: dict[str, Stopped] = {}
+        self._running: dict[str, Event] = {}
 
-    def begin(self, request: gr.Request) -> Stopped:
+    def begin(self, request: gr.Request) -> Event:
         """Something that a visitor may stop from now on.
 
         Args:
             request: of the visitor.
         """
-        event = self._running[str(request.session_hash)] = Stopped()
+        event = self._running[str(request.session_hash)] = Event()
         return event
-
-    def forget(self, request: gr.Request) -> None:
-        """Stop it, and let it show nothing more.
-
-        Args:
-            request: of the visitor.
-        """
-        if event := self._running.pop(str(request.session_hash), None):
-            event.forgotten = True
-            event.set()
 
     def stop(self, request: gr.Request) -> None:
         """Stop it.
