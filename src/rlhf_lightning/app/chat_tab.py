@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 import gradio as gr
@@ -95,16 +95,20 @@ class _Talk:
         histories: the turns of each side.
         attempt: how often the last turn was answered anew.
         changes: what the visitor has done; an answer counts only while nothing was added to it.
+        answering: ends the answer that is being written.
     """
 
     def __init__(self, sides: int) -> None:
         self.histories: list[list[Message]] = [[] for _ in range(sides)]
         self.attempt = self.changes = 0
+        self.answering: Event | None = None
 
     def go_on(self, histories: Sequence[list[Message]], attempt: int = 0) -> None:
         """As the visitor wants it, whatever is still being written."""
         self.changes += 1
         self.histories, self.attempt = list(histories), attempt
+        if self.answering is not None:
+            self.answering.set()
 
     def shown(self, verdicts: Sequence[str] = ()) -> list[Any]:
         """For the windows, and what stands below them."""
@@ -118,17 +122,16 @@ class _Conversation:
         self.models, self.stops, self.sides = models, stops, sides
         self._one_at_a_time = Lock()
 
-    def take(self, request: gr.Request, text: str, talk: _Talk) -> list[Any]:
+    def take(self, text: str, talk: _Talk) -> list[Any]:
         """The user's turn enters the conversation; an answer that is being written ends where it is."""
         if not text.strip():
             gr.Info("There is nothing to send: write something first.", title="Empty")
             return [gr.skip()] * (1 + 2 * self.sides)
         with self._one_at_a_time:
             talk.go_on([[*_answered(history), {"role": "user", "content": text}] for history in talk.histories])
-        self.stops.stop(request)
         return ["", *talk.shown()]
 
-    def back(self, request: gr.Request, talk: _Talk) -> list[Any]:
+    def back(self, talk: _Talk) -> list[Any]:
         """The last answer leaves the conversation, for another one."""
         with self._one_at_a_time:
             asked = [each[:-1] if each and each[-1]["role"] == "assistant" else each for each in talk.histories]
@@ -136,13 +139,14 @@ class _Conversation:
                 gr.Info("There is no answer yet.", title="Nothing to regenerate")
                 return [gr.skip()] * (2 * self.sides)
             talk.go_on(asked, talk.attempt + 1)
-        self.stops.stop(request)
         return talk.shown()
 
     def answer(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         """Each side answers a turn that waits for it, and is scored."""
         names, talk, controls = values[: self.sides], values[self.sides], values[self.sides + 1 :]
-        changes, histories = talk.changes, talk.histories
+        with self._one_at_a_time:
+            changes, histories, stopped = talk.changes, talk.histories, self.stops.begin(request)
+            talk.answering = stopped
         if not histories[0] or histories[0][-1]["role"] != "user":
             yield talk.shown()
             return
@@ -154,7 +158,7 @@ class _Conversation:
                 for side, (name, prompt) in enumerate(zip(names, prompts, strict=True))
             ]
             answers = None
-            for answers in answers_to(self.models, asks, settings, self.stops.begin(request)):
+            for answers in answers_to(self.models, asks, settings, stopped):
                 said: list[Message] = [{"role": "assistant", "content": answer.text} for answer in answers]
                 with self._one_at_a_time:
                     if talk.changes == changes:
@@ -165,11 +169,10 @@ class _Conversation:
                 verdicts = [self.models.verdict(prompt, answer.text, answer.ended) for prompt, answer in scored]
                 yield talk.shown([*map(verdict_html, verdicts)] if talk.changes == changes else ())
 
-    def reset(self, request: gr.Request, talk: _Talk) -> list[Any]:
+    def reset(self, talk: _Talk) -> list[Any]:
         """Begin anew, also while an answer is being written."""
         with self._one_at_a_time:
             talk.go_on([[] for _ in range(self.sides)])
-        self.stops.stop(request)
         return talk.shown()
 
     def export(self, *values: Any) -> str:
