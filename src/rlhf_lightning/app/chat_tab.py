@@ -77,10 +77,11 @@ def chat_tab(models: Models, controls: Sequence[Any], stops: Stops, examples: Se
     answering = {"show_progress": "minimal", "trigger_mode": "always_last", **ONE_AT_A_TIME}
     taken = [event(conversation.take, [box, talk], [box, *shown], **AT_ONCE) for event in (send.click, box.submit)]
     taken.append(again.click(conversation.back, [talk], shown, **AT_ONCE))
-    answers = [each.success(conversation.answer, asked, shown, **answering) for each in taken]
+    for each in taken:
+        each.success(conversation.answer, asked, shown, **answering)
     stop.click(stops.stop, None, None, **AT_ONCE)
     for event in (reset.click, *(window.clear for window in windows)):
-        event(conversation.reset, [talk], shown, cancels=answers, **AT_ONCE)
+        event(conversation.reset, [talk], shown, **AT_ONCE)
     with row:
         export_button("Export", f"{name}-export", conversation.export, [*names, talk, *controls])
 
@@ -168,6 +169,8 @@ class _Conversation:
                 scored = zip(prompts, answers, strict=True)
                 verdicts = [self.models.verdict(prompt, answer.text, answer.ended) for prompt, answer in scored]
                 yield talk.shown([*map(verdict_html, verdicts)] if talk.changes == changes else ())
+            if talk.changes != changes:  # what is returned last is shown once more at the end
+                yield talk.shown()
 
     def reset(self, talk: _Talk) -> list[Any]:
         """Begin anew, also while an answer is being written."""
