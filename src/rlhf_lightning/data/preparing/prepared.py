@@ -29,6 +29,7 @@ import pyarrow as pa
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.written import from_json, to_json
 from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt
+from rlhf_lightning.data.preparing.columns import list_array, list_views, number_array, text_array, view
 from rlhf_lightning.data.preparing.manifest import (
     FORMAT,
     PARTS,
@@ -96,12 +97,12 @@ class TableWriter:
             return
         columns = list(zip(*self._waiting, strict=True))
         lists = _LISTS[self._need]
-        arrays = [_list_array(column) for column in columns[: len(lists)]]
+        arrays = [list_array(column) for column in columns[: len(lists)]]
         self.tokens += sum(len(array.values) for name, array in zip(lists, arrays, strict=False) if name != "turns")
-        kinds = _NUMBERS[self._need].values()
-        arrays += [_array(np.array(column, kind)) for column, kind in zip(columns[len(lists) :], kinds, strict=False)]
+        numbers = zip(columns[len(lists) :], _NUMBERS[self._need].values(), strict=False)
+        arrays += [number_array(np.array(column, kind)) for column, kind in numbers]
         if self._need == "prompts":
-            arrays.append(_text_array([to_json(written) for written in columns[-1]]))
+            arrays.append(text_array([to_json(written) for written in columns[-1]]))
         self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
         self._waiting = []
 
@@ -124,27 +125,6 @@ def _cells(example: EncodedExample | EncodedPair | EncodedPrompt, source: int) -
     return prompt, *sides, example.margin, example.weight, example.row_id, source
 
 
-def _list_array(rows: Sequence[np.ndarray]) -> pa.ListArray:
-    offsets = np.zeros(len(rows) + 1, dtype=np.int32)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    values = np.concatenate(rows).astype(np.int32, copy=False)
-    return pa.ListArray.from_arrays(_array(offsets), _array(values))
-
-
-def _array(numbers: np.ndarray) -> pa.Array:
-    """As `pa.array`, which first spends most of a second on importing pandas; `numbers` must not change."""
-    return pa.Array.from_buffers(pa.from_numpy_dtype(numbers.dtype), len(numbers), [None, pa.py_buffer(numbers)])
-
-
-def _text_array(texts: Sequence[str | None]) -> pa.LargeStringArray:
-    """Likewise for texts, and nulls where there is none."""
-    there = np.packbits([text is not None for text in texts], bitorder="little")
-    encoded = [(text or "").encode() for text in texts]
-    offsets = np.cumsum([0, *(len(text) for text in encoded)], dtype=np.int64)
-    buffers = [pa.py_buffer(there), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
-    return pa.Array.from_buffers(pa.large_string(), len(texts), buffers)
-
-
 class TokenTable(Sequence[Any]):
     """One part of a prepared folder, mapped into memory; pickled by its path.
 
@@ -162,9 +142,9 @@ class TokenTable(Sequence[Any]):
         # Batches lie in the mapped file; what is made here are views of them and the few numbers of each row.
         batches = _batches(self.path, need)
         self._starts = np.cumsum([0, *(len(batch) for batch in batches)])
-        self._lists = {name: [_views(batch.column(name)) for batch in batches] for name in _LISTS[need]}
+        self._lists = {name: [list_views(batch.column(name)) for batch in batches] for name in _LISTS[need]}
         numbers = {
-            name: np.concatenate([np.zeros(0, kind), *(_view(batch.column(name), kind) for batch in batches)])
+            name: np.concatenate([np.zeros(0, kind), *(view(batch.column(name), kind) for batch in batches)])
             for name, kind in _NUMBERS[need].items()
         }
         self._written = [batch.column(_WRITTEN) for batch in batches] if need == "prompts" else []
@@ -256,18 +236,6 @@ def _batches(path: Path, need: Need) -> list[pa.RecordBatch]:
     if not reader.schema.equals(_schema(need)) or any(nulls):
         raise UserError(f"{path} does not hold the columns of {need}; run `rlhf prepare` again")
     return batches
-
-
-def _views(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    return _view(column.offsets, np.int32), _view(column.values, np.int32)
-
-
-def _view(column: pa.Array, kind: Any) -> np.ndarray:
-    """Numbers without nulls, as `to_numpy` gives them, which first spends most of a second on importing pandas."""
-    _, numbers = column.buffers()
-    if len(column) == 0:
-        return np.zeros(0, kind)
-    return np.frombuffer(numbers, kind, len(column), column.offset * np.dtype(kind).itemsize)
 
 
 class Derived(Sequence[Any]):
