@@ -176,3 +176,25 @@ def check_batch_sizes(**sizes: int | None) -> None:
     for (name, size), (smaller_name, smaller) in pairwise(given):
         if size % smaller:
             raise UserError(f"{name} ({size}) must be a multiple of {smaller_name} ({smaller})")
+
+
+def per_process(name: str, size: int, processes: int) -> int:
+    """A process's share of a batch.
+
+    Args:
+        name: of the setting, for the message.
+        size: rows of the batch on all processes together.
+        processes: how many there are.
+
+    Raises:
+        UserError: it does not divide.
+
+    Example:
+        >>> per_process("batch_size", 8, 2)
+        4
+    """
+    if size % processes:
+        raise UserError(
+            f"{name} ({size}) must be a multiple of the number of processes ({processes}): it counts the rows of all"
+        )
+    return size // processes

@@ -222,6 +222,15 @@ def name_rows(row_ids: Tensor) -> str:
     return "rows " + ", ".join(str(row) for row in row_ids[row_ids >= 0].tolist())
 
 
+def without_blanks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Predictions of real rows; a blank, which makes the processes' shares equal, has the row id -1.
+
+    Args:
+        rows: with their row ids as `row`.
+    """
+    return [row for row in rows if row["row"] >= 0]
+
+
 def repeat_prompts(batch: PromptBatch, times: int) -> PromptBatch:
     """Each prompt several times, next to one another, for as many responses.
 

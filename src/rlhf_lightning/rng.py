@@ -1,13 +1,15 @@
 """Random numbers that depend on where a run is, not on what ran before.
 
-Every step draws from a stream seeded by the run's seed, the step's number and the rank. So a resumed run draws what the
-uninterrupted one would have drawn, and a callback that samples texts in between changes nothing.
+Every step draws from streams seeded by the run's seed, the step's number and, for answers, the row of the prompt. So a
+resumed run draws what the uninterrupted one would have drawn, a prompt gets the same answer on whatever process it is,
+and a callback that samples texts in between changes nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,6 +29,21 @@ def derive_seed(*parts: int | str) -> int:
 def generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
     """A generator on a device, seeded by `derive_seed`."""
     return torch.Generator(device).manual_seed(derive_seed(*parts))
+
+
+def occurrences(rows: Sequence[int]) -> list[int]:
+    """How often each row has stood before in a sequence.
+
+    Example:
+        >>> occurrences([7, 7, 3, 7])
+        [0, 1, 0, 2]
+    """
+    seen: Counter[int] = Counter()
+    counted = []
+    for row in rows:
+        counted.append(seen[row])
+        seen[row] += 1
+    return counted
 
 
 @contextmanager

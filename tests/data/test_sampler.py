@@ -8,7 +8,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from rlhf_lightning.data.collate import EncodedPrompt
 from rlhf_lightning.data.sampler import LateLoader, ResumableSampler, group_by_length
+from rlhf_lightning.data.shares import evaluation_loader
 from rlhf_lightning.errors import UserError
 
 
@@ -20,16 +22,16 @@ def order(sampler, epoch):
 @st.composite
 def arrangements(draw):
     """Number of examples, number of processes, and settings of the sampler."""
-    size = draw(st.integers(1, 40))
-    settings = {"seed": 3, "drop_last": draw(st.booleans())}
+    size, world = draw(st.integers(1, 40)), draw(st.integers(1, 4))
+    settings = {"seed": 3, "drop_last": draw(st.booleans()), "batch_size": world * draw(st.integers(1, 4))}
     if draw(st.booleans()):
         lengths = draw(st.lists(st.integers(1, 9), min_size=size, max_size=size))
-        settings |= {"lengths": lengths, "length_grouped": True, "batch_size": draw(st.integers(1, 4))}
+        settings |= {"lengths": lengths, "length_grouped": True}
     if draw(st.booleans()):
         groups = draw(st.lists(st.integers(0, 2), min_size=size, max_size=size))
         settings |= {"groups": groups, "weights": draw(st.lists(st.floats(0, 3), min_size=3, max_size=3))}
         assume(expected_counts(settings))
-    return size, draw(st.integers(1, 4)), settings
+    return size, world, settings
 
 
 def expected_counts(settings):
@@ -71,14 +73,18 @@ def test_an_epoch_sees_each_group_as_often_as_its_weight_says(arrangement, epoch
 @given(arrangements(), st.integers(0, 3))
 def test_processes_share_the_batches_of_one_process(arrangement, epoch):
     size, world, settings = arrangement
-    batch = settings.get("batch_size", 1)
-    one = order(ResumableSampler(range(size), **settings | {"batch_size": batch * world}), epoch)
-    if len(one) % world:
-        return
+    batch = settings["batch_size"]
+    one = order(ResumableSampler(range(size), **settings), epoch)
     parts = [order(ResumableSampler(range(size), world, rank, **settings), epoch) for rank in range(world)]
-    for step in range(0, len(parts[0]), batch):
-        together = chain.from_iterable(part[step : step + batch] for part in parts)
-        assert sorted(together) == sorted(one[step * world : (step + batch) * world])
+    assert len({len(part) for part in parts}) == 1
+    for step in range(len(one) // batch if settings["drop_last"] else -(-len(one) // batch)):
+        place = slice(step * batch // world, (step + 1) * batch // world)
+        together = [row for part in parts for row in part[place]]
+        assert sorted(row for row in together if row >= 0) == sorted(one[step * batch : (step + 1) * batch])
+        assert len(together) % world == 0
+    blanks = [row for part in parts for row in part if row < 0]
+    assert len(blanks) == (0 if settings["drop_last"] else -len(one) % world)
+    assert all(~row in one for row in blanks)
 
 
 def test_a_half_is_drawn_anew_each_epoch_and_whole_weights_repeat_all():
@@ -135,6 +141,15 @@ def test_length_grouping_by_hand():
 def test_the_processes_share_all_examples(world):
     parts = [order(ResumableSampler(range(12), world, rank, seed=1), 0) for rank in range(world)]
     assert sorted(chain.from_iterable(parts)) == list(range(12))
+
+
+@given(st.integers(1, 30), st.integers(1, 5), st.integers(1, 4))
+def test_evaluation_deals_out_every_example_once_and_as_many_rows_to_each_process(count, world, size):
+    examples = [EncodedPrompt([], "", row) for row in range(count)]
+    parts = [list(evaluation_loader(examples, world, rank, batch_size=size, collate_fn=list)) for rank in range(world)]
+    assert len({tuple(map(len, batches)) for batches in parts}) == 1
+    rows = sorted(example.row_id for batches in parts for batch in batches for example in batch)
+    assert rows == [-1] * (-count % world) + [*range(count)]
 
 
 def test_order_depends_on_seed_and_epoch():

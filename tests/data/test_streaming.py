@@ -137,18 +137,20 @@ def test_resumes_from_the_end_of_an_epoch(tmp_path, path, when):
         assert module.seen == whole[6 * (epoch + 1) :]
 
 
-@pytest.mark.parametrize(("drop_last", "each"), [(False, 7), (True, 4)])
-def test_processes_share_out_every_round_and_make_as_many_batches(path, drop_last, each):
+@pytest.mark.parametrize(("drop_last", "each", "blanks"), [(False, 8, 1), (True, 4, 0)])
+def test_processes_share_out_every_round_and_make_as_many_batches(path, drop_last, each, blanks):
     chat, limits = ChatEncoder(tiny_tokenizer()), TokenLimits(64, None, None, "cut")
     preparation = Preparation(Table(path, streaming=True), chat, limits, kinds=("finetune",))
     shares = []
     for rank in range(3):
-        examples = StreamedExamples(preparation, "finetune", 4, 3, rank, 0, drop_last)
+        examples = StreamedExamples(preparation, "finetune", 12, 3, rank, 0, drop_last)
         shares.append([example.row_id for example in examples])
         examples.resume(0, 4)
         assert [example.row_id for example in examples] == shares[rank][4:]
     assert [len(share) for share in shares] == [each] * 3
-    assert len(set(chain(*shares))) == 3 * each
+    seen = list(chain(*shares))
+    assert seen.count(-1) == blanks
+    assert len(set(seen) - {-1}) == 3 * each - blanks
 
 
 def test_filters_and_stages_hold_for_streams_too(path):

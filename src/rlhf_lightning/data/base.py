@@ -31,6 +31,7 @@ from rlhf_lightning.data.preparing.summary import said_of_rows, say_prepared
 from rlhf_lightning.data.resuming import ResumableDataModule
 from rlhf_lightning.data.rows import Need, Row
 from rlhf_lightning.data.sampler import LateLoader, ResumableSampler
+from rlhf_lightning.data.shares import WithBlanks, evaluation_loader
 from rlhf_lightning.data.sources import DataSource, Source, as_source
 from rlhf_lightning.data.streaming import StreamedExamples, check_streaming, evaluation_tables
 from rlhf_lightning.errors import UserError
@@ -79,8 +80,9 @@ class TextDataModule(ResumableDataModule, ABC):
         on_bad_row: at a row that cannot be used (broken, or a field null, empty or no text): `skip` and count it, stop
             with an `error`, or `auto`, which skips up to 1% of the rows and stops at more. Only with `skip` a run goes
             on of whose rows fewer than 10% serve what they are for.
-        batch_size: examples, or packed rows, in a training batch of one process.
-        eval_batch_size: examples in a batch of validation, testing or prediction; by default as in training.
+        batch_size: examples, or packed rows, in a training batch, on all processes together.
+        eval_batch_size: examples in a batch of validation, testing or prediction, on each process; by default its share
+            of a training batch.
         num_workers: processes that prepare batches.
         num_proc: processes that may tokenise the data, once, where there is text enough for them to pay; the tokens do
             not depend on it.
@@ -151,7 +153,7 @@ class TextDataModule(ResumableDataModule, ABC):
             minimum_response_length=minimum_response_length,
         )
         self.dialogue_format, self.plain_format, self.chat_template = dialogue_format, plain_format, chat_template
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.num_proc, self.cache_dir, self.seed = num_workers, num_proc, cache_dir, seed
         self.trust_remote_code = trust_remote_code
         self.counts: Counter[str] = Counter()
@@ -236,13 +238,13 @@ class TextDataModule(ResumableDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Any]:
         """Training batches in a new order each epoch."""
         options: dict[str, Any] = {
-            "batch_size": self.batch_size,
+            "batch_size": self.share,
             "num_workers": self.num_workers,
             "drop_last": self.drop_last,
         }
         if isinstance(self._sampler, StreamedExamples):
             return LateLoader(self._sampler, self._begin_epoch, collate_fn=self._collate(), **options)
-        return LateLoader(self._train, sampler=self._sampler, collate_fn=self._collate_train(), **options)
+        return LateLoader(WithBlanks(self._train), sampler=self._sampler, collate_fn=self._collate_train(), **options)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Validation batches; an empty list, which Lightning skips, where nothing is held out."""
@@ -348,7 +350,11 @@ class TextDataModule(ResumableDataModule, ABC):
     def _load_train(self) -> None:
         """The training part, packed if that is asked for, and its sampler."""
         self._keep_place()
-        rank, world = self._rank_and_world()
+        rank, world = self.rank_and_world
+        share = self.share
+        if world > 1:
+            size = f"{self.batch_size_name} {self.batch_size}"
+            rank_zero_info(f"{size}: {share} on each of {world} processes (up to version 0.1 it counted per process)")
         shares: dict[str, Any] = {"num_replicas": world, "rank": rank, "seed": self.seed, "drop_last": self.drop_last}
         if self._streamed:
             self._sampler = StreamedExamples(self._preparation(), self.need, batch_size=self.batch_size, **shares)
@@ -424,9 +430,8 @@ class TextDataModule(ResumableDataModule, ABC):
         return filler_id(self.tokenizer)
 
     def _eval_loader(self, examples: Sequence[Any], collate: Callable[[list[Any]], Any]) -> DataLoader[Any]:
-        return DataLoader(
-            examples,  # type: ignore[arg-type]
-            batch_size=self.eval_batch_size,
-            collate_fn=collate,
-            num_workers=self.num_workers,
+        rank, world = self.rank_and_world
+        size = self.eval_batch_size or max(1, self.batch_size // world)
+        return evaluation_loader(
+            examples, world, rank, batch_size=size, collate_fn=collate, num_workers=self.num_workers
         )

@@ -26,7 +26,7 @@ class EncodedExample(NamedTuple):
     Attributes:
         ids: of both, joined.
         prompt_length: how many of them are the prompt.
-        row_id: number of the row in its source.
+        row_id: number of the row in its source; -1 for a blank, which counts for nothing.
         turns: where the assistant spoke earlier in the prompt: first token, token after the last, and so on.
     """
 
@@ -110,6 +110,8 @@ def pad(
 def taught_tokens(example: EncodedExample, loss_on: LossOn) -> np.ndarray:
     """Which tokens of an example are targets, `[T]`, bool; the first never is, since nothing predicts it.
 
+    Of a blank, whose row id is negative, none is.
+
     Args:
         example: prompt and response.
         loss_on: `response`, the response alone; `turns`, also what the assistant said earlier in the prompt; `all`,
@@ -122,6 +124,8 @@ def taught_tokens(example: EncodedExample, loss_on: LossOn) -> np.ndarray:
     if loss_on not in ("response", "turns", "all"):
         raise ValueError(f"loss_on {loss_on!r} is none of response, turns and all")
     taught = np.zeros(len(example.ids), dtype=np.bool_)
+    if example.row_id < 0:
+        return taught
     taught[0 if loss_on == "all" else example.prompt_length :] = True
     if loss_on == "turns":
         for start, end in zip(example.turns[::2], example.turns[1::2], strict=True):
@@ -167,7 +171,7 @@ def collate_pairs(examples: Sequence[EncodedPair], filler: int) -> PreferenceBat
         rejected_mask=rejected_mask,
         row_ids=_row_ids(examples),
         margins=torch.tensor([pair.margin for pair in examples], dtype=torch.float32),
-        weights=torch.tensor([pair.weight for pair in examples], dtype=torch.float32),
+        weights=torch.tensor([pair.weight * (pair.row_id >= 0) for pair in examples], dtype=torch.float32),
         prompt_lengths=torch.tensor([pair.prompt_length for pair in examples], dtype=torch.int64),
     )
 

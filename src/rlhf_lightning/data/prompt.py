@@ -25,7 +25,7 @@ class PromptDataModule(TextDataModule):
     Args:
         args: those of `TextDataModule`, in its order.
         max_prompt_length: most tokens of a prompt, special tokens included.
-        rollout_batch_size: prompts in a training batch of one process: those answered in one iteration of PPO.
+        rollout_batch_size: prompts in a training batch, on all processes together: those answered in one iteration.
         kwargs: the other arguments of `TextDataModule`.
 
     Raises:
@@ -34,6 +34,7 @@ class PromptDataModule(TextDataModule):
 
     need: Need = "prompts"
     row_limit = "max_prompt_length"
+    batch_size_name = "rollout_batch_size"
     drop_last = True
 
     def __init__(
@@ -64,12 +65,11 @@ class PromptDataModule(TextDataModule):
         super().setup(stage)
         if self._sampler is None or self._streamed:
             return
-        prompts, processes = len(self._part("train")), self._sampler.num_replicas
-        if prompts < self.batch_size * processes:
-            each = f" on each of {processes} processes" if processes > 1 else ""
+        prompts = len(self._part("train"))
+        if prompts < self.batch_size:
             raise UserError(
-                f"there are {prompts} training prompts, fewer than rollout_batch_size ({self.batch_size}){each}; "
-                "lower it or give more prompts"
+                f"there are {prompts} training prompts, fewer than rollout_batch_size ({self.batch_size}); lower it or "
+                "give more prompts"
             )
 
     def _collate(self) -> Callable[[list[EncodedPrompt]], PromptBatch]:

@@ -18,6 +18,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from rlhf_lightning import compat
+from rlhf_lightning.arguments import per_process
 from rlhf_lightning.data.sampler import ResumableSampler
 from rlhf_lightning.data.streaming import StreamedExamples
 from rlhf_lightning.errors import UserError
@@ -27,7 +28,7 @@ class ResumableDataModule(pl.LightningDataModule):
     """A data module whose training order is fixed by a sampler, or by what streams the examples.
 
     Attributes:
-        batch_size: examples in a training batch of one process.
+        batch_size: examples in a training batch, on all processes together.
         packing: whether examples share rows.
         place: the epoch of the running fit, from 0, and how many batches of it are used up.
         ended: all of them are, but the hooks of the epoch's end are yet to run.
@@ -36,6 +37,7 @@ class ResumableDataModule(pl.LightningDataModule):
     """
 
     batch_size: int
+    batch_size_name = "batch_size"
     packing = False
     ended: bool
     done: Literal["batch", "validation", "epoch"]
@@ -56,12 +58,19 @@ class ResumableDataModule(pl.LightningDataModule):
             others = [callback for callback in trainer.callbacks if not isinstance(callback, _PlaceKeeper)]
             trainer.callbacks = [_PlaceKeeper(self), *others]  # first: before what saves checkpoints
 
-    def _rank_and_world(self) -> tuple[int, int]:
+    @property
+    def rank_and_world(self) -> tuple[int, int]:
+        """The number of this process, and how many there are."""
         if self.trainer is not None:
             return self.trainer.global_rank, self.trainer.world_size
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
+
+    @property
+    def share(self) -> int:
+        """Examples in a training batch of this process."""
+        return per_process(self.batch_size_name, self.batch_size, self.rank_and_world[1])
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the training data: the epoch, and how many batches of it are used up."""
@@ -83,7 +92,7 @@ class ResumableDataModule(pl.LightningDataModule):
         self.ended, self.done = state_dict.get("ended", False), state_dict.get("done", "validation")
         if batches > 0 and not self.ended:
             self._check_order(state_dict["order"])
-        self._sampler.resume(*((epoch + 1, 0) if self.ended else (epoch, batches * self.batch_size)))
+        self._sampler.resume(*((epoch + 1, 0) if self.ended else (epoch, batches * self.share)))
 
     def _order(self) -> dict[str, Any]:
         """Everything that, with the epoch, fixes which example is in which batch."""
@@ -93,7 +102,11 @@ class ResumableDataModule(pl.LightningDataModule):
         return {"batch_size": self.batch_size, **order}
 
     def _check_order(self, saved: dict[str, Any]) -> None:
-        now = self._order()
+        now, saved = self._order(), {**saved}
+        if processes := saved.pop("processes", None):  # up to version 0.1 batches counted per process
+            saved["batch_size"] *= processes
+            if "length-grouped batches of" in saved and saved.get("examples", 0) % processes == 0:
+                saved["length-grouped batches of"] *= processes
         for name in {**now, **saved}:
             if saved.get(name) != now.get(name):
                 raise UserError(

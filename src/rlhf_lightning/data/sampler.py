@@ -26,11 +26,12 @@ class ResumableSampler(DistributedSampler[Any]):
         num_replicas: number of processes.
         rank: this process.
         seed: of the shuffle.
-        drop_last: leave out examples that do not divide among the processes, instead of repeating some.
+        drop_last: leave out examples that do not divide among the processes. Otherwise blanks make up for them: `~i`
+            for a blank in the shape of example i, see `WithBlanks`.
         lengths: tokens of each example, `[N]`; asked for by `length_grouped`.
         length_grouped: put examples of similar length into one batch (of all processes together), the batch with the
             longest first. What does not fill a batch is drawn from all lengths and comes last.
-        batch_size: examples in a batch of one process; asked for by `length_grouped`.
+        batch_size: examples in a batch of all processes together; asked for by `length_grouped`.
         groups: number of the group each example belongs to, `[N]`, from 0; asked for by `weights`.
         weights: how often an epoch sees each example of each group: 1 once, 0.5 a fresh random half every epoch, 2.5
             twice and half of them once more. Every epoch has the same length.
@@ -87,17 +88,18 @@ class ResumableSampler(DistributedSampler[Any]):
         """Settings that, with the epoch, fix the order over the same examples; plain values, for a checkpoint."""
         grouped = {} if self._lengths is None else {"length-grouped batches of": self._batch_size}
         weighted = {} if self._weights is None else {"weights": self._weights}
-        return {"seed": self.seed, "processes": self.num_replicas, "examples": self._num_examples} | grouped | weighted
+        return {"seed": self.seed, "examples": self._num_examples} | grouped | weighted
 
     def __iter__(self) -> Iterator[int]:
         """Numbers of the examples left in this epoch, for this process."""
         random = torch.Generator().manual_seed(self.seed + self.epoch)
         drawn = np.concatenate([_draw(rows, count, random) for rows, count in self._drawn])
         drawn = drawn[torch.randperm(len(drawn), generator=random).numpy()]
-        # Repeat the first or leave out the last, so that all processes get equally many.
-        order = drawn[np.arange(self.total_size) % len(drawn)]
         if self._lengths is not None and self._batch_size is not None:
-            order = group_by_length(order, self._lengths, self._batch_size * self.num_replicas, random)
+            drawn = group_by_length(drawn, self._lengths, self._batch_size, random)
+        # Leave out the last or add blanks, so that all processes get equally many.
+        missing = max(0, self.total_size - len(drawn))
+        order = np.concatenate([drawn[: self.total_size], ~drawn[np.arange(missing) % len(drawn)]])
         start = self._consumed if self.epoch == self._resumed_epoch else 0
         return iter(order[self.rank :: self.num_replicas][start:].tolist())
 
@@ -112,7 +114,7 @@ def group_by_length(order: np.ndarray, lengths: np.ndarray, batch_size: int, ran
     Args:
         order: numbers of examples in random order, `[N]`.
         lengths: tokens of every example, by number.
-        batch_size: examples in a batch of all processes together.
+        batch_size: examples in a batch.
         random: shuffles the batches.
 
     Returns:

@@ -1,7 +1,7 @@
 """Training on rows as they arrive, for data that do not fit the disk: tokenised on the way, nothing is kept.
 
-Every process reads the whole stream and takes its share of each round of `batch_size` examples per process, so all of
-them see as many batches, whatever is left out on the way. The order is that of the stream, shuffled within a window.
+Every process reads the whole stream and takes its share of each batch, so all of them see as many, whatever is left out
+on the way. The order is that of the stream, shuffled within a window.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rlhf_lightning.data.preparing.filters import Splits
 from rlhf_lightning.data.preparing.preparation import Preparation
 from rlhf_lightning.data.preparing.prepared import TokenTable
 from rlhf_lightning.data.rows import Need
+from rlhf_lightning.data.shares import blank
 from rlhf_lightning.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -36,11 +37,11 @@ class StreamedExamples(IterableDataset[Any]):
     Args:
         preparation: what to read, and how.
         need: the kind of example.
-        batch_size: examples in a batch of one process.
+        batch_size: examples in a batch of all processes together.
         num_replicas: number of processes.
         rank: this process.
         seed: of the shuffle.
-        drop_last: leave out what does not fill a batch of every process.
+        drop_last: leave out what does not fill a batch. Otherwise blanks make up for it where it does not divide.
 
     Attributes:
         epoch: the one being read.
@@ -89,19 +90,19 @@ class StreamedExamples(IterableDataset[Any]):
 
     def order(self) -> dict[str, Any]:
         """Settings that, with the epoch, fix the order; plain values, for a checkpoint."""
-        return {"seed": self._seed, "processes": self.num_replicas, "streamed data": self._preparation.key()}
+        return {"seed": self._seed, "streamed data": self._preparation.key()}
 
     def __iter__(self) -> Iterator[Any]:
         """The examples left in this epoch, for this process."""
-        size = self._batch_size * self.num_replicas
         skip = self._consumed * self.num_replicas if self.epoch == self._resumed_epoch else 0
         drawn = _shuffled(self._examples(), random.Random(f"{self._seed} {self.epoch}"))
         examples = islice(drawn, skip, None)
-        while round_ := list(islice(examples, size)):
-            if len(round_) < size:
+        while batch := list(islice(examples, self._batch_size)):
+            if len(batch) < self._batch_size:
                 # All processes must make as many steps, with as many examples.
-                round_ = [] if self._drop_last else round_[: len(round_) // self.num_replicas * self.num_replicas]
-            yield from round_[self._rank :: self.num_replicas]
+                missing = -len(batch) % self.num_replicas
+                batch = [] if self._drop_last else [*batch, *[blank(batch[0])] * missing]
+            yield from batch[self._rank :: self.num_replicas]
 
     def _examples(self) -> Iterator[Any]:
         self._check_unchanged()

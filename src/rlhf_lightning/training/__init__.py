@@ -15,5 +15,7 @@ from rlhf_lightning.training.accumulation import is_single_device as is_single_d
 from rlhf_lightning.training.accumulation import sum_over_ranks as sum_over_ranks
 from rlhf_lightning.training.accumulation import world_size as world_size
 from rlhf_lightning.training.deepspeed import DeepSpeedStrategy as DeepSpeedStrategy
+from rlhf_lightning.training.ranks import gather_objects as gather_objects
+from rlhf_lightning.training.ranks import rows_of_all_ranks as rows_of_all_ranks
 from rlhf_lightning.training.zero import consolidated_state_dict as consolidated_state_dict
 from rlhf_lightning.training.zero import synced as synced
