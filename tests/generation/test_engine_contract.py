@@ -24,7 +24,7 @@ from helpers.engine_contract import (
 from helpers.models import table_tokenizer
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.generation.engine import Generation, RolloutEngine, TransformersEngine, respond
-from rlhf_lightning.generation.sampling import Sampling
+from rlhf_lightning.generation.sampling import Sampling, one_seed
 from rlhf_lightning.models.eos import eos_ids
 from rlhf_lightning.models.tokenizer import filler_id
 
@@ -67,7 +67,7 @@ class LibraryEngine(RolloutEngine):
         ids = torch.full(size, filler_id(self.tokenizer))
         lengths, ended = torch.full(size[:1], size[1]), torch.zeros(size[:1], dtype=torch.bool)
         with torch.random.fork_rng([]):
-            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+            torch.manual_seed(one_seed(generator))
             for rows in torch.arange(size[0]).split(self.batch_size or size[0]):
                 said, ends = self._answer(prompt_ids[rows], prompt_mask[rows], sampling)
                 ids[rows, : said.shape[1]] = said

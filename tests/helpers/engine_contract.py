@@ -74,12 +74,19 @@ def greedy(
     return found
 
 
-def ask(engine: RolloutEngine, sampling: Sampling, seed: int = 0, extra: int = 0, **options: Any) -> Generation:
-    """What an engine says to the prompts, checked as far as it must be so of every answer."""
+def ask(
+    engine: RolloutEngine, sampling: Sampling, seed: int | list[int] = 0, extra: int = 0, **options: Any
+) -> Generation:
+    """What an engine says to the prompts, checked as far as it must be so of every answer.
+
+    One seed is for all of them; of a list each has its own.
+    """
     ids, mask = prompts(extra=extra)
     given = ids.clone(), mask.clone()
-    random = torch.Generator().manual_seed(seed)
-    generation = engine.generate(ids, mask, sampling, generator=random, **options)
+    seeds = [seed] if isinstance(seed, int) else seed
+    random = [torch.Generator().manual_seed(each) for each in seeds]
+    source = random[0] if isinstance(seed, int) else random
+    generation = engine.generate(ids, mask, sampling, generator=source, **options)
     assert torch.equal(ids, given[0])
     assert torch.equal(mask, given[1])
     lengths = generation.response_mask.sum(dim=1)
@@ -153,6 +160,10 @@ def check_sampling(make: EngineFactory) -> None:
     first = responses(ask(engine, drawn, seed=1))
     assert torch.equal(torch.get_rng_state(), state)
     assert first not in (likeliest, responses(ask(engine, drawn, seed=2)))
+    own, others = [*range(len(LENGTHS))], [*range(1, len(LENGTHS) + 1)]
+    each = responses(ask(engine, drawn, seed=own))
+    assert each == responses(ask(engine, drawn, seed=own))
+    assert each not in (likeliest, responses(ask(engine, drawn, seed=others)))
     model.generation_config.update(
         top_k=1, temperature=0.1, max_new_tokens=2, repetition_penalty=5.0, suppress_tokens=[*range(40, 80)]
     )

@@ -30,7 +30,7 @@ class GRPOModule(GroupStage):
     """Improves a policy by GRPO.
 
     Expects batches like `PromptBatch`, one per iteration. `docs/metrics.md` lists what is logged under `train/`, `val/`
-    and `test/`. All batch sizes count per process.
+    and `test/`.
 
     Args:
         model_name_or_path: Hugging Face folder or hub id of the SFT model, which the policy starts from.

@@ -54,7 +54,7 @@ class PPOModule(OnlineStage):
     """Improves a policy by PPO.
 
     Expects batches like `PromptBatch`, one per iteration. `docs/metrics.md` lists what is logged under `train/`, `val/`
-    and `test/`. All batch sizes count per process.
+    and `test/`.
 
     Args:
         model_name_or_path: Hugging Face folder or hub id of the SFT model, which the policy starts from.

@@ -14,12 +14,13 @@ import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
-from torchmetrics import CatMetric, Metric
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 from transformers import PreTrainedModel
 
 from rlhf_lightning.algorithms.pairs import Pairs, PairStage, both_sides, pair_weights
 from rlhf_lightning.arguments import check_arguments
-from rlhf_lightning.batches import PreferenceBatch, ScoringBatch
+from rlhf_lightning.batches import PreferenceBatch, ScoringBatch, without_blanks
 from rlhf_lightning.compat import load_validation_data
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
@@ -73,6 +74,35 @@ class CalibrationError(Metric):
         return expected_calibration_error(self.totals)
 
 
+class HeldOutScores(Metric):
+    """Scores of all batches and ranks.
+
+    Blanks are kept until the end: ranks tell one another only what is of one length.
+    """
+
+    scores: list[Tensor]
+    counted: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("scores", "counted"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, scores: Tensor, counted: Tensor) -> None:
+        """Add scores.
+
+        Args:
+            scores: `[B]`.
+            counted: False where they are of blanks, `[B]`, bool.
+        """
+        self.scores.append(scores)
+        self.counted.append(counted)
+
+    def compute(self) -> Tensor:
+        """Those that count, `[N]`."""
+        return dim_zero_cat(self.scores)[dim_zero_cat(self.counted)]
+
+
 class RewardModule(PairStage):
     """Trains a reward model on pairs.
 
@@ -95,7 +125,7 @@ class RewardModule(PairStage):
         self.loss: RewardLoss = loss
         self._head_is_random = False
         self._calibrated_at: int | None = None
-        self.held_out_scores = keep_dtype(CatMetric())
+        self.held_out_scores = keep_dtype(HeldOutScores())
         self.calibration_error = keep_dtype(CalibrationError())
 
     def load_models(self) -> None:
@@ -170,7 +200,7 @@ class RewardModule(PairStage):
         self.calibration_error.update(logged["margin"], pair_weights(batch))
         error: Any = self.calibration_error
         self.log(f"{task}/calibration_error", error, batch_size=len(batch.row_ids))
-        self.held_out_scores.update(logged["chosen_score"])
+        self.held_out_scores.update(logged["chosen_score"], batch.row_ids >= 0)
         return logged
 
     def _refuse_random_head(self) -> None:
@@ -212,12 +242,13 @@ class RewardModule(PairStage):
             for batch in loader:
                 on_device = self.trainer.strategy.batch_to_device(batch)
                 chosen = self.scalar.raw(on_device.chosen_ids, on_device.chosen_mask)
-                self.held_out_scores.update(scores_at_end(chosen, on_device.chosen_mask))
+                scores = scores_at_end(chosen, on_device.chosen_mask)
+                self.held_out_scores.update(scores, on_device.row_ids >= 0)
             self._calibrate()
 
     def _calibrate(self) -> None:
         """Measure the held-out scores that were collected, and remember one sequence as a probe."""
-        scores = torch.as_tensor(self.held_out_scores.compute()).double().reshape(-1)
+        scores = self.held_out_scores.compute().double()
         std = float(scores.std(correction=0)) if len(scores) > 1 else 0.0
         loader = self.trainer.val_dataloaders
         example = self.trainer.strategy.batch_to_device(next(iter(loader)))  # type: ignore[arg-type]
@@ -240,7 +271,7 @@ class RewardModule(PairStage):
         columns = (batch.row_ids, batch.roles, batch.prompts, batch.responses, self.scalar.calibrate(raw), raw)
         names = ("row", "role", "prompt", "response", "score", "raw_score")
         plain = [column.tolist() if isinstance(column, Tensor) else column for column in columns]
-        return [dict(zip(names, row, strict=True)) for row in zip(*plain, strict=True)]
+        return without_blanks([dict(zip(names, row, strict=True)) for row in zip(*plain, strict=True)])
 
     def run_state(self) -> dict[str, Any]:
         """The calibration, and the step that it was made at."""

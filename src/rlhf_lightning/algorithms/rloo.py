@@ -21,7 +21,7 @@ class RLOOModule(GroupStage):
     """Improves a policy by RLOO.
 
     Expects batches like `PromptBatch`, one per iteration. `docs/metrics.md` lists what is logged under `train/`, `val/`
-    and `test/`. All batch sizes count per process. The arguments are those of `GroupStage`.
+    and `test/`. The arguments are those of `GroupStage`.
     """
 
     def group_advantages(self, rewards: Tensor) -> Tensor:

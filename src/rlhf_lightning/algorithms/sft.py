@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from rlhf_lightning.algorithms.hyperparameters import from_config
 from rlhf_lightning.algorithms.stage import Loss, Stage
 from rlhf_lightning.arguments import SHARE_BELOW_1, check_arguments
-from rlhf_lightning.batches import InstructionBatch, PromptBatch, micro_batches, name_rows
+from rlhf_lightning.batches import InstructionBatch, PromptBatch, micro_batches, name_rows, without_blanks
 from rlhf_lightning.forward.hidden import hidden_states
 from rlhf_lightning.forward.output_layer import cross_entropy_at
 from rlhf_lightning.forward.packed import check_packing
@@ -147,6 +147,6 @@ class SFTModule(Stage):
             For each prompt `row`, `prompt`, `response`, `ended` (False where it was cut at the limit) and `tokens`.
         """
         self.check_batch(batch, PromptBatch, "InstructionDataModule")
-        engine, random = TransformersEngine(self.model, self.tokenizer), self.random("predict", batch_idx)
+        engine, random = TransformersEngine(self.model, self.tokenizer), self.random_by_row(batch.row_ids, "predict")
         generation, texts = respond(engine, self.tokenizer, batch, self.sampling, generator=random, synced=synced(self))
-        return response_rows(batch, generation, texts)
+        return without_blanks(response_rows(batch, generation, texts))

@@ -36,8 +36,8 @@ from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.models.finetune import describe_trained
 from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.tokenizer import check_same_words, load_tokenizer
-from rlhf_lightning.rng import forked_rng, generator
-from rlhf_lightning.training import GradientAccumulation, equally_many, sum_over_ranks
+from rlhf_lightning.rng import forked_rng, generator, occurrences
+from rlhf_lightning.training import GradientAccumulation, equally_many, rows_of_all_ranks, sum_over_ranks
 from rlhf_lightning.training.master_weights import with_master_weights
 from rlhf_lightning.training.optim import (
     ADAMW,
@@ -185,13 +185,33 @@ class Stage(CheckpointedModule):
             return None
 
     def random(self, *place: int | str, device: torch.device | str | None = None) -> torch.Generator:
-        """Random numbers for one place in the run, each rank its own.
+        """Random numbers for one place in the run, the same on every rank.
 
         Args:
-            *place: names the place, such as `"rollout"` and the number of the iteration.
+            *place: names the place, such as `"minibatches"` and the number of the iteration.
             device: where they are needed; the module's if None.
         """
-        return generator(device or self.device, self.seed, *place, self.global_rank)
+        return generator(device or self.device, self.seed, *place)
+
+    def random_by_row(
+        self, row_ids: Tensor, *place: int | str, samples: int = 1, together: bool = False
+    ) -> list[torch.Generator]:
+        """Random numbers for each row of a batch, which do not depend on the rank or the batch that it is in.
+
+        A row that stands in the batch several times has others each time.
+
+        Args:
+            row_ids: of this rank's rows, `[B]`, int64.
+            *place: names the place in the run.
+            samples: how many are needed of each row, next to one another.
+            together: count how often a row stands in the batches of all ranks, every one of which must call this, with
+                as many rows.
+        """
+        rows = row_ids.tolist()
+        everyone = rows_of_all_ranks(self, row_ids).tolist() if together else rows
+        share = slice(self.global_rank, None, self.trainer.world_size) if together else slice(None)
+        counted = zip(rows, occurrences(everyone)[share], strict=True)
+        return [self.random(*place, *row, sample) for row in counted for sample in range(samples)]
 
     def cut(self, cut: Callable[[int], list[PieceT]]) -> list[PieceT]:
         """Cut a batch into as many micro-batches on this process as on every other; all must call it.

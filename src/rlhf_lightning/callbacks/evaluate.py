@@ -157,7 +157,7 @@ class Evaluate(Callback):
         assert self._asked is not None
         prompts, counted = self._asked
         with trainer.precision_plugin.forward_context():
-            generation, texts = pl_module.answer(prompts, pl_module.random("judge"))
+            generation, texts = pl_module.answer(prompts, pl_module.random_by_row(prompts.row_ids, "judge"))
             measured = pl_module.measure_answers(prompts, generation, texts)
         report_progress(pl_module, "judging", 0, 1)
         written = prompts.written or [WrittenPrompt(prompt) for prompt in prompts.prompts]

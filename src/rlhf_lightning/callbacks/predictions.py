@@ -12,6 +12,9 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from rlhf_lightning.runs.whole_files import write_whole
+from rlhf_lightning.training import gather_objects
+
+_LINES_AT_ONCE = 10_000
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -46,19 +49,24 @@ class PredictionWriter(BasePredictionWriter):
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Join the parts of all ranks, leaving out the rows that padding repeated."""
-        trainer.strategy.barrier()
-        if not trainer.is_global_zero:
-            return
-        parts = [part for rank in range(trainer.world_size) if (part := self._part(trainer, rank)).exists()]
+        """Join the parts of all ranks, whose disks may differ; rows that a sampler repeated come once."""
+        part = self._part(trainer, trainer.global_rank)
         # Not splitlines: a response may hold other characters that it takes for line ends.
-        lines = [line for part in parts for line in part.read_text(encoding="utf-8").split("\n") if line]
+        mine = [line for line in part.read_text(encoding="utf-8").split("\n") if line] if part.exists() else []
+        lines: list[str] = []
+        for start in range(0, max(gather_objects(trainer, len(mine))), _LINES_AT_ONCE):
+            for sent in gather_objects(trainer, mine[start : start + _LINES_AT_ONCE]):
+                lines += sent if trainer.is_global_zero else []
+        if trainer.is_global_zero:
+            self._write(trainer, lines)
+        trainer.strategy.barrier()
+        part.unlink(missing_ok=True)
+
+    def _write(self, trainer: pl.Trainer, lines: list[str]) -> None:
         rows = [json.loads(line) for line in lines]
         unique = {(row["row"], row.get("role", "")): line for row, line in zip(rows, lines, strict=True)}
         target = self._target(trainer)
         write_whole(target, "".join(unique[key] + "\n" for key in sorted(unique)))
-        for part in parts:
-            part.unlink()
         rank_zero_info(f"predictions: {len(unique)} rows in '{target}'")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -78,7 +78,7 @@ class RolloutEngine(ABC):
         prompt_mask: Tensor,
         sampling: Sampling,
         *,
-        generator: torch.Generator | None = None,
+        generator: RandomSource | None = None,
         synced: bool = False,
         on_token: Callable[[int], None] | None = None,
         with_logprobs: bool = False,
@@ -93,7 +93,9 @@ class RolloutEngine(ABC):
             prompt_ids: padded on the left, `[B, P]`, int64.
             prompt_mask: True for real tokens, `[B, P]`, bool.
             sampling: how tokens are drawn and how many at most.
-            generator: source of the random numbers, on the device of the prompts; torch's global one if None.
+            generator: source of the random numbers, on the device of the prompts: one for all, or a list of one for
+                each prompt, so that its response does not depend on the others (an engine that cannot do so takes
+                `one_seed` of them); torch's global one if None.
             synced: every rank runs the same number of forwards, until the last response of all ranks has ended
                 (ZeRO-3); all ranks must have the same number of prompts.
             on_token: told the number of tokens generated so far, `max_new_tokens` for each batch that is done, as often
@@ -171,10 +173,7 @@ class TransformersEngine(RolloutEngine):
         with_logprobs: bool = False,
         with_hidden: bool = False,
     ) -> Generation:
-        """Continue each prompt until EOS, a stop string or the limit; see `RolloutEngine.generate`.
-
-        `generator` may also be a list, one for each prompt.
-        """
+        """Continue each prompt until EOS, a stop string or the limit; see `RolloutEngine.generate`."""
         if self.compiled_step is not None and torch.is_inference_mode_enabled():
             # What lives on until the next rollout must not be made of inference tensors.
             with torch.inference_mode(False):
@@ -302,7 +301,7 @@ def respond(
     prompts: PromptBatch,
     sampling: Sampling,
     *,
-    generator: torch.Generator | None = None,
+    generator: RandomSource | None = None,
     synced: bool = False,
     on_token: Callable[[int], None] | None = None,
     with_logprobs: bool = False,

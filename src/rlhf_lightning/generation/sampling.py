@@ -17,9 +17,27 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 
 from rlhf_lightning.arguments import AT_LEAST_1, Range, check_arguments
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.rng import derive_seed
 
 RandomSource = torch.Generator | Sequence[torch.Generator]
 """Where random numbers come from: one generator for all rows, or one for each, so that no row depends on the others."""
+
+
+def one_seed(random: RandomSource | None) -> int:
+    """A seed from given random numbers, for what takes no generator of its own for each row.
+
+    Args:
+        random: a generator, which moves on by one draw; or several, which are left as they are; None for torch's.
+
+    Example:
+        >>> one_seed([torch.Generator().manual_seed(row) for row in (1, 2)]) == derive_seed(1, 2)
+        True
+    """
+    if isinstance(random, Sequence):
+        return derive_seed(*(one.initial_seed() for one in random))
+    device = "cpu" if random is None else random.device
+    return int(torch.randint(2**62, (), generator=random, device=device))
+
 
 BLOCK = 256
 """Tokens per block of the search; about the square root of a vocabulary."""

@@ -88,19 +88,22 @@ def check_scores(module: pl.LightningModule, scores: Tensor, row_ids: Tensor, ex
         raise error
 
 
-def check_rollout_size(given: int, wanted: int) -> None:
-    """The loader gives as many prompts as the module counts its steps by.
+def check_rollout_size(given: int, wanted: int, processes: int) -> None:
+    """The loaders give as many prompts as the module counts its steps by.
 
     Args:
-        given: prompts in the loader's batch.
+        given: prompts in this process's batch.
         wanted: `rollout_batch_size`.
+        processes: how many there are.
 
     Raises:
         UserError: they differ.
     """
-    if given != wanted:
+    if given * processes != wanted:
+        each = f" on each of {processes} processes" if processes > 1 else ""
         raise UserError(
-            f"the loader gives {given} prompts at once but rollout_batch_size is {wanted}; set both to the same number"
+            f"the loader gives {given} prompts at once{each} but rollout_batch_size is {wanted}; set both to the same "
+            "number"
         )
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lightning.batches import PromptBatch, length_sorted_pieces
 from rlhf_lightning.functional import kl_estimate
 from rlhf_lightning.generation.engine import Generation
+from rlhf_lightning.training import rows_of_all_ranks
 
 
 class Measurements(NamedTuple):
@@ -117,6 +119,33 @@ class Experience(NamedTuple):
     def sequence_mask(self) -> Tensor:
         """True for real tokens of the joined sequences, `[B, P + R]`, bool."""
         return torch.cat([self.prompt_mask, self.response_mask], dim=1)
+
+    def of_all_ranks(self, module: pl.LightningModule, samples: int = 1) -> Experience:
+        """The experience of all processes, in the order that one process would have it; every process must call it.
+
+        So minibatches are the same whatever the number of processes, and each has as many rows of them.
+
+        Args:
+            module: attached to a running trainer.
+            samples: responses to each prompt, next to one another.
+        """
+        if module.trainer.world_size == 1:
+            return self
+        own = torch.tensor([self.prompt_ids.shape[1], self.response_ids.shape[1]], device=self.prompt_ids.device)
+        prompt, response = module.all_gather(own).amax(dim=0).tolist()  # type: ignore[union-attr]
+        fields = []
+        for name, field in self._asdict().items():
+            if field.dim() == 2:
+                left = name.startswith("prompt_")
+                missing = (prompt if left else response) - field.shape[1]
+                field = nn.functional.pad(field, (missing, 0) if left else (0, missing))
+            fields.append(field.reshape(len(field), -1))
+        widths = [field.shape[1] for field in fields]
+        # float64 holds ids and float32 numbers as they are, so that all of them travel at once.
+        rows = torch.cat([field.double() for field in fields], dim=1)  # [B, F]
+        rows = rows_of_all_ranks(module, rows.unflatten(0, (-1, samples))).flatten(0, 1)
+        parts = zip(self, rows.split(widths, dim=1), strict=True)
+        return Experience(*(part.view(-1, *part.shape[1 : mine.dim()]).to(mine.dtype) for mine, part in parts))
 
     def select(self, index: Tensor | slice) -> Experience:
         """The examples at `index`, in that order."""

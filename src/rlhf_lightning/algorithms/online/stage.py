@@ -22,7 +22,7 @@ from rlhf_lightning.algorithms.online.experience import Experience, Measurements
 from rlhf_lightning.algorithms.online.rollout import experience_metrics, raw_score, shape_scores
 from rlhf_lightning.algorithms.online.settings import KLPenalty, ScoreShaping
 from rlhf_lightning.algorithms.stage import Loss
-from rlhf_lightning.arguments import AT_LEAST_1, check_arguments, check_batch_sizes
+from rlhf_lightning.arguments import AT_LEAST_1, check_arguments, check_batch_sizes, per_process
 from rlhf_lightning.batches import PromptBatch, name_rows, repeat_prompts
 from rlhf_lightning.errors import NonFiniteError
 from rlhf_lightning.generation.engine import Generation
@@ -36,15 +36,15 @@ _SIZES = ("rollout_batch_size", "samples_per_prompt", "generation_batch_size", "
 class OnlineStage(AnsweringStage):
     """Improves a policy by scores of its own answers.
 
-    Expects batches like `PromptBatch`, one per iteration. All batch sizes count per process.
+    Expects batches like `PromptBatch`, one per iteration.
 
     Args:
         model_name_or_path: Hugging Face folder or hub id of the SFT model, which the policy starts from.
         reward: a reward model or a function, see `AnsweringStage`.
-        rollout_batch_size: prompts answered per iteration.
+        rollout_batch_size: prompts answered per iteration, by all processes together.
         samples_per_prompt: responses drawn for each of them.
-        generation_batch_size: responses drawn at once; None for the whole rollout.
-        minibatch_size: responses per optimizer step.
+        generation_batch_size: responses that each process draws at once; None for its whole share of the rollout.
+        minibatch_size: responses per optimizer step, of all processes together.
         ppo_epochs: passes over each rollout.
         kl: the penalty that holds the policy near the reference.
         score: what happens to scores before they become rewards.
@@ -68,8 +68,7 @@ class OnlineStage(AnsweringStage):
         kl, score = from_config(KLPenalty, kl), from_config(ScoreShaping, score)
         check_arguments(OnlineStage, locals(), dict.fromkeys(_SIZES, AT_LEAST_1))
         responses = rollout_batch_size * samples_per_prompt
-        at_once = generation_batch_size or responses
-        super().__init__(model_name_or_path, reward, generation_batch_size=at_once, **options)
+        super().__init__(model_name_or_path, reward, generation_batch_size=generation_batch_size, **options)
         self.responses_per_rollout = responses
         self.rollout_batch_size = rollout_batch_size
         self.samples_per_prompt = samples_per_prompt
@@ -77,14 +76,14 @@ class OnlineStage(AnsweringStage):
         self.ppo_epochs = ppo_epochs
         self.kl = kl
         self.score = score
-        self._check_sizes(at_once)
+        self._check_sizes()
         # One update on the whole rollout: the policy that is updated is the one that answered.
         self.on_policy = ppo_epochs == 1 and minibatch_size == self.responses_per_rollout
         self.kl_controller = KLController(kl.coef, kl.target, kl.horizon)
         self.score_moments = RunningMoments()
         self.iteration = 0
 
-    def _check_sizes(self, at_once: int) -> None:
+    def _check_sizes(self) -> None:
         rollout = {
             "rollout_batch_size" if self.samples_per_prompt == 1 else "rollout_batch_size * samples_per_prompt": (
                 self.responses_per_rollout
@@ -92,7 +91,7 @@ class OnlineStage(AnsweringStage):
         }
         sizes = {"minibatch_size": self.minibatch_size, "micro_batch_size": self.micro_batch_size}
         check_batch_sizes(**rollout, **sizes)
-        check_batch_sizes(**rollout, generation_batch_size=at_once)
+        check_batch_sizes(**rollout, generation_batch_size=self.generation_batch_size)
 
     # What an algorithm says of itself.
 
@@ -153,21 +152,36 @@ class OnlineStage(AnsweringStage):
     @property
     def piece_size(self) -> int | None:
         """Responses that go through a model at once; None where tokens are counted instead."""
-        return self.micro_batch_size or (None if self.max_tokens_per_batch else self.minibatch_size)
+        if self.max_tokens_per_batch:
+            return None
+        return self.micro_batch_size or self.minibatch_size // world_size(self)
+
+    @property
+    def answers_at_once(self) -> int | None:
+        """All of this process's share, unless `generation_batch_size` says less."""
+        return self.generation_batch_size or self.responses_per_rollout // world_size(self)
+
+    def on_fit_start(self) -> None:
+        """Check that what counts for all processes can be shared out among them."""
+        super().on_fit_start()
+        for name in ("rollout_batch_size", "minibatch_size"):
+            per_process(name, getattr(self, name), world_size(self))
 
     # An iteration.
 
     def training_step(self, prompts: PromptBatch, batch_idx: int) -> Tensor:
         """One iteration; returns the mean loss of its updates, detached, for callbacks."""
         self.check_batch(prompts, PromptBatch, "PromptDataModule")
-        checks.check_rollout_size(len(prompts.prompts), self.rollout_batch_size)
+        checks.check_rollout_size(len(prompts.prompts), self.rollout_batch_size, world_size(self))
         experience, metrics = self.rollout(prompts)
+        experience = experience.of_all_ranks(self, self.samples_per_prompt)
         started, lr = time.perf_counter(), self.learning_rates()
         order = self.random("minibatches", self.iteration, device="cpu")
         updates: list[dict[str, Tensor]] = []
         try:
             for minibatch in experience.minibatches(self.ppo_epochs, self.minibatch_size, order):
-                updates.append(self.update(minibatch, is_first=self.iteration == 0 and not updates))
+                share = minibatch.select(slice(self.global_rank, None, world_size(self)))
+                updates.append(self.update(share, is_first=self.iteration == 0 and not updates))
                 report_progress(self, "updating", len(updates), self.steps_per_batch)
         except NonFiniteError:
             self.iteration += 1  # its answers are used up, should the run go on without the rest of it
@@ -194,8 +208,10 @@ class OnlineStage(AnsweringStage):
             NonFiniteError: on every rank, if a score of any rank is NaN or infinite.
         """
         started = time.perf_counter()
-        prompts = repeat_prompts(prompts, self.samples_per_prompt)
-        generation, texts = self.answer(prompts, self.random("rollout", self.iteration), with_logprobs=self.on_policy)
+        samples = self.samples_per_prompt
+        random = self.random_by_row(prompts.row_ids, "rollout", self.iteration, samples=samples, together=True)
+        prompts = repeat_prompts(prompts, samples)
+        generation, texts = self.answer(prompts, random, with_logprobs=self.on_policy)
         generated = time.perf_counter()
         measured = self.measure_answers(prompts, generation, texts, with_values=True)
         self.score_moments.update(measured.scores, self.reduce)
@@ -206,7 +222,7 @@ class OnlineStage(AnsweringStage):
         metrics |= raw_score(self.scorer, metrics["score"])
         if self.iteration == 0:
             self._check_first_rollout(measured, metrics)
-        self.kl_controller.update(float(metrics["kl"]), self.responses_per_rollout * world_size(self))
+        self.kl_controller.update(float(metrics["kl"]), self.responses_per_rollout)
         metrics |= {"seconds_generating": generated - started, "seconds_scoring": time.perf_counter() - generated}
         sample = f"{prompts.prompts[0]}**{texts[0].strip()}**\n\nscore {float(measured.scores[0]):.3f}"
         log_text(self, "train/sample", sample, self.trainer.global_step)
@@ -224,7 +240,7 @@ class OnlineStage(AnsweringStage):
         """One optimizer step.
 
         Args:
-            minibatch: its responses.
+            minibatch: this rank's share of its responses.
             is_first: check that old and new log-probabilities agree, as they must before the first step.
 
         Returns:
