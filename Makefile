@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test fuzz test-numbers test-exports torture lint types format bench bench-arguments clean
+.PHONY: demo test fuzz test-numbers test-exports test-processes equality torture lint types format bench bench-arguments clean
 
 demo: $(READY)
 	$(BIN)/rlhf quickstart
@@ -34,6 +34,13 @@ N ?= 100
 torture: $(READY)
 	MATRIX=full $(BIN)/pytest -q tests/algorithms/test_resume_processes.py
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m helpers.torture runs/torture $(N)
+
+# Every stage on every strategy, on two processes, against one; `equality` also writes what came of it into the docs.
+test-processes: $(READY)
+	MATRIX=full $(BIN)/pytest -q tests/algorithms/test_stage_processes.py
+
+equality: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m helpers.equality docs/distributed.md
 
 # Damaged files of every kind, and whatever may be typed, drawn anew.
 CASES ?= 10000

@@ -41,7 +41,7 @@ class Seen(pl.Callback):
 @pytest.mark.parametrize("stage", STAGES)
 def test_modules_and_exports_know_the_template_that_the_data_module_sets(stage, tmp_path):
     folder = save_llama(tmp_path / "lm")
-    module, data = STAGES[stage](folder, 1, save_reward_model(tmp_path / "reward", folder))
+    module, data = STAGES[stage](folder, save_reward_model(tmp_path / "reward", folder), True)
     data.chat_template, data.cache_dir = TEMPLATE, tmp_path / "cache"
     seen = Seen()
     trainer(max_steps=1, limit_val_batches=0, callbacks=[seen, HFExport(str(tmp_path / "export"))]).fit(module, data)

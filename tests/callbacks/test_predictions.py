@@ -6,7 +6,7 @@ from typing import Any
 from rlhf_lightning import PredictionWriter
 
 
-def rank(folder: Path, number: int, world_size: int = 2) -> Any:
+def rank(folder: Path, number: int, world_size: int) -> Any:
     """What the writer reads of a trainer in process `number`."""
     strategy = SimpleNamespace(barrier=lambda: None)
     return SimpleNamespace(
@@ -26,17 +26,17 @@ def written(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def test_the_parts_of_all_ranks_are_joined_in_the_order_of_the_source_each_row_once(tmp_path):
-    writer = PredictionWriter()
-    first, second = rank(tmp_path, 0), rank(tmp_path, 1)
-    for trainer in (first, second):
-        writer.on_predict_start(trainer, None)
-    writer.write_on_batch_end(first, None, rows(0, 2))
-    writer.write_on_batch_end(second, None, rows(1, 3))
-    writer.write_on_batch_end(first, None, rows(4))
-    writer.write_on_batch_end(second, None, rows(0))  # the sampler fills up with rows from the front
-    writer.on_predict_end(second, None)
-    writer.on_predict_end(first, None)
+def test_predictions_are_in_the_order_of_the_source_each_row_once(tmp_path):
+    writer, trainer = PredictionWriter(), rank(tmp_path, 0, 1)
+    writer.on_predict_start(trainer, None)
+    for batch in (
+        rows(0, 2),
+        rows(1, 3),
+        rows(4),
+        rows(0),
+    ):  # a sampler of the user's may fill up with rows from the front
+        writer.write_on_batch_end(trainer, None, batch)
+    writer.on_predict_end(trainer, None)
     assert written(tmp_path / "predictions.jsonl") == rows(0, 1, 2, 3, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from helpers.stage_runs import CONSTANT, EXAMPLES, GLOBAL_BATCH, strategy
+from helpers.stage_runs import BATCH, CONSTANT, EXAMPLES, strategy
 from helpers.stages import MemoryLogger, instruction_rows, preference_rows, prompt_rows, sgd, share_of_letters, trainer
 from rlhf_lightning import (
     FineTune,
@@ -20,7 +20,7 @@ from rlhf_lightning import (
 
 
 def run(stage: str, name: str, folder: str, export: str, settings: dict[str, Any]) -> list[float]:
-    """Two steps, in micro-batches of 3, exported at the end.
+    """A few steps, in micro-batches of 3, exported at the end.
 
     Args:
         stage: `sft`, `reward` or `ppo` (against a function, so that the value model stands on the policy's base).
@@ -35,7 +35,7 @@ def run(stage: str, name: str, folder: str, export: str, settings: dict[str, Any
     processes = 1 if name == "auto" else 2
     torch.manual_seed(5)
     options = {"micro_batch_size": 3, "finetune": FineTune(**settings), **CONSTANT}
-    sizes = {"batch_size": GLOBAL_BATCH // processes, "max_length": 48}
+    sizes = {"batch_size": BATCH, "max_length": 48}
     rows = instruction_rows(EXAMPLES) if stage == "sft" else preference_rows(EXAMPLES)
     module: Any = SFTModule(folder, optimizer=sgd(0.5), **options)
     data: Any = InstructionDataModule(folder, rows, validation_data=rows[:8], **sizes)
@@ -43,19 +43,18 @@ def run(stage: str, name: str, folder: str, export: str, settings: dict[str, Any
         module = RewardModule(folder, optimizer=sgd(0.5), **options)
         data = PreferenceDataModule(folder, rows, validation_data=rows[:8], **sizes)
     if stage == "ppo":
-        share = GLOBAL_BATCH // processes
         module = PPOModule(
             folder,
             share_of_letters,
-            sampling=Sampling(top_k=1, max_new_tokens=6, stop_strings=list("aeiou")),
-            rollout_batch_size=share,
-            minibatch_size=share,
+            sampling=Sampling(max_new_tokens=6, stop_strings=list("aeiou")),
+            rollout_batch_size=BATCH,
+            minibatch_size=BATCH,
             optimizer=sgd(0.3),
             max_tokens_per_batch=60,
             **{name: value for name, value in options.items() if name != "micro_batch_size"},
         )
         prompts = {"validation_data": prompt_rows(8), "max_prompt_length": 40}
-        data = PromptDataModule(folder, prompt_rows(EXAMPLES), rollout_batch_size=share, **prompts)
+        data = PromptDataModule(folder, prompt_rows(EXAMPLES), rollout_batch_size=BATCH, **prompts)
     logger = MemoryLogger()
     callbacks = [HFExport(export)]
     trainer(strategy=strategy(name), devices=processes, callbacks=callbacks, logger=logger).fit(module, data)

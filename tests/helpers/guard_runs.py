@@ -97,7 +97,8 @@ def stage(name: str, folder: str, reward: Any = share_of_letters) -> tuple[Any, 
         rows = preference_rows(12)
         data = PreferenceDataModule(folder, rows, validation_data=rows, max_length=48, **sizes)
     data.setup("fit")
-    return module, list(data.val_dataloader())
+    held = data.val_dataloader()  # of which each process would be given a part
+    return module, [held.collate_fn([held.dataset[row] for row in range(at, at + 4)]) for at in (0, 4, 8)]
 
 
 def loader(batches: list[Any]) -> DataLoader[Any]:

@@ -24,7 +24,7 @@ def run(name: str, folder: str, reward: str, judge: str, best: str) -> dict[str,
     """
     processes = 1 if name == "auto" else 2
     torch.manual_seed(5)
-    module, data = ppo(folder, processes, reward)
+    module, data = ppo(folder, reward, True)
     evaluate, guard = Evaluate(judge, every_n_iterations=1, num_prompts=5), OverOptimisation(dirpath=best)
     callbacks = [evaluate, guard]
     limits = {"limit_train_batches": 1, "limit_val_batches": 0}

@@ -13,8 +13,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from helpers import stage_runs
 from helpers.stages import MemoryLogger, trainer
 
-EPOCHS, BATCHES = 2, 2
-CUT_AFTER = 3  # in the middle of the second epoch
+EPOCHS, BATCHES = 2, 3
+CUT_AFTER = 4  # in the middle of the second epoch
 
 
 class Cut(Exception):
@@ -37,7 +37,7 @@ def fit(stage: str, strategy: str, folder: str, reward: str, path: Path, cut: bo
         Weights at the end, empty on all but the first rank, and what was logged.
     """
     torch.manual_seed(5)
-    module, data = stage_runs.STAGES[stage](folder, 2, reward)
+    module, data = stage_runs.STAGES[stage](folder, reward, True)
     keep, logger = stage_runs.KeepState(), MemoryLogger()
     steps = module.steps_per_batch * CUT_AFTER
     saver = ModelCheckpoint(path.parent, path.stem, every_n_train_steps=steps, enable_version_counter=False)

@@ -12,6 +12,7 @@ from helpers.stages import MemoryLogger, instruction_rows, preference_rows, prom
 from rlhf_lightning import (
     DeepSpeedStrategy,
     DPOModule,
+    FineTune,
     GRPOModule,
     HFExport,
     InstructionDataModule,
@@ -26,133 +27,132 @@ from rlhf_lightning import (
     SFTModule,
 )
 from rlhf_lightning.batches import PreferenceBatch, PromptBatch
-from rlhf_lightning.generation.engine import Generation, decode_responses
 from rlhf_lightning.training import consolidated_state_dict
 
-GLOBAL_BATCH, EXAMPLES = 8, 16
+BATCH, EXAMPLES, VALIDATED = 8, 19, 7
+"""Rows of a batch on all processes, of an epoch, and of a validation; the last two do not divide by 2 or 4."""
 CONSTANT = {"lr_schedule": "constant", "warmup_steps": 0, "gradient_clip_val": 0.1}
+LORA = FineTune("lora", rank=2, alpha=8)
+Made = tuple[pl.LightningModule, Any]
 
 
-def sft(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, Any]:
-    """Two steps on sequences of uneven length, in micro-batches of 3."""
-    module = SFTModule(folder, optimizer=sgd(0.5), micro_batch_size=3, **CONSTANT)
+def sft(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
+    """Sequences of uneven length, one by one if in pieces."""
+    module = SFTModule(folder, optimizer=sgd(0.5), micro_batch_size=1 if pieces else None, **CONSTANT, **options)
     rows = instruction_rows(EXAMPLES)
-    data = InstructionDataModule(
-        folder, rows, validation_data=rows[:8], batch_size=GLOBAL_BATCH // processes, max_length=48
+    return module, InstructionDataModule(
+        folder, rows, validation_data=rows[:VALIDATED], batch_size=BATCH, max_length=48
     )
-    return module, data
 
 
 class WeighedPairs(PreferenceDataModule):
     """Pairs whose margins and weights follow from their row, so that processes have unequal shares of the weight."""
 
     def on_after_batch_transfer(self, batch: PreferenceBatch, dataloader_idx: int) -> PreferenceBatch:
-        return batch._replace(margins=0.3 * (batch.row_ids % 2), weights=0.5 + batch.row_ids % 3)
+        counted = batch.row_ids >= 0
+        return batch._replace(margins=0.3 * (batch.row_ids % 2), weights=(0.5 + batch.row_ids % 3) * counted)
 
 
-def reward(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, Any]:
-    """Two steps from a fresh head on weighed pairs; calibrated at the end.
-
-    Of two processes one has fewer micro-batches of 90 tokens than the other.
-    """
-    module = RewardModule(folder, optimizer=sgd(0.5), max_tokens_per_batch=90, **CONSTANT)
+def weighed_pairs(folder: str) -> WeighedPairs:
     rows = preference_rows(EXAMPLES)
-    data = WeighedPairs(folder, rows, validation_data=rows[:8], batch_size=GLOBAL_BATCH // processes, max_length=48)
-    return module, data
+    return WeighedPairs(folder, rows, validation_data=rows[:VALIDATED], batch_size=BATCH, max_length=48)
 
 
-def dpo(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, Any]:
-    """Two steps on weighed pairs, the chosen responses' likelihood included, in micro-batches of 90 tokens.
+def reward(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
+    """From a fresh head on weighed pairs; calibrated at the end.
+
+    In pieces of 90 tokens, of which one process has fewer than the other.
+    """
+    size = 90 if pieces else None
+    module = RewardModule(folder, optimizer=sgd(0.5), max_tokens_per_batch=size, **CONSTANT, **options)
+    return module, weighed_pairs(folder)
+
+
+def dpo(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
+    """On weighed pairs, the chosen responses' likelihood included; in pieces of 90 tokens.
 
     The reference is another model, where there is one: from one of its own, leads at the first step would be rounding.
     """
-    options = {"sft_coef": 0.3, "precompute_reference": processes > 1, "max_tokens_per_batch": 90}
     other = f"{folder}-reference"
-    reference = other if Path(other).is_dir() else None
-    module = DPOModule(folder, reference=reference, optimizer=sgd(0.5), **options, **CONSTANT)
-    rows = preference_rows(EXAMPLES)
-    data = WeighedPairs(folder, rows, validation_data=rows[:8], batch_size=GLOBAL_BATCH // processes, max_length=48)
-    return module, data
+    options |= {"reference": other if Path(other).is_dir() else None, "precompute_reference": pieces}
+    options |= {"sft_coef": 0.3, "max_tokens_per_batch": 90 if pieces else None}
+    return DPOModule(folder, optimizer=sgd(0.5), **CONSTANT, **options), weighed_pairs(folder)
 
 
-def ppo(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, Any]:
-    """Two iterations of two steps over the whole rollout.
-
-    Only the likeliest token is ever drawn, so that responses do not depend on the process that draws them.
-    """
-    share = GLOBAL_BATCH // processes
-    module = PPOModule(
-        folder,
-        reward,
-        sampling=Sampling(top_k=1, max_new_tokens=6, stop_strings=list("aeiou")),
-        rollout_batch_size=share,
-        minibatch_size=share,
-        micro_batch_size=2,
-        optimizer=sgd(0.3),
-        value_lr=0.1,
-        kl=KLPenalty(0.1, target=0.001, horizon=100),
-        score=ScoreShaping(missing_eos_penalty=0.5),
-        **CONSTANT,
+def prompts(folder: str) -> PromptDataModule:
+    """Three rollouts, and an odd number of prompts to validate with."""
+    rows = prompt_rows(3 * BATCH)
+    return PromptDataModule(
+        folder, rows, validation_data=rows[:VALIDATED], rollout_batch_size=BATCH, max_prompt_length=40
     )
-    rows = prompt_rows(EXAMPLES)
-    data = PromptDataModule(folder, rows, validation_data=rows[:8], rollout_batch_size=share, max_prompt_length=40)
-    return module, data
 
 
-class Told:
-    """Answers each row in the same way, whichever process asks; every sample in a way of its own."""
-
-    def answer(self: Any, prompts: PromptBatch, random: Any, with_logprobs: bool = False) -> Any:
-        places = torch.cat([torch.zeros(1), prompts.row_ids.diff() == 0]).long()  # 1 for a prompt's second answer
-        lengths = 1 + (prompts.row_ids + places) % 4
-        step = torch.arange(4)
-        ids = 40 + (7 * prompts.row_ids + 3 * places).unsqueeze(1) % 11 + step
-        mask = step < lengths.unsqueeze(1)
-        generation = Generation(torch.where(mask, ids, 0), mask, lengths < 4)
-        return generation, decode_responses(self.tokenizer, generation)
-
-
-class ToldRLOO(Told, RLOOModule):
-    pass
-
-
-class ToldGRPO(Told, GRPOModule):
-    pass
+def ppo(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
+    """Iterations of two steps, each on half of the rollout; responses drawn at temperature 1."""
+    given: dict[str, Any] = {
+        "sampling": Sampling(max_new_tokens=6, stop_strings=list("aeiou")),
+        "rollout_batch_size": BATCH,
+        "minibatch_size": BATCH // 2,
+        "ppo_epochs": 1,
+        "micro_batch_size": 1 if pieces else None,
+        "optimizer": sgd(0.3),
+        "value_lr": 0.1,
+        "kl": KLPenalty(0.1, target=0.001, horizon=100),
+        "score": ScoreShaping(missing_eos_penalty=0.5),
+    }
+    return PPOModule(folder, reward, **given | CONSTANT | options), prompts(folder)
 
 
-def groups(kind: Any, folder: str, processes: int, reward: str, **options: Any) -> tuple[pl.LightningModule, Any]:
-    """Two iterations of two steps each over the whole rollout, two answers to each prompt."""
-    share = GLOBAL_BATCH // processes
+def trunk(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
+    """The value head on the policy's hidden states, two epochs."""
+    return ppo(folder, reward, pieces, value_trunk="policy", ppo_epochs=2, minibatch_size=BATCH, **options)
+
+
+def on_policy(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
+    """One step on the whole rollout, whose log-probabilities come from the sampler."""
+    return ppo(folder, reward, pieces, minibatch_size=BATCH, **options)
+
+
+def groups(kind: Any, folder: str, reward: str, pieces: bool, **options: Any) -> Made:
+    """Iterations of two steps, two answers to each prompt."""
     module = kind(
         folder,
         reward,
         sampling=Sampling(max_new_tokens=4),
-        rollout_batch_size=share,
+        rollout_batch_size=BATCH,
         samples_per_prompt=2,
-        minibatch_size=2 * share,
-        micro_batch_size=4,
-        ppo_epochs=2,
+        minibatch_size=BATCH,
+        micro_batch_size=1 if pieces else None,
         optimizer=sgd(0.3),
         score=ScoreShaping(scaling=False, clip=None, missing_eos_penalty=0.5),
         **options,
         **CONSTANT,
     )
-    rows = prompt_rows(EXAMPLES)
-    data = PromptDataModule(folder, rows, validation_data=rows[:8], rollout_batch_size=share, max_prompt_length=40)
-    return module, data
+    return module, prompts(folder)
 
 
-def rloo(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, Any]:
+def rloo(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
     """The KL in the reward, one ratio for each response."""
-    return groups(ToldRLOO, folder, processes, reward, kl=KLPenalty(0.1, target=0.001, horizon=100))
+    return groups(RLOOModule, folder, reward, pieces, kl=KLPenalty(0.1, target=0.001, horizon=100), **options)
 
 
-def grpo(folder: str, processes: int, reward: str) -> tuple[pl.LightningModule, Any]:
+def grpo(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
     """The KL in the loss, which is a mean over responses of means over tokens."""
-    return groups(ToldGRPO, folder, processes, reward, loss="grpo", kl=KLPenalty(0.1, estimator="k3"))
+    return groups(GRPOModule, folder, reward, pieces, loss="grpo", kl=KLPenalty(0.1, estimator="k3"), **options)
 
 
-STAGES = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "rloo": rloo, "grpo": grpo}
+STAGES = {
+    "sft": sft,
+    "reward": reward,
+    "dpo": dpo,
+    "ppo": ppo,
+    "ppo trunk": trunk,
+    "ppo on-policy": on_policy,
+    "rloo": rloo,
+    "grpo": grpo,
+}
+EPOCHS = {"sft": 2, "reward": 2, "dpo": 2, "ppo on-policy": 2}
+"""So that all make five steps or more."""
 LEFT_OUT = "seconds", "tokens_per_second", "padding_share", "memory_gib"
 """Metrics that depend on the clock and the machine, or on how the examples fall into batches."""
 
@@ -181,35 +181,49 @@ class KeepState(pl.Callback):
 
 
 def strategy(name: str) -> str | Strategy:
-    """`zero2`, `zero3`, or a name Lightning knows."""
+    """`zero1` to `zero3`, `zero3-offload`, or a name Lightning knows."""
     if not name.startswith("zero"):
         return name
-    found = DeepSpeedStrategy(stage=int(name[4:]))
-    if name == "zero3":
+    offload = name.endswith("offload")
+    found = DeepSpeedStrategy(stage=int(name[4]), offload_optimizer=offload, offload_parameters=offload)
+    if name.startswith("zero3"):
         # At each weight DeepSpeed looks a billion weights ahead: in a tiny model through all modules of all steps.
         found.config["zero_optimization"]["stage3_max_reuse_distance"] = 10_000
     return found
 
 
-def run(stage: str, name: str, folder: str, reward: str, export: str | None = None) -> dict[str, Any]:
+def run(
+    stage: str,
+    name: str,
+    folder: str,
+    reward: str,
+    export: str | None = None,
+    lora: bool = False,
+    pieces: bool = True,
+    processes: int = 2,
+) -> dict[str, Any]:
     """Fit one stage.
 
     Args:
         stage: a key of `STAGES`.
-        name: the strategy; `auto` runs on one process, everything else on two.
+        name: the strategy; `auto` runs on one process.
         folder: language model.
         reward: reward model.
         export: write a Hugging Face folder here at the end.
+        lora: train adapters, else all weights.
+        pieces: make each step of several micro-batches.
+        processes: how many, but for `auto`.
 
     Returns:
-        Weights before and after (empty on all but the first rank), logged metrics, optimizer steps.
+        Weights before and after (empty on all but the first rank), logged metrics, optimizer steps, what was answered,
+        and the calibration of a reward model.
     """
-    processes = 1 if name == "auto" else 2
     torch.manual_seed(5)
-    module, data = STAGES[stage](folder, processes, reward)
-    keep, logger = KeepState(), MemoryLogger()
+    module, data = STAGES[stage](folder, reward, pieces, **({"finetune": LORA} if lora else {}))
+    keep, logger, said = KeepState(), MemoryLogger(), listen(module)
     callbacks = [keep] + ([HFExport(export)] if export else [])
-    fitted = trainer(strategy=strategy(name), devices=processes, callbacks=callbacks, logger=logger)
+    options = {"devices": 1 if name == "auto" else processes, "max_epochs": EPOCHS.get(stage, 1)}
+    fitted = trainer(strategy=strategy(name), callbacks=callbacks, logger=logger, **options)
     fitted.fit(module, data)
     series = {metric: logger.series(metric) for call in logger.calls for metric in call}
     exact = {metric: values for metric, values in series.items() if not any(word in metric for word in LEFT_OUT)}
@@ -218,9 +232,34 @@ def run(stage: str, name: str, folder: str, reward: str, export: str | None = No
         "after": keep.states[1],
         "metrics": exact,
         "steps": fitted.global_step,
+        "said": said,
+        "calibration": list(vars(module.scalar.calibration).values())[:2] if stage == "reward" else None,
     }
+
+
+def listen(module: Any) -> list[Any]:
+    """What the module will answer: for each time it is asked the row and the response of each prompt."""
+    said: list[Any] = []
+    answer = getattr(module, "answer", None)
+
+    def listening(prompts: PromptBatch, *args: Any, **options: Any) -> Any:
+        generation, texts = answer(prompts, *args, **options)
+        rows = zip(prompts.row_ids.tolist(), texts, generation.response_ids.tolist(), strict=True)
+        lengths = generation.response_mask.sum(dim=1).tolist()
+        heard = [[row, text, ids[:length]] for (row, text, ids), length in zip(rows, lengths, strict=True)]
+        said.append([each for each in heard if each[0] >= 0])
+        return generation, texts
+
+    if answer is not None:
+        module.answer = listening
+    return said
+
+
+def run_each(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One run after the other in the same process."""
+    return [run(**settings) for settings in runs]
 
 
 def run_all(runs: list[dict[str, Any]], skips: dict[str, str]) -> list[dict[str, Any]]:
     """One run after the other in the same process, and in the end one with a step that is skipped."""
-    return [*(run(**settings) for settings in runs), run_with_skips(**skips)]
+    return [*run_each(runs), run_with_skips(**skips)]
