@@ -220,12 +220,12 @@ def test_scores_are_scaled_by_all_scores_so_far(folder):
 
 
 def test_kl_coefficient_follows_its_formula(folder):
-    module = ppo(folder, share_of_letters, optimizer=adamw(3e-3), kl=KLPenalty(0.3, target=0.5, horizon=100))
+    module = ppo(folder, share_of_letters, optimizer=adamw(3e-3), kl=KLPenalty(0.3, target=0.2, horizon=100))
     log = run(module, iterations=6)
     coefficient, expected = 0.3, []
     for kl in log.series("train/kl"):
         expected.append(coefficient)
-        coefficient *= 1 + max(-0.2, min(0.2, kl / 0.5 - 1)) * 8 / 100
+        coefficient *= 1 + max(-0.2, min(0.2, kl / 0.2 - 1)) * 8 / 100
     assert log.series("train/kl_coef") == pytest.approx(expected, rel=1e-5)
     assert expected[1] == pytest.approx(0.3 * (1 - 0.2 * 0.08))  # the KL starts at 0
     assert any(later > earlier for earlier, later in pairwise(expected))  # and passes the target on the way

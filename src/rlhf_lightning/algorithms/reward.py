@@ -248,7 +248,7 @@ class RewardModule(PairStage):
 
     def _calibrate(self) -> None:
         """Measure the held-out scores that were collected, and remember one sequence as a probe."""
-        scores = self.held_out_scores.compute().double()
+        scores = self.held_out_scores.compute().double().reshape(-1)  # one alone comes without a dimension
         std = float(scores.std(correction=0)) if len(scores) > 1 else 0.0
         loader = self.trainer.val_dataloaders
         example = self.trainer.strategy.batch_to_device(next(iter(loader)))  # type: ignore[arg-type]
