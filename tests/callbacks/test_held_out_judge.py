@@ -181,7 +181,7 @@ def test_two_processes_find_what_one_finds(folder, reward_folder, tmp_path):
     shutil.copytree(reward_folder, judge)
     other = load_reward_model(judge).model
     with torch.no_grad():
-        other.score.weight.copy_(other.score.weight.roll(3))  # another opinion
+        other.score.weight.copy_(other.score.weight.roll(5))  # another opinion
     other.save_pretrained(judge)
     models = {"folder": folder, "reward": reward_folder, "judge": judge}
     one = run("auto", **models, best=str(tmp_path / "one"))
