@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.models.scalar_lm import ScalarLM as ScalarLM
     from rlhf_lightning.models.scalar_lm import load_reward_model as load_reward_model
     from rlhf_lightning.training import DeepSpeedStrategy as DeepSpeedStrategy
+    from rlhf_lightning.training import FSDP2Strategy as FSDP2Strategy
 
 _HOMES = {
     "callbacks": (
@@ -76,7 +77,7 @@ _HOMES = {
     "models.scalar_lm": ("ScalarLM", "load_reward_model"),
     "algorithms": ("DPOModule", "GRPOModule", "PPOModule", "RLOOModule", "RewardModule", "SFTModule"),
     "algorithms.online.settings": ("KLPenalty", "Objective", "ScoreShaping"),
-    "training": ("DeepSpeedStrategy",),
+    "training": ("DeepSpeedStrategy", "FSDP2Strategy"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -25,6 +25,7 @@ from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.runs.checkpoint_files import checksum, files_of, read_manifest, write_manifest
 from rlhf_lightning.training import (
     DeepSpeedStrategy,
+    FSDP2Strategy,
     GradientAccumulation,
     consolidated_state_dict,
     sum_over_ranks,
@@ -224,7 +225,11 @@ def save_model(folder: Path) -> str:
 
 
 def strategy(name: str) -> Any:
-    """`zero0` to `zero3`, with `-offload` for CPU offload of all the stage splits, or a name Lightning knows."""
+    """`zero0` to `zero3`, `-offload` for CPU offload of all the stage splits; `fsdp2`, also `-offload`, `-each` or
+    `-last` for when gradients are reduced; or a name Lightning knows."""
+    if name.startswith("fsdp2"):
+        when: Any = name.partition("-")[2] if name.endswith(("-each", "-last")) else "auto"
+        return FSDP2Strategy(cpu_offload=name.endswith("-offload"), reduce_gradients=when)
     if not name.startswith("zero"):
         return name
     stage, offload = int(name[4]), name.endswith("offload")

@@ -23,7 +23,7 @@ from rlhf_lightning.functional import (
     rows_per_chunk,
     token_logprobs,
 )
-from rlhf_lightning.training.zero import is_sharded
+from rlhf_lightning.training.zero import is_sharded, kind_of
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma 2, RecurrentGemma, xLSTM
 
@@ -170,7 +170,7 @@ def token_logprobs_at(
 def _has_plain_head(model: PreTrainedModel) -> bool:
     # A subclass (quantised, with an adapter) or a forward of its own may compute something else from the same weight.
     head = model.get_output_embeddings()
-    return type(head) is nn.Linear and "forward" not in vars(head)
+    return kind_of(head) is nn.Linear and "forward" not in vars(head)
 
 
 def _inside_head(model: PreTrainedModel, compute: Callable[[nn.Linear, Tensor], Any], hidden: Tensor) -> Any:

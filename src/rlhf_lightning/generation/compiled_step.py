@@ -176,7 +176,7 @@ class CompiledStep:
 def _obstacle(model: PreTrainedModel) -> str:
     """Why a model's step cannot be compiled, as far as it can be looked up."""
     if is_sharded(model):
-        return "its weights are sharded over processes (ZeRO-3)"
+        return "its weights are sharded over processes"
     if not takes_positions(model) or unusual_layers(model):
         return f"{type(model).__name__} is not of the usual kind, or takes no positions"
     if (kernel := attention_kernel(model)) != SDPA:

@@ -115,6 +115,8 @@ def _merged_weight(layer: Any, base: Tensor, parts: Mapping[str, Tensor]) -> Ten
 
 
 def _mergeable(model: nn.Module) -> list[Any]:
+    if is_sharded(model):
+        return []
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     layers = []
     for _, layer in lora_layers(model):

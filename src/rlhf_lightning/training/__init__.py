@@ -4,7 +4,7 @@ Every stage uses manual optimisation: `training_step` splits its batch into micr
 turns them into one optimizer step whose gradient is that of the *sum* of all losses passed in, over all micro-batches
 and ranks.
 
-Left out: FSDP, and float16 (its loss scaler skips steps, which cannot be told from a loss gone wrong; use bfloat16).
+Left out: float16 (its loss scaler skips steps, which cannot be told from a loss gone wrong; use bfloat16).
 """
 
 from rlhf_lightning.training.accumulation import GradientAccumulation as GradientAccumulation
@@ -15,7 +15,9 @@ from rlhf_lightning.training.accumulation import is_single_device as is_single_d
 from rlhf_lightning.training.accumulation import sum_over_ranks as sum_over_ranks
 from rlhf_lightning.training.accumulation import world_size as world_size
 from rlhf_lightning.training.deepspeed import DeepSpeedStrategy as DeepSpeedStrategy
+from rlhf_lightning.training.fsdp2 import FSDP2Strategy as FSDP2Strategy
 from rlhf_lightning.training.ranks import gather_objects as gather_objects
 from rlhf_lightning.training.ranks import rows_of_all_ranks as rows_of_all_ranks
+from rlhf_lightning.training.rollouts import rollout_weights as rollout_weights
 from rlhf_lightning.training.zero import consolidated_state_dict as consolidated_state_dict
 from rlhf_lightning.training.zero import synced as synced

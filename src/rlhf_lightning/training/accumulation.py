@@ -1,8 +1,8 @@
 """One optimizer step from several micro-batches and processes, the same on every strategy.
 
 The loss of a step is a sum over tokens divided by the number of tokens on all ranks, so no strategy may average
-anything on top: DDP and DeepSpeed average over ranks, hence each loss is multiplied by the number of ranks; DeepSpeed
-would also divide by the number of micro-batches, which is switched off.
+anything on top: DDP, DeepSpeed and FSDP2 average over ranks, hence each loss is multiplied by the number of ranks;
+DeepSpeed would also divide by the number of micro-batches, which is switched off.
 """
 
 import math
@@ -12,13 +12,15 @@ from typing import Any, Protocol, TypeVar
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from pytorch_lightning.strategies import DeepSpeedStrategy as LightningDeepSpeedStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.training.deepspeed import DeepSpeedStrategy
+from rlhf_lightning.training.fsdp2 import FSDP2Strategy
 from rlhf_lightning.training.optim import clip_value
 
 PieceT = TypeVar("PieceT")
@@ -113,8 +115,7 @@ class GradientAccumulation:
         self._parts = parts or {}
         self.part_norms: dict[str, Tensor] = {}
         self._loss = torch.zeros((), device=module.device)
-        on_deepspeed = isinstance(module.trainer.strategy, DeepSpeedStrategy)
-        self._backend: _Backend = _DeepSpeedBackend(module) if on_deepspeed else _TorchBackend(module)
+        self._backend = _backend(module)
 
     @property
     def loss(self) -> Tensor:
@@ -161,7 +162,7 @@ class GradientAccumulation:
         losses = module.all_gather(self.loss).reshape(-1)  # type: ignore[union-attr]  # [world_size]
         norm = self._backend.norm_before_step()
         if norm is not None:
-            self.part_norms = {name: _norm(part.parameters()) for name, part in self._parts.items()}
+            self.part_norms = {name: _norm(part.parameters(), module.device) for name, part in self._parts.items()}
         _refuse_non_finite(module, losses, norm, context)
         self._loss = losses.sum()
         norm = self._backend.clip_and_step(norm)
@@ -215,6 +216,13 @@ class _Backend(Protocol):
         """Step and clear the gradient; the norm before clipping, or None if a bad gradient stopped the step."""
 
 
+def _backend(module: pl.LightningModule) -> _Backend:
+    strategy = module.trainer.strategy
+    if isinstance(strategy, DeepSpeedStrategy):
+        return _DeepSpeedBackend(module)
+    return _FSDP2Backend(module, strategy) if isinstance(strategy, FSDP2Strategy) else _TorchBackend(module)
+
+
 class _TorchBackend:
     """Single device and DDP: gradients lie whole in `.grad`; DDP averages them during the last backward only."""
 
@@ -232,18 +240,41 @@ class _TorchBackend:
             self.module.manual_backward(loss)
 
     def norm_before_step(self) -> Tensor:
-        return _norm(self._parameters())
+        return _norm(self._parameters(), self.module.device)
 
     def clip_and_step(self, norm: Tensor | None) -> Tensor | None:
         clip = clip_value(self.module)
         if clip is not None and norm is not None:
-            clip_grads_with_norm_(self._parameters(), clip, norm)
+            _clip(self._parameters(), clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+class _FSDP2Backend(_TorchBackend):
+    """FSDP2: each process has its part of every gradient in `.grad`, the sum over micro-batches so far.
+
+    A part is averaged over the processes after each micro-batch, or, where the whole gradients fit in memory until
+    then, after the last.
+    """
+
+    def __init__(self, module: pl.LightningModule, strategy: FSDP2Strategy) -> None:
+        super().__init__(module)
+        self.strategy = strategy
+
+    def takes_parts(self, is_last: bool) -> bool:
+        return True  # each group of weights is averaged by itself
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        self.strategy.sync_gradients(is_last)
+        self.module.manual_backward(loss)
+
+    def norm_before_step(self) -> Tensor:
+        self.strategy.finish_backward()
+        return super().norm_before_step()
 
 
 class _DeepSpeedBackend:
@@ -267,7 +298,7 @@ class _DeepSpeedBackend:
 
     def norm_before_step(self) -> Tensor | None:
         whole = not self.engine.zero_optimization() and not self.engine.bfloat16_enabled()
-        return _norm(self.engine.module.parameters()) if whole else None
+        return _norm(self.engine.module.parameters(), self.module.device) if whole else None
 
     def clip_and_step(self, norm: Tensor | None) -> Tensor | None:
         self.optimizer.step()  # the engine clips, steps and clears
@@ -278,10 +309,30 @@ class _DeepSpeedBackend:
         return norm
 
 
-def _norm(parameters: Any) -> Tensor:
+def _norm(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Norm of the gradients of parameters; where processes hold parts of them, of all parts, and all must call it."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in parts]
+    norm = torch.linalg.vector_norm(torch.stack(norms)).to(device)  # parts may lie in CPU memory
+    meshes = {g.device_mesh for g in gradients if isinstance(g, DTensor)}
+    for mesh in meshes:
+        squares = norm.square()
+        torch.distributed.all_reduce(squares, group=mesh.get_group())
+        norm = squares.sqrt()
+    return norm
+
+
+@torch.no_grad()
+def _clip(parameters: list[nn.Parameter], clip: float, norm: Tensor) -> None:
+    parts = [p for p in parameters if isinstance(p.grad, DTensor)]
+    if not parts:
+        clip_grads_with_norm_(parameters, clip, norm)
+        return
+    factor = (clip / (norm + 1e-6)).clamp(max=1.0)  # as torch does
+    for p in parts:
+        part = p.grad.to_local()  # type: ignore[union-attr]
+        part.mul_(factor.to(part.device))
 
 
 def _only_optimizer(module: pl.LightningModule) -> Any:
@@ -293,13 +344,16 @@ def _only_optimizer(module: pl.LightningModule) -> Any:
 
 def _refuse_unsupported(trainer: pl.Trainer) -> None:
     strategy, ours = trainer.strategy, "rlhf_lightning.DeepSpeedStrategy"
+    sharded = "rlhf_lightning.FSDP2Strategy"
     if trainer.precision in ("16-mixed", "16-true"):
         raise UserError(f"precision {trainer.precision} is not supported: set trainer.precision to bf16-mixed.")
     if isinstance(strategy, LightningDeepSpeedStrategy) and not isinstance(strategy, DeepSpeedStrategy):
         raise UserError(f"Lightning's DeepSpeed strategy loses gradients here: set trainer.strategy to {ours}.")
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
+        raise UserError(f"Lightning's ModelParallelStrategy shards nothing here: set trainer.strategy to {sharded}.")
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | DeepSpeedStrategy | FSDP2Strategy):
         name = type(strategy).__name__
-        raise UserError(f"strategy {name} is not supported: set trainer.strategy to auto, ddp or {ours}.")
+        raise UserError(f"strategy {name} is not supported: set trainer.strategy to auto, ddp, {ours} or {sharded}.")
 
 
 def _refuse_non_finite(module: pl.LightningModule, losses: Tensor, norm: Tensor | None, context: str) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +53,27 @@ def finish_together(partial: Path, path: Path, settings: dict[str, Any]) -> None
     dist.barrier()
 
 
-def check_together(path: Path, settings: dict[str, Any] | None) -> None:
+def check_together(
+    path: Path,
+    settings: dict[str, Any] | None,
+    loading: Callable[[], AbstractContextManager[None]] | None = None,
+    check: Callable[[Path], Any] = lambda path: None,
+) -> None:
     """Refuse a folder on all processes if there is anything wrong with it. Every process must call it.
 
     Args:
         path: the same on every process.
         settings: of this run, to be compared with those it was saved with; None where they may differ.
+        loading: in what its files of tensors are tried; None for `plain_loading`.
+        check: raises on the first process what else is wrong with it.
 
     Raises:
         UserError: it is not whole, holds what could run code, or does not fit.
     """
-    _agree(lambda: _check_folder(path, settings) if dist.get_rank() == 0 else None)
+    _agree(lambda: (_check_folder(path, settings), check(path)) if dist.get_rank() == 0 else None)
     names = [name for name in files_of(path) if name.endswith(".pt")]
-    _agree(lambda: _check_plain([path / name for name in names[dist.get_rank() :: dist.get_world_size()]]))
+    mine = [path / name for name in names[dist.get_rank() :: dist.get_world_size()]]
+    _agree(lambda: _check_plain(mine, loading or plain_loading))
 
 
 def _check_folder(path: Path, settings: dict[str, Any] | None) -> None:
@@ -80,8 +88,8 @@ def _check_folder(path: Path, settings: dict[str, Any] | None) -> None:
             )
 
 
-def _check_plain(files: list[Path]) -> None:
-    with plain_loading():
+def _check_plain(files: list[Path], loading: Callable[[], AbstractContextManager[None]]) -> None:
+    with loading():
         for file in files:
             load_plain(file)
 

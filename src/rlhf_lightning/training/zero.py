@@ -1,25 +1,53 @@
-"""Weights that ZeRO-3 splits over the processes: how DeepSpeed marks them, and what all processes must do together."""
+"""Weights of which each process holds a part, by ZeRO-3 or FSDP2: how they are told, made whole, and copied.
+
+DeepSpeed marks a parameter that it has split with attributes (`ds_id`, `ds_shape`); FSDP2 puts a `DTensor` in its
+place, and a plain tensor for as long as its module computes. All processes must gather the same weights in the same
+order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy as LightningDeepSpeedStrategy
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 
 def is_sharded(weights: nn.Module | Tensor) -> bool:
-    """Whether ZeRO-3 holds a part of each weight only, which cannot be read, copied or merged by itself.
+    """Whether this process holds a part of each weight only, which cannot be read, copied or merged by itself.
 
     Args:
-        weights: a parameter, or a module, of whose parameters one is enough.
+        weights: a parameter, or a module, of whose parameters one is enough. A module that FSDP2 has sharded stays one
+            while its weights are gathered; of a parameter that cannot be told.
     """
-    parameters = weights.parameters() if isinstance(weights, nn.Module) else [weights]
-    return any(hasattr(p, "ds_id") for p in parameters)
+    if isinstance(weights, nn.Module):
+        return any(isinstance(m, FSDPModule) for m in weights.modules()) or any(map(_is_part, weights.parameters()))
+    return _is_part(weights)
+
+
+def _is_part(weight: Tensor) -> bool:
+    return isinstance(weight, DTensor) or hasattr(weight, "ds_id")
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """Class of a module as it was before FSDP2 made it one of its own.
+
+    Args:
+        module: any module.
+
+    Example:
+        >>> kind_of(nn.Linear(2, 2)) is nn.Linear
+        True
+    """
+    classes = type(module).__mro__
+    return classes[classes.index(FSDPModule) + 1] if isinstance(module, FSDPModule) else type(module)
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
@@ -36,29 +64,73 @@ def fill_with_zeros(parameter: Tensor) -> None:
 
 
 @contextmanager
-def gathered(*parameters: nn.Parameter) -> Iterator[None]:
-    """Hold parameters whole for the length of a `with` block; what rank 0 writes, all ranks receive."""
-    if not any(is_sharded(parameter) for parameter in parameters):
-        yield
-        return
-    import deepspeed
+def gathered(*weights: Tensor, writing: bool = True) -> Iterator[list[Tensor]]:
+    """Hold weights whole for the length of a `with` block. Every process must enter it with the same weights.
 
-    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
-        yield
+    Give it one weight at a time and no process ever needs room for the whole model.
+
+    Args:
+        *weights: parameters or buffers, sharded or not.
+        writing: whether to keep what rank 0 writes inside the block, on all ranks; without it nothing may be written.
+
+    Yields:
+        The whole weights, in their order. Those that are not sharded, and those of ZeRO-3, are the given objects;
+        those of FSDP2 are others.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(2))
+        >>> with gathered(weight, writing=False) as (whole,):
+        ...     whole.sum().item()
+        2.0
+    """
+    of_zero = [weight for weight in weights if hasattr(weight, "ds_id")]
+    if of_zero:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(of_zero, modifier_rank=0 if writing else None):
+            yield list(weights)
+        return
+    wholes = [weight.detach().full_tensor() if isinstance(weight, DTensor) else weight for weight in weights]
+    yield wholes
+    if writing:
+        for weight, whole in zip(weights, wholes, strict=True):
+            if isinstance(weight, DTensor):
+                _scatter(whole, weight)
+
+
+@torch.no_grad()
+def _scatter(whole: Tensor, weight: DTensor) -> None:
+    """Give each process its part of what rank 0 holds whole."""
+    from torch.distributed.tensor import distribute_tensor
+
+    parts = distribute_tensor(whole.to(weight.device_mesh.device_type), weight.device_mesh, weight.placements)
+    weight.to_local().copy_(parts.to_local())
+
+
+def shards_weights(trainer: pl.Trainer) -> bool:
+    """Whether the strategy splits weights over processes, which must then run every forward pass together.
+
+    Args:
+        trainer: of any strategy.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, LightningDeepSpeedStrategy):
+        return bool(strategy.zero_stage_3)
+    return isinstance(strategy, ModelParallelStrategy)
 
 
 def synced(module: pl.LightningModule) -> bool:
-    """Whether all processes must run the same number of forward passes (ZeRO-3 gathers weights in each).
+    """Whether all processes must run the same number of forward passes, each of which gathers weights.
 
     Pass it to `generate(..., synced_gpus=synced(self))`, and never generate on one process only.
     """
-    return _is_zero_3(module) and module.trainer.world_size > 1
+    return shards_weights(module.trainer) and module.trainer.world_size > 1
 
 
 def consolidated_state_dict(module: pl.LightningModule, submodule: nn.Module) -> dict[str, Tensor] | None:
     """Copy all weights of a submodule to CPU memory of the first process. Every process must call it.
 
-    Under ZeRO-3 one weight at a time is gathered, so that no GPU needs room for the whole model.
+    Sharded weights are gathered one at a time, so that no GPU needs room for the whole model.
 
     Args:
         module: the module attached to the trainer; it tells which strategy runs.
@@ -72,20 +144,7 @@ def consolidated_state_dict(module: pl.LightningModule, submodule: nn.Module) ->
     result: dict[str, Tensor] = {}
     for name, tensor in submodule.state_dict(keep_vars=True).items():
         if id(tensor) not in copies:
-            with _gathered(module, tensor):
-                copies[id(tensor)] = tensor.detach().to("cpu", copy=True) if keep else torch.empty(0)
+            with gathered(tensor, writing=False) as (whole,):
+                copies[id(tensor)] = whole.detach().to("cpu", copy=True) if keep else torch.empty(0)
         result[name] = copies[id(tensor)]
     return result if keep else None
-
-
-def _gathered(module: pl.LightningModule, weight: Tensor) -> Any:
-    if not _is_zero_3(module):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([weight])
-
-
-def _is_zero_3(module: pl.LightningModule) -> bool:
-    strategy = module.trainer.strategy
-    return isinstance(strategy, LightningDeepSpeedStrategy) and strategy.zero_stage_3

@@ -1,0 +1,189 @@
+"""What FSDP2 shards of the models of a module: each block, the backbone, the output layer, and what else is trained.
+
+A group of weights is gathered when its module is called, so a module must be one that is called. The Hugging Face model
+as a whole is not: backbone and output layer are called apart, past any hook of the model around them. Input embeddings
+that are also the output layer belong to two modules; they are one group that either call gathers.
+
+Several models of a module may hold the very same frozen weights (`models/sharing.py`); their parts are shared as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from rlhf_lightning.errors import UserError
+
+Place = tuple[nn.Module, str]
+"""A module and the name of one of its own parameters."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How models are sharded.
+
+    Args:
+        mesh: the processes, in one dimension.
+        blocks: types in which the blocks, and an output layer over the vocabulary, are gathered and reduced.
+        others: the same of all else: embeddings, norms and scalar heads.
+        offload: where parts are kept.
+        reshard_after_forward: of models that are trained; the whole weights of others always go after their forward
+            pass, as no backward pass would let go of them.
+    """
+
+    mesh: DeviceMesh
+    blocks: MixedPrecisionPolicy
+    others: MixedPrecisionPolicy
+    offload: OffloadPolicy
+    reshard_after_forward: bool
+
+    def apply(self, module: nn.Module | list[nn.Module], trained: bool, policy: MixedPrecisionPolicy) -> None:
+        """Make the weights of a module, or of several, that are in no group yet one group."""
+        modules = module if isinstance(module, list) else [module]
+        fully_shard(
+            module,  # type: ignore[arg-type]
+            mesh=self.mesh,
+            mp_policy=policy,
+            offload_policy=self.offload,
+            reshard_after_forward=self.reshard_after_forward or not trained,
+            # In four bits a weight has no rows to share out.
+            ignored_params={p for each in modules for p in each.parameters() if not p.is_floating_point()},
+        )
+
+
+def shard_models(module: pl.LightningModule, sharding: Sharding) -> None:
+    """Shard every transformers model of a module, and what is trained outside of them. Every process must call it.
+
+    Args:
+        module: changed in place; what is sharded already stays so.
+        sharding: how.
+
+    Raises:
+        UserError: a weight that is trained belongs to no module that is called.
+    """
+    models = [model for model in _outermost_models(module) if not isinstance(model.base_model, FSDPModule)]
+    shared = _part_company(models)
+    for model in models:
+        _shard_model(model, sharding)
+    for first, others in shared:
+        weight = first[0]._parameters[first[1]]
+        for owner, name in others:
+            owner._parameters[name] = weight  # FSDP2 takes over what stands here at its first forward pass
+    for part in [part for part in module.modules() if any(map(_is_left, part.parameters(recurse=False)))]:
+        if part is module or isinstance(part, PreTrainedModel):
+            raise UserError(f"FSDP2Strategy: weights of {type(part).__name__} itself cannot be trained on it; use ddp")
+        sharding.apply(part, True, sharding.others)
+
+
+def _is_left(weight: Tensor) -> bool:
+    return weight.requires_grad and not isinstance(weight, DTensor)
+
+
+def _outermost_models(module: nn.Module) -> list[PreTrainedModel]:
+    inner = {id(part) for model in module.modules() if isinstance(model, PreTrainedModel) for part in _below(model)}
+    return [part for part in module.modules() if isinstance(part, PreTrainedModel) and id(part) not in inner]
+
+
+def _below(model: nn.Module) -> Iterator[nn.Module]:
+    return (part for part in model.modules() if part is not model)
+
+
+def _part_company(models: list[PreTrainedModel]) -> list[tuple[Place, list[Place]]]:
+    """Give each model parameters of its own, on the same memory; returns where the same parameter stood.
+
+    FSDP2 would move what it shards to the device for all of them, and shard it for one.
+    """
+    places: dict[int, dict[int, list[Place]]] = {}
+    for number, model in enumerate(models):
+        for owner in model.modules():
+            for name, weight in owner.named_parameters(recurse=False):
+                if weight.is_floating_point():
+                    places.setdefault(id(weight), {}).setdefault(number, []).append((owner, name))
+    shared = []
+    for by_model in places.values():
+        (first, *_), *others = by_model.values()
+        for of_model in others:
+            twin = nn.Parameter(getattr(*of_model[0]).detach(), requires_grad=False)
+            for owner, name in of_model:
+                owner._parameters[name] = twin
+        if others:
+            shared.append((first, [place for of_model in others for place in of_model]))
+    return shared
+
+
+def _shard_model(model: PreTrainedModel, sharding: Sharding) -> None:
+    base: nn.Module = model.base_model
+    trained = any(p.requires_grad for p in model.parameters())
+    for block in _blocks(model):
+        sharding.apply(block, trained, sharding.blocks)
+    heads = [] if base is model else list(_beside(model, base))
+    for head in heads:
+        if owners := _owners_of(base, head):
+            _shard_together(owners, head, trained, sharding)
+    sharding.apply(base, trained, sharding.others)
+    for head in heads:
+        if any(not isinstance(p, DTensor) for p in head.parameters()):
+            wide = head is model.get_output_embeddings()
+            sharding.apply(head, trained, sharding.blocks if wide else sharding.others)
+
+
+def _blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks of a transformer, by the list that is as long as it is deep, or by their class."""
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for part in model.base_model.modules():
+        if isinstance(part, nn.ModuleList) and len(part) == depth:
+            return list(part)
+    whole = set(model._no_split_modules or [])
+    return [part for part in model.base_model.modules() if type(part).__name__ in whole]
+
+
+def _beside(model: nn.Module, base: nn.Module) -> Iterator[nn.Module]:
+    """The modules with weights that stand beside the backbone."""
+    for child in model.children():
+        if child is base:
+            continue
+        if any(part is base for part in child.modules()):
+            yield from _beside(child, base)
+        elif any(True for _ in child.parameters()):
+            yield child
+
+
+def _owners_of(base: nn.Module, head: nn.Module) -> list[nn.Module]:
+    """The modules of the backbone that hold weights of a head, too."""
+    weights = {id(p) for p in head.parameters()}
+    return [part for part in base.modules() if any(id(p) in weights for p in part.parameters(recurse=False))]
+
+
+def _shard_together(owners: list[nn.Module], head: nn.Module, trained: bool, sharding: Sharding) -> None:
+    """Make modules that hold the same weight one group, gathered for each call of any of them.
+
+    torch would wait until all of them have run before it lets go of the weight, but a backbone runs without its head.
+    """
+    if any(isinstance(owner, FSDPModule) for owner in owners):
+        raise UserError(f"FSDP2Strategy: {type(head).__name__} shares weights with a whole block; use ddp")
+    modules = [*owners, head]
+    sharding.apply(modules, trained, sharding.others)
+    state: Any = fully_shard.state(head)  # type: ignore[attr-defined]
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+    for module in modules:
+        module.register_forward_pre_hook(state._pre_forward, prepend=True, with_kwargs=True)
+        module.register_forward_hook(state._post_forward)
+
+
+def roots(model: nn.Module) -> list[Any]:
+    """The sharded parts of a model that have run and are inside no other, as FSDP2 counts them.
+
+    Args:
+        model: any module.
+    """
+    parts: list[Any] = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    return [part for part in parts if part._get_fsdp_state()._is_root]
