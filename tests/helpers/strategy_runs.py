@@ -6,7 +6,9 @@ the processes that `helpers.distributed` starts.
 
 import logging
 import os
+import pickle
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ from rlhf_lightning.training import (
     world_size,
 )
 from rlhf_lightning.training.checkpoint_folders import check_together
+from rlhf_lightning.training.dcp_folders import stored_tensors
+from rlhf_lightning.training.master_weights import with_master_weights
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 disable_progress_bar()
@@ -180,6 +184,16 @@ class SelfClippingModule(ForgetfulModule):
         self.clip_gradients(self.optimizers(), gradient_clip_val=1e-9)
 
 
+class MasteredModule(TinyModule):
+    """Trains float32 copies of weights that are held in lower precision."""
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        made = super().configure_optimizers()
+        optimizer = with_master_weights(made["optimizer"], self.trainer)
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return {"optimizer": optimizer, "lr_scheduler": decay}
+
+
 class UnannouncedModule(TinyModule):
     """Hides from transformers that ZeRO-3 runs."""
 
@@ -304,7 +318,8 @@ def spoil(checkpoint: str, file: str, how: str, folder: str) -> None:
     Args:
         checkpoint: the folder.
         file: inside it.
-        how: `code` for a pickle that runs some, with a manifest that says so; `damage` for another byte; `missing`.
+        how: `code` for a pickle that runs some, with a manifest that says so, or `plain code` for one as plain pickle
+            writes it; `damage` for another byte; `missing`.
         folder: of the model, not used.
     """
     if os.environ["RANK"] != "0":
@@ -314,23 +329,27 @@ def spoil(checkpoint: str, file: str, how: str, folder: str) -> None:
     if kept.exists():
         shutil.rmtree(root)
     shutil.copytree(kept if kept.exists() else root, root if kept.exists() else kept)
-    if how == "code":
-        torch.save({"module": Runs(f"{checkpoint} ran")}, path)
+    if how in ("code", "plain code"):
+        content = {"module": Runs(f"{checkpoint} ran")}
+        torch.save(content, path) if how == "code" else path.write_bytes(pickle.dumps(content))
         settings = read_manifest(root)["settings"]
         write_manifest(root, {name: checksum(root / name) for name in files_of(root)}, settings)
     elif how == "damage":
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
+        damaged = bytearray(path.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        path.write_bytes(damaged)
     else:
         path.unlink()
 
 
-def check(checkpoint: str, settings: dict[str, Any] | None, folder: str) -> str:
-    """What `check_together` says of a checkpoint of a run that this process has just made."""
+def check(checkpoint: str, settings: dict[str, Any] | None, folder: str, in_parts: bool = False) -> str:
+    """What `check_together` says of a checkpoint of a run that this process has just made; `in_parts` for FSDP2's."""
     dist.barrier()  # the first process may still be writing
     try:
-        check_together(Path(checkpoint), settings)
+        if in_parts:
+            check_together(Path(checkpoint), settings, nullcontext, stored_tensors)
+        else:
+            check_together(Path(checkpoint), settings)
     except UserError as error:
         return str(error)
     return ""

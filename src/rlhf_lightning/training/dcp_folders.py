@@ -48,6 +48,10 @@ _KNOWN: dict[tuple[str, str], Any] = {
 _DTYPES = {str(dtype).partition(".")[2] for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
 
+class _Foreign(Exception):
+    """Names what a pickle holds besides descriptions of tensors."""
+
+
 class _Unpickler(pickle.Unpickler):
     """Makes nothing but what describes tensors."""
 
@@ -62,19 +66,19 @@ class _Unpickler(pickle.Unpickler):
             return PurePath  # the folder as it was called when it was written
         if (module, name) == ("builtins", "getattr"):
             return _member
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        raise _Foreign(f"an object of {module}.{name}")
 
 
 def _layout(name: str) -> torch.layout:
     if name != "torch.strided":
-        raise pickle.UnpicklingError(f"GLOBAL {name}")
+        raise _Foreign(f"a layout {name}")
     return torch.strided
 
 
 def _member(kind: Any, name: Any) -> Any:
     """In the place of `getattr`, by which Python 3.11.0 to 3.11.3 write a member of an enum, and of nothing else."""
     if kind is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
-        raise pickle.UnpicklingError("GLOBAL getattr")
+        raise _Foreign("an object of builtins.getattr")
     return _MEM_FORMAT_ENCODING[name]
 
 
@@ -100,20 +104,25 @@ def _read_index(folder: Path) -> Metadata:
     try:
         with (folder / INDEX).open("rb") as file:
             metadata = _Unpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(f"GLOBAL {type(metadata).__name__}")
-        for name, stored in metadata.state_dict_metadata.items():
-            if not isinstance(stored, TensorStorageMetadata):
-                raise pickle.UnpicklingError(f"GLOBAL {name}")
-        for info in metadata.storage_data.values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise pickle.UnpicklingError(f"GLOBAL {info.relative_path}")
-    except pickle.UnpicklingError as e:
-        what = str(e).removeprefix("GLOBAL ")
-        raise UserError(f"'{folder / INDEX}' holds {what}, which could run code, so it is not loaded") from e
+        _check_index(metadata)
+    except _Foreign as e:
+        raise UserError(f"'{folder / INDEX}' holds {e}, which could run code, so it is not loaded") from e
     except Exception as e:  # whatever a damaged pickle can do
-        raise UserError(f"'{folder}' is not a complete checkpoint ('{INDEX}' is damaged); resume from another") from e
+        raise UserError(
+            f"'{folder}' is not a complete checkpoint ('{INDEX}' is damaged); resume from another one"
+        ) from e
     return metadata
+
+
+def _check_index(metadata: Any) -> None:
+    if not isinstance(metadata, Metadata):
+        raise _Foreign(f"an object of {type(metadata).__name__}")
+    for name, stored in metadata.state_dict_metadata.items():
+        if not isinstance(stored, TensorStorageMetadata):
+            raise _Foreign(f"'{name}', which is no tensor")
+    for info in metadata.storage_data.values():
+        if Path(info.relative_path).name != info.relative_path:
+            raise _Foreign(f"the path '{info.relative_path}'")
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:

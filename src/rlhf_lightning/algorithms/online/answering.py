@@ -35,6 +35,7 @@ from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextSco
 from rlhf_lightning.models.scalar_lm import ScalarLM
 from rlhf_lightning.training import synced
 from rlhf_lightning.training.reporting import report_progress
+from rlhf_lightning.training.rollouts import RolloutWeights, rollout_weights
 
 
 class AnsweringStage(Stage):
@@ -53,6 +54,8 @@ class AnsweringStage(Stage):
             needs bitsandbytes).
         reward_timeout: seconds that a reward function may take over one rollout; None for no limit. One that takes
             longer ends the run with one line; a checkpoint goes on from where it was written.
+        rollout_weights: where the strategy shards weights (ZeRO-3, FSDP2): `gathered` holds the policy's whole while
+            answers are generated, `layered` gathers each layer for each token; `auto` for whole where the memory is.
         reference: folder or hub id of the frozen model that the KL is taken to; None for `model_name_or_path`. Name the
             SFT model here to evaluate a policy that was trained from it.
         **options: those of `Stage`. An example is a response.
@@ -74,6 +77,7 @@ class AnsweringStage(Stage):
         compile_decoding: bool = False,
         frozen_dtype: FrozenDtype = "auto",
         reward_timeout: float | None = None,
+        rollout_weights: RolloutWeights = "auto",
         reference: str | None = None,
         **options: Any,
     ) -> None:
@@ -89,6 +93,7 @@ class AnsweringStage(Stage):
         self.compile_decoding = compile_decoding
         self.frozen_dtype: FrozenDtype = frozen_dtype
         self.reward_timeout = reward_timeout
+        self.rollout_weights: RolloutWeights = rollout_weights
         self.reference = reference
         self.rollout_engine: RolloutEngine | None = None
         self._synced_at: int | None = None
@@ -174,18 +179,20 @@ class AnsweringStage(Stage):
         """
         engine, size = self._awake_engine(), self.answers_at_once or len(prompts.prompts)
         tokens = math.ceil(len(prompts.prompts) / size) * self.sampling.max_new_tokens
+        how: RolloutWeights = self.rollout_weights if isinstance(engine, TransformersEngine) else "layered"
         try:
-            return respond(
-                engine,
-                self.tokenizer,
-                prompts,
-                self.sampling,
-                generator=random,
-                synced=synced(self),
-                on_token=lambda done: report_progress(self, "generating", done, tokens),
-                with_logprobs=with_logprobs and engine.has_logprobs,
-                with_hidden=with_logprobs and engine.has_hidden and isinstance(self.value, TrunkValue),
-            )
+            with rollout_weights(self, self.policy, how):
+                return respond(
+                    engine,
+                    self.tokenizer,
+                    prompts,
+                    self.sampling,
+                    generator=random,
+                    synced=synced(self),
+                    on_token=lambda done: report_progress(self, "generating", done, tokens),
+                    with_logprobs=with_logprobs and engine.has_logprobs,
+                    with_hidden=with_logprobs and engine.has_hidden and isinstance(self.value, TrunkValue),
+                )
         finally:
             engine.sleep()
 
