@@ -104,7 +104,7 @@ def rollouts(
 
     Returns:
         Of each rollout `gathers`, `ids`, whether weights were `whole` meanwhile and `after`wards; and `state`, the
-        weights at the end.
+        weights at the end; `shared`, the frozen matrices whose parts policy and reference share, under FSDP2.
     """
     torch.manual_seed(5)
     _, data = stage_runs.ppo(folder, 2, reward)
@@ -123,7 +123,16 @@ def rollouts(
     module.answer = _observed(module, module.answer, seen, fails)
     keep = stage_runs.KeepState()
     trainer(strategy=strategy(name), devices=2, callbacks=[keep], logger=MemoryLogger()).fit(module, data)
-    return {"rollouts": seen, "state": keep.states[1], "size": whole_size(module, module.policy)}
+    models = [module.policy, module.reference_model] if name == "fsdp2" else []
+    parts = [_frozen_parts(model) for model in models]
+    shared = [each for each in parts[0] if parts[0][each] == parts[1][each]] if parts else []
+    return {"rollouts": seen, "state": keep.states[1], "size": whole_size(module, module.policy), "shared": shared}
+
+
+def _frozen_parts(model: torch.nn.Module) -> dict[str, int]:
+    """Where this process's part of each frozen matrix lies."""
+    matrices = {n: p for n, p in model.named_parameters() if not p.requires_grad and p.dim() == 2}
+    return {name.replace(".base_layer", ""): p.to_local().data_ptr() for name, p in matrices.items()}
 
 
 def _observed(module: Any, answer: Callable[..., Any], seen: list[dict[str, Any]], fails: bool) -> Callable[..., Any]:
@@ -157,7 +166,7 @@ def resumed(name: str, stage: str, path: str, cut: int | None, devices: int, **m
     Args:
         name: the strategy.
         stage: a key of `stage_runs.STAGES`.
-        path: of a checkpoint, that is written after `cut` steps.
+        path: of a checkpoint, that is written after `cut` steps; at an epoch's end one gets `-epoch=0` to its name.
         cut: None to go on from the checkpoint instead.
         devices: processes.
         **models: `folder` and `reward`.
@@ -166,9 +175,13 @@ def resumed(name: str, stage: str, path: str, cut: int | None, devices: int, **m
     module, data = stage_runs.STAGES[stage](processes=devices, **models)
     module.optimizer = adamw(1e-2)
     keep, logger = stage_runs.KeepState(), MemoryLogger()
-    saver = ModelCheckpoint(Path(path).parent, Path(path).stem, every_n_train_steps=cut, enable_version_counter=False)
+    folder, stem = Path(path).parent, Path(path).stem
+    savers = [
+        ModelCheckpoint(folder, stem, every_n_train_steps=cut, enable_version_counter=False),
+        ModelCheckpoint(folder, stem + "-{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True),
+    ]
     options = {"strategy": strategy(name), "devices": devices, "max_epochs": 2, "enable_checkpointing": cut is not None}
-    fitting = trainer(callbacks=[keep, *([saver] if cut else [])], logger=logger, **options)
+    fitting = trainer(callbacks=[keep, *(savers if cut else [])], logger=logger, **options)
     fitting.fit(module, data, ckpt_path=None if cut else path, weights_only=True)
     series = {metric: logger.series(metric) for call in logger.calls for metric in call}
     exact = {m: values for m, values in series.items() if not any(word in m for word in stage_runs.LEFT_OUT)}

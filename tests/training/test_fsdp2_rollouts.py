@@ -104,6 +104,11 @@ def test_adapters_gather_their_base_too(runs: Any, name: str) -> None:
         assert min(gathers(run)) > 0
 
 
+def test_policy_and_reference_share_the_parts_of_what_is_frozen(runs: Any) -> None:
+    for run in runs["fsdp2", "gathered", SHORT, "lora"]:
+        assert len(run["shared"]) == 7 * LAYERS + 2  # every matrix of a block, the embeddings, the output layer
+
+
 def test_whole_size_is_of_all_processes(runs: Any) -> None:
     sizes = {run["size"] for key, ranks in runs.items() if key[3] == "all" for run in ranks}
     assert len(sizes) == 1

@@ -91,3 +91,45 @@ def test_adapters_and_last_layers_train_and_export_as_on_one_process(two: Any, r
     assert weights.keys() == load_file(expected).keys()
     for name, tensor in load_file(expected).items():
         torch.testing.assert_close(weights[name], tensor, atol=1e-5, rtol=0, msg=name)
+
+
+CUTS = {"sft": 3, "ppo": 6}
+"""Optimizer steps after which a checkpoint is written, in the middle of the second epoch, besides those at the ends."""
+
+
+@pytest.fixture(scope="module")
+def resumed(two: Any, root: Path) -> dict[Any, dict[str, Any]]:
+    """(stage, processes) -> a run that went on from the checkpoint of two; (stage, `whole`) -> one that was not cut."""
+    models = {"folder": str(root / "llama"), "reward": str(root / "reward")}
+    told = [
+        {"task": "resumed", "name": "fsdp2", "stage": stage, "path": str(root / f"{stage}.ckpt"), **models}
+        for stage in CUTS
+    ]
+    first = [each | {"cut": CUTS[each["stage"]], "devices": 2} for each in told]
+    again = [each | {"cut": None, "devices": 2} for each in told]
+    results, _ = run_in_processes("helpers.fsdp2_runs:run_all", runs=[*first, *again])
+    (alone,) = run_in_processes(
+        "helpers.fsdp2_runs:run_all",
+        world_size=1,
+        runs=[each | {"devices": 1, "path": each["path"].replace(".ckpt", "-epoch=0.ckpt")} for each in again],
+    )
+    keys = [(stage, kind) for kind in ("whole", 2, 1) for stage in CUTS]
+    return dict(zip(keys, [*results, *alone], strict=True))
+
+
+@pytest.mark.parametrize("stage", CUTS)
+def test_a_resumed_run_is_the_one_that_was_not_cut(resumed: Any, stage: str) -> None:
+    whole, after = resumed[stage, "whole"], resumed[stage, 2]
+    assert after["steps"] == whole["steps"] > CUTS[stage]
+    assert after["after"] == whole["after"]
+    loss = "train/loss" if stage == "sft" else "train/policy_loss"
+    assert after["metrics"][loss] == whole["metrics"][loss][-len(after["metrics"][loss]) :]
+
+
+@pytest.mark.parametrize("stage", CUTS)
+def test_one_process_goes_on_from_the_checkpoint_of_two(resumed: Any, stage: str) -> None:
+    whole, after = resumed[stage, "whole"], resumed[stage, 1]
+    assert after["steps"] == whole["steps"]
+    for weight, expected in whole["after"].items():
+        found = torch.tensor(after["after"][weight])
+        torch.testing.assert_close(found, torch.tensor(expected), atol=2e-5, rtol=0, msg=weight)

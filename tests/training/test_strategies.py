@@ -451,4 +451,6 @@ def test_trainer_configs_are_all_tested() -> None:
         "ddp.yaml",
         "deepspeed_zero2.yaml",
         "deepspeed_zero3.yaml",
+        "fsdp2.yaml",  # tests/training/test_fsdp2.py
+        "fsdp2_offload.yaml",
     ]

@@ -20,7 +20,7 @@ from rlhf_lightning.models.causal_lm import disable_dropout, freeze, load_causal
 from rlhf_lightning.models.folders import same_model
 from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM
 from rlhf_lightning.models.tokenizer import load_tokenizer, same_tokenizer
-from rlhf_lightning.training.zero import fill_with_zeros, is_sharded
+from rlhf_lightning.training.zero import fill_with_zeros, is_sharded, will_be_sharded
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -48,12 +48,15 @@ def frozen_twin(model: ModelT) -> ModelT:
 
 
 def copied_or_shared(model: Any) -> Any:
-    """The frozen twin, or None where ZeRO-3 has sharded weights that would have to be copied.
+    """The frozen twin, or None where weights are sharded that would have to be copied, or will be.
+
+    Loaded once more they cost less: from a file each process reads the part that it keeps.
 
     Args:
         model: as for `frozen_twin`.
     """
-    if is_sharded(model) and any(p.requires_grad for p in model.parameters()):
+    trained = [p.requires_grad for p in model.parameters()]
+    if (is_sharded(model) and any(trained)) or (will_be_sharded() and all(trained)):
         return None
     return frozen_twin(model)
 

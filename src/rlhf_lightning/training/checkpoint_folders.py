@@ -70,7 +70,8 @@ def check_together(
     Raises:
         UserError: it is not whole, holds what could run code, or does not fit.
     """
-    _agree(lambda: (_check_folder(path, settings), check(path)) if dist.get_rank() == 0 else None)
+    _agree(lambda: _check_folder(path, settings) if dist.get_rank() == 0 else None)
+    _agree(lambda: check(path) if dist.get_rank() == 0 else None)
     names = [name for name in files_of(path) if name.endswith(".pt")]
     mine = [path / name for name in names[dist.get_rank() :: dist.get_world_size()]]
     _agree(lambda: _check_plain(mine, loading or plain_loading))

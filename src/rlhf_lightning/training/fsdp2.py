@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,9 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.runs.checkpoint_files import PARTIAL, remove
 from rlhf_lightning.training.checkpoint_folders import check_together, finish_together
 from rlhf_lightning.training.dcp_folders import load_states, read_states, stored_tensors, write_states
+from rlhf_lightning.training.fsdp2_models import Sharding, roots, shard_models
 from rlhf_lightning.training.memory import has_room
-from rlhf_lightning.training.sharding import Sharding, roots, shard_models
+from rlhf_lightning.training.zero import to_be_sharded
 
 ReduceGradients = Literal["auto", "each", "last"]
 
@@ -87,6 +88,12 @@ class FSDP2Strategy(ModelParallelStrategy):
     def gathers_bfloat16(self) -> bool:
         """Whether float32 weights of the blocks are gathered in bfloat16."""
         return self.precision_plugin.precision == "bf16-mixed"
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Load models whole, without copies, as they are sharded after that."""
+        with to_be_sharded():
+            yield
 
     def setup_environment(self) -> None:
         """Start the process group; all processes share the data."""

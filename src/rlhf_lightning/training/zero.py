@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import pytorch_lightning as pl
@@ -48,6 +49,27 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
     """
     classes = type(module).__mro__
     return classes[classes.index(FSDPModule) + 1] if isinstance(module, FSDPModule) else type(module)
+
+
+_ahead = ContextVar("_ahead", default=False)
+
+
+@contextmanager
+def to_be_sharded() -> Iterator[None]:
+    """Say that models which are loaded in this `with` block will be sharded as soon as all are there."""
+    token = _ahead.set(True)
+    try:
+        yield
+    finally:
+        _ahead.reset(token)
+
+
+def will_be_sharded() -> bool:
+    """Whether a model is loaded that will be sharded later, as by FSDP2; then whole copies of it are to be avoided.
+
+    What `from_pretrained` loads in the type that it is stored in stays in the file until it is written to.
+    """
+    return _ahead.get()
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
@@ -90,7 +112,8 @@ def gathered(*weights: Tensor, writing: bool = True) -> Iterator[list[Tensor]]:
         with deepspeed.zero.GatheredParameters(of_zero, modifier_rank=0 if writing else None):
             yield list(weights)
         return
-    wholes = [weight.detach().full_tensor() if isinstance(weight, DTensor) else weight for weight in weights]
+    with torch.no_grad():
+        wholes = [weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in weights]
     yield wholes
     if writing:
         for weight, whole in zip(weights, wholes, strict=True):

@@ -49,7 +49,7 @@ class Sharding:
         """Make the weights of a module, or of several, that are in no group yet one group."""
         modules = module if isinstance(module, list) else [module]
         fully_shard(
-            module,  # type: ignore[arg-type]
+            module,
             mesh=self.mesh,
             mp_policy=policy,
             offload_policy=self.offload,
