@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import finetune_runs, stage_runs
 from helpers.stages import MemoryLogger, adamw, trainer
-from rlhf_lightning import FineTune, FSDP2Strategy, PPOModule, Sampling
+from rlhf_lightning import FineTune, FSDP2Strategy, Sampling
 from rlhf_lightning.training.rollouts import whole_size
 
 _others = stage_runs.strategy
@@ -31,27 +31,16 @@ def strategy(name: str) -> Any:
     return found
 
 
-def ppo_trunk(folder: str, processes: int, reward: str) -> Any:
-    """As `stage_runs.ppo`, the values read from the policy's own hidden states."""
-    module, data = stage_runs.ppo(folder, processes, reward)
-    given = {name: getattr(module, name) for name in ("sampling", "optimizer", "kl", "score")}
-    sizes = {name: getattr(module, name) for name in ("rollout_batch_size", "minibatch_size", "micro_batch_size")}
-    others = {"value_lr": 0.1, "value_trunk": "policy", "ppo_epochs": 2}
-    return PPOModule(folder, reward, **given, **sizes, **others, **stage_runs.CONSTANT), data
-
-
-def sft_checkpointing(folder: str, processes: int, reward: str) -> Any:
+def checkpointing(*args: Any, **options: Any) -> stage_runs.Made:
     """As `stage_runs.sft`, activations computed again."""
-    module, data = stage_runs.sft(folder, processes, reward)
-    module.gradient_checkpointing = True
-    return module, data
+    return stage_runs.sft(*args, gradient_checkpointing=True, **options)
 
 
 @contextmanager
 def more_is_known() -> Iterator[None]:
-    """Let the helpers for all stages know FSDP2, and two stages more, for the length of a `with` block."""
+    """Let the helpers for all stages know FSDP2, and one stage more, for the length of a `with` block."""
     stages = dict(stage_runs.STAGES)
-    stage_runs.STAGES |= {"ppo trunk": ppo_trunk, "sft checkpointing": sft_checkpointing}
+    stage_runs.STAGES["sft checkpointing"] = checkpointing
     stage_runs.strategy = finetune_runs.strategy = strategy
     try:
         yield
@@ -88,10 +77,8 @@ class Interrupted(Exception):
     pass
 
 
-def rollouts(
-    name: str, how: str, tokens: int, folder: str, reward: str, lora: bool = False, fails: bool = False
-) -> dict[str, Any]:
-    """Two iterations of PPO.
+def rollouts(name: str, how: str, tokens: int, folder: str, reward: str, kind: str = "all") -> dict[str, Any]:
+    """Iterations of PPO.
 
     Args:
         name: the strategy.
@@ -99,34 +86,32 @@ def rollouts(
         tokens: of every response.
         folder: language model.
         reward: reward model.
-        lora: train adapters.
-        fails: the first rollout raises inside of a block before it is made.
+        kind: `all` weights are trained, `lora` trains adapters, `bf16` is of mixed precision, and in `fails` the first
+            rollout raises inside of a block before it is made.
 
     Returns:
         Of each rollout `gathers`, `ids`, whether weights were `whole` meanwhile and `after`wards; and `state`, the
         weights at the end; `shared`, the frozen matrices whose parts policy and reference share, under FSDP2.
     """
     torch.manual_seed(5)
-    _, data = stage_runs.ppo(folder, 2, reward)
-    sizes = {"rollout_batch_size": data.batch_size, "minibatch_size": data.batch_size}
-    module = PPOModule(
+    module, data = stage_runs.on_policy(
         folder,
         reward,
+        False,
         sampling=Sampling(max_new_tokens=tokens, min_new_tokens=tokens),
         rollout_weights=how,
         optimizer=adamw(1e-3),
-        finetune=FineTune("lora", rank=2) if lora else FineTune(),
-        **sizes,
-        **stage_runs.CONSTANT,
+        finetune=stage_runs.LORA if kind == "lora" else FineTune(),
     )
     seen: list[dict[str, Any]] = []
-    module.answer = _observed(module, module.answer, seen, fails)
+    module.answer = _observed(module, module.answer, seen, kind == "fails")
     keep = stage_runs.KeepState()
-    trainer(strategy=strategy(name), devices=2, callbacks=[keep], logger=MemoryLogger()).fit(module, data)
+    options = {"strategy": strategy(name), "precision": "bf16-mixed" if kind == "bf16" else "32-true", "devices": 2}
+    trainer(callbacks=[keep], logger=MemoryLogger(), **options).fit(module, data)
     models = [module.policy, module.reference_model] if name == "fsdp2" else []
     parts = [_frozen_parts(model) for model in models]
     shared = [each for each in parts[0] if parts[0][each] == parts[1][each]] if parts else []
-    return {"rollouts": seen, "state": keep.states[1], "size": whole_size(module, module.policy), "shared": shared}
+    return {"rollouts": seen, "state": keep.states[1], "size": whole_size(module.policy), "shared": shared}
 
 
 def _frozen_parts(model: torch.nn.Module) -> dict[str, int]:
@@ -160,28 +145,25 @@ def _raise(*_: Any) -> None:
     raise Interrupted
 
 
-def resumed(name: str, stage: str, path: str, cut: int | None, devices: int, **models: str) -> dict[str, Any]:
+def resumed(stage: str, path: str, cut: int | None, devices: int, folder: str, reward: str) -> dict[str, Any]:
     """Train a stage for two epochs, or from a checkpoint to there.
 
     Args:
-        name: the strategy.
         stage: a key of `stage_runs.STAGES`.
-        path: of a checkpoint, that is written after `cut` steps; at an epoch's end one gets `-epoch=0` to its name.
+        path: of a checkpoint, that is written after `cut` steps.
         cut: None to go on from the checkpoint instead.
         devices: processes.
-        **models: `folder` and `reward`.
+        folder: language model.
+        reward: reward model.
     """
     torch.manual_seed(5)
-    module, data = stage_runs.STAGES[stage](processes=devices, **models)
-    module.optimizer = adamw(1e-2)
-    keep, logger = stage_runs.KeepState(), MemoryLogger()
-    folder, stem = Path(path).parent, Path(path).stem
-    savers = [
-        ModelCheckpoint(folder, stem, every_n_train_steps=cut, enable_version_counter=False),
-        ModelCheckpoint(folder, stem + "-{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True),
-    ]
-    options = {"strategy": strategy(name), "devices": devices, "max_epochs": 2, "enable_checkpointing": cut is not None}
-    fitting = trainer(callbacks=[keep, *(savers if cut else [])], logger=logger, **options)
+    module, data = stage_runs.STAGES[stage](folder, reward, True)
+    # Adam would step rounding errors as if they were gradients.
+    module.optimizer = lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    keep, logger, place = stage_runs.KeepState(), MemoryLogger(), Path(path)
+    saver = ModelCheckpoint(place.parent, place.stem, every_n_train_steps=cut, enable_version_counter=False)
+    options = {"strategy": FSDP2Strategy(), "devices": devices, "max_epochs": 2, "enable_checkpointing": bool(cut)}
+    fitting = trainer(callbacks=[keep, *([saver] if cut else [])], logger=logger, **options)
     fitting.fit(module, data, ckpt_path=None if cut else path, weights_only=True)
     series = {metric: logger.series(metric) for call in logger.calls for metric in call}
     exact = {m: values for m, values in series.items() if not any(word in m for word in stage_runs.LEFT_OUT)}

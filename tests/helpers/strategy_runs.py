@@ -30,6 +30,7 @@ from rlhf_lightning.training import (
     FSDP2Strategy,
     GradientAccumulation,
     consolidated_state_dict,
+    forget_gradient,
     sum_over_ranks,
     synced,
     world_size,
@@ -182,6 +183,16 @@ class SelfClippingModule(ForgetfulModule):
     def manual_backward(self, loss: Tensor) -> None:
         super().manual_backward(loss)
         self.clip_gradients(self.optimizers(), gradient_clip_val=1e-9)
+
+
+class SkippingModule(TinyModule):
+    """Leaves out a step whose gradient is not finite."""
+
+    def train_on(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        try:
+            super().train_on(batch, batch_idx)
+        except NonFiniteError:
+            forget_gradient(self)
 
 
 class MasteredModule(TinyModule):

@@ -1,4 +1,4 @@
-"""Every stage under FSDP2 on two processes, full and with adapters, is the same run as on one process."""
+"""Every stage under FSDP2 on two processes, full and with adapters, is the same run as on one process; and resumed."""
 
 from __future__ import annotations
 
@@ -9,22 +9,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers import equality
 from helpers.distributed import run_in_processes
+from helpers.equality import Case, distance
 from helpers.fsdp2_runs import run_all
-from helpers.models import save_folder
-from helpers.stages import save_llama, save_reward_model
-from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning import load_causal_lm
+from helpers.stage_runs import STAGES
 
-STAGES = ["sft", "sft checkpointing", "reward", "dpo", "ppo", "ppo trunk"]
-LORA = {"mode": "lora", "rank": 4}
-CASES = {
-    "sft merged": ("sft", LORA),
-    "reward adapter": ("reward", LORA | {"export": "adapter"}),
+# Each stage with all weights and with LoRA, once in pieces and once not.
+CASES = [
+    *(Case(stage, "fsdp2", lora, (i + lora) % 2 == 0) for i, stage in enumerate(STAGES) for lora in (False, True)),
+    Case("sft checkpointing", "fsdp2", False, True),
+]
+NAMES = [" ".join(map(str, case)) for case in CASES]
+EXPORTED = [case for case in CASES if not case.lora]
+PARTLY = {
+    "reward adapter": ("reward", {"mode": "lora", "rank": 4, "export": "adapter"}),
     "reward last layer": ("reward", {"mode": "last_layer"}),
-    "ppo merged": ("ppo", LORA),
     "ppo last layer": ("ppo", {"mode": "last_layer"}),
 }
+CUTS = {"sft": 4, "ppo": 8}
+"""Optimizer steps after which a checkpoint is written, in the middle of the second of two epochs."""
+
+each_case = pytest.mark.parametrize("case", CASES, ids=NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -32,59 +38,82 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-def stage(name: str, stage: str, root: Path) -> dict[str, Any]:
-    models = {"folder": str(root / "llama"), "reward": str(root / "reward")}
-    return {"task": "stage", "stage": stage, "name": name, "export": str(root / f"{stage} {name}"), **models}
+@pytest.fixture(scope="module")
+def folders(root: Path) -> dict[str, str]:
+    return equality.prepare(root)
 
 
-def adapters(name: str, case: str, root: Path) -> dict[str, Any]:
-    stage, settings = CASES[case]
-    folders = {"folder": str(root / "llama"), "export": str(root / f"{case} {name}")}
-    return {"task": "adapters", "stage": stage, "name": name, "settings": settings, **folders}
+def partly(case: str, name: str, root: Path, folders: dict[str, str]) -> dict[str, Any]:
+    stage, settings = PARTLY[case]
+    export = str(root / f"{case} {name}")
+    told = {"stage": stage, "name": name, "settings": settings, "folder": folders["folder"], "export": export}
+    return {"task": "adapters", **told}
+
+
+def cut(stage: str, steps: int | None, devices: int, root: Path, folders: dict[str, str]) -> dict[str, Any]:
+    path = str(root / f"{stage}.ckpt")
+    return {"task": "resumed", "stage": stage, "path": path, "cut": steps, "devices": devices, **folders}
 
 
 @pytest.fixture(scope="module")
-def two(root: Path) -> dict[str, Any]:
-    """Stage, or case with adapters -> result of each of two processes; all are started once."""
-    base = save_llama(root / "llama", layers=2)
-    reference = load_causal_lm(base)
-    with torch.no_grad():
-        for weight in reference.parameters():
-            weight.mul_(1.3)
-    save_folder(root / "llama-reference", reference, tiny_tokenizer())
-    save_reward_model(root / "reward", base)
-    runs = [stage("fsdp2", name, root) for name in STAGES] + [adapters("fsdp2", case, root) for case in CASES]
-    ranks = run_in_processes("helpers.fsdp2_runs:run_all", runs=runs)
-    return dict(zip([*STAGES, *CASES], zip(*ranks, strict=True), strict=True))
+def two(root: Path, folders: dict[str, str]) -> dict[Any, Any]:
+    """Case, or (stage, `whole` or `resumed`) -> result of each of two processes; all are started once."""
+    runs = [{"task": "stage", **equality.settings(case, folders)} for case in CASES]
+    for case, settings in zip(CASES, runs, strict=True):
+        settings["export"] = str(root / " ".join(map(str, case))) if case in EXPORTED else None
+    runs += [partly(case, "fsdp2", root, folders) for case in PARTLY]
+    runs += [cut(stage, steps, 2, root, folders) for stage in CUTS for steps in (CUTS[stage], None)]
+    keys = [*CASES, *PARTLY, *((stage, kind) for stage in CUTS for kind in ("whole", "resumed"))]
+    ranks = run_in_processes("helpers.fsdp2_runs:run_all", timeout=3600, runs=runs)
+    return dict(zip(keys, zip(*ranks, strict=True), strict=True))
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_two_processes_train_and_log_as_one(two: Any, root: Path, name: str) -> None:
-    first, second = two[name]
-    (one,) = run_all([stage("auto", name, root)])
-    assert first["steps"] == second["steps"] == one["steps"] > 0
-    for when in ("before", "after"):
-        assert first[when].keys() == one[when].keys()
-        for weight, expected in one[when].items():
-            found = torch.tensor(first[when][weight])
-            torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=0, msg=f"{when} {weight}")
-    assert first["before"] != first["after"]
-    assert first["metrics"].keys() == one["metrics"].keys()
-    for metric, expected in one["metrics"].items():
+@pytest.fixture(scope="module")
+def one(folders: dict[str, str]) -> dict[Case, dict[str, Any]]:
+    """The same without FSDP2, on one process in one piece."""
+    alone = sorted({(case.stage, case.lora) for case in CASES})
+    runs = [{"task": "stage", **equality.settings(Case(stage, "auto", lora, False), folders)} for stage, lora in alone]
+    done = dict(zip(alone, run_all(runs), strict=True))
+    return {case: done[case.stage, case.lora] for case in CASES}
+
+
+@each_case
+def test_two_processes_train_as_one(one: Any, two: Any, case: Case) -> None:
+    first, second = two[case]
+    assert first["steps"] == second["steps"] == one[case]["steps"] >= 3
+    assert distance(first, one[case], "before") <= 1e-7
+    assert distance(first, one[case]) <= 1e-5
+    assert distance({"after": first["before"]}, one[case]) > 1e-3
+
+
+@each_case
+def test_two_processes_log_as_one(one: Any, two: Any, case: Case) -> None:
+    first, second = two[case]
+    assert first["metrics"].keys() == one[case]["metrics"].keys()  # each part's gradient norm, too
+    for metric, expected in one[case]["metrics"].items():
         assert first["metrics"][metric] == pytest.approx(expected, abs=1e-4, rel=1e-4), metric
     assert {m: first["metrics"][m] for m in second["metrics"]} == second["metrics"]
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_exports_hold_the_trained_weights(two: Any, root: Path, name: str) -> None:
-    (file,) = (root / f"{name} fsdp2").glob("*.safetensors")
+@each_case
+def test_two_processes_answer_as_one(one: Any, two: Any, case: Case) -> None:
+    for told in zip(one[case]["said"], *(result["said"] for result in two[case]), strict=True):
+        alone, *shares = ({row: rest for row, *rest in said} for said in told)
+        assert {row: rest for share in shares for row, rest in share.items()} == alone
+
+
+@pytest.mark.parametrize("case", EXPORTED, ids=[" ".join(map(str, case)) for case in EXPORTED])
+def test_exports_hold_the_trained_weights(two: Any, root: Path, case: Case) -> None:
+    (file,) = (root / " ".join(map(str, case))).glob("*.safetensors")
     for weight, tensor in load_file(file).items():
-        assert tensor.tolist() == two[name][0]["after"][f"0 {weight}"], weight
+        assert tensor.tolist() == two[case][0]["after"][f"0 {weight}"], weight
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_adapters_and_last_layers_train_and_export_as_on_one_process(two: Any, root: Path, case: str) -> None:
-    (losses,) = run_all([adapters("auto", case, root)])
+@pytest.mark.parametrize("case", PARTLY)
+def test_adapters_and_last_layers_train_and_export_as_on_one_process(
+    two: Any, root: Path, folders: dict[str, str], case: str
+) -> None:
+    (losses,) = run_all([partly(case, "auto", root, folders)])
     assert two[case][0] == pytest.approx(losses, abs=1e-4)
     (expected,), (found,) = ((root / f"{case} {name}").glob("*.safetensors") for name in ("auto", "fsdp2"))
     weights = load_file(found)
@@ -93,43 +122,19 @@ def test_adapters_and_last_layers_train_and_export_as_on_one_process(two: Any, r
         torch.testing.assert_close(weights[name], tensor, atol=1e-5, rtol=0, msg=name)
 
 
-CUTS = {"sft": 3, "ppo": 6}
-"""Optimizer steps after which a checkpoint is written, in the middle of the second epoch, besides those at the ends."""
-
-
-@pytest.fixture(scope="module")
-def resumed(two: Any, root: Path) -> dict[Any, dict[str, Any]]:
-    """(stage, processes) -> a run that went on from the checkpoint of two; (stage, `whole`) -> one that was not cut."""
-    models = {"folder": str(root / "llama"), "reward": str(root / "reward")}
-    told = [
-        {"task": "resumed", "name": "fsdp2", "stage": stage, "path": str(root / f"{stage}.ckpt"), **models}
-        for stage in CUTS
-    ]
-    first = [each | {"cut": CUTS[each["stage"]], "devices": 2} for each in told]
-    again = [each | {"cut": None, "devices": 2} for each in told]
-    results, _ = run_in_processes("helpers.fsdp2_runs:run_all", runs=[*first, *again])
-    (alone,) = run_in_processes(
-        "helpers.fsdp2_runs:run_all",
-        world_size=1,
-        runs=[each | {"devices": 1, "path": each["path"].replace(".ckpt", "-epoch=0.ckpt")} for each in again],
-    )
-    keys = [(stage, kind) for kind in ("whole", 2, 1) for stage in CUTS]
-    return dict(zip(keys, [*results, *alone], strict=True))
-
-
 @pytest.mark.parametrize("stage", CUTS)
-def test_a_resumed_run_is_the_one_that_was_not_cut(resumed: Any, stage: str) -> None:
-    whole, after = resumed[stage, "whole"], resumed[stage, 2]
+def test_a_resumed_run_is_the_one_that_was_not_cut(two: Any, stage: str) -> None:
+    (whole, _), (after, _) = two[stage, "whole"], two[stage, "resumed"]
     assert after["steps"] == whole["steps"] > CUTS[stage]
     assert after["after"] == whole["after"]
     loss = "train/loss" if stage == "sft" else "train/policy_loss"
     assert after["metrics"][loss] == whole["metrics"][loss][-len(after["metrics"][loss]) :]
 
 
-@pytest.mark.parametrize("stage", CUTS)
-def test_one_process_goes_on_from_the_checkpoint_of_two(resumed: Any, stage: str) -> None:
-    whole, after = resumed[stage, "whole"], resumed[stage, 1]
-    assert after["steps"] == whole["steps"]
-    for weight, expected in whole["after"].items():
-        found = torch.tensor(after["after"][weight])
-        torch.testing.assert_close(found, torch.tensor(expected), atol=2e-5, rtol=0, msg=weight)
+def test_one_process_goes_on_from_the_checkpoint_of_two(two: Any, root: Path, folders: dict[str, str]) -> None:
+    runs = [cut(stage, None, 1, root, folders) for stage in CUTS]
+    (alone,) = run_in_processes("helpers.fsdp2_runs:run_all", world_size=1, runs=runs)
+    for stage, after in zip(CUTS, alone, strict=True):
+        whole = two[stage, "whole"][0]
+        assert after["steps"] == whole["steps"]
+        assert distance(after, whole) <= 2e-5

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
+from rlhf_lightning.training.zero import blocks_compute_in
 
 Found = TypeVar("Found")
 
@@ -78,10 +79,10 @@ def tolerance(model: PreTrainedModel) -> float:
 
 
 def _coarsest(model: PreTrainedModel) -> torch.dtype:
-    """What a model is held in, or, if that is coarser, what its four-bit layers compute in."""
+    """What a model is held in, or, if that is coarser, what its four-bit layers or its sharded blocks compute in."""
     quantization = getattr(model.config, "quantization_config", None)
-    computes_in = getattr(quantization, "bnb_4bit_compute_dtype", None) or model.dtype
-    return max(model.dtype, computes_in, key=lambda dtype: torch.finfo(dtype).eps)
+    computes_in = getattr(quantization, "bnb_4bit_compute_dtype", None), blocks_compute_in(model)
+    return max([model.dtype, *filter(None, computes_in)], key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def typical_tolerance(model: PreTrainedModel) -> float:

@@ -116,6 +116,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         pinned = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda")
         sharding = Sharding(
             mesh=self.device_mesh["data_parallel"],
+            device=self.root_device,
             blocks=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False),
             others=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
             offload=pinned if offload else OffloadPolicy(),
@@ -143,8 +144,12 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def finish_backward(self) -> None:
         """After the last backward pass of a step, see that each process holds its part of every weight alone."""
-        for part in _parts(self._module()):
+        module = self._module()
+        for part in _parts(module):
             part.reshard()
+        for model in roots(module):
+            if not any(p.requires_grad for p in model.parameters()):
+                self.finish_forward(model)  # of each forward pass FSDP2 keeps a record, up to a backward pass
 
     def finish_forward(self, model: nn.Module) -> None:
         """After forward passes without a backward pass, forget in which order they were; also after one that raised.

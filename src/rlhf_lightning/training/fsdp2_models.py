@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.training.zero import COMPUTES_IN
 
 Place = tuple[nn.Module, str]
 """A module and the name of one of its own parameters."""
@@ -32,14 +34,17 @@ class Sharding:
 
     Args:
         mesh: the processes, in one dimension.
-        blocks: types in which the blocks, and an output layer over the vocabulary, are gathered and reduced.
-        others: the same of all else: embeddings, norms and scalar heads.
+        device: on which this process computes.
+        blocks: types in which the blocks are gathered and reduced; where they are gathered in another type than they
+            are held in, they compute in that.
+        others: the same of all else: embeddings, last norm and output layers.
         offload: where parts are kept.
         reshard_after_forward: of models that are trained; the whole weights of others always go after their forward
             pass, as no backward pass would let go of them.
     """
 
     mesh: DeviceMesh
+    device: torch.device
     blocks: MixedPrecisionPolicy
     others: MixedPrecisionPolicy
     offload: OffloadPolicy
@@ -57,6 +62,22 @@ class Sharding:
             # In four bits a weight has no rows to share out.
             ignored_params={p for each in modules for p in each.parameters() if not p.is_floating_point()},
         )
+
+
+def _compute_in(block: Any, dtype: torch.dtype, device_type: str) -> None:
+    """Let a block compute in the type that its weights are gathered in, also where nobody asked for autocast."""
+    block.forward = torch.autocast(device_type, dtype, cache_enabled=False)(block.forward)
+    setattr(block, COMPUTES_IN, dtype)
+
+
+def _compute_on(model: Any, device: torch.device) -> None:
+    """Let a model name the device that it computes on, where its parts are kept elsewhere.
+
+    transformers looks at the first weight. The class goes by the same name, which is looked up and saved.
+    """
+    kind = type(model)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    model.__class__ = type(kind.__name__, (kind,), {**names, "device": property(lambda _: device)})
 
 
 def shard_models(module: pl.LightningModule, sharding: Sharding) -> None:
@@ -124,6 +145,8 @@ def _shard_model(model: PreTrainedModel, sharding: Sharding) -> None:
     trained = any(p.requires_grad for p in model.parameters())
     for block in _blocks(model):
         sharding.apply(block, trained, sharding.blocks)
+        if sharding.blocks.param_dtype is not None:
+            _compute_in(block, sharding.blocks.param_dtype, sharding.mesh.device_type)
     heads = [] if base is model else list(_beside(model, base))
     for head in heads:
         if owners := _owners_of(base, head):
@@ -131,8 +154,9 @@ def _shard_model(model: PreTrainedModel, sharding: Sharding) -> None:
     sharding.apply(base, trained, sharding.others)
     for head in heads:
         if any(not isinstance(p, DTensor) for p in head.parameters()):
-            wide = head is model.get_output_embeddings()
-            sharding.apply(head, trained, sharding.blocks if wide else sharding.others)
+            sharding.apply(head, trained, sharding.others)
+    if isinstance(sharding.offload, CPUOffloadPolicy):
+        _compute_on(model, sharding.device)
 
 
 def _blocks(model: PreTrainedModel) -> list[nn.Module]:

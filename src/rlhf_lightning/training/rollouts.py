@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from rlhf_lightning.training.fsdp2 import FSDP2Strategy
 from rlhf_lightning.training.memory import has_room
-from rlhf_lightning.training.zero import full_shape, is_sharded, synced
+from rlhf_lightning.training.zero import COMPUTES_IN, full_shape, is_sharded, synced
 
 RolloutWeights = Literal["auto", "gathered", "layered"]
 _HOLDER = -1  # no module of DeepSpeed's has this number
@@ -44,7 +44,7 @@ def rollout_weights(module: pl.LightningModule, model: nn.Module, how: RolloutWe
     if how == "layered" or not synced(module) or not is_sharded(model):
         yield
         return
-    if how == "auto" and not has_room(module, whole_size(module, model)):
+    if how == "auto" and not has_room(module, whole_size(model)):
         yield
         return
     hold = _hold_fsdp2 if any(isinstance(part, FSDPModule) for part in model.modules()) else _hold_zero_3
@@ -52,17 +52,17 @@ def rollout_weights(module: pl.LightningModule, model: nn.Module, how: RolloutWe
         yield
 
 
-def whole_size(module: pl.LightningModule, model: nn.Module) -> int:
+def whole_size(model: nn.Module) -> int:
     """Bytes of a sharded model's weights once they are gathered.
 
     Args:
-        module: attached to a trainer.
         model: sharded.
     """
-    strategy = module.trainer.strategy
     size = sum(full_shape(p).numel() * p.element_size() for p in model.parameters())
-    # Where the blocks are gathered in bfloat16, as good as all weights are.
-    return size // 2 if isinstance(strategy, FSDP2Strategy) and strategy.gathers_bfloat16 else size
+    for part in model.modules():
+        if dtype := getattr(part, COMPUTES_IN, None):
+            size -= sum(p.numel() * (p.element_size() - dtype.itemsize) for p in part.parameters())
+    return size
 
 
 @contextmanager

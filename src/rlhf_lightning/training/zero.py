@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+COMPUTES_IN = "rlhf_lightning_computes_in"
+"""Attribute of a sharded module that is gathered in another type than it is held in."""
+
 
 def is_sharded(weights: nn.Module | Tensor) -> bool:
     """Whether this process holds a part of each weight only, which cannot be read, copied or merged by itself.
@@ -49,6 +52,16 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
     """
     classes = type(module).__mro__
     return classes[classes.index(FSDPModule) + 1] if isinstance(module, FSDPModule) else type(module)
+
+
+def blocks_compute_in(model: nn.Module) -> torch.dtype | None:
+    """Type that a model's blocks are gathered in and compute in, where it is not the one that they are held in.
+
+    Args:
+        model: any module.
+    """
+    types = (getattr(part, COMPUTES_IN, None) for part in model.modules() if isinstance(part, FSDPModule))
+    return next(filter(None, types), None)
 
 
 _ahead = ContextVar("_ahead", default=False)
@@ -112,13 +125,18 @@ def gathered(*weights: Tensor, writing: bool = True) -> Iterator[list[Tensor]]:
         with deepspeed.zero.GatheredParameters(of_zero, modifier_rank=0 if writing else None):
             yield list(weights)
         return
-    with torch.no_grad():
-        wholes = [weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in weights]
+    wholes = [_gather(weight) if isinstance(weight, DTensor) else weight for weight in weights]
     yield wholes
     if writing:
         for weight, whole in zip(weights, wholes, strict=True):
             if isinstance(weight, DTensor):
                 _scatter(whole, weight)
+
+
+@torch.no_grad()
+def _gather(weight: DTensor) -> Tensor:
+    # A part that is kept in CPU memory is sent from the device on which it is used.
+    return weight.to(weight.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined, no-any-return]
 
 
 @torch.no_grad()
