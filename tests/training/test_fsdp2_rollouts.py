@@ -32,18 +32,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[dict[str, A
     ]
     keys += [(name, "gathered", tokens, "all") for name in STRATEGIES for tokens in (SHORT, LONG)]
     keys += [(name, "gathered", SHORT, kind) for name in STRATEGIES for kind in ("lora", "fails")]
-    keys += [(name, "layered", SHORT, "fails") for name in STRATEGIES[:1]]
-    told = [
-        {
-            "task": "rollouts",
-            "name": name,
-            "how": how,
-            "tokens": tokens,
-            "lora": kind == "lora",
-            "fails": kind == "fails",
-        }
-        for name, how, tokens, kind in keys
-    ]
+    keys += [("fsdp2", "layered", SHORT, "fails"), ("fsdp2", "auto", SHORT, "bf16")]
+    names = ("name", "how", "tokens", "kind")
+    told = [{"task": "rollouts", **dict(zip(names, key, strict=True))} for key in keys]
     ranks = run_in_processes("helpers.fsdp2_runs:run_all", runs=[each | models for each in told])
     return dict(zip(keys, zip(*ranks, strict=True), strict=True))
 
