@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import finetune_runs, stage_runs
-from helpers.stages import MemoryLogger, adamw, trainer
+from helpers.stages import MemoryLogger, trainer
 from rlhf_lightning import FineTune, FSDP2Strategy, Sampling
 from rlhf_lightning.training.rollouts import whole_size
 
@@ -100,7 +100,6 @@ def rollouts(name: str, how: str, tokens: int, folder: str, reward: str, kind: s
         False,
         sampling=Sampling(max_new_tokens=tokens, min_new_tokens=tokens),
         rollout_weights=how,
-        optimizer=adamw(1e-3),
         finetune=stage_runs.LORA if kind == "lora" else FineTune(),
     )
     seen: list[dict[str, Any]] = []

@@ -136,7 +136,7 @@ def gathered(*weights: Tensor, writing: bool = True) -> Iterator[list[Tensor]]:
 @torch.no_grad()
 def _gather(weight: DTensor) -> Tensor:
     # A part that is kept in CPU memory is sent from the device on which it is used.
-    return weight.to(weight.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined, no-any-return]
+    return weight.to(weight.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
