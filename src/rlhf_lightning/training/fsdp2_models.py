@@ -131,6 +131,8 @@ def _part_company(models: list[PreTrainedModel]) -> list[tuple[Place, list[Place
     shared = []
     for by_model in places.values():
         (first, *_), *others = by_model.values()
+        if others and getattr(*first).requires_grad:
+            raise UserError(f"FSDP2Strategy: the weight '{first[1]}' is trained in two models at once; use ddp")
         for of_model in others:
             twin = nn.Parameter(getattr(*of_model[0]).detach(), requires_grad=False)
             for owner, name in of_model:
