@@ -12,14 +12,18 @@ import torch
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.strategies import ModelParallelStrategy
+from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 
 from helpers.distributed import run_in_processes
 from helpers.strategy_runs import fit, save_model
 from rlhf_lightning import FSDP2Strategy, UserError
+from rlhf_lightning.models.sharing import copied_or_shared
 from rlhf_lightning.runs.checkpoint_files import check_whole, files_of, newest_whole, read_manifest
 from rlhf_lightning.training import GradientAccumulation, check_skipping
 from rlhf_lightning.training.dcp_folders import INDEX, STATES, load_tensors, stored_tensors
+from rlhf_lightning.training.fsdp2_models import _part_company
+from rlhf_lightning.training.zero import to_be_sharded
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "trainer"
 CLIPPED_ADAM = {"gradient_clip_val": 0.1, "adam": True}
@@ -321,6 +325,29 @@ def test_an_index_that_describes_no_tensors_is_not_loaded(tmp_path: Path, conten
     (tmp_path / INDEX).write_bytes(content)
     with pytest.raises(UserError, match=what):
         stored_tensors(tmp_path)
+
+
+# Models, before they are sharded.
+
+
+def test_what_will_be_sharded_is_loaded_once_more_rather_than_copied() -> None:
+    model, partly = nn.Linear(2, 2), nn.Linear(2, 2)
+    partly.bias.requires_grad_(False)
+    with to_be_sharded():
+        assert copied_or_shared(model) is None
+        assert copied_or_shared(partly).bias is partly.bias
+    assert copied_or_shared(model).weight is not model.weight
+
+
+def test_frozen_weights_part_company_and_trained_ones_cannot() -> None:
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    second.weight = first.weight
+    with pytest.raises(UserError, match="the weight 'weight' is trained in two models at once; use ddp"):
+        _part_company([first, second])  # type: ignore[list-item]
+    first.requires_grad_(False)
+    assert _part_company([first, second]) == [((first, "weight"), [(second, "weight")])]  # type: ignore[list-item]
+    assert second.weight is not first.weight
+    assert second.weight.data_ptr() == first.weight.data_ptr()
 
 
 # What it goes with.
