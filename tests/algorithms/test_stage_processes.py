@@ -1,4 +1,4 @@
-"""Every stage on several processes, under DDP and real DeepSpeed, is the same run as on one process.
+"""Every stage on several processes, under DDP, real DeepSpeed and FSDP2, is the same run as on one process.
 
 The rows of an epoch and of a validation do not divide by the processes, responses are drawn at temperature 1, gradients
 are clipped. `MATRIX=full` takes every stage on every strategy, with all weights and with LoRA, each step in one piece
@@ -16,7 +16,7 @@ from helpers.equality import FULL, STRATEGIES, distance
 from helpers.stage_runs import STAGES
 from rlhf_lightning import load_causal_lm, load_reward_model
 
-SOME = ("ddp", "zero2", "zero3")
+SOME = ("ddp", "zero2", "zero3", "fsdp2")
 CASES = FULL if os.environ.get("MATRIX") == "full" else equality.some(SOME)
 NAMES = [" ".join(map(str, case)) for case in CASES]
 EXPORTED = [case for case in CASES if not case.lora]

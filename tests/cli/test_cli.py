@@ -155,7 +155,7 @@ def test_help_documents_every_argument_with_the_values_of_the_recipe(capsys):
     assert end.value.code == 0
     out = capsys.readouterr().out
     text = " ".join(out.split())
-    assert "--model.rollout_batch_size ROLLOUT_BATCH_SIZE prompts answered per iteration, by all processes together." in text
+    assert "--model.rollout_batch_size ROLLOUT_BATCH_SIZE prompts answered per iteration, by all processes" in text
     assert "--model.sampling.top_p TOP_P sample among the most likely tokens" in text
     assert "--model.kl.coef COEF weight per nat" in text
     assert "--model.score.clip CLIP" in text

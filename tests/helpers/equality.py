@@ -20,7 +20,7 @@ from helpers.stages import save_llama, save_reward_model
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import load_causal_lm
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3-offload")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2")
 BEGIN, END = "<!-- made by `make equality` -->\n", "<!-- end -->\n"
 
 

@@ -13,6 +13,7 @@ from rlhf_lightning import (
     DeepSpeedStrategy,
     DPOModule,
     FineTune,
+    FSDP2Strategy,
     GRPOModule,
     HFExport,
     InstructionDataModule,
@@ -181,7 +182,9 @@ class KeepState(pl.Callback):
 
 
 def strategy(name: str) -> str | Strategy:
-    """`zero1` to `zero3`, `zero3-offload`, or a name Lightning knows."""
+    """`zero1` to `zero3`, `zero3-offload`, `fsdp2`, or a name Lightning knows."""
+    if name == "fsdp2":
+        return FSDP2Strategy()
     if not name.startswith("zero"):
         return name
     offload = name.endswith("offload")
