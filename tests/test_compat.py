@@ -3,6 +3,7 @@
 import inspect
 import pickle
 import signal
+import sys
 import weakref
 
 import pytest
@@ -401,3 +402,30 @@ def test_a_trainer_that_is_asked_within_a_batch_validates_and_stops():
 
     compat.count_epoch(run)
     assert run.current_epoch == 2
+
+
+def test_a_trainer_lets_processes_fail_that_it_has_started(monkeypatch):
+    """Else it would kill this process by SIGKILL, before it could say which one has failed, and why."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")  # which the launcher sets, put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(compat.subprocess_script, "_basic_subprocess_cmd", lambda: [sys.executable, "-c", ""])
+    observed = []
+    monkeypatch.setattr(compat.subprocess_script, "_launch_process_observer", observed.append)
+
+    def launched():
+        trainer = pl.Trainer(strategy="ddp", devices=2, accelerator="cpu", logger=False, enable_checkpointing=False)
+        children = compat.launched_children(trainer)
+        assert children() == []
+        trainer.strategy.launcher.launch(lambda: None, trainer=trainer)
+        (child,) = children()
+        assert child.wait() == 0
+        for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+
+    launched()
+    assert len(observed) == 1
+    with compat.leave_children_alone():
+        launched()
+    assert len(observed) == 1
+    assert compat.launched_children(pl.Trainer(accelerator="cpu", devices=1, logger=False)) is None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from subprocess import Popen
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from jsonargparse import ArgumentParser
 from lightning_fabric.utilities.apply_func import convert_tensors_to_scalars
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher, subprocess_script
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
@@ -163,6 +165,30 @@ def leave_signals_alone(trainer: Trainer, alone: bool = True) -> None:
 
 def _nothing() -> None:
     return
+
+
+def launched_children(trainer: Trainer) -> Callable[[], list[Popen[Any]]] | None:
+    """The processes that a trainer starts by the command that started this one; None if it starts others, or in itself.
+
+    Args:
+        trainer: built.
+
+    Returns:
+        Gives those that run, and those that have ended; none before they are started, or where something else does it.
+    """
+    launcher = trainer.strategy.launcher
+    return (lambda: launcher.procs) if isinstance(launcher, _SubprocessScriptLauncher) else None
+
+
+@contextmanager
+def leave_children_alone() -> Iterator[None]:
+    """Keep trainers, for the length of a `with` block, from killing this process when one that they started fails."""
+    before = subprocess_script._launch_process_observer
+    subprocess_script._launch_process_observer = lambda child_processes: None
+    try:
+        yield
+    finally:
+        subprocess_script._launch_process_observer = before
 
 
 def save_last(callback: ModelCheckpoint, trainer: Trainer) -> str:

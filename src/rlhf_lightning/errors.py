@@ -19,3 +19,17 @@ class NonFiniteError(UserError):
     """
 
     examples: Any = None
+
+
+class RankError(Exception):
+    """Ends a process of several of which one has failed; the message is what it says, if it is the one to say it.
+
+    Args:
+        line: of the first failure; empty where another process says it.
+        code: exit code of all.
+        is_stop: whether a process was asked to stop, which is no error.
+    """
+
+    def __init__(self, line: str, code: int, is_stop: bool = False) -> None:
+        super().__init__(line)
+        self.code, self.is_stop = code, is_stop

@@ -26,12 +26,14 @@ class Stopped(SystemExit):
     Attributes:
         name: the signal.
         explained: whether somebody has said how to go on.
+        agreed: whether all processes of the run stop here, or it was complete.
     """
 
     def __init__(self, name: str) -> None:
         super().__init__(EXIT_CODES[name])
         self.name = name
         self.explained = False
+        self.agreed = False
 
 
 class SignalWatch:
