@@ -162,6 +162,8 @@ def run_ranks(
     processes: int = 2,
     timeout: float = 300,
     before: Callable[[], None] | None = None,
+    nodes: Sequence[Path] = (),
+    patience: float = 5,
 ) -> list[Finished]:
     """Run the command line on several processes, as torchrun would; what came of each, by rank.
 
@@ -171,13 +173,20 @@ def run_ranks(
         processes: how many.
         timeout: seconds after which all are killed, and that is an error.
         before: called in each first; importable by name.
+        nodes: a working folder for each, as if each ran on a node with a disk of its own.
+        patience: seconds after which the others are killed when one has failed, so that they end by themselves or not.
     """
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "GROUP_RANK": "0"}
-    shared |= {"LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_RUN_ID": "tests", "DS_ACCELERATOR": "cpu"}
-    ranks = [Forked(words, cwd, {**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, before) for r in range(processes)]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    shared |= {"TORCHELASTIC_RUN_ID": "tests", "DS_ACCELERATOR": "cpu"}
+    ranks = []
+    for rank in range(processes):
+        of_node = {"GROUP_RANK": "0", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+        alone = {"GROUP_RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        env = {**shared, "RANK": str(rank), **(alone if nodes else of_node)}
+        ranks.append(Forked(words, nodes[rank] if nodes else cwd, env, before))
     deadline = time.monotonic() + timeout
     running = list(ranks)
     while running and time.monotonic() < deadline:
@@ -185,7 +194,7 @@ def run_ranks(
         running = [rank for rank in running if rank.process.is_alive()]
         if any(rank.process.exitcode for rank in ranks):  # the others would wait for it
             for rank in running:
-                rank.process.join(5)
+                rank.process.join(patience)
                 rank.kill()
             running = []
     return [rank.wait(max(0.0, deadline - time.monotonic())) for rank in ranks]
@@ -205,8 +214,8 @@ def forked_process(target: Callable[..., None], *arguments: Any) -> BaseProcess:
 def _start_server() -> None:
     """Let the server find what this process finds; it looks at the environment only."""
     before = dict(os.environ)
-    # A pool of compiling processes would be started by an import, in the server.
-    more = {"DS_ACCELERATOR": "cpu", "TORCH_WARM_POOL": "0"}
+    # A pool of compiling processes would be started by an import, in the server. The last is set by the command line.
+    more = {"DS_ACCELERATOR": "cpu", "TORCH_WARM_POOL": "0", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     os.environ.update(environment() | more | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
     try:
         forkserver.ensure_running()

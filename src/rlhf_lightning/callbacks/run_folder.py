@@ -19,6 +19,7 @@ from rlhf_lightning.runs.ending import MARK
 from rlhf_lightning.runs.event_files import PATTERN
 from rlhf_lightning.runs.lineage import FILE, is_ours, write_record
 from rlhf_lightning.runs.log_files import is_of_a_fit
+from rlhf_lightning.runs.peers import active
 from rlhf_lightning.runs.secrets import without_secrets
 from rlhf_lightning.runs.signals import Stopped
 from rlhf_lightning.runs.whole_files import write_whole
@@ -131,7 +132,7 @@ class RunFolder(SaveConfigCallback):
             _refuse_success(exception, trainer.global_step)
         if not trainer.is_global_zero or trainer.state.fn is None:
             return
-        if isinstance(exception, ValueError | MisconfigurationException | Stopped) and trainer.global_step == 0:
+        if _ends_before_it_begins(exception) and trainer.global_step == 0:
             self._remove_traces(Path(trainer.default_root_dir))
 
     def _remove_traces(self, root: Path) -> None:
@@ -150,6 +151,13 @@ def _kept(trainer: pl.Trainer) -> dict[str, list[str]]:
             alone = [callback.best_model_path] if callback.monitor is None and callback.save_top_k == 1 else []
             kept[callback.state_key] = [path for path in (*callback.best_k_models, *alone) if path]
     return kept
+
+
+def _ends_before_it_begins(exception: BaseException) -> bool:
+    """Whether bad input or a signal stops the run: here, or in another process over whose end this one stumbles."""
+    failure = peers.failure if (peers := active()) is not None else None
+    there = failure is not None and (failure.is_stop or failure.code == 2)
+    return there or isinstance(exception, ValueError | MisconfigurationException | Stopped)
 
 
 def _refuse_success(exception: SystemExit, steps: int) -> None:

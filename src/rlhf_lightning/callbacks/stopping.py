@@ -170,7 +170,7 @@ class Stopping(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Say how to go on, and put back all handlers."""
         if isinstance(exception, Stopped):
-            if self._asked is None:  # the other processes do not know
+            if not exception.agreed:  # the other processes do not know
                 _pass_on(trainer)
             elif is_launched(trainer):
                 exception.code = 0
@@ -228,7 +228,9 @@ class Stopping(Callback):
             return
         if self._asked == "SIGUSR1" and trainer.is_global_zero:
             _requeue()
-        raise Stopped(self._asked)
+        stopped = Stopped(self._asked)
+        stopped.agreed = True
+        raise stopped
 
 
 def _kept(trainer: pl.Trainer, last: ModelCheckpoint) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from rlhf_lightning.cli.recipes import recipe_names, resolve_recipes
 from rlhf_lightning.cli.short_help import short_help
 from rlhf_lightning.cli.spelling import check_keys, check_words, command_hint
 from rlhf_lightning.cli.unexpected import said_of, take_debug, wants_traceback
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import RankError, UserError
 from rlhf_lightning.runs.secrets import without_secrets
 
 STAGE_COMMANDS = ("fit", "validate", "test", "predict")
@@ -104,13 +105,21 @@ def main(args: Sequence[str] | None = None) -> None:
         if wants_traceback():
             traceback.print_exception(e)
         line, code = said_of(e)
-        print(f"error: {without_secrets(' '.join(line.split()))}", file=sys.stderr)
+        if line:  # of several processes one says it
+            is_stop = isinstance(e, RankError) and e.is_stop
+            print(f"{'' if is_stop else 'error: '}{without_secrets(' '.join(line.split()))}", file=sys.stderr)
         sys.exit(code)
 
 
 def _say_what_takes_long() -> None:
     if sys.stderr.isatty():  # somebody waits for it
         print("loading PyTorch and Lightning", file=sys.stderr)
+
+
+def _leave_frames_out() -> None:
+    """Keep PyTorch from writing 50 lines of its own stack whenever another process of the run is gone."""
+    if not wants_traceback():
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when it is imported
 
 
 def _load(name: str) -> ModuleType:
@@ -142,6 +151,7 @@ def _dispatch(command: str, options: list[str]) -> None:
             print(short_help(command, resolved), end="")
             sys.exit(0)
         check_keys(command, resolved)
+        _leave_frames_out()
         _say_what_takes_long()
         _load("stages").run_stage(command, resolved)
     elif command in COMMANDS:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from rlhf_lightning.callbacks.run_folder import checkpoint_folders
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.runs.checkpoint_files import check_whole, checkpoints_in, newest_whole
+from rlhf_lightning.runs.checkpoint_files import check_whole, checkpoints_in, newest_whole, said_time
 from rlhf_lightning.runs.ending import MARK, steps_when_finished
+from rlhf_lightning.runs.peers import Peers
 
 LAST, AUTO = "last", "auto"
+_LATE = 10.0  # seconds
 
 
 def check_ckpt_path(command: str, path: str) -> None:
@@ -25,6 +31,8 @@ def check_ckpt_path(command: str, path: str) -> None:
     Raises:
         UserError: it cannot be used.
     """
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        return  # the first process says it for all, and `begin_together` compares
     if path in (LAST, AUTO):
         if path == AUTO and command != "fit":
             raise UserError(f"--ckpt_path auto is for fit, which can also start; {command} takes last, or a .ckpt file")
@@ -84,6 +92,78 @@ def where_to_begin(config: Any, trainer: pl.Trainer) -> str | None:
     if path is None:
         _refuse_earlier_run(trainer)
     return path
+
+
+def begin_together(config: Any, trainer: pl.Trainer, peers: Peers | None) -> str | None:
+    """The checkpoint that all processes of a run go on from, which the first one chooses; None for the beginning.
+
+    Args:
+        config: of `fit`.
+        trainer: built from it.
+        peers: the other processes, if any.
+
+    Raises:
+        UserError: as `where_to_begin`; or this process sees another disk than the first one.
+    """
+    return _together(config.ckpt_path, lambda: where_to_begin(config, trainer), trainer, peers)
+
+
+def measure_together(given: str | None, trainer: pl.Trainer, peers: Peers | None) -> str | None:
+    """The checkpoint that all processes of `validate`, `test` or `predict` load.
+
+    Args:
+        given: `--ckpt_path`.
+        trainer: of the run.
+        peers: the other processes, if any.
+
+    Raises:
+        UserError: as `what_to_measure`; or this process sees another disk than the first one.
+    """
+    return _together(given, lambda: what_to_measure(given, trainer), trainer, peers)
+
+
+def _together(
+    given: str | None, choose: Callable[[], str | None], trainer: pl.Trainer, peers: Peers | None
+) -> str | None:
+    if peers is None:
+        return choose()
+
+    def choose_and_date() -> tuple[str | None, Any]:
+        path = choose()
+        return path, path and said_time(Path(path))
+
+    path, when = peers.decide("checkpoint", choose_and_date)
+    if peers.rank and given is not None:
+        _check_same_disk(given, path, when, trainer)
+    return None if path is None else str(path)
+
+
+def _check_same_disk(given: str, path: str | None, when: float | None, trainer: pl.Trainer) -> None:
+    """Refuse a checkpoint that the first process has chosen and this one does not see, and one that only it sees."""
+    here = f"rank {trainer.global_rank} on {socket.gethostname()}"
+    if path is not None and not shows(lambda: Path(path).exists() and said_time(Path(path)) == when):
+        found = "another one of that name" if Path(path).exists() else "none"
+        raise UserError(
+            f"--ckpt_path {given}: rank 0 goes on from '{path}', and {here} finds {found} there; "
+            "use a --trainer.default_root_dir that all nodes share"
+        )
+    if path is None and (own := checkpoints_in(_folders(trainer))):
+        raise UserError(
+            f"--ckpt_path {given}: rank 0 finds no checkpoint, and {here} finds '{own[0]}'; "
+            "use a --trainer.default_root_dir that all nodes share, or move it away"
+        )
+
+
+def shows(condition: Callable[[], bool]) -> bool:
+    """Whether a file is as another process of the run has found it; a network disk may show it late.
+
+    Args:
+        condition: asked again for some seconds.
+    """
+    deadline = time.monotonic() + _LATE
+    while not (holds := condition()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return holds
 
 
 def what_to_measure(given: str | None, trainer: pl.Trainer) -> str | None:

@@ -7,9 +7,11 @@ rollout size are named once, one run lives in one folder, and mistakes get one l
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,15 +29,17 @@ from rlhf_lightning.callbacks.run_folder import RunFolder
 from rlhf_lightning.callbacks.stopping import is_launched
 from rlhf_lightning.cli.errors import arguments_of, find_class, one_line
 from rlhf_lightning.cli.recipes import named_classes
-from rlhf_lightning.cli.resuming import check_ckpt_path, is_over, what_to_measure, where_to_begin
+from rlhf_lightning.cli.resuming import begin_together, check_ckpt_path, is_over, measure_together, shows
 from rlhf_lightning.cli.spelling import HELP_ALL
 from rlhf_lightning.cli.stacking import StackedConfig, as_configs
+from rlhf_lightning.cli.unexpected import said_of
 from rlhf_lightning.compat import parser_actions
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import RankError, UserError
 from rlhf_lightning.models.folders import check_model_folder
 from rlhf_lightning.models.reward_functions import import_from_working_folder
 from rlhf_lightning.runs.ending import limits_of, mark_finished
-from rlhf_lightning.runs.lock import locked
+from rlhf_lightning.runs.lock import holder, locked
+from rlhf_lightning.runs.peers import Peers, TellPeers, join, join_to_fail
 from rlhf_lightning.runs.signals import EXIT_CODES, SignalWatch, Stopped
 from rlhf_lightning.warning_filters import filter_warnings
 
@@ -162,6 +166,7 @@ class RLHFCLI(LightningCLI):
             callbacks.append(RunReport())
         if not _any(Stopping, callbacks):
             callbacks.append(Stopping())
+        callbacks.insert(0, TellPeers())
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(config.default_root_dir or ".") / "checkpoints")
@@ -188,13 +193,18 @@ class RLHFCLI(LightningCLI):
     def before_fit(self) -> None:
         """Leave a run alone that is over; else keep others out, choose where it begins, and lose nothing of it."""
         config, self.limits = self.config[self.subcommand], limits_of(self.trainer)
-        self.is_over = is_over(config, self.trainer, self.limits)
+        peers = self._join()
+        over = partial(is_over, config, self.trainer, self.limits)
+        self.is_over = over() if peers is None else peers.decide("is over", over)
         if self.is_over:
             return
-        if self.trainer.is_global_zero and not config.trainer.fast_dev_run:
-            self.held.enter_context(locked(Path(self.trainer.default_root_dir)))
+        root, is_tried = Path(self.trainer.default_root_dir), config.trainer.fast_dev_run
+        if self.trainer.is_global_zero and not is_tried:
+            self.held.enter_context(locked(root))
         # The first is what Lightning acts on, the second what `RunFolder` sees.
-        self.config_init[self.subcommand].ckpt_path = config.ckpt_path = where_to_begin(config, self.trainer)
+        self.config_init[self.subcommand].ckpt_path = config.ckpt_path = begin_together(config, self.trainer, peers)
+        if peers is not None and not is_tried:
+            self._compare_disks(root, peers.decide("lock", partial(holder, root)))
 
     def fit(self, **kwargs: Any) -> None:
         """Train, unless the run is over."""
@@ -209,9 +219,24 @@ class RLHFCLI(LightningCLI):
     def before_validate(self) -> None:
         """Choose what is measured."""
         config = self.config_init[self.subcommand]
-        config.ckpt_path = what_to_measure(config.ckpt_path, self.trainer)
+        config.ckpt_path = measure_together(config.ckpt_path, self.trainer, self._join())
 
     before_test = before_predict = before_validate
+
+    def _compare_disks(self, root: Path, held: str | None) -> None:
+        """Say where a process does not see what the first one writes."""
+        if held is None or self.trainer.local_rank != 0 or shows(lambda: holder(root) == held):
+            return
+        print(
+            f"rank {self.trainer.global_rank} on {socket.gethostname()} does not see the folder '{root}' that rank 0 "
+            "writes to: what is saved there is on that disk alone; a run can be resumed where all nodes see its folder",
+            file=sys.stderr,
+        )
+
+    def _join(self) -> Peers | None:
+        """Find the other processes of the run; from now on each ends with the first that fails."""
+        peers = join(self.trainer, _described)
+        return peers if peers is None else self.held.enter_context(peers)
 
 
 def _any(kind: type, callbacks: Sequence[Any]) -> bool:
@@ -291,6 +316,17 @@ def user_error(error: BaseException) -> UserError | None:
     return None
 
 
+def _described(error: Exception) -> tuple[str, int]:
+    return said_of(user_error(error) or error)
+
+
+def _tell_others(kind: Any, error: BaseException | None, traceback: Any) -> None:
+    """Let no process of the run wait for one that has failed before it knew of them."""
+    if isinstance(error, Exception) and not isinstance(error, RankError) and (peers := join_to_fail(_described)):
+        with peers:
+            raise error
+
+
 def run_stage(command: str, options: Sequence[str]) -> None:
     """Run one stage by LightningCLI.
 
@@ -309,6 +345,7 @@ def run_stage(command: str, options: Sequence[str]) -> None:
     sys.argv = [sys.argv[0], command, *options]  # what LightningCLI reads, and the processes of a strategy run
     usage = {command: {"usage": f"rlhf {command} --config RECIPE [options]"}}
     with SignalWatch() as watch, ExitStack() as held:
+        held.push(_tell_others)
         try:
             cli = RLHFCLI(
                 command,
@@ -336,4 +373,6 @@ def run_stage(command: str, options: Sequence[str]) -> None:
             raise
         if watch.received is not None and not is_launched(cli.trainer):
             print(f"the run was complete when {watch.received} ended the process", file=sys.stderr)
-            raise Stopped(watch.received)
+            stopped = Stopped(watch.received)
+            stopped.agreed = True
+            raise stopped

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import RankError, UserError
 
 DEBUG = "--debug"
 """The word that shows tracebacks, wherever it stands."""
@@ -58,6 +58,8 @@ def said_of(error: Exception) -> tuple[str, int]:
         >>> said_of(OSError(28, "No space left on device", "runs/a.ckpt"))
         ('runs/a.ckpt: No space left on device; make room, or write to another disk', 2)
     """
+    if isinstance(error, RankError):
+        return str(error), error.code
     for cause in _causes(error):
         if isinstance(cause, UserError):
             return _worker_line(str(cause)), 2

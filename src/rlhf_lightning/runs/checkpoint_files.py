@@ -363,12 +363,23 @@ def checkpoints_in(folders: Iterable[Path]) -> list[Path]:
     return found + [path for path in left if not path.with_name(path.name.removesuffix(OLD)).exists()]
 
 
-def _saved_at(path: Path) -> float:
-    """When a checkpoint was saved, whenever it was copied; the time of the file where it does not say."""
+def said_time(path: Path) -> float | None:
+    """When a checkpoint was saved, whenever it was copied; None where it does not say.
+
+    Args:
+        path: of a file or folder.
+    """
     with contextlib.suppress(UserError, OSError):
         said = read_manifest(path) if path.is_dir() else load_plain(path)
         if isinstance(said, dict) and isinstance(said.get(_SAVED_AT), float):
             return float(said[_SAVED_AT])
+    return None
+
+
+def _saved_at(path: Path) -> float:
+    """The same; the time of the file where it does not say."""
+    if (said := said_time(path)) is not None:
+        return said
     try:
         return path.stat().st_mtime
     except OSError:  # a link to what is gone

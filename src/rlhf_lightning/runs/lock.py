@@ -49,6 +49,18 @@ def locked(folder: Path) -> Iterator[None]:
                 made.rmdir()
 
 
+def holder(folder: Path) -> str | None:
+    """Who holds a folder, as its lock says; None where none does, or the disk knows no locks.
+
+    Args:
+        folder: need not be there.
+    """
+    try:
+        return (folder / LOCK).read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
 def _missing(folder: Path) -> list[Path]:
     """The folder and those above it that are not there, the innermost first."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
