@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from rlhf_lightning.cli import main as command_line
 from rlhf_lightning.cli.main import main
 from rlhf_lightning.cli.unexpected import said_of
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import RankError, UserError
 
 
 def outcome(monkeypatch, capsys, error, *words):
@@ -73,6 +73,44 @@ def test_the_traceback_is_shown_to_those_who_ask(monkeypatch, capsys, error):
     _, err = outcome(monkeypatch, capsys, error, "--debug")
     assert err.startswith("Traceback (most recent call last)")
     assert err.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (RankError("rank 1 failed: mend it; this process ends with it", 2), 2, "error: rank 1 failed: mend it; this"),
+        (
+            RankError("rank 1 was stopped by SIGTERM; this process ends with it", 143, True),
+            143,
+            "rank 1 was stopped by",
+        ),
+        (RankError("", 2), 2, ""),
+    ],
+)
+def test_of_several_processes_one_says_what_ended_all(monkeypatch, capsys, error, code, said):
+    found, err = outcome(monkeypatch, capsys, error)
+    assert found == code
+    assert err.startswith(said)
+    assert err.count("\n") == bool(said)
+
+
+@pytest.mark.parametrize(("words", "level"), [([], "ERROR"), (["--debug"], None)])
+def test_pytorch_writes_no_frames_of_its_own_unless_they_are_asked_for(monkeypatch, words, level):
+    """Where the store of several processes is gone, 50 lines each time."""
+    seen = []
+    for name in ("TORCH_CPP_LOG_LEVEL", "RLHF_DEBUG"):
+        monkeypatch.setenv(name, "")  # restored, whatever the command line sets
+        monkeypatch.delenv(name)
+
+    def load(name):
+        seen.append(os.environ.get("TORCH_CPP_LOG_LEVEL"))
+        raise UserError("mend it")
+
+    monkeypatch.setattr(command_line, "_load", load)
+    monkeypatch.setattr(command_line, "check_keys", lambda *_: None)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=sft.yaml", *words])
+    assert seen == [level]
 
 
 class Bad:
