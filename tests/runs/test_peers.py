@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -33,7 +34,7 @@ def client(server):
     return TCPStore("127.0.0.1", server.port, 2, False, timedelta(seconds=20), wait_for_workers=False)
 
 
-def together(server, *actions):
+def together(server, *actions, left=None):
     """What becomes of an action of each rank, within its `Peers`: a result, or an exception."""
     became = [None] * len(actions)
 
@@ -42,6 +43,7 @@ def together(server, *actions):
             store = meet(client(server), rank, 20)
             with Peers(store, rank, 2, 2, lambda error: (str(error), 2), lambda: []) as peers:
                 became[rank] = actions[rank](peers)
+            (left if left is not None else []).append(rank)
         except BaseException as e:  # of a thread
             became[rank] = e
 
@@ -54,23 +56,22 @@ def together(server, *actions):
     return became
 
 
-def test_the_first_process_decides_for_all_and_none_leaves_before_the_last(server):
-    order = []
-
-    def first(peers):
-        value = peers.decide("checkpoint", lambda: ["a.ckpt", 1.5])
-        peers._wait(lambda: peers.store.check(["second is there"]))
-        order.append("first")
-        return value
-
-    def second(peers):
-        value = peers.decide("checkpoint", lambda: 1 / 0)
-        peers.store.set("second is there", "")
-        return value
-
-    assert together(server, first, second) == [["a.ckpt", 1.5], ["a.ckpt", 1.5]]
-    assert order == ["first"]
+def test_the_first_process_decides_for_all(server):
+    first, second = lambda: ["a.ckpt", 1.5], lambda: 1 / 0
+    came = together(server, *(lambda peers, c=choose: peers.decide("checkpoint", c) for choose in (first, second)))
+    assert came == [["a.ckpt", 1.5], ["a.ckpt", 1.5]]
     assert active() is None
+
+
+def test_no_process_leaves_before_the_last_has_done_its_work(server):
+    left = []
+
+    def last(peers):
+        peers._wait(lambda: peers.store.add("done", 0) == 1)
+        return [*left]
+
+    assert together(server, last, lambda peers: "done", left=left) == [[], "done"]
+    assert sorted(left) == [0, 1]
 
 
 def test_what_is_left_from_before_a_restart_is_not_taken_for_new(server):
@@ -92,7 +93,9 @@ def fail(*_):
 
 
 def wait(peers):
-    peers._wait(lambda: False)
+    """As in a collective."""
+    deadline = time.monotonic() + 20
+    peers._wait(lambda: time.monotonic() > deadline)
 
 
 def test_who_waits_ends_with_who_failed_first(server):
