@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -305,3 +308,27 @@ def go_on_after_batch(trainer: Trainer, validates: bool, is_over: bool) -> None:
         loop.val_loop._has_run = True  # else one more batch would be asked for
     if (is_over or not is_due) and not loop._should_accumulate():
         loop._batches_that_stepped += 1  # elsewhere the loop counts by itself
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """While it is entered tensors have shape, type and a storage of their size, but no memory and no numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def say_nothing_of_models() -> Iterator[None]:
+    """Keep what is said on loading from the terminal: by Lightning's messages of rank zero, and by transformers."""
+    loggers = [logging.getLogger(name) for name in ("lightning_fabric", "pytorch_lightning", "transformers")]
+    rank_zero = [logging.getLogger(f"{name}.utilities.rank_zero") for name in ("lightning_fabric", "pytorch_lightning")]
+    levels = [(logger, logger.level) for logger in (*loggers, *rank_zero)]
+    for logger, _ in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in levels:
+            logger.setLevel(level)

@@ -25,6 +25,7 @@ COMMANDS = {
     "prepare": "prepare",
     "evaluate": "evaluate",
     "report": "report",
+    "plan": "plan",
     "generate": "generate",
     "score": "score",
     "chat": "chat",
@@ -46,6 +47,7 @@ commands:
   quickstart   train a tiny model through all stages in a few minutes; needs no data and no network
   prepare      turn data into token ids once, for all stages, and report what was kept, cut and dropped
   fit          train one stage
+  plan         what memory a stage takes on each GPU, and what to change if it does not fit; loads nothing
   validate     measure one stage on held-out data
   test         the same on test data
   predict      answer prompts, or score answers, and write them to a file

@@ -21,7 +21,7 @@ def checkpoint_size(module: pl.LightningModule) -> int:
     Args:
         module: its models loaded; `optimizer`, if it has one, makes the optimizer from parameters.
     """
-    state = _state_per_weight(getattr(module, "optimizer", None))
+    state = state_per_weight(getattr(module, "optimizer", None))
     size = 0.0
     for weight in module.parameters():
         if weight.requires_grad:
@@ -32,8 +32,12 @@ def checkpoint_size(module: pl.LightningModule) -> int:
     return int(size)
 
 
-def _state_per_weight(make_optimizer: Callable[[Any], Optimizer] | None) -> float:
-    """Numbers that an optimizer keeps for each number it trains, found by letting it train a few."""
+def state_per_weight(make_optimizer: Callable[[Any], Optimizer] | None) -> float:
+    """Numbers that an optimizer keeps for each number it trains, found by letting it train a few.
+
+    Args:
+        make_optimizer: makes it from parameters.
+    """
     weight = nn.Parameter(torch.zeros(16, 16))
     weight.grad = torch.zeros_like(weight)
     try:
@@ -42,5 +46,6 @@ def _state_per_weight(make_optimizer: Callable[[Any], Optimizer] | None) -> floa
         optimizer.step()
     except Exception:  # one that is built on a GPU, or only within its strategy
         return _STATE_OF_ADAM
-    tensors = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
+    state = optimizer.state[weight].values()
+    tensors = [value for value in state if isinstance(value, torch.Tensor) and value.dim()]
     return sum(tensor.numel() for tensor in tensors) / weight.numel()

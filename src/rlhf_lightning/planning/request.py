@@ -1,0 +1,156 @@
+"""What is asked of a plan: a stage's settings as its config has them, and the machines.
+
+Batch sizes of a config are global, over all processes; `micro_batch_size`, `max_tokens_per_batch` and
+`generation_batch_size` are those of one process.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rlhf_lightning.algorithms.online.answering import AnsweringStage
+from rlhf_lightning.algorithms.pairs import PairStage
+from rlhf_lightning.algorithms.stage import Stage
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.generation.sampling import Sampling
+from rlhf_lightning.planning.passes import Load
+from rlhf_lightning.training.sheets import Sheet, sheet_of
+
+_SAMPLING, _GIB = Sampling(), 2**30
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run to be planned.
+
+    Args:
+        stage: class of the module.
+        model: its arguments, as a config has them.
+        data: those of the data module.
+        trainer: those of the trainer.
+        gpus: of all machines together; processes, where they are none.
+        nodes: machines.
+        gpu_memory: of each, GiB; None where it is not known.
+        on_gpu: the processes run on GPUs.
+    """
+
+    stage: type[Stage]
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    gpus: int = 1
+    nodes: int = 1
+    gpu_memory: float | None = None
+    on_gpu: bool = True
+
+    @property
+    def sheet(self) -> Sheet:
+        """Of the strategy.
+
+        Raises:
+            UserError: it is not supported, or not known.
+        """
+        return sheet_of(self.trainer.get("strategy"), self.trainer.get("precision") or "32-true", self.gpus)
+
+    @property
+    def prompt_length(self) -> int:
+        """Most tokens of a prompt to be answered."""
+        return int(self.data.get("max_prompt_length") or 256)
+
+    @property
+    def response_length(self) -> int:
+        """Most tokens of an answer."""
+        sampling = self.model.get("sampling") or {}
+        given = sampling.get("max_new_tokens") if isinstance(sampling, Mapping) else sampling.max_new_tokens
+        return int(given or _SAMPLING.max_new_tokens)
+
+    @property
+    def answers(self) -> bool:
+        """Whether the stage answers prompts."""
+        return issubclass(self.stage, AnsweringStage)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether an example is a pair."""
+        return issubclass(self.stage, PairStage)
+
+    @property
+    def length(self) -> int:
+        """Most tokens of a row."""
+        return self.prompt_length + self.response_length if self.answers else int(self.data.get("max_length") or 512)
+
+    @property
+    def tokens_per_example(self) -> int:
+        """What `max_tokens_per_batch` counts for a row as long as it may be."""
+        return self.length * (2 if self.has_pairs else 1)
+
+    def per_process(self, name: str, value: int) -> int:
+        """A process's share of a global size.
+
+        Args:
+            name: of the argument.
+            value: over all processes.
+
+        Raises:
+            UserError: it does not divide.
+        """
+        if value % self.gpus:
+            raise UserError(
+                f"{name} {value} cannot be shared out evenly to {self.gpus} processes; take a multiple of it"
+            )
+        return value // self.gpus
+
+    def sizes(self, stage: Stage) -> dict[str, int]:
+        """Examples of an optimizer step, of a micro-batch and so on, on one process.
+
+        Args:
+            stage: made from the arguments.
+        """
+        if self.answers:
+            online: Any = stage
+            step = self.per_process("minibatch_size", online.minibatch_size)
+            responses = self.per_process("rollout_batch_size", online.rollout_batch_size) * online.samples_per_prompt
+            given = self.model.get("generation_batch_size")
+            rollout = {"responses": responses, "answered": min(responses, int(given or responses))}
+        else:
+            step, rollout = self.per_process("batch_size", int(self.data.get("batch_size") or 8)), {}
+        at_once = stage.micro_batch_size or step
+        if stage.max_tokens_per_batch is not None:
+            at_once = max(1, stage.max_tokens_per_batch // self.tokens_per_example)
+        at_once = min(at_once, step)
+        return {"step": step, "micro_batch": at_once, "micro_batches": -(-step // at_once), **rollout}
+
+    def load(self, stage: Stage) -> Load:
+        """What goes through the models at once.
+
+        Args:
+            stage: made from the arguments.
+        """
+        sizes, sheet = self.sizes(stage), self.sheet
+        return Load(
+            rows=sizes["micro_batch"],
+            length=self.length,
+            response=self.response_length if self.answers else 0,
+            answered=sizes.get("answered", 0),
+            is_cast=sheet.is_cast,
+            one_by_one=sheet.takes_losses_one_by_one,
+            on_gpu=self.on_gpu,
+        )
+
+    def changed(self, part: str, **values: Any) -> Request:
+        """The same with other settings.
+
+        Args:
+            part: `model`, `data` or `trainer`; empty for the machines.
+            **values: by name; a mapping is merged into the one that is there.
+        """
+        if not part:
+            return replace(self, **values)
+        settings = copy.deepcopy(dict(getattr(self, part)))
+        for name, value in values.items():
+            old = settings.get(name)
+            settings[name] = {**old, **value} if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        return replace(self, **{part: settings})

@@ -1,0 +1,259 @@
+"""What each strategy holds, gathers and sends, in bytes, as far as it can be told before a run.
+
+Sources: `docs/precision.md` (bytes per weight, measured), DeepSpeed's and torch's own code for buffers; Rajbhandari et
+al. 2020 (ZeRO), section 7, for what is sent.
+
+Notation: N processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from rlhf_lightning.errors import UserError
+
+Kind = Literal["one device", "DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]
+_PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype]] = {
+    "32-true": (torch.float32, torch.float32),
+    "64-true": (torch.float64, torch.float64),
+    "bf16-true": (torch.bfloat16, torch.bfloat16),
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+}
+"""By precision, what trained weights are held in, and what is computed in."""
+
+SHARDED: dict[str, Any] = {"class_path": "rlhf_lightning.FSDP2Strategy", "init_args": {}}
+"""What a run takes whose weights do not fit into one GPU, as a config names it."""
+SHARDED_ON_CPU: dict[str, Any] = {**SHARDED, "init_args": {"cpu_offload": True}}
+"""The same with weights and optimizer state in CPU memory."""
+
+_ALSO_CALLED = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "None": "32-true"}
+_BUCKET, _LIVE, _PREFETCHED = 200_000_000, 1_000_000_000, 50_000_000
+"""Numbers in a bucket (Lightning's default), and numbers gathered and to be gathered (DeepSpeed's defaults)."""
+
+
+class Sizes:
+    """How many numbers a model holds, and in which pieces they are gathered.
+
+    Args:
+        total: in all.
+        block: in the largest block.
+        outside: in what stands outside of the blocks: embeddings, norms, output layer.
+    """
+
+    def __init__(self, total: int, block: int, outside: int) -> None:
+        self.total, self.block, self.outside = total, block, outside
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What a strategy does with the memory of one process.
+
+    Attributes:
+        kind: which it is.
+        processes: N.
+        held: type that trained weights are held in.
+        computed: type that products are computed in.
+        loaded: type that models are loaded in.
+        is_cast: weights are cast for each product (autocast), rather than held or gathered in that type.
+        converts: frozen weights and adapters get the type of the trained ones, whatever they were loaded in.
+        options: what the strategy was given.
+    """
+
+    kind: Kind
+    processes: int
+    held: torch.dtype
+    computed: torch.dtype
+    loaded: torch.dtype
+    is_cast: bool
+    converts: bool
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """As it is shown."""
+        offloads = [
+            word
+            for word, is_on in (("optimizer", self.offloads_optimizer), ("weights", self.offloads_weights))
+            if is_on
+        ]
+        return self.kind + (f" with {' and '.join(offloads)} in CPU memory" if offloads else "")
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Optimizer state, and float32 copies, lie in CPU memory."""
+        return bool(self.options.get("offload_optimizer") or self.options.get("cpu_offload"))
+
+    @property
+    def offloads_weights(self) -> bool:
+        """Weights lie in CPU memory, and come to the device for the time that they are needed."""
+        return bool(
+            (self.kind == "ZeRO-3" and self.options.get("offload_parameters")) or self.options.get("cpu_offload")
+        )
+
+    @property
+    def is_deepspeed(self) -> bool:
+        """Whether DeepSpeed's engine holds the weights."""
+        return self.kind.startswith("ZeRO")
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether each process holds its part of every weight only, and layers are gathered when they run."""
+        return self.kind in ("ZeRO-3", "FSDP2")
+
+    @property
+    def weight_share(self) -> float:
+        """Share of all weights that lie on this process."""
+        return 1 / self.processes if self.shards_weights else 1.0
+
+    @property
+    def gradient_share(self) -> float:
+        """The same of gradients."""
+        return 1 / self.processes if self.kind in ("ZeRO-2", "ZeRO-3", "FSDP2") else 1.0
+
+    @property
+    def state_share(self) -> float:
+        """The same of optimizer state, and of float32 copies."""
+        return 1.0 if self.kind in ("one device", "DDP", "ZeRO-0") else 1 / self.processes
+
+    @property
+    def takes_losses_one_by_one(self) -> bool:
+        """Whether the graph of one loss may be gone before the next is built."""
+        return self.kind == "one device"
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of one number of a gradient."""
+        return self.held.itemsize
+
+    @property
+    def copy_bytes(self) -> int:
+        """Of the float32 copy of one trained number; 0 without copies."""
+        # DeepSpeed keeps its copies in float32 whatever the weights are.
+        return 4 if self.is_deepspeed or self.held.itemsize < 4 else 0
+
+    def reduction_buffer(self, gradients: int) -> int:
+        """Bytes held to send gradients.
+
+        Args:
+            gradients: numbers that are trained.
+        """
+        if self.processes == 1 and not self.is_deepspeed:
+            return 0
+        if self.kind == "DDP":
+            return 0 if self.options.get("gradient_as_bucket_view") else gradients * self.gradient_bytes
+        if self.kind in ("ZeRO-1", "ZeRO-2", "ZeRO-3") and self.options.get("contiguous_gradients", True):
+            twice = 2 if self.options.get("overlap_comm", True) and self.kind != "ZeRO-3" else 1
+            return twice * _number(self.options.get("reduce_bucket_size"), _BUCKET) * self.computed.itemsize
+        return 0
+
+    def gathered(self, sizes: Sizes, trains: bool) -> int:
+        """Bytes of the whole weights that are there at once while a model runs.
+
+        Args:
+            sizes: of the model.
+            trains: its backward pass is run, too, and sends gradients.
+        """
+        if not self.shards_weights or self.processes == 1:
+            return 0
+        width = self.computed.itemsize
+        if self.kind == "ZeRO-3":
+            config = self._zero_config()
+            live = _number(config.get("stage3_max_live_parameters"), _LIVE)
+            ahead = _number(config.get("stage3_prefetch_bucket_size"), _PREFETCHED)
+            return min(sizes.total, live + ahead) * width
+        if self.options.get("reshard_after_forward") is False and trains:
+            return sizes.total * width + 2 * sizes.block * 4
+        # A block, the one that is gathered ahead of it, what is outside of blocks; and a block's gradient, to be sent.
+        return (2 * sizes.block + sizes.outside) * width + (sizes.block * (width + 4) if trains else 0)
+
+    def _zero_config(self) -> Mapping[str, Any]:
+        config = self.options.get("config")
+        given = config.get("zero_optimization") if isinstance(config, Mapping) else None
+        return given if isinstance(given, Mapping) else self.options
+
+    def step_buffer(self, trained: int, largest: int, state: float, on_gpu: bool) -> int:
+        """Bytes that a step of the optimizer needs for itself, the gradients not counted.
+
+        Args:
+            trained: numbers that are trained.
+            largest: numbers in the largest weight among them.
+            state: numbers that the optimizer keeps for each of them.
+            on_gpu: the optimizer works on all weights at once there (`foreach`), and on one after the other elsewhere.
+        """
+        wide = max(4, self.held.itemsize)
+        roots = 0 if state < 2 else trained * self.state_share if on_gpu else 2 * largest
+        widened = trained * self.state_share * (4 - self.gradient_bytes) if self.held.itemsize < 4 else 0
+        if self.is_deepspeed:
+            widened = trained * self.state_share * 4
+        return int(roots * wide + widened) if not self.offloads_optimizer else 0
+
+    def sent(self, trained: int, passed: int, micro_batches: int) -> dict[str, int]:
+        """Bytes that a process sends for one step of the optimizer, by what they are.
+
+        Args:
+            trained: numbers that are trained.
+            passed: numbers of the models that the step passes through, forward and backward.
+            micro_batches: of the step.
+        """
+        if self.processes == 1:
+            return {}
+        passing = (self.processes - 1) / self.processes  # of a ring
+        weight, gradient = self.computed.itemsize, self.gradient_bytes
+        if self.kind in ("DDP", "ZeRO-0"):
+            return {"gradients": int(2 * trained * gradient * passing)}
+        reductions = 1 if self.kind == "ZeRO-1" else micro_batches
+        sent = {"gradients": int(trained * (4 if self.kind == "FSDP2" else gradient) * reductions * passing)}
+        if not self.shards_weights:
+            return sent | {"weights": int(trained * weight * passing)}
+        passes = 1 if self.kind == "FSDP2" and self.options.get("reshard_after_forward") is False else 2
+        return sent | {"weights": int(passed * weight * passes * micro_batches * passing)}
+
+
+def sheet_of(strategy: Any, precision: str, processes: int) -> Sheet:
+    """The sheet of a strategy as a config names it.
+
+    Args:
+        strategy: a name, or `class_path` and `init_args`.
+        precision: as Lightning's Trainer takes it.
+        processes: N.
+
+    Raises:
+        UserError: a strategy or precision that training would refuse, or whose memory is not known.
+    """
+    precision = _ALSO_CALLED.get(str(precision), str(precision))
+    if precision not in _PRECISIONS:
+        raise UserError(f"precision {precision} is not supported: set trainer.precision to bf16-mixed")
+    held, computed = _PRECISIONS[precision]
+    kind, options = _kind(strategy, processes)
+    if kind.startswith("ZeRO"):
+        return Sheet(kind, processes, computed, computed, torch.float32, is_cast=False, converts=True, options=options)
+    is_cast = kind != "FSDP2" and held != computed
+    converts = precision.endswith("true")
+    return Sheet(kind, processes, held, computed, loaded=held, is_cast=is_cast, converts=converts, options=options)
+
+
+def _kind(strategy: Any, processes: int) -> tuple[Any, Mapping[str, Any]]:
+    name, options = strategy, {}
+    if isinstance(strategy, Mapping):
+        name, options = strategy.get("class_path"), strategy.get("init_args") or {}
+    name = str(name or "auto").rpartition(".")[2]
+    if name in ("auto", "SingleDeviceStrategy"):
+        return ("one device" if processes == 1 else "DDP"), options
+    if name.startswith("ddp") or name == "DDPStrategy":
+        return "DDP", options
+    if name == "DeepSpeedStrategy":
+        return f"ZeRO-{options.get('stage', 2)}", options
+    if name in ("FSDP2Strategy", "ModelParallelStrategy"):
+        return "FSDP2", options
+    raise UserError(
+        f"nothing is known of the memory of strategy {name}: set trainer.strategy to auto, ddp, "
+        "rlhf_lightning.DeepSpeedStrategy or rlhf_lightning.FSDP2Strategy"
+    )
+
+
+def _number(given: Any, default: int) -> int:
+    return int(given) if isinstance(given, int | float) and not isinstance(given, bool) else default
