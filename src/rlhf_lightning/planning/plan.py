@@ -1,9 +1,9 @@
 """What memory a run takes, on each GPU, by role and by what it does, before anything is loaded.
 
 The models are built without weights by the code that builds them in training (`skeletons`). Their passes are run on
-tensors without memory, and what is alive at the worst moment is counted (`passes`, `live`); for speed two shallow models
-are run, from which the deep one follows, as every block needs the same. What a strategy splits, gathers and sends stands
-in `training.sheets`.
+tensors without memory, and what is alive at the worst moment is counted (`passes`, `live`); for speed two shallow ones
+are run, from which the deep one follows, as every block needs the same. What a strategy splits, gathers and sends
+stands in `training.sheets`.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class _Planner:
     # What lies there all the time.
 
     def _roles(self) -> Iterator[Role]:
-        sheet, known = self.sheet, set()
+        sheet, known = self.sheet, set[int]()
         for name, model in self.models.items():
             own = {id(p): p for p in model.parameters()}
             new = [p for key, p in own.items() if key not in known]

@@ -19,7 +19,7 @@ from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.planning.passes import Load
 from rlhf_lightning.training.sheets import Sheet, sheet_of
 
-_SAMPLING, _GIB = Sampling(), 2**30
+_SAMPLING = Sampling()
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,12 @@ class Request:
         """The same with other settings.
 
         Args:
-            part: `model`, `data` or `trainer`; empty for the machines.
+            part: `model`, `data` or `trainer`.
             **values: by name; a mapping is merged into the one that is there.
         """
-        if not part:
-            return replace(self, **values)
         settings = copy.deepcopy(dict(getattr(self, part)))
         for name, value in values.items():
             old = settings.get(name)
             settings[name] = {**old, **value} if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-        return replace(self, **{part: settings})
+        changed: dict[str, Any] = {part: settings}
+        return replace(self, **changed)

@@ -232,12 +232,12 @@ def sheet_of(strategy: Any, precision: str, processes: int) -> Sheet:
     if kind.startswith("ZeRO"):
         return Sheet(kind, processes, computed, computed, torch.float32, is_cast=False, converts=True, options=options)
     is_cast = kind != "FSDP2" and held != computed
-    converts = precision.endswith("true")
+    converts = precision in ("bf16-true", "64-true")
     return Sheet(kind, processes, held, computed, loaded=held, is_cast=is_cast, converts=converts, options=options)
 
 
-def _kind(strategy: Any, processes: int) -> tuple[Any, Mapping[str, Any]]:
-    name, options = strategy, {}
+def _kind(strategy: Any, processes: int) -> tuple[Any, dict[str, Any]]:
+    name, options = strategy, dict[str, Any]()
     if isinstance(strategy, Mapping):
         name, options = strategy.get("class_path"), strategy.get("init_args") or {}
     name = str(name or "auto").rpartition(".")[2]
