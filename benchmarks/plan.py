@@ -1,0 +1,163 @@
+"""What `rlhf plan` foretells beside what a process on this CPU takes: one step each of SFT, reward model and PPO.
+
+    python benchmarks/plan.py                       (12 runs, one after the other; under 6 GiB at once)
+    python benchmarks/plan.py --only ppo --tiny     (a try)
+
+Every run is a process of its own that trains a random model on sequences as long as they may be. Its anonymous memory
+(`RssAnon` of `/proc`) is read every few milliseconds from outside; what it had before models were loaded is subtracted.
+The second step is the one that counts, for the first makes the optimizer's state. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from _synthetic import TINY, Shape, write_model
+from measuring import GIB, machine, table
+
+SHAPE = Shape(
+    layers=8,
+    hidden=640,
+    heads=10,
+    kv_heads=5,
+    intermediate=1792,
+    vocabulary=16384,
+    rows=4,
+    max_length=160,
+    micro_tokens=320,
+    prompts=4,
+    prompt_length=128,
+    new_tokens=32,
+)
+_EVERY = 0.002
+_READY = "ready"
+
+
+def arguments(stage: str, mode: str, again: bool, lm: str, reward: str, shape: Shape) -> dict[str, Any]:
+    """Those of the module."""
+    common = {
+        "model_name_or_path": lm,
+        "micro_batch_size": shape.rows // 2,
+        "finetune": {"mode": mode},
+        "gradient_checkpointing": again,
+        "lr_schedule": "constant",
+        "warmup_steps": 0,
+    }
+    if stage == "ppo":
+        lengths = {"max_new_tokens": shape.new_tokens, "min_new_tokens": shape.new_tokens}
+        sizes = {"rollout_batch_size": shape.prompts, "minibatch_size": shape.prompts, "ppo_epochs": 2}
+        return {**common, **sizes, "reward": reward, "sampling": lengths, "score": {"scaling": False}}
+    return {**common, **({"prefix_sharing": False} if stage == "reward" else {})}
+
+
+def planned(stage: str, settings: dict[str, Any], shape: Shape) -> Any:
+    """The plan of such a run."""
+    import rlhf_lightning
+    from rlhf_lightning.planning import Request, plan
+
+    cls = {"sft": "SFTModule", "reward": "RewardModule", "ppo": "PPOModule"}[stage]
+    data = {"max_length": shape.max_length, "batch_size": shape.rows, "max_prompt_length": shape.prompt_length}
+    return plan(Request(getattr(rlhf_lightning, cls), settings, data, on_gpu=False))
+
+
+def train(stage: str, settings: dict[str, Any], shape: Shape) -> None:
+    """Two steps on rows without padding, in this process; says when it is about to load."""
+    import logging
+    import warnings
+
+    import pytorch_lightning as pl
+    import torch
+    from torch.utils.data import DataLoader
+
+    import rlhf_lightning
+    from rlhf_lightning.batches import InstructionBatch, PreferenceBatch, PromptBatch
+
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    ids = torch.randint(2, shape.vocabulary, (shape.rows, shape.max_length))
+    full, rows = torch.ones_like(ids, dtype=torch.bool), torch.arange(shape.rows)
+    batch: Any = InstructionBatch(ids, full, full, rows)
+    if stage == "reward":
+        batch = PreferenceBatch(ids, full, ids.flip(0), full, rows, prompt_lengths=torch.ones(shape.rows).long())
+    elif stage == "ppo":
+        asked = slice(0, shape.prompts), slice(0, shape.prompt_length)
+        batch = PromptBatch(ids[asked], full[asked], ["w2"] * shape.prompts, rows[: shape.prompts])
+    cls = {"sft": "SFTModule", "reward": "RewardModule", "ppo": "PPOModule"}[stage]
+    module = getattr(rlhf_lightning, cls)(**settings)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, logger=False, num_sanity_val_steps=0, **quiet)
+    torch.randn(256, 256) @ torch.randn(256, 256)  # starts what products start once
+    print(_READY, flush=True)
+    time.sleep(0.2)
+    trainer.fit(module, DataLoader([batch] * 2, batch_size=None))
+
+
+def anonymous(process: int) -> int:
+    """Bytes of anonymous memory that a process has now; 0 when it has gone."""
+    try:
+        text = Path(f"/proc/{process}/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in text.splitlines() if line.startswith("RssAnon")), 0)
+
+
+def measured(words: list[str]) -> float:
+    """Bytes that a run takes at the most beyond what it had before it loaded models."""
+    child = subprocess.Popen([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.strip() == _READY:
+            break
+    baseline = peak = anonymous(child.pid)
+    while child.poll() is None:
+        peak = max(peak, anonymous(child.pid))
+        time.sleep(_EVERY)
+    if child.returncode:
+        raise SystemExit(f"a run ended with code {child.returncode}: {' '.join(words)}")
+    return peak - baseline
+
+
+def main() -> None:
+    """Plan and measure each run, and print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", choices=("sft", "reward", "ppo"))
+    parser.add_argument("--tiny", action="store_true", help="a model of a few thousand weights")
+    parser.add_argument("--markdown", help="append the table to this file")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    shape = TINY if given.tiny else SHAPE
+    if given.run:
+        job = json.loads(given.run)
+        train(job["stage"], job["settings"], shape)
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        lm, reward = write_model(shape, Path(folder))
+        for stage in [given.only] if given.only else ["sft", "reward", "ppo"]:
+            for mode in ("all", "lora"):
+                for again in (False, True):
+                    settings = arguments(stage, mode, again, lm, reward, shape)
+                    plan = planned(stage, settings, shape)
+                    job = json.dumps({"stage": stage, "settings": settings})
+                    found = measured(["--run", job, *(["--tiny"] if given.tiny else [])])
+                    kept = "again" if again else "kept"
+                    sizes = f"{plan.held / GIB:.2f}", f"{plan.peak / GIB:.2f}", f"{found / GIB:.2f}"
+                    rows.append([stage, mode, kept, *sizes, f"{plan.peak / found - 1:+.1%}"])
+                    print(*rows[-1], file=sys.stderr, flush=True)
+    header = ["stage", "trained", "activations", "held", "planned peak", "measured peak", "plan is off by"]
+    text = f"{machine()}\n\n{table(header, rows)}"
+    print(text)
+    if given.markdown:
+        with Path(given.markdown).open("a", encoding="utf-8") as file:
+            print(text, file=file)
+
+
+if __name__ == "__main__":
+    main()
