@@ -4,14 +4,20 @@
     python benchmarks/plan.py --only ppo --tiny     (a try)
 
 Every run is a process of its own that trains a random model on sequences as long as they may be. Its anonymous memory
-(`RssAnon` of `/proc`) is read every few milliseconds from outside; what it had before models were loaded is subtracted.
-The second step is the one that counts, for the first makes the optimizer's state. Linux only.
+(`RssAnon` of `/proc`) is read every few milliseconds from outside; what it had after it trained a model of a few
+thousand weights, all libraries loaded by then, is subtracted. The second step is the one that counts, for the first
+makes the optimizer's state. Linux only.
+
+glibc keeps freed memory below some size for itself. Here it is told to give back whatever is larger than 64 KiB, unless
+`--plain` asks for what it does by itself: the difference is what the allocator adds.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,17 +29,17 @@ from _synthetic import TINY, Shape, write_model
 from measuring import GIB, machine, table
 
 SHAPE = Shape(
-    layers=8,
+    layers=6,
     hidden=640,
     heads=10,
     kv_heads=5,
     intermediate=1792,
-    vocabulary=16384,
-    rows=4,
-    max_length=160,
-    micro_tokens=320,
-    prompts=4,
-    prompt_length=128,
+    vocabulary=20480,
+    rows=2,
+    max_length=192,
+    micro_tokens=192,
+    prompts=2,
+    prompt_length=160,
     new_tokens=32,
 )
 _EVERY = 0.002
@@ -68,10 +74,7 @@ def planned(stage: str, settings: dict[str, Any], shape: Shape) -> Any:
 
 
 def train(stage: str, settings: dict[str, Any], shape: Shape) -> None:
-    """Two steps on rows without padding, in this process; says when it is about to load."""
-    import logging
-    import warnings
-
+    """Two steps on rows without padding, in this process."""
     import pytorch_lightning as pl
     import torch
     from torch.utils.data import DataLoader
@@ -79,8 +82,6 @@ def train(stage: str, settings: dict[str, Any], shape: Shape) -> None:
     import rlhf_lightning
     from rlhf_lightning.batches import InstructionBatch, PreferenceBatch, PromptBatch
 
-    warnings.simplefilter("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     ids = torch.randint(2, shape.vocabulary, (shape.rows, shape.max_length))
     full, rows = torch.ones_like(ids, dtype=torch.bool), torch.arange(shape.rows)
     batch: Any = InstructionBatch(ids, full, full, rows)
@@ -93,10 +94,22 @@ def train(stage: str, settings: dict[str, Any], shape: Shape) -> None:
     module = getattr(rlhf_lightning, cls)(**settings)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, logger=False, num_sanity_val_steps=0, **quiet)
-    torch.randn(256, 256) @ torch.randn(256, 256)  # starts what products start once
+    trainer.fit(module, DataLoader([batch] * 2, batch_size=None))
+
+
+def run(job: dict[str, Any], shape: Shape) -> None:
+    """A run in this process: first on a tiny model, then, once that is said, on the one that is measured."""
+    import gc
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    train(job["stage"], job["tiny"], TINY)
+    gc.collect()
     print(_READY, flush=True)
     time.sleep(0.2)
-    trainer.fit(module, DataLoader([batch] * 2, batch_size=None))
+    train(job["stage"], job["settings"], shape)
 
 
 def anonymous(process: int) -> int:
@@ -108,9 +121,11 @@ def anonymous(process: int) -> int:
     return next((1024 * int(line.split()[1]) for line in text.splitlines() if line.startswith("RssAnon")), 0)
 
 
-def measured(words: list[str]) -> float:
+def measured(words: list[str], plain: bool) -> float:
     """Bytes that a run takes at the most beyond what it had before it loaded models."""
-    child = subprocess.Popen([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True)
+    allocator = {} if plain else {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, *words]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | allocator)
     assert child.stdout is not None
     for line in child.stdout:
         if line.strip() == _READY:
@@ -129,28 +144,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=("sft", "reward", "ppo"))
     parser.add_argument("--tiny", action="store_true", help="a model of a few thousand weights")
+    parser.add_argument("--plain", action="store_true", help="leave the allocator of the C library as it is")
     parser.add_argument("--markdown", help="append the table to this file")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     given = parser.parse_args()
     shape = TINY if given.tiny else SHAPE
     if given.run:
-        job = json.loads(given.run)
-        train(job["stage"], job["settings"], shape)
+        run(json.loads(given.run), shape)
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         lm, reward = write_model(shape, Path(folder))
-        for stage in [given.only] if given.only else ["sft", "reward", "ppo"]:
-            for mode in ("all", "lora"):
-                for again in (False, True):
-                    settings = arguments(stage, mode, again, lm, reward, shape)
-                    plan = planned(stage, settings, shape)
-                    job = json.dumps({"stage": stage, "settings": settings})
-                    found = measured(["--run", job, *(["--tiny"] if given.tiny else [])])
-                    kept = "again" if again else "kept"
-                    sizes = f"{plan.held / GIB:.2f}", f"{plan.peak / GIB:.2f}", f"{found / GIB:.2f}"
-                    rows.append([stage, mode, kept, *sizes, f"{plan.peak / found - 1:+.1%}"])
-                    print(*rows[-1], file=sys.stderr, flush=True)
+        tiny = write_model(TINY, Path(folder, "tiny"))
+        stages = [given.only] if given.only else ["sft", "reward", "ppo"]
+        for mode, again, stage in itertools.product(("all", "lora"), (False, True), stages):
+            settings = arguments(stage, mode, again, lm, reward, shape)
+            plan = planned(stage, settings, shape)
+            small = arguments(stage, mode, again, *tiny, TINY)
+            job = json.dumps({"stage": stage, "settings": settings, "tiny": small})
+            found = measured(["--run", job, *(["--tiny"] if given.tiny else [])], given.plain)
+            sizes = f"{plan.held / GIB:.2f}", f"{plan.peak / GIB:.2f}", f"{found / GIB:.2f}"
+            rows.append([stage, mode, "again" if again else "kept", *sizes, f"{plan.peak / found - 1:+.1%}"])
+            print(*rows[-1], file=sys.stderr, flush=True)
     header = ["stage", "trained", "activations", "held", "planned peak", "measured peak", "plan is off by"]
     text = f"{machine()}\n\n{table(header, rows)}"
     print(text)

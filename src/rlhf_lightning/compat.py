@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial

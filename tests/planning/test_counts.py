@@ -34,7 +34,9 @@ def models(tmp_path_factory):
     return save_models(tmp_path_factory.mktemp("models"), layers=2)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, (case[0], *case[1].values(), case[2]))))
+@pytest.fixture(
+    scope="module", params=CASES, ids=lambda case: "-".join(map(str, (case[0], *case[1].values(), case[2])))
+)
 def both(request, models):
     kind, given, precision = request.param
     made = arguments(kind, *models, **given)

@@ -70,6 +70,9 @@ def _tries(now: Plan) -> Iterator[_Try]:
             "reference and reward are rounded",
             request.changed("model", frozen_dtype="bfloat16"),
         )
+    if now.worst.cache and model.get("rollout_weights") == "gathered":
+        layered = request.changed("model", rollout_weights="layered")
+        yield _Try("--model.rollout_weights layered", "weights are sent for every token", layered)
     if now.worst.cache and now.sizes["answered"] > 1:
         fewer = max(1, now.sizes["answered"] // 4)
         yield _Try(

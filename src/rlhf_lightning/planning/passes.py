@@ -1,6 +1,7 @@
 """What goes through a stage's models in one step, with weights that are not there.
 
-Forward and backward passes, decoding and measuring are made as the algorithms make them. Every sequence is as long as its limit, and every token that may count does: the worst that the settings allow.
+Forward and backward passes, decoding and measuring are made as the algorithms make them. Every sequence is as long as
+its limit, and every token that may count does: the worst that the settings allow.
 
 Notation: B rows that go through a model at once, P prompt length, R response length, T = P + R or the limit of a row, V
 vocabulary.

@@ -14,8 +14,10 @@ from functools import cached_property
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from rlhf_lightning.algorithms.stage import Stage
+from rlhf_lightning.forward.output_layer import is_tied
 from rlhf_lightning.planning.live import Moment
 from rlhf_lightning.planning.passes import Passed, blocks_of, models_of, passed_through
 from rlhf_lightning.planning.request import Request
@@ -177,6 +179,10 @@ class _Planner:
         return [p for p in self.stage.parameters() if p.requires_grad]
 
     @cached_property
+    def total(self) -> int:
+        return sum(p.numel() for p in self.stage.parameters())
+
+    @cached_property
     def num_trained(self) -> int:
         return sum(p.numel() for p in self.trained)
 
@@ -190,7 +196,7 @@ class _Planner:
             parts=parts,
             sizes=sizes,
             sent=self.sheet.sent(self.num_trained, self._passed_numbers(), sizes["micro_batches"]),
-            sent_by_rollout=self._sent_by_rollout(sizes),
+            sent_by_rollout=self._sent_by_rollout(roles, sizes),
             on_cpu=self._on_cpu(roles),
             assumed=self.skeletons.assumed,
         )
@@ -236,18 +242,31 @@ class _Planner:
         shallow = max(2, step)
         depth = next(iter(self.skeletons.depths))
         if len(self.skeletons.depths) > 1 or depth <= shallow + 2 * step:
-            return passed_through(self._stage(None), load)
-        few, more = (passed_through(self._stage(n), load) for n in (shallow, shallow + step))
+            return passed_through(self._gathering(None), load)
+        few, more = (passed_through(self._gathering(n), load) for n in (shallow, shallow + step))
         ahead = (depth - shallow) / step
         return [_further(a, b, ahead) for a, b in zip(few, more, strict=True)]
+
+    def _gathering(self, depth: int | None) -> Stage:
+        """A stage whose weights have the types that they are gathered in."""
+        stage = self._stage(depth)
+        if self.sheet.gathers_narrow:
+            for model in models_of(stage).values():
+                for part in (*blocks_of(model), *_wide_heads(model)):
+                    part.to(self.sheet.computed)
+        return stage
 
     def _part(self, passed: Passed, roles: list[Role], sizes: dict[str, int]) -> Part:
         gradients = sum(role.gradients for role in roles)
         moments = [*passed.first, *(passed.later if sizes["micro_batches"] > 1 else ())]
         whole = max((moment.gradients for moment in (*passed.first, *passed.later)), default=0) or 1
         updates = bool(passed.later)
-        reduced = self.sheet.reduction_buffer(self.num_trained) if updates else 0
-        gathered = max((self.sheet.gathered(self._sizes(role), updates) for role in passed.models), default=0)
+        reduced = self.sheet.reduction_buffer(self.num_trained, self.total) if updates else 0
+        gathered = max(
+            (self.sheet.gathered(self._sizes(role), self.total, updates) for role in passed.models), default=0
+        )
+        if passed.kept and self.gathers_rollouts(roles):
+            gathered = self._sizes("policy").total * self.sheet.computed.itemsize
         parts = [
             Part(
                 name=passed.name,
@@ -265,7 +284,7 @@ class _Planner:
         largest = max(p.numel() for p in self.trained)
         needed = self.sheet.step_buffer(self.num_trained, largest, self.state, self.request.on_gpu)
         gradients = 0 if self.sheet.offloads_optimizer else sum(role.gradients for role in roles)
-        buffers = self.sheet.reduction_buffer(self.num_trained)
+        buffers = self.sheet.reduction_buffer(self.num_trained, self.total)
         return Part("steps the optimizer", gradients=gradients, activations=needed, buffers=buffers)
 
     def _sizes(self, role: str) -> Sizes:
@@ -274,25 +293,43 @@ class _Planner:
         blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model)]
         return Sizes(total, max(blocks, default=total), total - sum(blocks))
 
+    def gathers_rollouts(self, roles: list[Role]) -> bool:
+        """Whether the policy is held whole while it answers; if left open, where it takes half of what is free."""
+        sheet, how = self.sheet, self.request.model.get("rollout_weights", "auto")
+        if not sheet.shards_weights or self.request.gpus == 1 or how == "layered":
+            return False
+        if how == "gathered" or self.request.gpu_memory is None:
+            return how == "gathered"
+        held = sum(role.optimizer + role.copies for role in roles) if not sheet.offloads_optimizer else 0
+        held += sum(role.weights for role in roles) if not sheet.offloads_weights else 0
+        free = self.request.gpu_memory * GIB - held - OUTSIDE
+        return self._sizes("policy").total * sheet.computed.itemsize <= free / 2
+
     # What is sent.
 
     def _passed_numbers(self) -> int:
         trained = (m for m in self.models.values() if any(p.requires_grad for p in m.parameters()))
         return sum(p.numel() for model in trained for p in model.parameters())
 
-    def _sent_by_rollout(self, sizes: dict[str, int]) -> dict[str, int]:
-        """Of weights that are gathered: once for every token of an answer, and for every pass that measures answers."""
+    def _sent_by_rollout(self, roles: list[Role], sizes: dict[str, int]) -> dict[str, int]:
+        """Of weights that are gathered: once, or for every token of an answer; and for every pass that measures."""
         if not self.sheet.shards_weights or "answered" not in sizes or self.request.gpus == 1:
             return {}
         width = self.sheet.computed.itemsize * (self.request.gpus - 1) / self.request.gpus
         policy = self._sizes("policy").total * width
-        batches = -(-sizes["responses"] // sizes["answered"])
+        batches, once = -(-sizes["responses"] // sizes["answered"]), self.gathers_rollouts(roles)
         passes = -(-sizes["responses"] // sizes["micro_batch"])
         measured = sum(self._sizes(role).total for role in self.models) * width * passes
         return {
-            "weights, to answer": int(policy * batches * self.request.response_length),
+            "weights, to answer": int(policy if once else policy * batches * self.request.response_length),
             "weights, to measure": int(measured),
         }
+
+
+def _wide_heads(model: Any) -> list[nn.Module]:
+    """The output layer over the vocabulary, if it is one of its own."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return [] if head is None or is_tied(model, head) else [head]
 
 
 def _further(few: Passed, more: Passed, steps: float) -> Passed:

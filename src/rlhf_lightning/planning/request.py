@@ -14,7 +14,7 @@ from typing import Any
 from rlhf_lightning.algorithms.online.answering import AnsweringStage
 from rlhf_lightning.algorithms.pairs import PairStage
 from rlhf_lightning.algorithms.stage import Stage
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.arguments import per_process
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.planning.passes import Load
 from rlhf_lightning.training.sheets import Sheet, sheet_of
@@ -53,7 +53,9 @@ class Request:
         Raises:
             UserError: it is not supported, or not known.
         """
-        return sheet_of(self.trainer.get("strategy"), self.trainer.get("precision") or "32-true", self.gpus)
+        accumulates = any(self.model.get(name) is not None for name in ("micro_batch_size", "max_tokens_per_batch"))
+        precision = self.trainer.get("precision") or "32-true"
+        return sheet_of(self.trainer.get("strategy"), precision, self.gpus, accumulates)
 
     @property
     def prompt_length(self) -> int:
@@ -87,22 +89,6 @@ class Request:
         """What `max_tokens_per_batch` counts for a row as long as it may be."""
         return self.length * (2 if self.has_pairs else 1)
 
-    def per_process(self, name: str, value: int) -> int:
-        """A process's share of a global size.
-
-        Args:
-            name: of the argument.
-            value: over all processes.
-
-        Raises:
-            UserError: it does not divide.
-        """
-        if value % self.gpus:
-            raise UserError(
-                f"{name} {value} cannot be shared out evenly to {self.gpus} processes; take a multiple of it"
-            )
-        return value // self.gpus
-
     def sizes(self, stage: Stage) -> dict[str, int]:
         """Examples of an optimizer step, of a micro-batch and so on, on one process.
 
@@ -111,12 +97,14 @@ class Request:
         """
         if self.answers:
             online: Any = stage
-            step = self.per_process("minibatch_size", online.minibatch_size)
-            responses = self.per_process("rollout_batch_size", online.rollout_batch_size) * online.samples_per_prompt
+            step = per_process("minibatch_size", online.minibatch_size, self.gpus)
+            responses = (
+                per_process("rollout_batch_size", online.rollout_batch_size, self.gpus) * online.samples_per_prompt
+            )
             given = self.model.get("generation_batch_size")
             rollout = {"responses": responses, "answered": min(responses, int(given or responses))}
         else:
-            step, rollout = self.per_process("batch_size", int(self.data.get("batch_size") or 8)), {}
+            step, rollout = per_process("batch_size", int(self.data.get("batch_size") or 8), self.gpus), {}
         at_once = stage.micro_batch_size or step
         if stage.max_tokens_per_batch is not None:
             at_once = max(1, stage.max_tokens_per_batch // self.tokens_per_example)

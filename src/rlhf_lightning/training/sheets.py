@@ -31,8 +31,15 @@ SHARDED_ON_CPU: dict[str, Any] = {**SHARDED, "init_args": {"cpu_offload": True}}
 """The same with weights and optimizer state in CPU memory."""
 
 _ALSO_CALLED = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "None": "32-true"}
-_BUCKET, _LIVE, _PREFETCHED = 200_000_000, 1_000_000_000, 50_000_000
-"""Numbers in a bucket (Lightning's default), and numbers gathered and to be gathered (DeepSpeed's defaults)."""
+_SIZES = {
+    "reduce_bucket_size": 200_000_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+}
+"""DeepSpeed's buffers at the most, in numbers: Lightning's default, and in the last two DeepSpeed's."""
+
+_BUFFER_SHARE, _LEAST_BUFFER = 32, 1 << 18
+"""`DeepSpeedStrategy` makes buffers one of so many parts of all models, and at least so many numbers."""
 
 
 class Sizes:
@@ -61,6 +68,7 @@ class Sheet:
         is_cast: weights are cast for each product (autocast), rather than held or gathered in that type.
         converts: frozen weights and adapters get the type of the trained ones, whatever they were loaded in.
         options: what the strategy was given.
+        accumulates: a step may be made of several micro-batches.
     """
 
     kind: Kind
@@ -71,6 +79,7 @@ class Sheet:
     is_cast: bool
     converts: bool
     options: Mapping[str, Any]
+    accumulates: bool = True
 
     @property
     def name(self) -> str:
@@ -122,24 +131,45 @@ class Sheet:
     @property
     def takes_losses_one_by_one(self) -> bool:
         """Whether the graph of one loss may be gone before the next is built."""
-        return self.kind == "one device"
+        return self.kind in ("one device", "FSDP2")
+
+    @property
+    def gathers_narrow(self) -> bool:
+        """Whether weights of blocks and output layer are gathered in the type of products, and others as they are."""
+        return self.kind == "FSDP2" and self.held != self.computed
 
     @property
     def gradient_bytes(self) -> int:
         """Of one number of a gradient."""
-        return self.held.itemsize
+        if not self.is_deepspeed or self.kind == "ZeRO-0":
+            return self.held.itemsize
+        wide = self.options.get("gradient_dtype", "auto")
+        return 4 if wide == "float32" or (wide == "auto" and self.accumulates) else self.computed.itemsize
 
     @property
     def copy_bytes(self) -> int:
         """Of the float32 copy of one trained number; 0 without copies."""
-        # DeepSpeed keeps its copies in float32 whatever the weights are.
+        if self.kind == "ZeRO-3" and self.held.itemsize == 4:
+            return 0
+        # DeepSpeed's other stages keep copies whatever the weights are.
         return 4 if self.is_deepspeed or self.held.itemsize < 4 else 0
 
-    def reduction_buffer(self, gradients: int) -> int:
+    def _buffer(self, name: str, total: int) -> int:
+        """Numbers in one of DeepSpeed's buffers: as given, or made to fit all models of `total` numbers."""
+        config = self.options.get("config")
+        given = config.get("zero_optimization") if isinstance(config, Mapping) else None
+        size = (given if isinstance(given, Mapping) else self.options).get(name)
+        most = _SIZES[name]
+        if isinstance(size, int) and size != most:
+            return size
+        return max(_LEAST_BUFFER, min(most, total // _BUFFER_SHARE))
+
+    def reduction_buffer(self, gradients: int, total: int) -> int:
         """Bytes held to send gradients.
 
         Args:
             gradients: numbers that are trained.
+            total: numbers of all models.
         """
         if self.processes == 1 and not self.is_deepspeed:
             return 0
@@ -147,33 +177,29 @@ class Sheet:
             return 0 if self.options.get("gradient_as_bucket_view") else gradients * self.gradient_bytes
         if self.kind in ("ZeRO-1", "ZeRO-2", "ZeRO-3") and self.options.get("contiguous_gradients", True):
             twice = 2 if self.options.get("overlap_comm", True) and self.kind != "ZeRO-3" else 1
-            return twice * _number(self.options.get("reduce_bucket_size"), _BUCKET) * self.computed.itemsize
+            return twice * self._buffer("reduce_bucket_size", total) * self.gradient_bytes
         return 0
 
-    def gathered(self, sizes: Sizes, trains: bool) -> int:
+    def gathered(self, sizes: Sizes, total: int, trains: bool) -> int:
         """Bytes of the whole weights that are there at once while a model runs.
 
         Args:
             sizes: of the model.
+            total: numbers of all models.
             trains: its backward pass is run, too, and sends gradients.
         """
         if not self.shards_weights or self.processes == 1:
             return 0
         width = self.computed.itemsize
         if self.kind == "ZeRO-3":
-            config = self._zero_config()
-            live = _number(config.get("stage3_max_live_parameters"), _LIVE)
-            ahead = _number(config.get("stage3_prefetch_bucket_size"), _PREFETCHED)
+            live = max(self._buffer("stage3_max_live_parameters", total), sizes.block, sizes.outside)
+            ahead = self._buffer("stage3_prefetch_bucket_size", total)
             return min(sizes.total, live + ahead) * width
-        if self.options.get("reshard_after_forward") is False and trains:
-            return sizes.total * width + 2 * sizes.block * 4
         # A block, the one that is gathered ahead of it, what is outside of blocks; and a block's gradient, to be sent.
-        return (2 * sizes.block + sizes.outside) * width + (sizes.block * (width + 4) if trains else 0)
-
-    def _zero_config(self) -> Mapping[str, Any]:
-        config = self.options.get("config")
-        given = config.get("zero_optimization") if isinstance(config, Mapping) else None
-        return given if isinstance(given, Mapping) else self.options
+        sent = sizes.block * (width + 4) if trains else 0
+        if self.options.get("reshard_after_forward") is False and trains:
+            return sizes.total * width + sent
+        return 2 * sizes.block * width + sizes.outside * max(width, self.held.itemsize) + sent
 
     def step_buffer(self, trained: int, largest: int, state: float, on_gpu: bool) -> int:
         """Bytes that a step of the optimizer needs for itself, the gradients not counted.
@@ -188,7 +214,7 @@ class Sheet:
         roots = 0 if state < 2 else trained * self.state_share if on_gpu else 2 * largest
         widened = trained * self.state_share * (4 - self.gradient_bytes) if self.held.itemsize < 4 else 0
         if self.is_deepspeed:
-            widened = trained * self.state_share * 4
+            widened = trained * self.state_share * (4 if self.kind != "ZeRO-3" else 4 / _BUFFER_SHARE)
         return int(roots * wide + widened) if not self.offloads_optimizer else 0
 
     def sent(self, trained: int, passed: int, micro_batches: int) -> dict[str, int]:
@@ -205,21 +231,24 @@ class Sheet:
         weight, gradient = self.computed.itemsize, self.gradient_bytes
         if self.kind in ("DDP", "ZeRO-0"):
             return {"gradients": int(2 * trained * gradient * passing)}
-        reductions = 1 if self.kind == "ZeRO-1" else micro_batches
+        at_last = self.kind == "ZeRO-1" or (self.kind == "FSDP2" and self.options.get("reduce_gradients") == "last")
+        reductions = 1 if at_last else micro_batches
         sent = {"gradients": int(trained * (4 if self.kind == "FSDP2" else gradient) * reductions * passing)}
         if not self.shards_weights:
             return sent | {"weights": int(trained * weight * passing)}
-        passes = 1 if self.kind == "FSDP2" and self.options.get("reshard_after_forward") is False else 2
+        keeps = self.kind == "FSDP2" and self.options.get("reshard_after_forward") is False
+        passes = 1 if keeps else 2
         return sent | {"weights": int(passed * weight * passes * micro_batches * passing)}
 
 
-def sheet_of(strategy: Any, precision: str, processes: int) -> Sheet:
+def sheet_of(strategy: Any, precision: str, processes: int, accumulates: bool = True) -> Sheet:
     """The sheet of a strategy as a config names it.
 
     Args:
         strategy: a name, or `class_path` and `init_args`.
         precision: as Lightning's Trainer takes it.
         processes: N.
+        accumulates: a step may be made of several micro-batches.
 
     Raises:
         UserError: a strategy or precision that training would refuse, or whose memory is not known.
@@ -230,10 +259,11 @@ def sheet_of(strategy: Any, precision: str, processes: int) -> Sheet:
     held, computed = _PRECISIONS[precision]
     kind, options = _kind(strategy, processes)
     if kind.startswith("ZeRO"):
-        return Sheet(kind, processes, computed, computed, torch.float32, is_cast=False, converts=True, options=options)
-    is_cast = kind != "FSDP2" and held != computed
+        loaded, is_cast, converts = torch.float32, False, True
+        return Sheet(kind, processes, computed, computed, loaded, is_cast, converts, options, accumulates)
+    is_cast = held != computed
     converts = precision in ("bf16-true", "64-true")
-    return Sheet(kind, processes, held, computed, loaded=held, is_cast=is_cast, converts=converts, options=options)
+    return Sheet(kind, processes, held, computed, held, is_cast, converts, options, accumulates)
 
 
 def _kind(strategy: Any, processes: int) -> tuple[Any, dict[str, Any]]:
@@ -253,7 +283,3 @@ def _kind(strategy: Any, processes: int) -> tuple[Any, dict[str, Any]]:
         f"nothing is known of the memory of strategy {name}: set trainer.strategy to auto, ddp, "
         "rlhf_lightning.DeepSpeedStrategy or rlhf_lightning.FSDP2Strategy"
     )
-
-
-def _number(given: Any, default: int) -> int:
-    return int(given) if isinstance(given, int | float) and not isinstance(given, bool) else default
