@@ -1,6 +1,7 @@
 """What our libraries keep to themselves is as it was; each test says what would break here if it were not."""
 
 import inspect
+import logging
 import pickle
 import signal
 import sys
@@ -429,3 +430,22 @@ def test_a_trainer_lets_processes_fail_that_it_has_started(monkeypatch):
         launched()
     assert len(observed) == 1
     assert compat.launched_children(pl.Trainer(accelerator="cpu", devices=1, logger=False)) is None
+
+
+def test_fake_tensors_have_the_bytes_of_real_ones_and_none_of_their_numbers():
+    """Else `rlhf plan` would allocate what it is to foretell, or foretell something else."""
+    with compat.fake_tensors():
+        made = nn.Linear(1 << 20, 1 << 20, bias=False)  # four TiB
+        product = made(torch.empty(2, 1 << 20))
+    assert product.shape == (2, 1 << 20)
+    assert product.device.type == "cpu"
+    assert made.weight.untyped_storage().nbytes() == 4 << 40
+
+
+def test_what_is_said_of_models_is_heard_again_afterwards():
+    """Else a plan would be drowned in lines, or the lines of all that follows be lost."""
+    logger = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    before = logger.getEffectiveLevel()
+    with compat.say_nothing_of_models():
+        assert not logger.isEnabledFor(logging.WARNING)
+    assert logger.getEffectiveLevel() == before

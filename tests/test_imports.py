@@ -17,7 +17,7 @@ FLOORS = (
     ("cli",),
     ("app", "callbacks"),
     ("report",),
-    ("evaluation",),
+    ("evaluation", "planning"),
     ("algorithms", "data"),
     ("generation",),
     ("models",),

@@ -56,7 +56,7 @@ def test_a_recipe_is_parsed_with_its_values(parsed, recipe):
             now = parsed[part]["init_args"][name]
             assert (now | value if isinstance(value, dict) and "class_path" not in value else now) == now
             assert isinstance(value, dict) or now == value
-    assert parsed["trainer"]["default_root_dir"] == f"runs/{Path(recipe).stem}"
+    assert parsed["trainer"]["default_root_dir"] == f"runs/{Path(recipe).with_suffix('').as_posix()}"
 
 
 # Pairs in which each occurs: all stacks are parsed by the same parser, whichever classes the recipe names.
@@ -77,7 +77,7 @@ def test_trainer_files_stack_on_every_recipe(capsys, recipe, trainer):
         wanted["class_path"] if isinstance(wanted, dict) else wanted
     )
     assert parsed["trainer"]["accelerator"] == given["accelerator"]
-    assert parsed["trainer"]["default_root_dir"] == f"runs/{Path(recipe).stem}"
+    assert parsed["trainer"]["default_root_dir"] == f"runs/{Path(recipe).with_suffix('').as_posix()}"
 
 
 @pytest.mark.parametrize("recipe", STAGES)

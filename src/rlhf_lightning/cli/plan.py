@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,7 +15,7 @@ from rich.console import Console
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.cli.errors import find_class
 from rlhf_lightning.cli.recipes import resolve_recipes
-from rlhf_lightning.cli.spelling import check_keys, check_words, nearest
+from rlhf_lightning.cli.spelling import check_keys, check_words
 from rlhf_lightning.cli.stages import RLHFCLI
 from rlhf_lightning.compat import say_nothing_of_models
 from rlhf_lightning.errors import UserError
@@ -150,10 +150,8 @@ def _own_options(options: Sequence[str]) -> tuple[dict[str, Any], bool, list[str
             as_values = True
         elif name in _NUMBERS:
             found[name.removeprefix("--")] = _number(name, value if equals else next(words, ""))
-        elif re.fullmatch(r"--\w+", name) and nearest(name[2:], [own[2:] for own in _NUMBERS]) and "." not in name:
-            raise UserError(
-                f"unknown option {name}; did you mean --{nearest(name[2:], [own[2:] for own in _NUMBERS])}?"
-            )
+        elif close := difflib.get_close_matches(name, _NUMBERS, n=1, cutoff=0.8):
+            raise UserError(f"unknown option {name}; did you mean {close[0]}?")
         else:
             rest.append(word)
     return found, as_values, rest

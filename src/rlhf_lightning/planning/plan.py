@@ -230,7 +230,8 @@ class _Planner:
 
     def _on_cpu(self, roles: list[Role]) -> float:
         sheet = self.sheet
-        state = sum(role.optimizer + role.copies + role.gradients for role in roles) if sheet.offloads_optimizer else 0
+        gradients = self.num_trained * 4 * sheet.gradient_share  # what the optimizer reads there is float32
+        state = sum(role.optimizer + role.copies for role in roles) + gradients if sheet.offloads_optimizer else 0
         weights = sum(role.weights for role in roles) if sheet.offloads_weights else 0
         return (state + weights) * self.request.gpus / self.request.nodes
 
