@@ -150,7 +150,7 @@ def _own_options(options: Sequence[str]) -> tuple[dict[str, Any], bool, list[str
             as_values = True
         elif name in _NUMBERS:
             found[name.removeprefix("--")] = _number(name, value if equals else next(words, ""))
-        elif close := difflib.get_close_matches(name, _NUMBERS, n=1, cutoff=0.8):
+        elif name.startswith("--") and (close := difflib.get_close_matches(name, _NUMBERS, n=1, cutoff=0.8)):
             raise UserError(f"unknown option {name}; did you mean {close[0]}?")
         else:
             rest.append(word)

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.forward.output_layer import is_tied
+from rlhf_lightning.models.fused_lora import FusedLoraLinear
+from rlhf_lightning.models.peft_library import LoraLinear
 from rlhf_lightning.planning.live import Moment
 from rlhf_lightning.planning.passes import Passed, blocks_of, models_of, passed_through
 from rlhf_lightning.planning.request import Request
@@ -249,8 +251,11 @@ class _Planner:
         return [_further(a, b, ahead) for a, b in zip(few, more, strict=True)]
 
     def _gathering(self, depth: int | None) -> Stage:
-        """A stage whose weights have the types that they are gathered in."""
+        """A stage whose weights have the types that they are gathered in, and whose layers are those that gather."""
         stage = self._stage(depth)
+        for layer in stage.modules() if self.sheet.shards_weights else ():
+            if type(layer) is FusedLoraLinear:  # which reads weights of layers that it does not call
+                layer.__class__ = LoraLinear
         if self.sheet.gathers_narrow:
             for model in models_of(stage).values():
                 for part in (*blocks_of(model), *_wide_heads(model)):
