@@ -253,7 +253,8 @@ class _Planner:
     def _gathering(self, depth: int | None) -> Stage:
         """A stage whose weights have the types that they are gathered in, and whose layers are those that gather."""
         stage = self._stage(depth)
-        for layer in stage.modules() if self.sheet.shards_weights else ():
+        layers: list[Any] = [*stage.modules()] if self.sheet.shards_weights else []
+        for layer in layers:
             if type(layer) is FusedLoraLinear:  # which reads weights of layers that it does not call
                 layer.__class__ = LoraLinear
         if self.sheet.gathers_narrow:

@@ -51,9 +51,9 @@ def title(plan: Plan) -> str:
 def _per_process(plan: Plan) -> str:
     sizes, request = plan.sizes, plan.request
     kind = "pairs" if request.has_pairs else "responses" if request.answers else "rows"
-    said = (
-        f"a step: {sizes['step']} {kind} on each, in {sizes['micro_batches']} micro-batches of {sizes['micro_batch']}"
-    )
+    pieces = sizes["micro_batches"]
+    many = "1 micro-batch" if pieces == 1 else f"{pieces} micro-batches of {sizes['micro_batch']}"
+    said = f"a step: {sizes['step']} {kind} on each, in {many}"
     if request.answers:
         limits = f"{request.prompt_length} + {request.response_length} tokens"
         return f"{said}; a rollout: {sizes['responses']}, {sizes['answered']} answered at once, of {limits}\n"
