@@ -256,7 +256,7 @@ class _Planner:
         layers: list[Any] = [*stage.modules()] if self.sheet.shards_weights else []
         for layer in layers:
             if type(layer) is FusedLoraLinear:  # which reads weights of layers that it does not call
-                layer.__class__ = LoraLinear
+                layer.__class__ = LoraLinear  # type: ignore[assignment]
         if self.sheet.gathers_narrow:
             for model in models_of(stage).values():
                 for part in (*blocks_of(model), *_wide_heads(model)):
