@@ -19,7 +19,7 @@ def rooms() -> dict[str, str]:
     found: dict[str, str] = {}
     path: list[str] = []
     for line in TREE.splitlines():
-        if match := re.match(r"( {0,8})([\w/]+)/ +(.*)", line):
+        if match := re.match(r"( {0,8})([\w/-]+)/ +(.*)", line):
             depth = len(match[1]) // 2
             path = [*path[:depth], match[2]]
             found["/".join(path)] = match[3]
