@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from subprocess import Popen
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask as sdpa_mask
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 SDPA = "sdpa"
 """What transformers calls the attention of `torch.nn.functional.scaled_dot_product_attention`."""
@@ -89,6 +91,28 @@ def attention_function(
 def has_unmerged_adapter(model: PreTrainedModel) -> bool:
     """Whether `from_pretrained` found a PEFT adapter and put it beside the weights."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def saved_names(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> list[str]:
+    """Which weights `save_pretrained` writes: of those that are tied one, and none that the model says to leave out.
+
+    Args:
+        model: which the weights are of.
+        weights: tied ones are the same tensor; their shapes and values do not matter.
+    """
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return list(remove_tied_weights_from_state_dict({n: t for n, t in weights.items() if n not in ignored}, model))
+
+
+def as_saved(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as `save_pretrained` writes them: under the names, and in the parts, that the model was loaded from.
+
+    Args:
+        model: which the weights are of.
+        weights: all of them, or all that become one part together.
+    """
+    saved: dict[str, Tensor] = revert_weight_conversion(model, dict(weights))
+    return saved
 
 
 def wrap_conversion(module: nn.Module, wrap: Callable[[Convert], Convert]) -> None:

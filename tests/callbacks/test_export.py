@@ -41,6 +41,7 @@ from rlhf_lightning import (
     UserError,
 )
 from rlhf_lightning.callbacks.hf_export import model_card
+from rlhf_lightning.callbacks.model_card import card_text
 from rlhf_lightning.callbacks.samples import sample_section
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.generation.engine import TransformersEngine
@@ -128,7 +129,7 @@ def test_no_setting_can_keep_a_model_card_from_being_written():
     """It is written when all training is done."""
     trainer = SimpleNamespace(callback_metrics={}, precision="32-true", world_size=1, global_step=3)
     options = Sampling(stop_strings=["a"]), [Path("x"), ("y", None)], torch.optim.SGD
-    card = model_card(trainer, AnyStage(object(), np.float64(0.5), *options))
+    card = card_text(model_card(trainer, AnyStage(object(), np.float64(0.5), *options)))
     settings = yaml.safe_load(card.split("```yaml\n")[1].partition("```")[0])["module"]
     assert (settings["engine"], settings["share"], settings["paths"]) == ("object", 0.5, ["x", ["y", None]])
     assert settings["sampling"]["stop_strings"] == ["a"]
@@ -139,7 +140,7 @@ def test_the_card_of_a_reward_model_says_where_its_score_is_read(has_template):
     trainer = SimpleNamespace(callback_metrics={}, precision="32-true", world_size=1, global_step=3)
     module = RewardModule("lm")
     module.tokenizer = tiny_tokenizer(chat_template=has_template)
-    assert ("the score is read one token late" in model_card(trainer, module)) == has_template
+    assert ("the score is read one token late" in card_text(model_card(trainer, module))) == has_template
 
 
 def test_the_model_card_names_base_model_data_and_settings(model, tmp_path):
@@ -194,7 +195,7 @@ def test_the_model_card_names_settings_that_are_objects(model, data, said):
         callback_metrics={},
         global_step=0,
     )
-    settings = yaml.safe_load(model_card(trainer, module).split("```")[1].removeprefix("yaml"))
+    settings = yaml.safe_load(card_text(model_card(trainer, module)).split("```")[1].removeprefix("yaml"))
     assert settings["data"]["data"] == said
     assert settings["module"]["engine"] == "TransformersEngine"
     assert settings["module"]["reward"] == "share_of_letters"

@@ -13,7 +13,7 @@ from helpers.other_families import other_causal_lm
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import FineTune
 from rlhf_lightning.algorithms.online.models import ModelSource
-from rlhf_lightning.callbacks.hf_export import _write_adapter
+from rlhf_lightning.callbacks.model_folder import write_adapter
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import hidden_states
@@ -79,7 +79,7 @@ def test_what_is_exported_says_what_was_trained(tmp_path, targets, family):
         torch.testing.assert_close(logits(load(tmp_path / "m")), logits(model), **LAYOUTS)
 
     (tmp_path / "a").mkdir()
-    _write_adapter(model, adapter_state(model, model.state_dict()), folder, tmp_path / "a")
+    write_adapter(model, adapter_state(model, model.state_dict()), folder, tmp_path / "a")
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64), tmp_path / "a")
     for loaded in (plain, load_causal_lm(tmp_path / "a")):
         torch.testing.assert_close(logits(loaded), logits(model), **LAYOUTS)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -12,37 +12,25 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import transformers
-import yaml
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig
 
-from rlhf_lightning import __version__
 from rlhf_lightning.algorithms.lineage import trained_on
 from rlhf_lightning.algorithms.reward import RewardModule
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.arguments import check_arguments, constructor_arguments
 from rlhf_lightning.callbacks.export_folder import check_place, finish_replacing, replace_folder
+from rlhf_lightning.callbacks.model_card import Told
+from rlhf_lightning.callbacks.model_folder import AdapterFolder, ModelFolder, write_around
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.forward.backbone import HEAD
-from rlhf_lightning.models.adapter_folders import CALIBRATION_FILE, is_adapter
-from rlhf_lightning.models.eos import eos_ids
-from rlhf_lightning.models.lora import adapter_state
-from rlhf_lightning.models.merging import merged_state
-from rlhf_lightning.models.portable import rewrite_config, save_tokenizer
+from rlhf_lightning.models.adapter_folders import is_adapter
 from rlhf_lightning.models.rendering import RENDERING, rendering_of
-from rlhf_lightning.models.scalar_lm import CALIBRATION
-from rlhf_lightning.runs.lineage import TRAINED_ON, is_ours, new_record, write_record
-from rlhf_lightning.runs.secrets import without_secrets
+from rlhf_lightning.models.saving import MAX_SHARD_SIZE, Group, check_shard_size
+from rlhf_lightning.runs.lineage import is_ours, new_record
 from rlhf_lightning.runs.signals import Stopped
-from rlhf_lightning.training import consolidated_state_dict
-
-_CARD = "README.md"
-_MARK = "rlhf_lightning"
+from rlhf_lightning.training.zero import _gathered
 
 
 class HFExport(Callback):
@@ -56,20 +44,31 @@ class HFExport(Callback):
     After LoRA it is a plain model, too, the adapters added to the weights; or, with the module's `finetune.export:
     adapter`, a PEFT folder that loads on the model that training started from.
 
+    Weights are written one after the other: no process holds the model a second time, whatever the strategy.
+
     Args:
         dirpath: where to write; by default `export` in the trainer's `default_root_dir`.
         with_checkpoints: also write a folder beside every checkpoint that is kept, `<checkpoint>-hf`; it goes when its
             checkpoint goes.
         dtype: type of the saved weights; `auto` for the type they were trained in.
+        max_shard_size: of a file of weights, in bytes or such as `5GB`; a larger model gets several and an index.
     """
 
-    def __init__(self, dirpath: str | None = None, with_checkpoints: bool = False, dtype: str = "auto") -> None:
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        with_checkpoints: bool = False,
+        dtype: str = "auto",
+        max_shard_size: int | str = MAX_SHARD_SIZE,
+    ) -> None:
         check_arguments(HFExport, locals())
+        check_shard_size(max_shard_size, "HFExport: max_shard_size")
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise UserError(f"HFExport: dtype '{dtype}' is unknown; use auto, float32, bfloat16 or float16")
         self.dirpath = dirpath
         self.with_checkpoints = with_checkpoints
         self.dtype = dtype
+        self.max_shard_size = max_shard_size
         self._checkpoint_written = False
         self._stamps: dict[str, int] = {}
 
@@ -138,35 +137,46 @@ class HFExport(Callback):
         Raises:
             UserError: something else lies there.
         """
-        model = pl_module.export_model
-        weights = consolidated_state_dict(pl_module, model)
-        if weights is None:
-            return
-        replace_folder(folder, lambda new: self._write(trainer, pl_module, weights, new))
-
-    def _write(self, trainer: pl.Trainer, pl_module: Any, weights: dict[str, Tensor], folder: Path) -> None:
-        model = pl_module.export_model
         _record_rendering(trainer, pl_module)
+        model, dtype = pl_module.export_model, None if self.dtype == "auto" else getattr(torch, self.dtype)
+        written: ModelFolder | AdapterFolder
         if _exports_adapter(pl_module):
-            _write_adapter(model, _cast(adapter_state(model, weights), self.dtype), _base(pl_module), folder)
+            written = AdapterFolder(model, _base(pl_module), dtype)
         else:
-            model.save_pretrained(folder, state_dict=_cast(merged_state(model, weights), self.dtype))
-            rewrite_config(folder)
-            if model.can_generate():
-                _generation_config(model, pl_module.tokenizer).save_pretrained(folder)
-        save_tokenizer(pl_module.tokenizer, folder)
-        (folder / _CARD).write_text(without_secrets(model_card(trainer, pl_module)), encoding="utf-8")
-        _write_lineage(pl_module, folder)
+            written = ModelFolder(model, dtype, self.max_shard_size)
+        weights = _whole_weights(pl_module, model, written.groups)
+
+        def write(new: Path) -> None:
+            written.write(new, weights, pl_module.tokenizer)
+            write_around(new, pl_module.tokenizer, *_around(trainer, pl_module))
+
+        try:
+            if trainer.is_global_zero:
+                replace_folder(folder, write)
+        finally:
+            for _ in weights:  # the other processes take part in each, whatever becomes of the folder
+                pass
 
 
-def _write_lineage(pl_module: Any, folder: Path) -> None:
-    """Let the folder say what it came from, and by which prompts; of a foreign module only that it is an export."""
-    if not isinstance(pl_module, Stage):
-        write_record(folder, new_record(type(pl_module).__name__, {}))
-        return
-    write_record(folder, pl_module.lineage)
-    if len(prompts := trained_on(pl_module)):
-        np.save(folder / TRAINED_ON, prompts)
+def _whole_weights(pl_module: Any, model: Any, groups: list[Group]) -> Iterator[dict[str, Tensor]]:
+    """The sources of each group, for as long as the next is not asked for; every process must go through all."""
+    own = model.state_dict(keep_vars=True)
+    for group in groups:
+        with ExitStack() as held:
+            for name in group.sources:
+                held.enter_context(_gathered(pl_module, own[name]))
+            yield {name: own[name] for name in group.sources}
+
+
+def _around(trainer: pl.Trainer, pl_module: Any) -> tuple[Told, dict[str, Any], np.ndarray]:
+    """What the folder says of itself: its card, where it comes from, and by which prompts.
+
+    Of a foreign module only that it is an export.
+    """
+    is_stage = isinstance(pl_module, Stage)
+    record = pl_module.lineage if is_stage else new_record(type(pl_module).__name__, {})
+    prompts = trained_on(pl_module) if is_stage else np.zeros(0, np.uint64)
+    return model_card(trainer, pl_module), record, prompts
 
 
 def _record_rendering(trainer: pl.Trainer, pl_module: Any) -> None:
@@ -188,21 +198,6 @@ def _base(pl_module: Any) -> str:
     return str(Path(pl_module.model_name_or_path).expanduser())
 
 
-def _write_adapter(model: Any, weights: dict[str, Tensor], base: str, folder: Path) -> None:
-    """The two files of a PEFT folder; a reward model's head is one of its weights, its calibration a third file."""
-    (config,) = model.peft_config.values()
-    config = copy.copy(config)
-    config.base_model_name_or_path, config.inference_mode = base, True
-    config.modules_to_save = [HEAD] if hasattr(model, HEAD) else None
-    if not isinstance(config.target_modules, str):
-        config.target_modules = sorted(config.target_modules)
-    config.save_pretrained(folder)
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    if calibration := getattr(model.config, CALIBRATION, None):
-        records = {**calibration, RENDERING: getattr(model.config, RENDERING, None)}
-        (folder / CALIBRATION_FILE).write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
-
-
 def _beside(checkpoint: str) -> Path:
     """The folder that goes with a checkpoint."""
     return Path(checkpoint.removesuffix(".ckpt") + "-hf")
@@ -215,68 +210,26 @@ def _checkpoint_stamps(trainer: pl.Trainer) -> dict[str, int]:
     return {str(path): max(part.stat().st_mtime_ns for part in (path, *path.rglob("*"))) for path in kept}
 
 
-def _cast(weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    if dtype == "auto":
-        return weights
-    wanted = getattr(torch, dtype)
-    copies: dict[int, Tensor] = {}
-    for tensor in weights.values():
-        copies.setdefault(id(tensor), tensor.to(wanted) if tensor.is_floating_point() else tensor)
-    return {name: copies[id(tensor)] for name, tensor in weights.items()}
-
-
-def _generation_config(model: Any, tokenizer: Any) -> GenerationConfig:
-    config: GenerationConfig = model.generation_config
-    ends = eos_ids(tokenizer, config.eos_token_id)
-    config.eos_token_id = ends[0] if len(ends) == 1 else ends
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    return config
-
-
-def model_card(trainer: pl.Trainer, pl_module: Any) -> str:
-    """Markdown that says what a folder is: stage, base model, data, settings, last metrics, versions.
+def model_card(trainer: pl.Trainer, pl_module: Any) -> Told:
+    """What the model card of a run's export says.
 
     Args:
         trainer: the running trainer.
         pl_module: the module whose model is saved.
     """
-    stage = type(pl_module).__name__
     settings: dict[str, Any] = {"module": _settings(pl_module)}
     if (datamodule := getattr(trainer, "datamodule", None)) is not None:
         settings["data"] = _settings(datamodule)
     settings["trainer"] = {"precision": str(trainer.precision), "world_size": trainer.world_size}
-    metrics = {name: float(f"{float(value):.6g}") for name, value in sorted(trainer.callback_metrics.items())}
-    library = "peft" if _exports_adapter(pl_module) else "transformers"
-    head = yaml.safe_dump({"base_model": str(pl_module.model_name_or_path), "library_name": library, "tags": [_MARK]})
-    return f"""---
-{head}---
-
-# {stage} export
-
-Made by `{_MARK}`: stage `{stage}`, started from `{pl_module.model_name_or_path}`, after {trainer.global_step} optimizer
-steps. Versions: rlhf-lightning {__version__}, torch {torch.__version__}, transformers {transformers.__version__}.
-{_how_to_score(pl_module)}
-## Settings
-
-```yaml
-{yaml.safe_dump(settings, sort_keys=True)}```
-
-## Last metrics
-
-```yaml
-{yaml.safe_dump(metrics)}```
-"""
-
-
-def _how_to_score(pl_module: Any) -> str:
-    """Where others' tools read the score of a reward model a token late; nothing of what has no chat template."""
-    if not isinstance(pl_module, RewardModule) or not pl_module.tokenizer.chat_template:
-        return ""
-    return """
-The score is the one at the end of the last turn. Many chat templates write a line break after it: strip that from
-`apply_chat_template(messages, tokenize=False)`, or the score is read one token late.
-"""
+    return Told(
+        type(pl_module).__name__,
+        str(pl_module.model_name_or_path),
+        trainer.global_step,
+        settings,
+        dict(trainer.callback_metrics),
+        _exports_adapter(pl_module),
+        isinstance(pl_module, RewardModule) and bool(pl_module.tokenizer.chat_template),
+    )
 
 
 def _settings(configured: Any) -> dict[str, Any]:

@@ -10,9 +10,10 @@ Notation: E experts, r rank of the adapter; `in` and `out` are the layer's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_lightning.models.lora import lora_layers
 from rlhf_lightning.models.peft_library import ParamWrapper
 from rlhf_lightning.training.zero import is_sharded
+
+_BASE = "base_layer"
+"""What PEFT calls a layer inside the one that it puts in its place."""
 
 
 @contextmanager
@@ -51,7 +55,46 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
             layer.merged_adapters.clear()
 
 
-@torch.no_grad()
+class PlainWeight(NamedTuple):
+    """Where a weight of the plain model comes from.
+
+    Attributes:
+        sources: names of the model's own weights that it takes.
+        merge: makes it from those, by their names; None where it is the one source as it stands.
+    """
+
+    sources: tuple[str, ...]
+    merge: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+
+    @torch.no_grad()
+    def of(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The weight; a tensor without an adapter is that of `weights` itself.
+
+        Args:
+            weights: the sources, by name.
+        """
+        return weights[self.sources[0]] if self.merge is None else self.merge(weights)
+
+
+def plain_weights(model: nn.Module, names: Iterable[str]) -> dict[str, PlainWeight]:
+    """The weights of the plain model that computes what this one does, each by itself: none needs all the others.
+
+    Args:
+        model: with adapters or without.
+        names: of its state dict.
+
+    Returns:
+        By the names of the plain model, in the order of `names`.
+    """
+    layers = dict(lora_layers(model))
+    merged = dict(_merged(name, layer) for name, layer in layers.items())
+    plain = {}
+    for name in names:
+        if (place := _plain_name(name, layers)) is not None:
+            plain[place] = merged.get(name, PlainWeight((name,)))
+    return plain
+
+
 def merged_state(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict of the plain model that computes what this one does: adapters are added to their weights.
 
@@ -64,41 +107,67 @@ def merged_state(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tens
     Returns:
         Names and types of the plain model; tensors without an adapter are those of `weights`.
     """
-    merged = dict(weights)
-    for name, layer in lora_layers(model):
-        if isinstance(layer, ParamWrapper):
-            _merge_parameter(name, layer, weights, merged)
-            continue
-        parts = {key.removeprefix(f"{name}."): merged.pop(key) for key in weights if key.startswith(f"{name}.")}
-        for key, tensor in parts.items():
-            if key.startswith("base_layer."):
-                merged[f"{name}.{key.removeprefix('base_layer.')}"] = tensor
-        merged[f"{name}.weight"] = _merged_weight(layer, parts["base_layer.weight"], parts)
-    return merged
+    return {name: weight.of(weights) for name, weight in plain_weights(model, weights).items()}
 
 
-def _merge_parameter(name: str, wrapper: Any, weights: dict[str, Tensor], merged: dict[str, Tensor]) -> None:
-    """Merge adapters of a bare parameter, such as fused experts; wrappers of one module stand in each other."""
-    for key in [key for key in merged if key.startswith(f"{name}.lora_")]:
-        del merged[key]
-    for key in [key for key in merged if key.startswith(f"{name}.base_layer.")]:
-        if ".lora_" not in key:
-            merged[key.replace(".base_layer", "")] = merged.pop(key)
-    inner, depth = wrapper, 0
-    while isinstance(inner, ParamWrapper):
-        inner, depth = inner.base_layer, depth + 1
-    base = weights[f"{name}{'.base_layer' * depth}.{wrapper.parameter_name}"]
+def adapter_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Which weights of a model are those of its adapters.
+
+    Args:
+        model: with adapters or without.
+        names: of its state dict.
+    """
+    layers = dict(lora_layers(model))
+    return [name for name in names if _plain_name(name, layers) is None]
+
+
+def _plain_name(name: str, layers: Mapping[str, Any]) -> str | None:
+    """What the plain model calls a weight; None for one of an adapter."""
+    parts, kept = name.split("."), []
+    for depth, part in enumerate(parts):
+        inside = ".".join(parts[:depth]) in layers
+        if inside and part != _BASE:
+            return None
+        if not inside:
+            kept.append(part)
+    return ".".join(kept)
+
+
+def _merged(name: str, layer: Any) -> tuple[str, PlainWeight]:
+    """The base weight of a layer with adapters, and how it is merged."""
+    if isinstance(layer, ParamWrapper):
+        inner, base = layer, name
+        while isinstance(inner, ParamWrapper):  # wrappers of one module stand in each other
+            inner, base = inner.base_layer, f"{base}.{_BASE}"
+        base = f"{base}.{layer.parameter_name}"
+        merge = partial(_merge_parameter, name, layer, getattr(inner, "is_transposed", False), base)
+    else:
+        base, merge = f"{name}.{_BASE}.weight", partial(_merge_layer, name, layer)
+    parts = [f"lora_{side}.{adapter}.weight" for adapter in layer.active_adapters for side in "AB"]
+    parts += [f"lora_magnitude_vector.{adapter}.weight" for adapter in layer.active_adapters if layer.use_dora[adapter]]
+    return base, PlainWeight((base, *(f"{name}.{part}" for part in parts)), merge)
+
+
+def _merge_layer(name: str, layer: Any, weights: Mapping[str, Tensor]) -> Tensor:
+    parts = {key.removeprefix(f"{name}."): tensor for key, tensor in weights.items() if key.startswith(f"{name}.")}
+    return _merged_weight(layer, parts[f"{_BASE}.weight"], parts)
+
+
+def _merge_parameter(
+    name: str, wrapper: Any, is_transposed: bool, base_name: str, weights: Mapping[str, Tensor]
+) -> Tensor:
+    """Merge adapters of a bare parameter, such as fused experts."""
+    base = weights[base_name]
     dtype = torch.promote_types(base.dtype, torch.float32)
     experts, weight = wrapper.num_experts, base.to(dtype)  # [E, out, in], or as the model holds it
     for adapter in wrapper.active_adapters:
         a, b = (weights[f"{name}.lora_{side}.{adapter}.weight"].to(dtype) for side in "AB")
         a, b = a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts))  # [E, r, in], [out, r, E]
         change = torch.einsum("ore,eri->eoi", b, a) * wrapper.scaling[adapter]  # [E, out, in]
-        if base.dim() == 3 and getattr(inner, "is_transposed", False):  # [E, in, out]
+        if base.dim() == 3 and is_transposed:  # [E, in, out]
             change = change.transpose(1, 2)
         weight = weight + change.reshape(base.shape)
-    place = f"{name.replace('.base_layer', '')}.{wrapper.parameter_name}"
-    merged[place] = weight.to(base.dtype).contiguous()
+    return weight.to(base.dtype).contiguous()
 
 
 def _merged_weight(layer: Any, base: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
