@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from rlhf_lightning.models.saving import MAX_SHARD_SIZE, Group, WeightPlan
 from rlhf_lightning.models.scalar_lm import CALIBRATION
 from rlhf_lightning.runs.lineage import TRAINED_ON, write_record
 from rlhf_lightning.runs.secrets import without_secrets
+from rlhf_lightning.runs.whole_files import write_whole
 
 
 class ModelFolder:
@@ -35,7 +37,6 @@ class ModelFolder:
         model: with adapters or without.
         dtype: type of the saved weights; None for the one they have.
         max_shard_size: of a file, in bytes or such as `5GB`.
-        dtypes: as `WeightPlan` takes them.
 
     Attributes:
         groups: the weights to ask for.
@@ -48,10 +49,9 @@ class ModelFolder:
         model: PreTrainedModel,
         dtype: torch.dtype | None = None,
         max_shard_size: int | str = MAX_SHARD_SIZE,
-        dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         self._model = model
-        self._plan = WeightPlan(model, dtype, max_shard_size, dtypes)
+        self._plan = WeightPlan(model, dtype, max_shard_size)
         self.groups = self._plan.groups
 
     def write(self, folder: Path, weights: Iterable[Mapping[str, Tensor]], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -65,7 +65,7 @@ class ModelFolder:
         self._plan.write(folder, weights)
         self._model.save_pretrained(folder, state_dict={})  # the configs, and the code of a model that brings its own
         rewrite_config(folder)
-        if self._model.can_generate():  # type: ignore[operator]
+        if self._model.can_generate():
             _generation_config(self._model, tokenizer).save_pretrained(folder)
 
 
@@ -144,8 +144,21 @@ def write_around(
     save_tokenizer(tokenizer, folder)
     (folder / CARD).write_text(without_secrets(card_text(told)), encoding="utf-8")
     write_record(folder, record)
+    write_trained_on(folder, prompts)
+
+
+def write_trained_on(folder: Path, prompts: np.ndarray) -> None:
+    """Write which prompts a model was trained on; no file where none are known.
+
+    Args:
+        folder: of an export or a run.
+        prompts: their hashes, sorted, uint64.
+    """
+    (folder / TRAINED_ON).unlink(missing_ok=True)
     if len(prompts):
-        np.save(folder / TRAINED_ON, prompts)
+        content = io.BytesIO()
+        np.save(content, prompts)
+        write_whole(folder / TRAINED_ON, content.getvalue())
 
 
 def _generation_config(model: Any, tokenizer: Any) -> GenerationConfig:

@@ -136,7 +136,8 @@ def _plain_name(name: str, layers: Mapping[str, Any]) -> str | None:
 def _merged(name: str, layer: Any) -> tuple[str, PlainWeight]:
     """The base weight of a layer with adapters, and how it is merged."""
     if isinstance(layer, ParamWrapper):
-        inner, base = layer, name
+        inner: Any = layer
+        base = name
         while isinstance(inner, ParamWrapper):  # wrappers of one module stand in each other
             inner, base = inner.base_layer, f"{base}.{_BASE}"
         base = f"{base}.{layer.parameter_name}"

@@ -47,7 +47,8 @@ class TensorFile:
         """
         assert self._expected.pop(name) == (tensor.dtype, tensor.shape), name
         self._file.seek(self._places[name])
-        content = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        numbers: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        content = memoryview(numbers)
         for start in range(0, len(content), _AT_ONCE):
             self._file.write(content[start : start + _AT_ONCE])
 

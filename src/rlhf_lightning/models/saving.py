@@ -68,7 +68,6 @@ class WeightPlan:
         model: with adapters or without, on one process or split over several.
         dtype: type that floating-point weights are written in; None for the one they have.
         max_shard_size: of a file, in bytes or such as `5GB`.
-        dtypes: types that the model's own weights will have when they come, where they are not those of the model.
 
     Attributes:
         groups: what to ask for, in this order: the same on every process.
@@ -79,7 +78,6 @@ class WeightPlan:
         model: PreTrainedModel,
         dtype: torch.dtype | None = None,
         max_shard_size: int | str = MAX_SHARD_SIZE,
-        dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         own = model.state_dict(keep_vars=True)
         self._model, self._dtype = model, dtype
@@ -90,7 +88,7 @@ class WeightPlan:
             name: torch.empty(1) if weight.merge else numbers[id(own[weight.sources[0]])]
             for name, weight in self._plain.items()
         }
-        planned = {name: self._planned(name, own, dtypes or {}) for name in saved_names(model, alone)}
+        planned = {name: self._planned(name, own) for name in saved_names(model, alone)}
         self._num_parameters = sum(
             tensor.numel()
             for name, tensor in planned.items()
@@ -104,11 +102,10 @@ class WeightPlan:
         ]
         self._files = split_torch_state_dict_into_shards(saved, max_shard_size=max_shard_size)
 
-    def _planned(self, name: str, own: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> Tensor:
-        source = self._plain[name].sources[0]
-        dtype = dtypes.get(source, own[source].dtype)
-        cast = self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
-        return torch.empty(full_shape(own[source]), dtype=cast, device="meta")
+    def _planned(self, name: str, own: Mapping[str, Tensor]) -> Tensor:
+        weight = own[self._plain[name].sources[0]]
+        cast = self._dtype if self._dtype is not None and weight.is_floating_point() else weight.dtype
+        return torch.empty(full_shape(weight), dtype=cast, device="meta")
 
     def write(self, folder: Path, weights: Iterable[Mapping[str, Tensor]]) -> None:
         """Write the files of weights.
@@ -161,7 +158,8 @@ def _groups(
     """
     if list(planned) == list(saved):
         return [((name,), (name,)) for name in planned]
-    groups, left = [], []
+    groups: list[tuple[Names, Names]] = []
+    left = []
     for name in planned:
         become = _become(model, {name: planned[name]}, saved)
         if become is None:
