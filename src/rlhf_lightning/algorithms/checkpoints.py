@@ -7,6 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from rlhf_lightning.algorithms.export_record import export_record
 from rlhf_lightning.algorithms.lineage import check_resumed, lineage_of
 from rlhf_lightning.algorithms.resumed_settings import check_settings, optimizer_class
 from rlhf_lightning.errors import UserError
@@ -65,7 +66,7 @@ class CheckpointedModule(pl.LightningModule):
         """Leave out frozen weights, which come from their own folders; keep the run's state under one key."""
         drop_frozen_weights(self, checkpoint)
         made_by = {"seed": self.seed, "stage": self._algorithm, "optimizer": optimizer_class(self.optimizer)}
-        checkpoint[_STATE] = {**self.run_state(), **made_by, "lineage": self.lineage}
+        checkpoint[_STATE] = {**self.run_state(), **made_by, "lineage": self.lineage, "export": export_record(self)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the run that wrote the checkpoint was.
