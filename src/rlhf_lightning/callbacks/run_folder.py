@@ -12,19 +12,21 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, SaveConfigCallback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from rlhf_lightning.algorithms.lineage import trained_on
 from rlhf_lightning.algorithms.stage import Stage
+from rlhf_lightning.callbacks.model_folder import write_trained_on
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runs.checkpoint_files import remove, remove_unfinished
 from rlhf_lightning.runs.ending import MARK
 from rlhf_lightning.runs.event_files import PATTERN
-from rlhf_lightning.runs.lineage import FILE, is_ours, write_record
+from rlhf_lightning.runs.lineage import FILE, TRAINED_ON, is_ours, write_record
 from rlhf_lightning.runs.log_files import is_of_a_fit
 from rlhf_lightning.runs.peers import active
 from rlhf_lightning.runs.secrets import without_secrets
 from rlhf_lightning.runs.signals import Stopped
 from rlhf_lightning.runs.whole_files import write_whole
 
-_TRACES = (PATTERN, "config.yaml", "hparams.yaml", FILE)
+_TRACES = (PATTERN, "config.yaml", "hparams.yaml", FILE, TRAINED_ON)
 _KEPT = "rlhf_lightning_kept"
 _LEFTOVERS = (
     "checkpoints/*.ckpt",
@@ -96,7 +98,9 @@ class RunFolder(SaveConfigCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what the run comes from, now that nothing is left to be refused."""
         if trainer.is_global_zero and isinstance(pl_module, Stage) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            write_record(Path(trainer.default_root_dir), pl_module.lineage)
+            root = Path(trainer.default_root_dir)
+            write_record(root, pl_module.lineage)
+            write_trained_on(root, trained_on(pl_module))
         if trainer.is_global_zero:
             self._remove_replaced(trainer)
 
