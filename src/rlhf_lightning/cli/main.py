@@ -28,6 +28,7 @@ COMMANDS = {
     "plan": "plan",
     "generate": "generate",
     "score": "score",
+    "export": "export",
     "chat": "chat",
     "env": "env",
     "completion": "completion",
@@ -56,6 +57,7 @@ commands:
   generate     what a model answers to a prompt, or to all prompts of a file
   chat         talk to models in the browser or the terminal, and say which answers are better
   score        what a reward model says of the answers in a file
+  export       the model in a checkpoint of a run as a Hugging Face folder
   env          versions and devices, to paste into a bug report
   completion   what makes Tab complete commands, recipes and options: `rlhf completion bash`
 
