@@ -14,9 +14,11 @@ from jsonargparse import ArgumentParser
 from peft import LoraConfig
 from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from safetensors.torch import load_file
 from torch import nn
 
 from helpers.models import tiny_causal_lm
+from helpers.other_families import other_causal_lm
 from rlhf_lightning import compat
 
 
@@ -40,6 +42,27 @@ def test_a_model_tells_whether_it_computes_activations_again():
     assert not compat.is_checkpointing(model)
     model.gradient_checkpointing_enable()
     assert compat.is_checkpointing(model)
+
+
+def test_transformers_tells_which_weights_it_writes(tmp_path):
+    """Else an export would hold tied weights twice, or lack one that the model looks for."""
+    model = tiny_causal_lm("gpt2")
+    model._keys_to_ignore_on_save = ["transformer.wpe.weight"]
+    model.save_pretrained(tmp_path)
+    numbers = {id(tensor): torch.empty(1) for tensor in model.state_dict(keep_vars=True).values()}
+    alone = {name: numbers[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()}
+    assert len(numbers) < len(alone)  # the output layer is the embedding
+    assert sorted(compat.saved_names(model, alone)) == sorted(load_file(tmp_path / "model.safetensors"))
+
+
+def test_transformers_tells_what_it_writes_of_weights_without_memory(tmp_path):
+    """Else an export would have the names that transformers 5 uses, which no other tool knows."""
+    model = other_causal_lm("mixtral")
+    model.save_pretrained(tmp_path)
+    saved = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    empty = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in compat.as_saved(model, empty).items()} == saved
+    assert saved.keys() != empty.keys()
 
 
 def test_an_attention_function_stands_in_for_sdpa_for_a_while():

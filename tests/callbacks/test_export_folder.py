@@ -58,8 +58,21 @@ def fill_with_a_file_of_that_name(folder):
     (folder / "lineage.json").write_text('{"made_by": "some other tool"}')
 
 
+def fill_as_a_run(folder):
+    """Its record is that of an export."""
+    folder.mkdir()
+    write_record(folder, new_record("SFTModule", {}))
+    (folder / "checkpoints").mkdir()
+
+
 @pytest.mark.parametrize(
-    "make", [fill_with_a_readme_that_names_us, fill_with_a_file_of_that_name, lambda place: place.write_text("a file")]
+    "make",
+    [
+        fill_with_a_readme_that_names_us,
+        fill_with_a_file_of_that_name,
+        fill_as_a_run,
+        lambda place: place.write_text("a file"),
+    ],
 )
 def test_what_is_not_an_export_is_refused_and_kept(tmp_path, make):
     make(tmp_path / "export")

@@ -15,6 +15,7 @@ from pathlib import Path
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runs.lineage import is_ours
 
+_OF_A_RUN = "config.yaml", "checkpoints"
 _WRITING, _NEW, _OLD = "writing", "new", "old"
 
 
@@ -45,10 +46,15 @@ def check_place(folder: Path) -> None:
         UserError: it is a file, or a folder of somebody else.
     """
     place = real_place(folder)
-    if place.exists() and (not place.is_dir() or (any(place.iterdir()) and not is_ours(place))):
+    if place.exists() and (not place.is_dir() or (any(place.iterdir()) and not _is_export(place))):
         raise UserError(
             f"'{folder}' exists and is not an export of this package; choose another place, or move it away"
         )
+
+
+def _is_export(place: Path) -> bool:
+    """Whether a folder is an export; the folder of a run has a record, too, and all that must not be lost."""
+    return is_ours(place) and not any((place / name).exists() for name in _OF_A_RUN)
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -90,7 +96,7 @@ def finish_replacing(folder: Path) -> None:
     new, old = workplace / _NEW, workplace / _OLD
     shutil.rmtree(workplace / _WRITING, ignore_errors=True)  # half of a folder
     if new.is_dir():
-        if place.is_dir() and (is_ours(place) or not any(place.iterdir())):
+        if place.is_dir() and (_is_export(place) or not any(place.iterdir())):
             shutil.rmtree(old, ignore_errors=True)
             place.rename(old)
         if not place.exists():
