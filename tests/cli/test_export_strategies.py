@@ -1,0 +1,72 @@
+"""One process exports what several have saved: the folder that they ended with, of every strategy."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from helpers.distributed import run_in_processes
+from helpers.export_runs import run
+from helpers.stages import save_llama
+from rlhf_lightning.cli.export import export
+
+LORA = {"mode": "lora", "rank": 2}
+RUNS: dict[str, dict[str, Any]] = {
+    "ddp": {"name": "ddp"},
+    "zero1": {"name": "zero1"},
+    "zero1-bf16": {"name": "zero1", "precision": "bf16-mixed"},
+    "zero2-lora": {"name": "zero2", **LORA},
+    "zero2-reward": {"name": "zero2", "stage": "reward"},
+    "zero3": {"name": "zero3"},
+    "zero3-bf16": {"name": "zero3", "precision": "bf16-mixed"},
+    "zero3-lora": {"name": "zero3", **LORA},
+    "zero3-lora-bf16": {"name": "zero3", "precision": "bf16-mixed", **LORA},
+    "zero3-adapter": {"name": "zero3", "export": "adapter", **LORA},
+    "zero3-reward": {"name": "zero3", "stage": "reward"},
+    "zero3-reward-last": {"name": "zero3", "stage": "reward", "mode": "last_layer"},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every run of two processes, done in one start of them."""
+    root = tmp_path_factory.mktemp("runs")
+    folder = save_llama(root / "lm")
+    runs = [{**settings, "folder": folder, "root": str(root / name)} for name, settings in RUNS.items()]
+    run_in_processes("helpers.export_runs:run_all", runs=runs)
+    return root
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What an export holds, but for its card, and the prompts: those are in the folder of a run of the command line."""
+    left_out = ("README.md", "trained_on.npy")
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in left_out}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_last_checkpoint_gives_the_folder_that_the_run_ended_with(root, name, capsys):
+    export(str(root / name / "checkpoints" / "last.ckpt"), str(root / name / "again"))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "which prompts it was trained on is not known" in said
+    assert files(root / name / "again") == files(root / name / "export")
+
+
+@pytest.mark.parametrize("name", ["sft", "sft-lora"])
+def test_several_processes_export_what_one_does(root, tmp_path, name):
+    """The same weights, since the same files are written of them."""
+    found = load_file(root / ("zero3-lora" if name == "sft-lora" else "zero3") / "export" / "model.safetensors")
+    run("auto", str(root / "lm"), str(tmp_path / name), **(LORA if name == "sft-lora" else {}))
+    alone = load_file(tmp_path / name / "export" / "model.safetensors")
+    assert {n: (t.shape, t.dtype) for n, t in found.items()} == {n: (t.shape, t.dtype) for n, t in alone.items()}
+
+
+def test_deepspeed_is_not_needed(root, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    export(str(root / "zero3" / "checkpoints" / "last.ckpt"), str(tmp_path / "out"))
+    assert files(tmp_path / "out") == files(root / "zero3" / "export")
