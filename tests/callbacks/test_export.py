@@ -211,6 +211,21 @@ def test_bfloat16_is_what_is_written_and_tied_weights_stay_tied(model, tmp_path)
     assert torch.equal(weights["model.norm.weight"], trained["model.norm.weight"].bfloat16())
 
 
+def test_a_large_model_is_written_in_several_files(model, tmp_path):
+    module = fit(model, tmp_path, HFExport(max_shard_size="10KB"))
+    folder = tmp_path / "export"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {path.name for path in folder.glob("*.safetensors")} == {*index.values()}
+    assert len({*index.values()}) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in module.export_model.state_dict().items())
+
+
+def test_a_size_of_files_that_is_none_is_refused():
+    with pytest.raises(UserError, match="HFExport: max_shard_size is '5 GiB'; give bytes, or a number with KB, MB"):
+        HFExport(max_shard_size="5 GiB")
+
+
 def test_folders_beside_checkpoints_hold_the_weights_of_that_step_and_go_with_them(model, tmp_path):
     fit(model, tmp_path, HFExport(with_checkpoints=True), steps=5)
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from helpers.distributed import run_in_processes
 from helpers.export_runs import run
-from helpers.stages import save_llama
+from helpers.stages import assert_close_weights, save_llama
 from rlhf_lightning.cli.export import export
 
 LORA = {"mode": "lora", "rank": 2}
@@ -56,13 +56,11 @@ def test_the_last_checkpoint_gives_the_folder_that_the_run_ended_with(root, name
     assert files(root / name / "again") == files(root / name / "export")
 
 
-@pytest.mark.parametrize("name", ["sft", "sft-lora"])
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero3", "zero3-lora", "zero3-reward"])
 def test_several_processes_export_what_one_does(root, tmp_path, name):
-    """The same weights, since the same files are written of them."""
-    found = load_file(root / ("zero3-lora" if name == "sft-lora" else "zero3") / "export" / "model.safetensors")
-    run("auto", str(root / "lm"), str(tmp_path / name), **(LORA if name == "sft-lora" else {}))
-    alone = load_file(tmp_path / name / "export" / "model.safetensors")
-    assert {n: (t.shape, t.dtype) for n, t in found.items()} == {n: (t.shape, t.dtype) for n, t in alone.items()}
+    run(**{**RUNS[name], "name": "auto"}, folder=str(root / "lm"), root=str(tmp_path))
+    found, alone = (load_file(folder / "export" / "model.safetensors") for folder in (root / name, tmp_path))
+    assert_close_weights(found, alone)
 
 
 def test_deepspeed_is_not_needed(root, tmp_path, monkeypatch):

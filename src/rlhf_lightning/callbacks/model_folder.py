@@ -62,8 +62,9 @@ class ModelFolder:
             weights: for each of `groups` its sources by name, whole.
             tokenizer: of the model; says where answers end.
         """
+        # The configs, and the code of a model that brings its own; files of weights that are there it would remove.
+        self._model.save_pretrained(folder, state_dict={})
         self._plan.write(folder, weights)
-        self._model.save_pretrained(folder, state_dict={})  # the configs, and the code of a model that brings its own
         rewrite_config(folder)
         if self._model.can_generate():
             _generation_config(self._model, tokenizer).save_pretrained(folder)
