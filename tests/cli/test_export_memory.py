@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {"name": "auto"}),
     "one-lora": (1, {"name": "auto", **LORA}),
     "zero3": (2, {"name": "zero3"}),
-    "zero3-lora": (2, {"name": "zero3", **LORA}),
 }
 """Processes, and what they run."""
 SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 12}
-SHARE = 0.45
-"""Of the model's size, about 25 of its largest weights; a copy of the model is 1, one in bfloat16 0.5."""
+SHARE = {"one": 0.3, "one-lora": 0.4, "zero3": 0.8}
+"""Of the model's size, which a copy of it takes once; 0.02 is its largest weight.
+
+Under ZeRO-3 the half that a process holds anyway may come into its memory anew.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,26 +47,29 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def peaks(root: Path) -> dict[str, list[int]]:
-    """Bytes that the export at the end of each run took, by rank."""
-    found: dict[str, list[int]] = {}
-    for world_size in (1, 2):
-        named = {name: settings for name, (processes, settings) in RUNS.items() if processes == world_size}
-        runs = [{**settings, "folder": str(root / "lm"), "root": str(root / name)} for name, settings in named.items()]
-        ranks = run_in_processes("helpers.export_runs:run_all", world_size, runs=runs)
-        found |= {name: [rank[place] for rank in ranks] for place, name in enumerate(named)}
-    return found
+def peak_of(root: Path) -> Any:
+    """The most bytes that the export at the end of a run took on any process; each is made once."""
+
+    @functools.cache
+    def peak(name: str) -> int:
+        processes, settings = RUNS[name]
+        run = {**settings, "folder": str(root / "lm"), "root": str(root / name)}
+        ranks = run_in_processes("helpers.export_runs:run_all", processes, runs=[run])
+        return max(peak for (peak,) in ranks)
+
+    return peak
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_no_process_holds_the_model_a_second_time(peaks, size, name):
-    assert max(peaks[name]) < SHARE * size
+def test_no_process_holds_the_model_a_second_time(peak_of, size, name):
+    assert peak_of(name) < SHARE[name] * size
 
 
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_a_checkpoint_is_exported_without_holding_the_model(peaks, root, size, name, dtype):
+def test_a_checkpoint_is_exported_without_holding_the_model(peak_of, root, size, name, dtype):
+    peak_of(name)
     settings = {"checkpoint": str(root / name / "checkpoints" / "last.ckpt"), "out": str(root / name / dtype)}
     ((peak,),) = run_in_processes("helpers.export_runs:export_all", 1, exports=[settings | {"dtype": dtype}])
-    assert peak < SHARE * size
+    assert peak < 0.3 * size
     assert (root / name / dtype / "model.safetensors").stat().st_size > 0.4 * size
