@@ -51,6 +51,7 @@ RUNS = {
     "grpo-lora": ["--config=grpo.yaml", *GROUPS, *LORA],
     "ppo": PPO,
     "ppo-lora": [*PPO, *LORA, "--model.frozen_dtype=bfloat16"],
+    "ppo-nf4": [*PPO, *ADAPTER, "--model.frozen_dtype=nf4"],
 }
 ONLINE = ("ppo", "rloo", "grpo")
 

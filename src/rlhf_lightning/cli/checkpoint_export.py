@@ -7,6 +7,7 @@ the disk until it is their turn, unless that model is itself an adapter, which m
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -238,8 +239,10 @@ def _frozen_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str,
             if isinstance(weight, nn.Parameter) and weight.is_floating_point():
                 held_in = getattr(torch, said[OTHERS].get(name, said[FROZEN]))
             frozen[name] = weight.detach(), held_in
-    if unknown := sorted(n for n in saved if n.startswith(prefix) and n.removeprefix(prefix) not in own):
-        raise UserError(f"{reason}: its weight '{unknown[0]}' is unknown")
+    for name in sorted(name.removeprefix(prefix) for name in saved if name.startswith(prefix)):
+        # What comes after the name of a weight is how four bits of it were packed.
+        if not any(place in own for place in itertools.accumulate(name.split("."), "{}.{}".format)):
+            raise UserError(f"{reason}: its weight '{prefix}{name}' is unknown")
     return frozen
 
 
