@@ -18,10 +18,11 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {"name": "auto"}),
     "one-lora": (1, {"name": "auto", **LORA}),
     "zero3": (2, {"name": "zero3"}),
+    "fsdp2-lora": (2, {"name": "fsdp2", **LORA}),
 }
 """Processes, and what they run."""
 SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 12}
-SHARE = {"one": 0.3, "one-lora": 0.4, "zero3": 0.8}
+SHARE = {"one": 0.3, "one-lora": 0.4, "zero3": 0.8, "fsdp2-lora": 0.4}
 """Of the model's size, which a copy of it takes once; 0.02 is its largest weight.
 
 Under ZeRO-3 the half that a process holds anyway may come into its memory anew.

@@ -27,6 +27,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "zero3-lora-bf16": {"name": "zero3", "precision": "bf16-mixed", **LORA},
     "zero3-adapter": {"name": "zero3", "export": "adapter", **LORA},
     "zero3-reward": {"name": "zero3", "stage": "reward"},
+    "fsdp2": {"name": "fsdp2"},
+    "fsdp2-bf16": {"name": "fsdp2", "precision": "bf16-true"},
+    "fsdp2-mixed": {"name": "fsdp2", "precision": "bf16-mixed"},
+    "fsdp2-lora": {"name": "fsdp2", **LORA},
+    "fsdp2-adapter": {"name": "fsdp2", "export": "adapter", **LORA},
+    "fsdp2-reward": {"name": "fsdp2", "stage": "reward"},
     "zero3-reward-last": {"name": "zero3", "stage": "reward", "mode": "last_layer"},
 }
 
@@ -57,7 +63,7 @@ def test_the_last_checkpoint_gives_the_folder_that_the_run_ended_with(root, name
     assert files(root / name / "again") == files(root / name / "export")
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero1", "zero3", "zero3-lora", "zero3-reward"])
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero3", "zero3-lora", "zero3-reward", "fsdp2", "fsdp2-lora"])
 def test_several_processes_export_what_one_does(root, tmp_path, name):
     run(**{**RUNS[name], "name": "auto"}, folder=str(root / "lm"), root=str(tmp_path))
     found, alone = (load_file(folder / "export" / "model.safetensors") for folder in (root / name, tmp_path))

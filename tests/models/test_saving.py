@@ -68,6 +68,7 @@ def test_experts_go_into_files_by_their_own_size(tmp_path):
     model = other_causal_lm("mixtral")
     model.save_pretrained(tmp_path / "a")
     streamed(model, tmp_path / "b", max_shard_size="25KB")
+    model.config.save_pretrained(tmp_path / "b")
     files = sorted((tmp_path / "b").glob("*.safetensors"))
     assert max(sum(t.nbytes for t in load_file(file).values()) for file in files) <= 25_000
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "b").state_dict()

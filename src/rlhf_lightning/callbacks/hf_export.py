@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from rlhf_lightning.models.rendering import RENDERING, rendering_of
 from rlhf_lightning.models.saving import MAX_SHARD_SIZE, Group, check_shard_size
 from rlhf_lightning.runs.lineage import is_ours, new_record
 from rlhf_lightning.runs.signals import Stopped
-from rlhf_lightning.training.zero import _gathered
+from rlhf_lightning.training.zero import gathered
 
 
 class HFExport(Callback):
@@ -144,7 +143,7 @@ class HFExport(Callback):
             written = AdapterFolder(model, _base(pl_module), dtype)
         else:
             written = ModelFolder(model, dtype, self.max_shard_size)
-        weights = _whole_weights(pl_module, model, written.groups)
+        weights = _whole_weights(model, written.groups)
 
         def write(new: Path) -> None:
             written.write(new, weights, pl_module.tokenizer)
@@ -158,14 +157,12 @@ class HFExport(Callback):
                 pass
 
 
-def _whole_weights(pl_module: Any, model: Any, groups: list[Group]) -> Iterator[dict[str, Tensor]]:
+def _whole_weights(model: Any, groups: list[Group]) -> Iterator[dict[str, Tensor]]:
     """The sources of each group, for as long as the next is not asked for; every process must go through all."""
     own = model.state_dict(keep_vars=True)
     for group in groups:
-        with ExitStack() as held:
-            for name in group.sources:
-                held.enter_context(_gathered(pl_module, own[name]))
-            yield {name: own[name] for name in group.sources}
+        with gathered(*(own[name] for name in group.sources), writing=False) as wholes:
+            yield dict(zip(group.sources, wholes, strict=True))
 
 
 def _around(trainer: pl.Trainer, pl_module: Any) -> tuple[Told, dict[str, Any], np.ndarray]:

@@ -6,15 +6,18 @@ the disk until a weight is asked for.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runs.checkpoint_files import check_whole, load_plain
+from rlhf_lightning.training.dcp_folders import INDEX, PlainReader, read_states
 from rlhf_lightning.training.zero_files import WEIGHTS_OF_ALL, ZeroFiles
 
 STATE_DICT = "state_dict"
@@ -63,6 +66,32 @@ class _OfZero(SavedWeights):
         return self._files.read(name)
 
 
+class _OfDcp(SavedWeights):
+    """Those of a folder of PyTorch's distributed checkpoints, parts of each by many processes."""
+
+    def __init__(self, path: Path) -> None:
+        self.states = read_states(path)
+        self.tensors = self.states.pop(STATE_DICT)
+        self._reader = _KnowingReader(path)
+
+    def read(self, name: str) -> Tensor:
+        whole = torch.empty_like(self.tensors[name], device="cpu")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is meant to be
+            dcp.load({f"{STATE_DICT}.{name}": whole}, storage_reader=self._reader, no_dist=True)
+        return whole
+
+
+class _KnowingReader(PlainReader):
+    """Reads what lies where once."""
+
+    _known: Any = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        self._known = self._known or super().read_metadata(*args, **kwargs)
+        return self._known
+
+
 def open_weights(path: Path) -> SavedWeights:
     """Open a checkpoint, after a look at whether it is whole.
 
@@ -77,6 +106,8 @@ def open_weights(path: Path) -> SavedWeights:
         return _OfFile(path)
     if (path / WEIGHTS_OF_ALL).is_file():
         return _OfZero(path)
+    if (path / INDEX).is_file():
+        return _OfDcp(path)
     raise UserError(f"'{path}' is the checkpoint of a strategy whose form is not known here")
 
 
