@@ -8,6 +8,7 @@ instruction a process is killed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -152,8 +153,12 @@ def reference(folder: Path, variant: str) -> Reference:
 
 
 def logged(root: Path) -> int:
-    """Bytes of the event files of a run, which grow with each step."""
-    return sum(path.stat().st_size for path in root.glob(PATTERN))
+    """Bytes of the event files of a run, which grow with each step; a resumed run puts others in their place."""
+    sizes = 0
+    for path in root.glob(PATTERN):
+        with contextlib.suppress(FileNotFoundError):
+            sizes += path.stat().st_size
+    return sizes
 
 
 def wait_for_a_moment(forked: Forked, rng: random.Random, root: Path, reference: Reference) -> None:
@@ -218,7 +223,8 @@ def outcome(root: Path) -> dict[str, Any]:
         for state in saved["callbacks"].values():
             state.pop("current_score", None)  # which Lightning does not take from a checkpoint
         # Made in validation; a run that is resumed at its last step saves it once more, after that validation.
-        saved["rlhf_lightning"].pop("calibration", None)
+        for name in ("calibration", "calibrated_at"):
+            saved["rlhf_lightning"].pop(name, None)
         saved["callbacks"] = {name: state for name, state in saved["callbacks"].items() if not name.startswith(LATE)}
     samples = root / "samples.md"
     card = (root / "export" / "README.md").read_text().splitlines()
