@@ -14,6 +14,7 @@ from torch import nn
 from rlhf_lightning.arguments import Range, check_arguments
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runs.checkpoint_files import PARTIAL, remove
+from rlhf_lightning.training.build_locks import see_to_locks
 from rlhf_lightning.training.checkpoint_folders import check_together, finish_together, plain_loading
 from rlhf_lightning.training.optim import clip_value
 
@@ -71,6 +72,8 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         """Start the process group; unlike the parent, on any accelerator."""
+        if self.local_rank == 0:
+            see_to_locks()  # before the others have met this process
         super(LightningDeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
