@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.runs.checkpoint_files import PARTIAL, remove
 from rlhf_lightning.training.build_locks import see_to_locks
 from rlhf_lightning.training.checkpoint_folders import check_together, finish_together, plain_loading
+from rlhf_lightning.training.deepspeed_memory import fitted_sizes, share_master_weights
+from rlhf_lightning.training.host_memory import free_at_once
 from rlhf_lightning.training.optim import clip_value
 
 
@@ -69,12 +72,18 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
             **kwargs,
         )
         self._hf_config: Any = None
+        # Of a config that the user has written all sizes are his; otherwise those that were not given are Lightning's.
+        written = kwargs.get("config") or os.environ.get(self.DEEPSPEED_ENV_VAR)
+        zero = {} if written or self.config is None else self.config.get("zero_optimization", {})
+        self._default_sizes = {name: value for name, value in zero.items() if name not in kwargs}
 
     def setup_environment(self) -> None:
         """Start the process group; unlike the parent, on any accelerator."""
         if self.local_rank == 0:
             see_to_locks()  # before the others have met this process
         super(LightningDeepSpeedStrategy, self).setup_environment()
+        if self.zero_stage_3:
+            free_at_once(True)
 
     def setup_distributed(self) -> None:
         """Join the process group; the parent also checks CUDA device numbers, which CPUs lack."""
@@ -90,6 +99,8 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
         """Let go of the configuration that makes `from_pretrained` split weights, then tear down."""
         self._hf_config = None
         super().teardown()
+        if self.zero_stage_3:
+            free_at_once(False)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
@@ -173,7 +184,14 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
 
         device_index = self.root_device.index  # CPUs have none
         arguments = argparse.Namespace(device_rank=self.local_rank if device_index is None else device_index)
+        zero = kwargs["config"].get("zero_optimization")
+        if zero is not None:
+            chosen = {name: value for name, value in zero.items() if self._default_sizes.get(name) != value}
+            sizes = fitted_sizes(chosen, kwargs["model"].parameters(), self.world_size)
+            zero |= sizes
+            self._default_sizes |= sizes
         engine, optimizer, _, _ = deepspeed.initialize(args=arguments, dist_init_required=False, **kwargs)
+        share_master_weights(engine)
         return engine, optimizer
 
 
