@@ -25,6 +25,7 @@ from rlhf_lightning.runs.checkpoint_files import (
     load_plain,
     put_in_place,
     read_manifest,
+    remove,
     write_manifest,
 )
 
@@ -53,6 +54,25 @@ def finish_together(partial: Path, path: Path, settings: dict[str, Any]) -> None
     dist.barrier()
 
 
+@contextmanager
+def together(folder: Path) -> Iterator[None]:
+    """A folder for the length of a `with` block, which all processes write and read. Every process must call it.
+
+    Args:
+        folder: made anew, and removed again.
+    """
+    if dist.get_rank() == 0:
+        remove(folder)
+        folder.mkdir()
+    dist.barrier()
+    try:
+        yield
+        dist.barrier()
+    finally:
+        if dist.get_rank() == 0:
+            remove(folder)
+
+
 def check_together(
     path: Path,
     settings: dict[str, Any] | None,
@@ -70,11 +90,11 @@ def check_together(
     Raises:
         UserError: it is not whole, holds what could run code, or does not fit.
     """
-    _agree(lambda: _check_folder(path, settings) if dist.get_rank() == 0 else None)
-    _agree(lambda: check(path) if dist.get_rank() == 0 else None)
+    agree(lambda: _check_folder(path, settings) if dist.get_rank() == 0 else None)
+    agree(lambda: check(path) if dist.get_rank() == 0 else None)
     names = [name for name in files_of(path) if name.endswith(".pt")]
     mine = [path / name for name in names[dist.get_rank() :: dist.get_world_size()]]
-    _agree(lambda: _check_plain(mine, loading or plain_loading))
+    agree(lambda: _check_plain(mine, loading or plain_loading))
 
 
 def _check_folder(path: Path, settings: dict[str, Any] | None) -> None:
@@ -121,8 +141,12 @@ def _member(kind: Any, name: Any) -> Any:
     return ZeroStageEnum[name]
 
 
-def _agree(check: Any) -> None:
-    """Raise on every process what a check raises on any."""
+def agree(check: Callable[[], Any]) -> None:
+    """Raise on every process what a check raises on any. Every process must call it.
+
+    Args:
+        check: may raise a `UserError`.
+    """
     error = ""
     try:
         check()

@@ -10,16 +10,18 @@ from typing import Any, Literal
 from lightning_fabric.utilities.seed import reset_seed
 from pytorch_lightning.strategies import DeepSpeedStrategy as LightningDeepSpeedStrategy
 from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from rlhf_lightning.arguments import Range, check_arguments
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.runs.checkpoint_files import PARTIAL, remove
+from rlhf_lightning.runs.checkpoint_files import PARTIAL, read_manifest, remove
 from rlhf_lightning.training.build_locks import see_to_locks
-from rlhf_lightning.training.checkpoint_folders import check_together, finish_together, plain_loading
+from rlhf_lightning.training.checkpoint_folders import agree, check_together, finish_together, plain_loading, together
 from rlhf_lightning.training.deepspeed_memory import fitted_sizes, share_master_weights
 from rlhf_lightning.training.host_memory import free_at_once
 from rlhf_lightning.training.optim import clip_value
+from rlhf_lightning.training.resharding import cutting
 
 
 class DeepSpeedStrategy(LightningDeepSpeedStrategy):
@@ -134,9 +136,21 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
         path = Path(self.broadcast(checkpoint_path))
         assert self.lightning_module is not None
         fits = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        check_together(path, self._settings() if fits else None)
+        wanted = self._settings()
+        del wanted["processes"]
+        check_together(path, wanted if fits else None)
+        if self.zero_stage_3 and not fits:
+            # DeepSpeed asks for it without an optimizer, too, where there are no float32 copies to renew.
+            self.deepspeed_engine.optimizer._restore_from_bit16_weights = lambda: None
         with plain_loading():
-            return super().load_checkpoint(path, weights_only=True)
+            cut = cutting(path, self.deepspeed_engine, read_manifest(path)["settings"]["processes"], fits)
+            if cut is None:
+                return super().load_checkpoint(path, weights_only=True)
+            rank_zero_info(f"'{path}' was saved by another number of processes: it is cut anew for {self.world_size}")
+            partial = path.with_name(path.name + PARTIAL)
+            with together(partial):
+                agree(lambda: cut(partial))
+                return super().load_checkpoint(partial, weights_only=True)
 
     def _settings(self) -> dict[str, Any]:
         """What decides which files a checkpoint consists of."""
