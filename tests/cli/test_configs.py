@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import yaml
 
 import rlhf_lightning
 from helpers.signatures import parameters
 from rlhf_lightning.cli.main import main
 from rlhf_lightning.cli.recipes import RECIPES, recipe_names
+from rlhf_lightning.cli.stages import RLHFCLI
 
 STAGES = [name for name in recipe_names() if "model" in yaml.safe_load((RECIPES / name).read_text())]
 TRAINERS = [name for name in recipe_names() if name.startswith("trainer/")]
@@ -59,25 +61,49 @@ def test_a_recipe_is_parsed_with_its_values(parsed, recipe):
     assert parsed["trainer"]["default_root_dir"] == f"runs/{Path(recipe).with_suffix('').as_posix()}"
 
 
-# Pairs in which each occurs: all stacks are parsed by the same parser, whichever classes the recipe names.
-STACKS = [(recipe, TRAINERS[i % len(TRAINERS)]) for i, recipe in enumerate([*STAGES, *STAGES[: len(TRAINERS)]])]
+class ParserOnly(RLHFCLI):
+    """Builds the parser of the command line, which takes long, and stops."""
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        raise Built(parser)
 
 
-def test_every_trainer_file_is_in_a_stack():
-    assert {trainer for _, trainer in STACKS} == set(TRAINERS)
+class Built(Exception):
+    """Carries a parser."""
 
 
-@pytest.mark.parametrize(("recipe", "trainer"), STACKS)
-def test_trainer_files_stack_on_every_recipe(capsys, recipe, trainer):
+@pytest.fixture(scope="module")
+def fit_parser() -> Any:
+    """The parser of `rlhf fit`, built once for all stacks."""
+    subclasses = {"subclass_mode_model": True, "subclass_mode_data": True}
+    with pytest.raises(Built) as built:
+        ParserOnly("fit", None, model_class=pl.LightningModule, datamodule_class=pl.LightningDataModule, **subclasses)
+    return built.value.args[0]
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_trainer_files_stack_on_every_recipe(fit_parser, trainer):
     given = yaml.safe_load((RECIPES / trainer).read_text())["trainer"]
-    parsed = printed_config(capsys, "--config", recipe, "--config", trainer)
-    strategy = parsed["trainer"]["strategy"]
-    wanted = given["strategy"]
-    assert (strategy["class_path"] if isinstance(strategy, dict) else strategy) == (
-        wanted["class_path"] if isinstance(wanted, dict) else wanted
-    )
-    assert parsed["trainer"]["accelerator"] == given["accelerator"]
-    assert parsed["trainer"]["default_root_dir"] == f"runs/{Path(recipe).with_suffix('').as_posix()}"
+    for recipe in STAGES:
+        parsed = fit_parser.parse_args(["fit", f"--config={RECIPES / recipe}", f"--config={RECIPES / trainer}"]).fit
+        assert parsed.trainer.accelerator == given["accelerator"]
+        assert parsed.trainer.default_root_dir == f"runs/{Path(recipe).with_suffix('').as_posix()}"
+        strategy, wanted = parsed.trainer.strategy, given["strategy"]
+        assert (strategy if isinstance(strategy, str) else strategy.class_path) == (
+            wanted if isinstance(wanted, str) else wanted["class_path"]
+        )
+        if isinstance(wanted, dict):
+            for name, value in wanted.get("init_args", {}).items():
+                assert strategy.init_args[name] == value
+
+
+@pytest.mark.parametrize("trainer", [name for name in TRAINERS if "deepspeed" in name])
+def test_a_file_of_a_stage_of_zero_says_when_to_take_it_what_it_needs_and_how_it_is_launched(trainer):
+    lines = (RECIPES / trainer).read_text().splitlines()
+    header = "\n".join(line for line in lines if line.startswith("#"))
+    said = "# When: ", "# Bytes per trained weight on each of N processes: ", "torchrun --nnodes", "#SBATCH --nodes"
+    for word in said:
+        assert word in header, f"{trainer} does not say '{word}'"
 
 
 @pytest.mark.parametrize("recipe", STAGES)
