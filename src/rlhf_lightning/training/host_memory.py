@@ -7,8 +7,8 @@ import sys
 from typing import Any
 
 _THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt(3): blocks of this size get pages of their own
-_SMALL, _LARGE = 1 << 20, 1 << 25
-"""The threshold where memory counts, and that which glibc comes to by itself once a large block has been freed."""
+_SMALL, _LARGE = 1 << 17, 1 << 25
+"""The threshold that glibc begins with, and that which it comes to by itself once a large block has been freed."""
 
 
 def free_at_once(on: bool) -> None:
