@@ -81,7 +81,7 @@ def test_a_run_leaves_one_folder_with_config_checkpoints_export_and_samples(stag
     root, _ = stages
     for stage, more in {"sft": {"samples.md"}, "reward": set(), "ppo": {"samples.md"}}.items():
         names = {path.name for path in (root / stage).iterdir() if not path.name.startswith("events.out")}
-        files = {"config.yaml", "hparams.yaml", "lineage.json", "finished.json", "report.html"}
+        files = {"config.yaml", "hparams.yaml", "lineage.json", "finished.json", "report.html", "trained_on.npy"}
         assert names == files | {"checkpoints", "export", "report"} | more
         assert [path.name for path in (root / stage / "checkpoints").iterdir()] == ["last.ckpt"]
     assert sorted(path.name for path in root.iterdir()) == ["lm", "pairs.jsonl", "ppo", "reward", "sft"]

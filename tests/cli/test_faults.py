@@ -11,7 +11,8 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from helpers.cli_runs import SFT, save_model, save_pairs, short, working_folder
-from rlhf_lightning import HFExport, SFTModule
+from rlhf_lightning import SFTModule
+from rlhf_lightning.callbacks.model_folder import ModelFolder
 from rlhf_lightning.cli.main import main
 
 
@@ -23,11 +24,11 @@ def break_logger(monkeypatch):
 
 
 def fill_disk_in_export(monkeypatch):
-    def write(self, trainer, pl_module, weights, folder):
+    def write(self, folder, *_):
         (folder / "model.safetensors").write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "", str(folder / "model.safetensors"))
 
-    monkeypatch.setattr(HFExport, "_write", write)
+    monkeypatch.setattr(ModelFolder, "write", write)
 
 
 def run_out_of_memory(monkeypatch):

@@ -41,7 +41,7 @@ def check_shard_size(size: int | str, name: str) -> None:
     Raises:
         UserError: it does not.
     """
-    if isinstance(size, int) and size > 0:
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return
     if not isinstance(size, str) or not re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", size, re.IGNORECASE):
         raise UserError(f"{name} is '{size}'; give bytes, or a number with KB, MB, GB or TB, like 5GB")
