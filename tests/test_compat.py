@@ -19,7 +19,7 @@ from torch import nn
 
 from helpers.models import tiny_causal_lm
 from helpers.other_families import other_causal_lm
-from rlhf_lightning import compat
+from rlhf_lightning import FSDP2Strategy, compat
 
 
 def test_models_name_their_attention():
@@ -453,6 +453,21 @@ def test_a_trainer_lets_processes_fail_that_it_has_started(monkeypatch):
         launched()
     assert len(observed) == 1
     assert compat.launched_children(pl.Trainer(accelerator="cpu", devices=1, logger=False)) is None
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_was_started_starts_none_itself(monkeypatch, strategy, rank):
+    """Strategies differ in whether it has a launcher; the others would wait for one that is left out."""
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "2", "NODE_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    chosen = FSDP2Strategy() if strategy == "fsdp2" else strategy
+    trainer = pl.Trainer(strategy=chosen, devices=2, accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert trainer.global_rank == rank
+    children = compat.launched_children(trainer)
+    assert children is not None
+    assert children() == []
 
 
 def test_fake_tensors_have_the_bytes_of_real_ones_and_none_of_their_numbers():

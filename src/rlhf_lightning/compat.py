@@ -202,7 +202,9 @@ def launched_children(trainer: Trainer) -> Callable[[], list[Popen[Any]]] | None
     Returns:
         Gives those that run, and those that have ended; none before they are started, or where something else does it.
     """
-    launcher = trainer.strategy.launcher
+    launcher, environment = trainer.strategy.launcher, getattr(trainer.strategy, "cluster_environment", None)
+    if launcher is None and environment is not None and environment.creates_processes_externally:
+        return list  # a process that was started, by some strategies
     return (lambda: launcher.procs) if isinstance(launcher, _SubprocessScriptLauncher) else None
 
 

@@ -31,5 +31,6 @@ def test_kinds_are_told_apart(sent):
     for each in sent["ddp"]:
         assert each["bytes"]["all_reduce"] >= 4 * each["weights"]
     for each in sent["zero3"]:
-        assert each["bytes"]["all_gather"] == pytest.approx(2 * each["bytes"]["reduce_scatter"], rel=0.05)
+        # Each weight is gathered for both passes, but for those that are kept from one to the other.
+        assert 1.5 < each["bytes"]["all_gather"] / each["bytes"]["reduce_scatter"] < 2.05
         assert each["calls"]["reduce_scatter"] > 10

@@ -232,8 +232,11 @@ class Peers:
 
     def _is_done(self) -> bool:
         """Whether all have done their work, so that any may be gone."""
+        children = self.children()
+        if len(children) + 1 == self.world_size and children and all(child.poll() == 0 for child in children):
+            return True
         # A process that starts the others may have had no need to.
-        return bool(self.store.add("done", 0) >= (self.world_size if self.children() else self._started))
+        return bool(self.store.add("done", 0) >= (self.world_size if children else self._started))
 
     def _wait(self, condition: Callable[[], bool]) -> None:
         while not condition():
