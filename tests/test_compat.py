@@ -11,9 +11,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from jsonargparse import ArgumentParser
+from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from peft import LoraConfig
 from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from safetensors.torch import load_file
 from torch import nn
 
@@ -462,6 +464,8 @@ def test_a_process_that_was_started_starts_none_itself(monkeypatch, strategy, ra
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "2", "NODE_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_RANK", str(rank))
+    for known in (rank_zero_only, utils_rank_zero_only):  # a trainer tells them its rank
+        monkeypatch.setattr(known, "rank", 0)
     chosen = FSDP2Strategy() if strategy == "fsdp2" else strategy
     trainer = pl.Trainer(strategy=chosen, devices=2, accelerator="cpu", logger=False, enable_checkpointing=False)
     assert trainer.global_rank == rank
