@@ -225,6 +225,9 @@ def outcome(root: Path) -> dict[str, Any]:
         # Made in validation; a run that is resumed at its last step saves it once more, after that validation.
         for name in ("calibration", "calibrated_at"):
             saved["rlhf_lightning"].pop(name, None)
+        for state in (state for name, state in saved["callbacks"].items() if name.startswith("EarlyStopping")):
+            for name in ("wait_count", "stopped_epoch"):
+                state.pop(name, None)
         saved["callbacks"] = {name: state for name, state in saved["callbacks"].items() if not name.startswith(LATE)}
     samples = root / "samples.md"
     card = (root / "export" / "README.md").read_text().splitlines()
