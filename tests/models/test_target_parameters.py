@@ -13,7 +13,6 @@ from helpers.other_families import other_causal_lm
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import FineTune
 from rlhf_lightning.algorithms.online.models import ModelSource
-from rlhf_lightning.callbacks.model_folder import write_adapter
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import hidden_states
@@ -22,6 +21,7 @@ from rlhf_lightning.models.finetune import choose_trained
 from rlhf_lightning.models.lora import adapter_state, add_adapter
 from rlhf_lightning.models.merging import merged_adapters, merged_state
 from rlhf_lightning.models.sharing import frozen_twin
+from rlhf_lightning.models.written_folders import write_adapter
 
 IDS = torch.tensor([[40, 41, 42, 43, 44]])
 MASK = torch.ones_like(IDS).bool()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 
 from rlhf_lightning.algorithms.lineage import trained_on
 from rlhf_lightning.algorithms.reward import RewardModule
@@ -21,15 +19,15 @@ from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.arguments import check_arguments, constructor_arguments
 from rlhf_lightning.callbacks.export_folder import check_place, finish_replacing, replace_folder
 from rlhf_lightning.callbacks.model_card import Told
-from rlhf_lightning.callbacks.model_folder import AdapterFolder, ModelFolder, write_around
+from rlhf_lightning.callbacks.model_folder import write_around
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapter_folders import is_adapter
 from rlhf_lightning.models.rendering import RENDERING, rendering_of
-from rlhf_lightning.models.saving import MAX_SHARD_SIZE, Group, check_shard_size
+from rlhf_lightning.models.saving import MAX_SHARD_SIZE, check_shard_size, whole_weights
+from rlhf_lightning.models.written_folders import AdapterFolder, ModelFolder
 from rlhf_lightning.runs.lineage import is_ours, new_record
 from rlhf_lightning.runs.signals import Stopped
-from rlhf_lightning.training.zero import gathered
 
 
 class HFExport(Callback):
@@ -143,7 +141,7 @@ class HFExport(Callback):
             written = AdapterFolder(model, _base(pl_module), dtype)
         else:
             written = ModelFolder(model, dtype, self.max_shard_size)
-        weights = _whole_weights(model, written.groups)
+        weights = whole_weights(model, written.groups)
 
         def write(new: Path) -> None:
             written.write(new, weights, pl_module.tokenizer)
@@ -155,14 +153,6 @@ class HFExport(Callback):
         finally:
             for _ in weights:  # the other processes take part in each, whatever becomes of the folder
                 pass
-
-
-def _whole_weights(model: Any, groups: list[Group]) -> Iterator[dict[str, Tensor]]:
-    """The sources of each group, for as long as the next is not asked for; every process must go through all."""
-    own = model.state_dict(keep_vars=True)
-    for group in groups:
-        with gathered(*(own[name] for name in group.sources), writing=False) as wholes:
-            yield dict(zip(group.sources, wholes, strict=True))
 
 
 def _around(trainer: pl.Trainer, pl_module: Any) -> tuple[Told, dict[str, Any], np.ndarray]:

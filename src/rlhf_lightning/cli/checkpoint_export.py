@@ -27,7 +27,7 @@ from rlhf_lightning.algorithms.sft import SFTModule
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.callbacks.export_folder import replace_folder
 from rlhf_lightning.callbacks.model_card import Told
-from rlhf_lightning.callbacks.model_folder import AdapterFolder, ModelFolder, write_around
+from rlhf_lightning.callbacks.model_folder import write_around
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.fingerprint import hash_of_tokenizer
 from rlhf_lightning.errors import UserError
@@ -36,6 +36,7 @@ from rlhf_lightning.models.adapter_folders import adapter_base, is_adapter
 from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.folders import looks_local
 from rlhf_lightning.models.tokenizer import load_tokenizer
+from rlhf_lightning.models.written_folders import AdapterFolder, ModelFolder
 from rlhf_lightning.runs.lineage import TRAINED_ON, all_trained_on, folder_of, hash_of_weights, read_record, short
 from rlhf_lightning.training.saved_weights import SavedWeights, open_weights
 

@@ -76,22 +76,23 @@ class PlainWeight(NamedTuple):
         return weights[self.sources[0]] if self.merge is None else self.merge(weights)
 
 
-def plain_weights(model: nn.Module, names: Iterable[str]) -> dict[str, PlainWeight]:
+def plain_weights(model: nn.Module, names: Iterable[str], merged: bool = True) -> dict[str, PlainWeight]:
     """The weights of the plain model that computes what this one does, each by itself: none needs all the others.
 
     Args:
         model: with adapters or without.
         names: of its state dict.
+        merged: add the adapters; without, the weights are those that adapters stand on.
 
     Returns:
         By the names of the plain model, in the order of `names`.
     """
     layers = dict(lora_layers(model))
-    merged = dict(_merged(name, layer) for name, layer in layers.items())
+    made = dict(_merged(name, layer) for name, layer in layers.items()) if merged else {}
     plain = {}
     for name in names:
         if (place := _plain_name(name, layers)) is not None:
-            plain[place] = merged.get(name, PlainWeight((name,)))
+            plain[place] = made.get(name, PlainWeight((name,)))
     return plain
 
 

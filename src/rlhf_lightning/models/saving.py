@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from rlhf_lightning.compat import as_saved, saved_names
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.merging import plain_weights
 from rlhf_lightning.models.safetensors_files import TensorFile
-from rlhf_lightning.training.zero import full_shape
+from rlhf_lightning.training.zero import full_shape, gathered
 
 MAX_SHARD_SIZE = "5GB"
 """Of a file of weights, unless one weight alone is larger."""
@@ -68,6 +68,7 @@ class WeightPlan:
         model: with adapters or without, on one process or split over several.
         dtype: type that floating-point weights are written in; None for the one they have.
         max_shard_size: of a file, in bytes or such as `5GB`.
+        merged: add the adapters to their weights; without, the weights are those that adapters stand on.
 
     Attributes:
         groups: what to ask for, in this order: the same on every process.
@@ -78,10 +79,11 @@ class WeightPlan:
         model: PreTrainedModel,
         dtype: torch.dtype | None = None,
         max_shard_size: int | str = MAX_SHARD_SIZE,
+        merged: bool = True,
     ) -> None:
         own = model.state_dict(keep_vars=True)
         self._model, self._dtype = model, dtype
-        self._plain = plain_weights(model, own)
+        self._plain = plain_weights(model, own, merged)
         # One number stands for each weight: transformers knows tied ones by where they lie.
         numbers = {id(tensor): torch.empty(1) for tensor in own.values()}
         alone = {
@@ -124,21 +126,44 @@ class WeightPlan:
                 for file, names in shards.items()
             }
             for group, sources in zip(self.groups, weights, strict=True):
-                for name, tensor in self._made(group, sources).items():
+                # On the CPU, where all machines compute alike.
+                on_cpu = {name: tensor.detach().cpu() for name, tensor in sources.items()}
+                for name, tensor in self._made(group, on_cpu).items():
                     files[places[name]].write(name, tensor)
         if len(shards) > 1:
             metadata = {"total_parameters": self._num_parameters, **self._files.metadata}
             text = json.dumps({"metadata": metadata, "weight_map": places}, indent=2, sort_keys=True)
             (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text + "\n", encoding="utf-8")
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What the files would hold, one weight after the other by its name there, on the model's device.
+
+        Every process must go through all of them. A tensor may be the model's own: it is not to be written, and not to
+        be kept once the next is asked for.
+        """
+        for group, sources in zip(self.groups, whole_weights(self._model, self.groups), strict=True):
+            yield from self._made(group, {name: tensor.detach() for name, tensor in sources.items()}).items()
+
     @torch.no_grad()
     def _made(self, group: Group, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is written of a group."""
-        on_cpu = {name: tensor.detach().cpu() for name, tensor in sources.items()}  # where all machines compute alike
-        plain = {name: self._plain[name].of(on_cpu) for name in group.plain}
+        plain = {name: self._plain[name].of(sources) for name in group.plain}
         if self._dtype is not None:
             plain = {n: tensor.to(self._dtype) if tensor.is_floating_point() else tensor for n, tensor in plain.items()}
         return plain if group.plain == group.saved else as_saved(self._model, plain)
+
+
+def whole_weights(model: nn.Module, groups: Iterable[Group]) -> Iterator[dict[str, Tensor]]:
+    """The sources of each group, for as long as the next is not asked for; every process must go through all.
+
+    Args:
+        model: that they are of, on one process or split over several.
+        groups: in the same order on every process.
+    """
+    own = model.state_dict(keep_vars=True)
+    for group in groups:
+        with gathered(*(own[name] for name in group.sources), writing=False) as wholes:
+            yield dict(zip(group.sources, wholes, strict=True))
 
 
 def _empty(tensor: Tensor) -> Tensor:
