@@ -31,12 +31,25 @@ from rlhf_lightning import (
     Sampling,
     SFTModule,
 )
+from rlhf_lightning.generation.engine import Generation, TransformersEngine
 
 PAGE = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 RAW = {"train/raw_score", "val/raw_score", "test/raw_score"}
 """What only a reward model has."""
+APART = {"train/mismatch_kl", "train/importance", "train/importance_capped"}
+"""What only an engine that draws from a distribution of its own has."""
 STAGES = ("SFT", "Reward model", "DPO", "PPO", "RLOO and GRPO")
+
+
+class Apart(TransformersEngine):
+    """Says that what it draws from is not the policy's distribution."""
+
+    has_logprobs = False
+
+    def generate(self, *prompts: Any, **options: Any) -> Generation:
+        found = super().generate(*prompts, **options | {"with_logprobs": True})
+        return found._replace(logprobs=None, sampler_logprobs=found.logprobs)
 
 
 def documented(section: str) -> set[str]:
@@ -108,14 +121,21 @@ def test_rloo_and_grpo_log_what_the_page_says(folder, reward_folder, kind, setti
     sizes = {"rollout_batch_size": 8, "samples_per_prompt": 2, "minibatch_size": 16, "ppo_epochs": 2}
     reward = reward_folder if of_a_model else share_of_letters
     module = kind(folder, reward, **sizes | settings, sampling=Sampling(max_new_tokens=4))
-    assert logged(module, prompts(folder, 8)) == documented("RLOO and GRPO") - (set() if of_a_model else RAW)
+    assert logged(module, prompts(folder, 8)) == documented("RLOO and GRPO") - APART - (set() if of_a_model else RAW)
 
 
 @pytest.mark.parametrize("of_a_model", [True, False])
 def test_ppo_logs_what_the_page_says(folder, reward_folder, of_a_model):
     sizes = {"rollout_batch_size": 4, "minibatch_size": 4, "ppo_epochs": 1, "sampling": Sampling(max_new_tokens=4)}
     module = PPOModule(folder, reward_folder if of_a_model else share_of_letters, **sizes)
-    assert logged(module, prompts(folder, 4)) == documented("PPO") - (set() if of_a_model else RAW)
+    assert logged(module, prompts(folder, 4)) == documented("PPO") - APART - (set() if of_a_model else RAW)
+
+
+@pytest.mark.parametrize(("kind", "section"), [(PPOModule, "PPO"), (RLOOModule, "RLOO and GRPO")])
+def test_an_engine_that_draws_apart_logs_what_the_page_says(folder, reward_folder, kind, section):
+    sizes = {"rollout_batch_size": 4, "minibatch_size": 8, "samples_per_prompt": 2, "ppo_epochs": 1}
+    module = kind(folder, reward_folder, engine=Apart, **sizes, sampling=Sampling(max_new_tokens=4))
+    assert logged(module, prompts(folder, 4)) == documented(section)
 
 
 def test_a_held_out_judge_logs_what_the_page_says(folder, reward_folder):

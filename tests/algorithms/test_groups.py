@@ -162,7 +162,8 @@ def told_rollout(module):
     def rollout(_):
         with torch.no_grad():
             old, ref = (response_logprobs(closed_form_lm(offset), sequences, kept, mask)[0] for offset in (-0.3, 0.7))
-        measured = Measurements(old, ref, torch.zeros_like(old), torch.zeros_like(old), scores)
+        nothing = torch.zeros_like(old)
+        measured = Measurements(old, ref, nothing, nothing, scores, importance=torch.ones_like(old))
         return module.experience_of(prompts, Generation(ids, mask, ended), measured, scores), {"score": scores.mean()}
 
     return rollout

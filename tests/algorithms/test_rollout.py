@@ -10,6 +10,7 @@ from helpers.threads import in_two_threads
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.algorithms.online.controllers import RunningMoments
 from rlhf_lightning.algorithms.online.experience import Measurements
+from rlhf_lightning.algorithms.online.losses import clipped_policy_loss
 from rlhf_lightning.algorithms.online.models import TrunkValue
 from rlhf_lightning.algorithms.online.rollout import (
     experience_metrics,
@@ -17,6 +18,7 @@ from rlhf_lightning.algorithms.online.rollout import (
     measure,
     raw_score,
     shape_scores,
+    weigh_draws,
 )
 from rlhf_lightning.algorithms.online.settings import KLPenalty, Objective, ScoreShaping
 from rlhf_lightning.algorithms.ppo import build_experience
@@ -253,6 +255,7 @@ def by_hand(objective, estimator="k1", rows=(0, 1), reduce=identity):
         entropy=torch.tensor([[1.0, 2.0], [3.0, 0.0]]),
         values=torch.tensor([[1.0, 2.0], [0.5, NAN]]),
         scores=torch.tensor([40.0, 50.0]),
+        importance=torch.ones(2, 2),
     )
     kl, rows = KLPenalty(estimator=estimator), list(rows)
     generation = Generation(*(field[rows] for field in GENERATION[:3]))
@@ -273,6 +276,46 @@ def test_experience_by_hand():
     assert torch.equal(experience.prompt_ids, PROMPTS.prompt_ids)
     assert torch.equal(experience.prompt_mask, PROMPTS.prompt_mask)
     assert all(torch.equal(a, b) for a, b in zip(experience[2:5], GENERATION[:3], strict=True))
+
+
+def drawn_apart(cap, per_response=False):
+    """Two tokens, twice and half as likely to the policy as to what drew them, and one four times."""
+    policy = torch.tensor([[0.5, 0.2], [0.8, NAN]]).log()
+    nothing = torch.zeros_like(policy)
+    measured = Measurements(policy, nothing, nothing, nothing, nothing[:, 0], torch.ones_like(policy))
+    sampler = torch.tensor([[0.25, 0.4], [0.2, 1.0]]).log()
+    return weigh_draws(measured, GENERATION._replace(sampler_logprobs=sampler), cap, per_response)
+
+
+def test_tokens_that_an_engine_drew_from_its_own_distribution_are_weighed():
+    measured, logged = drawn_apart(3.0)
+    torch.testing.assert_close(measured.importance, torch.tensor([[2.0, 0.5], [3.0, 1.0]]))
+    assert logged["mismatch_kl"].item() == pytest.approx(-math.log(4) / 3)
+    assert logged["importance"].item() == pytest.approx(5.5 / 3)
+    assert logged["importance_capped"].item() == pytest.approx(1 / 3)
+    measured, _ = drawn_apart(5.0, per_response=True)
+    torch.testing.assert_close(measured.importance, torch.tensor([[1.0, 1.0], [4.0, 1.0]]))
+    measured, logged = drawn_apart(None)
+    assert measured.importance.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert logged["mismatch_kl"].item() == pytest.approx(-math.log(4) / 3)
+    assert logged["importance_capped"].item() == 0
+
+
+def test_tokens_that_the_policy_drew_weigh_1_and_nothing_is_logged():
+    measured = drawn_apart(None)[0]
+    assert weigh_draws(measured, GENERATION, 2.0) == (measured, {})
+
+
+@pytest.mark.parametrize("per_response", [False, True])
+def test_the_policy_loss_counts_each_token_by_its_weight(per_response):
+    plain = by_hand(Objective(whiten_advantages=False))
+    plain = plain._replace(advantages=plain.advantages.nan_to_num())
+    logprobs = torch.tensor([[-0.9, -2.1], [-1.0, 0.0]])
+    twice, halves = (plain._replace(importance=torch.full((2, 2), weight)) for weight in (2.0, 0.5))
+    losses = [clipped_policy_loss(logprobs, each, 0.2, per_response=per_response)[0] for each in (plain, twice, halves)]
+    assert losses[0].item() != 0
+    assert losses[1].item() == pytest.approx(2 * losses[0].item())
+    assert losses[2].item() == pytest.approx(losses[0].item() / 2)
 
 
 def test_the_estimator_of_the_penalty_is_a_choice():
@@ -339,7 +382,7 @@ def random_experience(scores, values):
     ids = torch.zeros_like(values).long()
     prompts = PromptBatch(ids, mask, ["x"] * len(scores), ids[:, 0])
     generation = Generation(ids, mask, mask[:, 0])
-    measurements = Measurements(nothing, nothing, nothing, values, scores)
+    measurements = Measurements(nothing, nothing, nothing, values, scores, importance=torch.ones_like(values))
     return build_experience(prompts, generation, measurements, scores, KLPenalty(), 0.5, Objective())
 
 

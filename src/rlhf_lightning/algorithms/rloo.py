@@ -24,6 +24,8 @@ class RLOOModule(GroupStage):
     and `test/`. The arguments are those of `GroupStage`.
     """
 
+    per_response = True
+
     def group_advantages(self, rewards: Tensor) -> Tensor:
         """Each reward minus the mean of the others in its group."""
         return group_advantages(rewards, self.samples_per_prompt, "leave_one_out")

@@ -5,6 +5,7 @@ from rlhf_lightning.functional.agreement import cohen_kappa
 from rlhf_lightning.functional.best_of_n import best_of_n, best_of_n_kl
 from rlhf_lightning.functional.calibration import Reliability, expected_calibration_error, pair_correct, reliability
 from rlhf_lightning.functional.groups import Baseline, group_advantages, groups_without_signal
+from rlhf_lightning.functional.importance import truncated_importance
 from rlhf_lightning.functional.intervals import bootstrap_interval, mean_ratio
 from rlhf_lightning.functional.linear_loss import (
     LogitScaling,
@@ -71,4 +72,5 @@ __all__ = [
     "scores_at_end",
     "ties_credit",
     "token_logprobs",
+    "truncated_importance",
 ]

@@ -49,6 +49,8 @@ class Generation(NamedTuple):
             and `min_new_tokens` made of it, nats, 0 after the end, `[B, R]`, float32; temperature 0 counts as 1.
         hidden: when asked for, the hidden state that each produced token was predicted from, 0 after the end,
             `[B, R, D]`.
+        sampler_logprobs: of each token under the distribution that it was drawn from, temperature, top-k and top-p
+            included, 0 after the end, `[B, R]`, float32; None where that is the model's own, which then is not weighed.
     """
 
     response_ids: Tensor
@@ -56,6 +58,7 @@ class Generation(NamedTuple):
     ended: Tensor
     logprobs: Tensor | None = None
     hidden: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
 
 
 class RolloutEngine(ABC):
@@ -108,7 +111,7 @@ class RolloutEngine(ABC):
             the prompts.
         """
 
-    # Three things that an engine which reads the model's own weights, in the model's own process, need not do.
+    # Four things that an engine which reads the model's own weights, in the model's own process, need not do.
 
     def sync_weights(self) -> None:  # noqa: B027
         """Take over the model's weights; called after they have changed and before the next `generate`."""
@@ -121,6 +124,9 @@ class RolloutEngine(ABC):
 
         The weights must be kept: they are taken over anew only after they have changed.
         """
+
+    def close(self) -> None:  # noqa: B027
+        """Give back all that is held; called when a run is over. Whoever asks again gets an answer all the same."""
 
 
 EngineFactory = Callable[[PreTrainedModel, PreTrainedTokenizerBase, int | None], RolloutEngine]

@@ -153,6 +153,12 @@ class AnsweringStage(Stage):
         if stage != "fit" and self.reference is None and not self.trainer.ckpt_path:
             warn_own_reference(self.model_name_or_path)
 
+    def teardown(self, stage: str) -> None:
+        """Let the engine give back what it holds."""
+        super().teardown(stage)
+        if self.rollout_engine is not None:
+            self.rollout_engine.close()
+
     def on_fit_start(self) -> None:
         """Check that the longest sequence fits the models."""
         checks.check_frozen_dtype(self.trainer.precision, self.frozen_dtype)

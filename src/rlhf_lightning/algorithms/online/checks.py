@@ -25,6 +25,9 @@ _EXACT, _ROUNDED, _WRONG = 1e-3, 0.05, 1.0
 """Nats per token: what float32 leaves of 0, what lower precision does on average over many tokens, and what no rounding
 makes of two evaluations of the same weights."""
 
+_MISMATCH = 0.1
+"""Nats per token; engines in bfloat16 stay below 0.02 of a policy in float32."""
+
 _PROBE_TOLERANCE, _PROBE_TOLERANCE_NF4 = 0.1, 1.0
 """Standard deviations; a reward model may be held in a lower precision than it was saved in."""
 _PROBE_ROUNDING = 0.03
@@ -157,6 +160,21 @@ def _check_same(otherwise: str, distance: float, exact: bool) -> None:
         raise AssertionError(otherwise)
     if not exact and distance > _ROUNDED:
         rank_zero_warn(f"{otherwise}; lower precision does that over a few tokens, trainer.precision 32-true would not")
+
+
+def warn_mismatch(mismatch: dict[str, Tensor], sampling: Sampling) -> None:
+    """Say where an engine draws from another distribution than the policy's, so that answers are not the policy's own.
+
+    Args:
+        mismatch: what `weigh_draws` says of the first rollout.
+        sampling: how responses are drawn; top-k and top-p make another distribution of it anyway.
+    """
+    kl = float(mismatch.get("mismatch_kl", 0))
+    if sampling.top_k == 0 and sampling.top_p == 1 and abs(kl) > _MISMATCH:
+        rank_zero_warn(
+            f"the engine's distribution is {kl:.2g} nats per token away from the policy's, more than rounding makes of "
+            "it; look at the engine's dtype and options, and at train/mismatch_kl"
+        )
 
 
 def check_probe(scorer: Any, nf4: bool = False) -> None:

@@ -28,6 +28,7 @@ class Measurements(NamedTuple):
         entropy: of the policy before each token, `[B, R]`, nats.
         values: before each token, `[B, R]`.
         scores: as the reward gives them, a reward model's calibrated, `[B]`.
+        importance: weight of each token in the policy loss, `[B, R]`; 1 where the policy itself has drawn it.
     """
 
     logprobs: Tensor
@@ -35,6 +36,7 @@ class Measurements(NamedTuple):
     entropy: Tensor
     values: Tensor
     scores: Tensor
+    importance: Tensor
 
     @property
     def kl(self) -> Tensor:
@@ -56,6 +58,7 @@ class Experience(NamedTuple):
         entropy: entropy of the old policy before each token, `[B, R]`, nats.
         values: `values[b, r] = V_old(x[<P+r])`, `[B, R]`; 0 without a value model.
         scores: as the reward gives them, a reward model's calibrated, `[B]`.
+        importance: weight of each token in the policy loss, `[B, R]`; 1 where the policy itself has drawn it.
         rewards: per token after scaling, clipping and the KL penalty, `[B, R]`.
         advantages: whitened if asked for, `[B, R]`.
         returns: what values are trained on, `[B, R]`: advantages before whitening plus values.
@@ -72,6 +75,7 @@ class Experience(NamedTuple):
     entropy: Tensor
     values: Tensor
     scores: Tensor
+    importance: Tensor
     rewards: Tensor
     advantages: Tensor
     returns: Tensor

@@ -27,7 +27,8 @@ def clipped_policy_loss(
 
     Args:
         logprobs: under the policy being trained, `[B, R]`.
-        batch: responses of the old policy, with their advantages.
+        batch: responses of the old policy, with their advantages, and how much each token weighs where something else
+            than that policy has drawn it.
         clip_range: how far the probability ratio may move from 1.
         clip_range_high: how far upwards, where that differs (Yu et al. 2025, DAPO); None for `clip_range`.
         on_policy: the policy is still the one that answered, so its own log-probabilities, detached, are the old ones;
@@ -37,11 +38,12 @@ def clipped_policy_loss(
     """
     mask, clip = batch.response_mask, {"clip_range": clip_range, "clip_range_high": clip_range_high or clip_range}
     old = logprobs.detach() if on_policy else batch.logprobs
+    advantages = batch.advantages * batch.importance
     if per_response:
         sums, old_sums = (torch.where(mask, some, 0).sum(dim=1, keepdim=True) for some in (logprobs, old))  # [B, 1]
-        loss, _ = ppo_policy_loss(sums, old_sums, batch.advantages[:, :1], mask[:, :1], **clip)
+        loss, _ = ppo_policy_loss(sums, old_sums, advantages[:, :1], mask[:, :1], **clip)
     else:
-        advantages = batch.advantages if weights is None else batch.advantages * weights
+        advantages = advantages if weights is None else advantages * weights
         loss, stats = ppo_policy_loss(logprobs, old, advantages, mask, **clip)
     if per_response or on_policy:
         _, stats = ppo_policy_loss(logprobs.detach(), batch.logprobs, batch.advantages, mask, **clip)

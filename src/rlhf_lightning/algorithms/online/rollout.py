@@ -17,7 +17,7 @@ from rlhf_lightning.algorithms.online.models import TrunkValue, logprobs_and_val
 from rlhf_lightning.algorithms.online.settings import ScoreShaping
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.forward.hidden import response_logprobs
-from rlhf_lightning.functional import gae, kl_estimate, masked_moments, masked_sum
+from rlhf_lightning.functional import gae, kl_estimate, masked_moments, masked_sum, truncated_importance
 from rlhf_lightning.functional.masked import Reduce, identity
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.models.rewarding import ModelScorer, Responses, Scorer, TextScorer
@@ -88,7 +88,46 @@ def measure(
         ids = torch.cat([prompts.prompt_ids, generation.response_ids], dim=1)
         kept = torch.cat([prompts.prompt_mask, mask], dim=1)
         scores = scorer(_responses(prompts, generation, texts, ids, kept, every)).float()
-    return Measurements(logprobs, ref_logprobs, entropy, values, scores)
+    return Measurements(logprobs, ref_logprobs, entropy, values, scores, torch.ones_like(logprobs))
+
+
+def weigh_draws(
+    measured: Measurements,
+    generation: Generation,
+    cap: float | None,
+    per_response: bool = False,
+    reduce: Reduce = identity,
+) -> tuple[Measurements, dict[str, Tensor]]:
+    """Give each token its weight, where an engine has drawn it from a distribution of its own.
+
+    Args:
+        measured: what the models say of the responses; the policy was measured itself.
+        generation: the responses.
+        cap: the largest weight; None leaves all of them 1.
+        per_response: a response is one action, with one weight.
+        reduce: sums a tensor over all ranks.
+
+    Returns:
+        The measurements with their weights, and what is logged of them, over all response tokens of all ranks:
+        `mismatch_kl`, the KL of the engine's distribution to the policy's (k1 estimate, nats per token),
+        `importance`, the mean weight, and `importance_capped`, the share of weights at the cap. Both are as they were,
+        and nothing is logged, where the engine drew from the policy itself.
+    """
+    if generation.sampler_logprobs is None:
+        return measured, {}
+    mask, drawn = generation.response_mask, generation.sampler_logprobs
+    if cap is not None:
+        weights = truncated_importance(measured.logprobs, drawn, mask, cap, per_response)
+        measured = measured._replace(importance=weights)
+    weights = measured.importance
+    capped = weights >= cap if cap is not None else torch.zeros_like(mask)
+    parts = masked_sum(drawn - measured.logprobs, mask), masked_sum(weights, mask), (capped & mask).sum(), mask.sum()
+    kl, weight, at_cap, tokens = reduce(torch.stack([part.float() for part in parts]))
+    return measured, {
+        "mismatch_kl": kl / tokens,
+        "importance": weight / tokens,
+        "importance_capped": at_cap / tokens,
+    }
 
 
 def _policy_and_value(

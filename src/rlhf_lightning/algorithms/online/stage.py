@@ -19,10 +19,10 @@ from rlhf_lightning.algorithms.online import checks
 from rlhf_lightning.algorithms.online.answering import AnsweringStage
 from rlhf_lightning.algorithms.online.controllers import KLController, RunningMoments
 from rlhf_lightning.algorithms.online.experience import Experience, Measurements
-from rlhf_lightning.algorithms.online.rollout import experience_metrics, raw_score, shape_scores
+from rlhf_lightning.algorithms.online.rollout import experience_metrics, raw_score, shape_scores, weigh_draws
 from rlhf_lightning.algorithms.online.settings import KLPenalty, ScoreShaping
 from rlhf_lightning.algorithms.stage import Loss
-from rlhf_lightning.arguments import AT_LEAST_1, check_arguments, check_batch_sizes, per_process
+from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, check_arguments, check_batch_sizes, per_process
 from rlhf_lightning.batches import PromptBatch, name_rows, repeat_prompts
 from rlhf_lightning.errors import NonFiniteError
 from rlhf_lightning.generation.engine import Generation
@@ -48,8 +48,16 @@ class OnlineStage(AnsweringStage):
         ppo_epochs: passes over each rollout.
         kl: the penalty that holds the policy near the reference.
         score: what happens to scores before they become rewards.
+        importance_cap: where the engine draws with kernels and weights of its own (vLLM), each token weighs
+            `min(pi / q, importance_cap)` in the policy loss, of its probability under the policy and under the engine
+            (truncated importance sampling; 2 in Yao et al. 2025); None for no such weights.
         **options: those of `AnsweringStage` and `Stage`. An example is a response.
+
+    Attributes:
+        per_response: a response is one action, with one weight.
     """
+
+    per_response = False
 
     def __init__(
         self,
@@ -63,10 +71,11 @@ class OnlineStage(AnsweringStage):
         ppo_epochs: int = 2,
         kl: KLPenalty = KLPenalty(),
         score: ScoreShaping = ScoreShaping(),
+        importance_cap: float | None = 2.0,
         **options: Any,
     ) -> None:
         kl, score = from_config(KLPenalty, kl), from_config(ScoreShaping, score)
-        check_arguments(OnlineStage, locals(), dict.fromkeys(_SIZES, AT_LEAST_1))
+        check_arguments(OnlineStage, locals(), {**dict.fromkeys(_SIZES, AT_LEAST_1), "importance_cap": POSITIVE})
         responses = rollout_batch_size * samples_per_prompt
         super().__init__(model_name_or_path, reward, generation_batch_size=generation_batch_size, **options)
         self.responses_per_rollout = responses
@@ -76,6 +85,7 @@ class OnlineStage(AnsweringStage):
         self.ppo_epochs = ppo_epochs
         self.kl = kl
         self.score = score
+        self.importance_cap = importance_cap
         self._check_sizes()
         # One update on the whole rollout: the policy that is updated is the one that answered.
         self.on_policy = ppo_epochs == 1 and minibatch_size == self.responses_per_rollout
@@ -214,14 +224,16 @@ class OnlineStage(AnsweringStage):
         generation, texts = self.answer(prompts, random, with_logprobs=self.on_policy)
         generated = time.perf_counter()
         measured = self.measure_answers(prompts, generation, texts, with_values=True)
+        measured, mismatch = weigh_draws(measured, generation, self.importance_cap, self.per_response, self.reduce)
         self.score_moments.update(measured.scores, self.reduce)
         scores = shape_scores(measured.scores, generation.ended, self.score_moments, self.score)
         experience = self.experience_of(prompts, generation, measured, scores)
         metrics: dict[str, Any] = {"kl_coef": self.kl_controller.coef}
-        metrics |= self.experience_metrics(experience)
+        metrics |= self.experience_metrics(experience) | mismatch
         metrics |= raw_score(self.scorer, metrics["score"])
         if self.iteration == 0:
             self._check_first_rollout(measured, metrics)
+            checks.warn_mismatch(mismatch, self.sampling)
         self.kl_controller.update(float(metrics["kl"]), self.responses_per_rollout)
         metrics |= {"seconds_generating": generated - started, "seconds_scoring": time.perf_counter() - generated}
         sample = f"{prompts.prompts[0]}**{texts[0].strip()}**\n\nscore {float(measured.scores[0]):.3f}"
