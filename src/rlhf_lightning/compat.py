@@ -28,6 +28,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward as s
 from transformers.masking_utils import sdpa_mask as sdpa_mask
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from rlhf_lightning.errors import UserError
+
 SDPA = "sdpa"
 """What transformers calls the attention of `torch.nn.functional.scaled_dot_product_attention`."""
 
@@ -357,3 +359,18 @@ def say_nothing_of_models() -> Iterator[None]:
     finally:
         for logger, level in levels:
             logger.setLevel(level)
+
+
+def keep_process_group() -> None:
+    """Keep vLLM from ending torch's process group, which is training's, whenever an engine in this process ends.
+
+    Raises:
+        UserError: a version of vLLM that ends it elsewhere.
+    """
+    from vllm.v1.engine import core
+
+    if not hasattr(core, "cleanup_dist_env_and_memory"):
+        from vllm import __version__
+
+        raise UserError(f"vLLM {__version__} ends its engines in a way that is not known here; install vllm 0.32")
+    core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None

@@ -15,8 +15,11 @@ from rlhf_lightning.cli.main import main
 from rlhf_lightning.cli.recipes import RECIPES, recipe_names
 from rlhf_lightning.cli.stages import RLHFCLI
 
-STAGES = [name for name in recipe_names() if "model" in yaml.safe_load((RECIPES / name).read_text())]
+STAGES = [
+    name for name in recipe_names() if "class_path" in yaml.safe_load((RECIPES / name).read_text()).get("model", {})
+]
 TRAINERS = [name for name in recipe_names() if name.startswith("trainer/")]
+ENGINES = [name for name in recipe_names() if name.startswith("engine/")]
 
 
 def printed_config(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
@@ -95,6 +98,18 @@ def test_trainer_files_stack_on_every_recipe(fit_parser, trainer):
         if isinstance(wanted, dict):
             for name, value in wanted.get("init_args", {}).items():
                 assert strategy.init_args[name] == value
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engine_files_stack_on_the_recipes_that_answer(fit_parser, engine):
+    given = yaml.safe_load((RECIPES / engine).read_text())["model"]["init_args"]["engine"]
+    for recipe in ("ppo.yaml", "rloo.yaml", "grpo.yaml", "llama3-8b/ppo.yaml"):
+        words = [f"--config={RECIPES / name}" for name in (recipe, engine, "trainer/ddp.yaml")]
+        found = fit_parser.parse_args(["fit", *words]).fit.model.init_args.engine
+        assert found.class_path == given["class_path"]
+        assert {name: found.init_args[name] for name in given["init_args"]} == given["init_args"]
+    cls = getattr(rlhf_lightning, given["class_path"].rpartition(".")[2])
+    assert set(given["init_args"]) == set(parameters(cls)) - {"model", "tokenizer", "batch_size"}
 
 
 @pytest.mark.parametrize("trainer", [name for name in TRAINERS if "deepspeed" in name])

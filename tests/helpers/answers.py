@@ -23,6 +23,7 @@ OTHERS = {
     "mistral-window": ("mistral", _GROUPED | {"sliding_window": 4}),
     "gemma3": ("gemma3_text", _GROUPED | _HALF_SLIDING),
     "llama-grouped": ("llama", _GROUPED),
+    "llama-wide-heads": ("llama", _GROUPED | {"head_dim": 32}),  # the least that vLLM takes on a CPU
     "qwen3-next": (
         "qwen3_next",
         _GROUPED

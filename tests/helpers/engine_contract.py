@@ -36,8 +36,8 @@ def prompts(extra: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def small(seed: int = 3) -> PreTrainedModel:
-    """One layer, for engines that compile."""
-    model: PreTrainedModel = model_of("llama-grouped", seed, layers=1)
+    """One layer, for engines that compile, and heads wide enough for those that ask for it."""
+    model: PreTrainedModel = model_of("llama-wide-heads", seed, layers=1)
     return model
 
 
@@ -153,7 +153,7 @@ def check_sampling(make: EngineFactory) -> None:
     model = a_model()
     likeliest = [ids for ids, _ in greedy(model, tiny_tokenizer(), GREEDY)]
     engine = make(model, tiny_tokenizer(), None)
-    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}):
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 0.01}):
         assert responses(ask(engine, Sampling(max_new_tokens=8, **narrow))) == likeliest
     drawn = Sampling(max_new_tokens=8)
     state = torch.get_rng_state()
@@ -195,6 +195,40 @@ def check_abilities(make: EngineFactory) -> None:
     assert model.training
 
 
+def check_sampler_logprobs(make: EngineFactory) -> None:
+    """What an engine says of the distribution that it drew from is so: temperature, top-k and least length included."""
+    model, tokenizer = a_model(), tiny_tokenizer()
+    engine = make(model, tokenizer, None)
+    for options in ({"temperature": 0.7}, {"top_k": 9}, {"top_p": 0.6, "temperature": 1.3}, {"min_new_tokens": 4}):
+        sampling = Sampling(max_new_tokens=6, **options)
+        generation = ask(engine, sampling)
+        if generation.sampler_logprobs is None:
+            continue
+        for row, said in enumerate(generation.sampler_logprobs):
+            length = int(generation.response_mask[row].sum())
+            prompt = responses(Generation(*prompts(), ended=torch.tensor([])))[row]
+            expected = _drawn_from(model, tokenizer, prompt, generation.response_ids[row, :length].tolist(), sampling)
+            torch.testing.assert_close(said[:length], expected, atol=1e-2, rtol=0)
+            assert not said[length:].any()
+
+
+@torch.no_grad()
+def _drawn_from(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], said: list[int], sampling: Sampling
+) -> torch.Tensor:
+    """Log-probabilities of tokens under the distribution that they are to be drawn from."""
+    logits = model(input_ids=torch.tensor([prompt + said]), use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    logits[: sampling.min_new_tokens, eos_ids(tokenizer, model.generation_config.eos_token_id)] = float("-inf")
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], float("-inf"))
+    if sampling.top_p < 1:
+        ordered = logits.softmax(dim=1).sort(dim=1, descending=True)
+        gone = ordered.values.cumsum(dim=1) - ordered.values >= sampling.top_p
+        logits = logits.masked_fill(torch.zeros_like(gone).scatter(1, ordered.indices, gone), float("-inf"))
+    return logits.log_softmax(dim=1).gather(1, torch.tensor(said).unsqueeze(1)).squeeze(1)
+
+
 def check_sync_weights(make: EngineFactory) -> None:
     """After the weights have changed and been taken over, the answers are the new model's."""
     model, tokenizer = a_model(), tiny_tokenizer()
@@ -234,6 +268,7 @@ CONTRACT = [
     check_order,
     check_sampling,
     check_abilities,
+    check_sampler_logprobs,
     check_sync_weights,
     check_sleep_and_wake,
     check_on_token,
