@@ -13,7 +13,6 @@ from helpers.stage_runs import strategy
 from helpers.stages import fit, instruction_rows, preference_rows, sgd
 from rlhf_lightning import (
     FineTune,
-    FSDP2Strategy,
     HFExport,
     InstructionDataModule,
     PreferenceDataModule,
@@ -40,7 +39,7 @@ def run(name: str, folder: str, root: str, stage: str = "sft", precision: str = 
     """Train for two steps; the export and the last checkpoint go to `root`.
 
     Args:
-        name: the strategy: `fsdp2`, or see `helpers.stage_runs.strategy`; `auto` for one process.
+        name: the strategy, see `helpers.stage_runs.strategy`; `auto` for one process.
         folder: of the model.
         root: of the run.
         stage: `sft` or `reward`.
@@ -66,7 +65,7 @@ def run(name: str, folder: str, root: str, stage: str = "sft", precision: str = 
     fit(
         module,
         data,
-        strategy=FSDP2Strategy() if name == "fsdp2" else strategy(name),
+        strategy=strategy(name),
         devices=1 if name == "auto" else 2,
         precision=precision,
         callbacks=[watched, keep],

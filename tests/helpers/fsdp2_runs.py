@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +15,6 @@ from helpers import finetune_runs, stage_runs
 from helpers.stages import MemoryLogger, trainer
 from rlhf_lightning import FineTune, FSDP2Strategy, Sampling
 from rlhf_lightning.training.rollouts import whole_size
-
-_others = stage_runs.strategy
-
-
-def strategy(name: str) -> Any:
-    """`fsdp2`; `zero3 alone`, which keeps no weight longer than its layer runs; or as `stage_runs.strategy` has it."""
-    if name == "fsdp2":
-        return FSDP2Strategy()
-    found = _others(name.partition(" ")[0])
-    if name == "zero3 alone":
-        kept = ("param_persistence_threshold", "max_reuse_distance", "max_live_parameters", "prefetch_bucket_size")
-        found.config["zero_optimization"] |= {f"stage3_{each}": 0 for each in kept}
-    return found
-
-
-def checkpointing(*args: Any, **options: Any) -> stage_runs.Made:
-    """As `stage_runs.sft`, activations computed again."""
-    return stage_runs.sft(*args, gradient_checkpointing=True, **options)
-
-
-@contextmanager
-def more_is_known() -> Iterator[None]:
-    """Let the helpers for all stages know FSDP2, and one stage more, for the length of a `with` block."""
-    stages = dict(stage_runs.STAGES)
-    stage_runs.STAGES["sft checkpointing"] = checkpointing
-    stage_runs.strategy = finetune_runs.strategy = strategy
-    try:
-        yield
-    finally:
-        stage_runs.strategy = finetune_runs.strategy = _others
-        stage_runs.STAGES.clear()
-        stage_runs.STAGES.update(stages)
 
 
 class Gathers(TorchDispatchMode):
@@ -78,7 +45,7 @@ class Interrupted(Exception):
 
 
 def rollouts(name: str, how: str, tokens: int, folder: str, reward: str, kind: str = "all") -> dict[str, Any]:
-    """Iterations of PPO.
+    """Two iterations of PPO, or one, and a validation.
 
     Args:
         name: the strategy.
@@ -105,8 +72,13 @@ def rollouts(name: str, how: str, tokens: int, folder: str, reward: str, kind: s
     seen: list[dict[str, Any]] = []
     module.answer = _observed(module, module.answer, seen, kind == "fails")
     keep = stage_runs.KeepState()
-    options = {"strategy": strategy(name), "precision": "bf16-mixed" if kind == "bf16" else "32-true", "devices": 2}
-    trainer(callbacks=[keep], logger=MemoryLogger(), **options).fit(module, data)
+    options = {
+        "strategy": stage_runs.strategy(name),
+        "precision": "bf16-mixed" if kind == "bf16" else "32-true",
+        "devices": 2,
+    }
+    batches = 2 if kind in ("all", "bf16") else 1
+    trainer(callbacks=[keep], logger=MemoryLogger(), limit_train_batches=batches, **options).fit(module, data)
     models = [module.policy, module.reference_model] if name == "fsdp2" else []
     parts = [_frozen_parts(model) for model in models]
     shared = [each for each in parts[0] if parts[0][each] == parts[1][each]] if parts else []
@@ -177,5 +149,4 @@ def run_all(runs: list[dict[str, Any]]) -> list[Any]:
         "rollouts": rollouts,
         "resumed": resumed,
     }
-    with more_is_known():
-        return [tasks[run["task"]](**{key: value for key, value in run.items() if key != "task"}) for run in runs]
+    return [tasks[run["task"]](**{key: value for key, value in run.items() if key != "task"}) for run in runs]

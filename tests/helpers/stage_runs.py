@@ -32,6 +32,8 @@ from rlhf_lightning.training import consolidated_state_dict
 
 BATCH, EXAMPLES, VALIDATED = 8, 19, 7
 """Rows of a batch on all processes, of an epoch, and of a validation; the last two do not divide by 2 or 4."""
+PIECE = BATCH // 4
+"""Of steps on whole batches, whose share of each of two processes is two pieces."""
 CONSTANT = {"lr_schedule": "constant", "warmup_steps": 0, "gradient_clip_val": 0.1}
 LORA = FineTune("lora", rank=2, alpha=8)
 Made = tuple[pl.LightningModule, Any]
@@ -44,6 +46,11 @@ def sft(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
     return module, InstructionDataModule(
         folder, rows, validation_data=rows[:VALIDATED], batch_size=BATCH, max_length=48
     )
+
+
+def checkpointing(*args: Any, **options: Any) -> Made:
+    """As `sft`, activations computed again."""
+    return sft(*args, gradient_checkpointing=True, **options)
 
 
 class WeighedPairs(PreferenceDataModule):
@@ -106,12 +113,14 @@ def ppo(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
 
 def trunk(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
     """The value head on the policy's hidden states, two epochs."""
-    return ppo(folder, reward, pieces, value_trunk="policy", ppo_epochs=2, minibatch_size=BATCH, **options)
+    options |= {"ppo_epochs": 2, "minibatch_size": BATCH, "micro_batch_size": PIECE if pieces else None}
+    return ppo(folder, reward, pieces, value_trunk="policy", **options)
 
 
 def on_policy(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
     """One step on the whole rollout, whose log-probabilities come from the sampler."""
-    return ppo(folder, reward, pieces, minibatch_size=BATCH, **options)
+    options |= {"minibatch_size": BATCH, "micro_batch_size": PIECE if pieces else None}
+    return ppo(folder, reward, pieces, **options)
 
 
 def groups(kind: Any, folder: str, reward: str, pieces: bool, **options: Any) -> Made:
@@ -123,7 +132,7 @@ def groups(kind: Any, folder: str, reward: str, pieces: bool, **options: Any) ->
         rollout_batch_size=BATCH,
         samples_per_prompt=2,
         minibatch_size=BATCH,
-        micro_batch_size=1 if pieces else None,
+        micro_batch_size=PIECE if pieces else None,
         optimizer=sgd(0.3),
         score=ScoreShaping(scaling=False, clip=None, missing_eos_penalty=0.5),
         **options,
@@ -152,6 +161,8 @@ STAGES = {
     "rloo": rloo,
     "grpo": grpo,
 }
+MORE = {"sft checkpointing": checkpointing}
+"""Of which no table is made."""
 EPOCHS = {"sft": 2, "reward": 2, "dpo": 2, "ppo on-policy": 2}
 """So that all make five steps or more."""
 LEFT_OUT = "seconds", "tokens_per_second", "padding_share", "memory_gib"
@@ -182,16 +193,21 @@ class KeepState(pl.Callback):
 
 
 def strategy(name: str) -> str | Strategy:
-    """`zero1` to `zero3`, `zero3-offload`, `fsdp2`, or a name Lightning knows."""
+    """A strategy by its name.
+
+    Args:
+        name: `zero1` to `zero3`, `zero3-offload`; `zero3 alone`, which keeps no weight longer than its layer runs;
+            `fsdp2`; or a name Lightning knows.
+    """
     if name == "fsdp2":
         return FSDP2Strategy()
     if not name.startswith("zero"):
         return name
     offload = name.endswith("offload")
     found = DeepSpeedStrategy(stage=int(name[4]), offload_optimizer=offload, offload_parameters=offload)
-    if name.startswith("zero3"):
-        # At each weight DeepSpeed looks a billion weights ahead: in a tiny model through all modules of all steps.
-        found.config["zero_optimization"]["stage3_max_reuse_distance"] = 10_000
+    if name == "zero3 alone":
+        kept = ("param_persistence_threshold", "max_reuse_distance", "max_live_parameters", "prefetch_bucket_size")
+        found.config["zero_optimization"] |= {f"stage3_{each}": 0 for each in kept}
     return found
 
 
@@ -208,7 +224,7 @@ def run(
     """Fit one stage.
 
     Args:
-        stage: a key of `STAGES`.
+        stage: a key of `STAGES` or `MORE`.
         name: the strategy; `auto` runs on one process.
         folder: language model.
         reward: reward model.
@@ -222,7 +238,7 @@ def run(
         and the calibration of a reward model.
     """
     torch.manual_seed(5)
-    module, data = STAGES[stage](folder, reward, pieces, **({"finetune": LORA} if lora else {}))
+    module, data = (STAGES | MORE)[stage](folder, reward, pieces, **({"finetune": LORA} if lora else {}))
     keep, logger, said = KeepState(), MemoryLogger(), listen(module)
     callbacks = [keep] + ([HFExport(export)] if export else [])
     options = {"devices": 1 if name == "auto" else processes, "max_epochs": EPOCHS.get(stage, 1)}

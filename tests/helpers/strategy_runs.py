@@ -242,10 +242,10 @@ def _count_reductions(module: TinyModule, bucket: dist.GradBucket) -> torch.futu
     return allreduce_hook(None, bucket)
 
 
-def save_model(folder: Path) -> str:
+def save_model(folder: Path, layers: int = CONFIG.num_hidden_layers) -> str:
     """Write the tiny model all runs start from."""
     torch.manual_seed(0)
-    LlamaForCausalLM(CONFIG).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**CONFIG.to_dict() | {"num_hidden_layers": layers})).save_pretrained(folder)
     return str(folder)
 
 

@@ -16,7 +16,21 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 
 from helpers.distributed import run_in_processes
-from helpers.strategy_runs import fit, save_model
+from helpers.strategy_cases import (
+    CLIPPED_ADAM,
+    HALVES,
+    POISONS,
+    UNCLIPPED_SGD,
+    UNEVEN,
+    WHOLE,
+    alone,
+    assert_same_on_both,
+    assert_same_training,
+    assert_stopped,
+    distance,
+    runs_of,
+)
+from helpers.strategy_runs import save_model, validate
 from rlhf_lightning import FSDP2Strategy, UserError
 from rlhf_lightning.models.sharing import copied_or_shared
 from rlhf_lightning.runs.checkpoint_files import check_whole, files_of, newest_whole, read_manifest
@@ -26,9 +40,6 @@ from rlhf_lightning.training.fsdp2_models import _part_company
 from rlhf_lightning.training.zero import to_be_sharded
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "trainer"
-CLIPPED_ADAM = {"gradient_clip_val": 0.1, "adam": True}
-UNCLIPPED_SGD: dict[str, Any] = {}
-WHOLE, HALVES, UNEVEN = ({"micro_sizes": sizes} for sizes in ([4, 4, 4], [2, 2, 2], [1, 3, 2]))
 SPLITS: dict[str, dict[str, Any]] = {
     "whole, clipped AdamW": {"name": "fsdp2", **WHOLE, **CLIPPED_ADAM},
     "halves, each": {"name": "fsdp2-each", **HALVES, **UNCLIPPED_SGD},
@@ -37,7 +48,6 @@ SPLITS: dict[str, dict[str, Any]] = {
     "uneven, last": {"name": "fsdp2-last", **UNEVEN, **UNCLIPPED_SGD},
     "uneven, offload": {"name": "fsdp2-offload", **UNEVEN, **CLIPPED_ADAM},
 }
-POISONS = ["loss", "gradient"]
 TWO_EPOCHS = {"name": "fsdp2", "trainer_options": {"max_epochs": 2}, **HALVES, **CLIPPED_ADAM}
 IN_BFLOAT16 = TWO_EPOCHS | {
     "trainer_options": {"max_epochs": 2, "precision": "bf16-true"},
@@ -57,7 +67,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: tmp_path_factory.mktemp(name) for name in ("one", "two", "bf16")}
 
 
-def alone(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def on_one(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """FSDP2 on one process."""
     told = [
         run | {"trainer_options": run["trainer_options"] | {"devices": 1}, "micro_sizes": [4, 4, 4]} for run in runs
@@ -68,23 +78,17 @@ def alone(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def saved_by_one(folder: str, checkpoints: dict[str, Path]) -> dict[str, Any]:
-    (result,) = alone([TWO_EPOCHS | {"folder": folder, "checkpoints": str(checkpoints["one"])}])
+    (result,) = on_one([TWO_EPOCHS | {"folder": folder, "checkpoints": str(checkpoints["one"])}])
     return result
 
 
 @pytest.fixture(scope="module")
 def two_processes(folder: str, checkpoints: dict[str, Path], saved_by_one: Any) -> dict[Any, list[Any]]:
     """Every two-process run of this file, done in one start of two processes; name -> result of each rank."""
-    runs: dict[Any, dict[str, Any]] = dict(SPLITS)
-    runs["two passes"] = {"name": "fsdp2", "passes": 2, **UNEVEN, **CLIPPED_ADAM}
-    for poison in POISONS:
-        runs[poison] = {"name": "fsdp2", "poison": poison, **HALVES}
+    runs: dict[Any, dict[str, Any]] = SPLITS | runs_of("fsdp2")
     for when in ("each", "last"):
         skipping = {"module_class": "SkippingModule", "name": f"fsdp2-{when}", "poison": "gradient"}
         runs["skipping", when] = skipping | HALVES | CLIPPED_ADAM
-    runs["bf16-mixed"] = SPLITS["halves, each"] | {"trainer_options": {"precision": "bf16-mixed"}} | CLIPPED_ADAM
-    runs["validate"] = {"task": "validate", "name": "fsdp2", **HALVES}
-    runs["forgetful"] = {"module_class": "ForgetfulModule", "name": "fsdp2", **HALVES}
     first = checkpoints["two"] / "epoch=0.ckpt"
     first.with_name(f"{first.name}.partial").mkdir()
     first.with_name(f"{first.name}.partial").joinpath("left.pt").write_text("by a run that was killed")
@@ -110,60 +114,30 @@ def two_processes(folder: str, checkpoints: dict[str, Path], saved_by_one: Any) 
 
 @pytest.fixture(scope="module")
 def one_process(folder: str) -> Any:
-    """Without FSDP2, in this process, each configuration once: the whole batch of eight rows in one micro-batch."""
-    done: dict[str, dict[str, Any]] = {}
-
-    def run(**kwargs: Any) -> dict[str, Any]:
-        if str(kwargs) not in done:
-            done[str(kwargs)] = fit(folder=folder, micro_sizes=[8, 8, 8], **kwargs)
-        return done[str(kwargs)]
-
-    return run
-
-
-def assert_same_training(result: dict[str, Any], expected: dict[str, Any], atol: float = 2e-6) -> None:
-    assert result["error"] == ""
-    assert result["global_step"] == expected["global_step"]
-    assert result["rates"] == expected["rates"]
-    assert result["norms"] == pytest.approx(expected["norms"], rel=1e-5)
-    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-    assert distance(result, expected) <= atol
-
-
-def distance(a: dict[str, Any], b: dict[str, Any]) -> float:
-    """Largest difference of any weight."""
-    assert a["state"].keys() == b["state"].keys()
-    pairs = [(torch.tensor(a["state"][name]), torch.tensor(b["state"][name])) for name in a["state"]]
-    return max((x - y).abs().max().item() for x, y in pairs)
+    """Without FSDP2, in this process."""
+    return alone(folder)
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_two_processes_are_the_same_as_one(two_processes: Any, one_process: Any, split: str) -> None:
     first, second = two_processes[split]
-    assert_same_training(first, one_process(**(CLIPPED_ADAM if "adam" in SPLITS[split] else UNCLIPPED_SGD)))
-    assert "state" not in second  # consolidated on the first rank only
-    for key in ("norms", "losses", "rates", "global_step"):
-        assert first[key] == second[key]
+    optimizer = CLIPPED_ADAM if "adam" in SPLITS[split] else UNCLIPPED_SGD
+    assert_same_on_both(two_processes[split], one_process(**optimizer))
     assert first["tied"]
     assert first["synced"]
     assert second["synced"]
 
 
 def test_several_steps_inside_one_training_step(two_processes: Any, one_process: Any) -> None:
-    assert_same_training(two_processes["two passes"][0], one_process(passes=2, **CLIPPED_ADAM), atol=5e-6)
+    assert_same_training(two_processes["fsdp2", "two passes"][0], one_process(passes=2, **CLIPPED_ADAM), atol=5e-6)
 
 
 @pytest.mark.parametrize("poison", POISONS)
 def test_non_finite_on_one_rank_stops_every_rank_with_weights_untouched(
     two_processes: Any, one_process: Any, poison: str
 ) -> None:
-    ranks = two_processes[poison]
-    assert distance(ranks[0], one_process(trainer_options={"limit_train_batches": 1})) <= 2e-6
-    for rank, result in enumerate(ranks):
-        assert result["error"].startswith("NonFiniteError: ")
-        assert "after 1 optimizer steps" in result["error"]
-        assert ("the loss is nan on rank 1" if poison == "loss" else "gradient is not finite") in result["error"]
-        assert (f"rows of rank {rank}" in result["error"]) == (poison == "gradient" or rank == 1)
+    before = one_process(trainer_options={"limit_train_batches": 1})
+    assert_stopped(two_processes["fsdp2", poison], poison, before)
 
 
 @pytest.mark.parametrize("when", ["each", "last"])
@@ -174,7 +148,7 @@ def test_a_step_that_is_skipped_leaves_nothing_behind(two_processes: Any, one_pr
 
 
 def test_bfloat16_stays_close(two_processes: Any, one_process: Any) -> None:
-    expected, result = one_process(**CLIPPED_ADAM), two_processes["bf16-mixed"][0]
+    expected, result = one_process(**CLIPPED_ADAM), two_processes["fsdp2", "bf16"][0]
     assert result["error"] == ""
     assert result["global_step"] == 3
     assert result["norms"] == pytest.approx(expected["norms"], rel=0.02)
@@ -182,16 +156,14 @@ def test_bfloat16_stays_close(two_processes: Any, one_process: Any) -> None:
 
 
 def test_validation_without_training(two_processes: Any, folder: str) -> None:
-    from helpers.strategy_runs import validate
-
     expected = validate("auto", folder=folder, micro_sizes=[8])
-    for result in two_processes["validate"]:
+    for result in two_processes["fsdp2", "validate"]:
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
 
 
 def test_upstream_gradients_are_averaged_over_processes(two_processes: Any, one_process: Any) -> None:
     """Why losses are multiplied by the number of processes, and nothing else need be done."""
-    assert distance(two_processes["forgetful"][0], one_process(**UNCLIPPED_SGD)) <= 2e-6
+    assert distance(two_processes["fsdp2", "forgetful"][0], one_process(**UNCLIPPED_SGD)) <= 2e-6
 
 
 # Checkpoints.
@@ -239,7 +211,7 @@ def whole(result: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
 def test_one_process_goes_on_where_two_were_cut(
     two_processes: Any, saved_by_one: Any, checkpoints: dict[str, Path], folder: str
 ) -> None:
-    (result,) = alone([TWO_EPOCHS | {"folder": folder, "resume": f"{checkpoints['two']}/epoch=0.ckpt"}])
+    (result,) = on_one([TWO_EPOCHS | {"folder": folder, "resume": f"{checkpoints['two']}/epoch=0.ckpt"}])
     assert_same_training(result | whole(result, two_processes["two epochs"][0]), saved_by_one, atol=5e-6)
 
 

@@ -21,6 +21,20 @@ from pytorch_lightning.strategies import FSDPStrategy, SingleDeviceStrategy
 import rlhf_lightning
 from helpers.cli_runs import environment
 from helpers.distributed import run_in_processes
+from helpers.strategy_cases import (
+    CLIPPED_ADAM,
+    HALVES,
+    POISONS,
+    UNCLIPPED_SGD,
+    UNEVEN,
+    WHOLE,
+    alone,
+    assert_same_on_both,
+    assert_same_training,
+    assert_stopped,
+    distance,
+    runs_of,
+)
 from helpers.strategy_runs import Runs, fit, save_model, validate
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runs.checkpoint_files import check_whole, files_of, read_manifest
@@ -28,10 +42,6 @@ from rlhf_lightning.training import DeepSpeedStrategy, GradientAccumulation
 from rlhf_lightning.training.checkpoint_folders import plain_loading
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "trainer"
-WHOLE, HALVES = {"micro_sizes": [4, 4, 4]}, {"micro_sizes": [2, 2, 2]}  # rows per micro-batch; a rank has four rows
-UNEVEN = {"micro_sizes": [1, 3, 2]}  # 4, then 2 (of 3 and 1 rows), then 2 micro-batches
-CLIPPED_ADAM = {"gradient_clip_val": 0.1, "adam": True}
-UNCLIPPED_SGD: dict[str, Any] = {}
 OPTIMIZERS = {"clipped AdamW": CLIPPED_ADAM, "unclipped SGD": UNCLIPPED_SGD}
 SPLITS = {
     "ddp whole": {"name": "ddp", **WHOLE},
@@ -55,7 +65,6 @@ SPLITS_AND_OPTIMIZERS = [
     if optimizer == "unclipped SGD" or not split.endswith("uneven")
 ]
 DISTRIBUTED = ["ddp", "zero0", "zero1", "zero2", "zero3"]
-POISONS = ["loss", "gradient"]
 _PARTS = [f"checkpoint/zero_pp_rank_{rank}_mp_rank_00" for rank in (0, 1)]
 SAVED = {
     "zero2": ["checkpoint/mp_rank_00_model_states.pt", *(f"{part}_optim_states.pt" for part in _PARTS)],
@@ -81,12 +90,9 @@ def two_processes(folder: str, checkpoints: dict[str, Path]) -> dict[Any, list[d
         (split, optimizer): SPLITS[split] | OPTIMIZERS[optimizer] for split, optimizer in SPLITS_AND_OPTIMIZERS
     }
     for name in DISTRIBUTED:
-        runs[name, "two passes"] = {"name": name, "passes": 2, **UNEVEN, **CLIPPED_ADAM}
-        for poison in POISONS:
-            runs[name, poison] = {"name": name, "poison": poison, **HALVES}
+        runs |= runs_of(name, "two passes", *POISONS)
     for name in ["ddp", "zero0", "zero2", "zero3"]:
-        runs[name, "bf16"] = {"name": name, "trainer_options": {"precision": "bf16-mixed"}, **HALVES, **CLIPPED_ADAM}
-        runs[name, "validate"] = {"task": "validate", "name": name, **HALVES}
+        runs |= runs_of(name, "bf16", "validate")
     bf16 = {"name": "zero2", "trainer_options": {"precision": "bf16-mixed", "limit_train_batches": 2}, **HALVES}
     runs["zero2", "bf16 gradient"] = bf16 | {"poison": "gradient"}
     runs["zero2", "bf16 one batch"] = bf16 | {"trainer_options": bf16["trainer_options"] | {"limit_train_batches": 1}}
@@ -109,7 +115,7 @@ def two_processes(folder: str, checkpoints: dict[str, Path]) -> dict[Any, list[d
         runs[name, "resumed from code"] = training | {"resume": first}
         runs[name, "resumed from a file"] = training | {"resume": f"{first}/latest"}
     for name in ["ddp", "zero2"]:
-        runs[name, "forgetful"] = {"module_class": "ForgetfulModule", "name": name, **HALVES}
+        runs |= runs_of(name, "forgetful")
     runs["zero2", "self-clipping"] = {"module_class": "SelfClippingModule", "name": "zero2", **WHOLE}
     runs["zero3", "unannounced"] = {"module_class": "UnannouncedModule", "name": "zero3", **WHOLE}
     ranks = run_in_processes("helpers.strategy_runs:run_all", runs=[run | {"folder": folder} for run in runs.values()])
@@ -118,35 +124,8 @@ def two_processes(folder: str, checkpoints: dict[str, Path]) -> dict[Any, list[d
 
 @pytest.fixture(scope="module")
 def one_process(folder: str) -> Any:
-    """Run in this process, each configuration once: the whole batch of eight rows in one micro-batch."""
-    done: dict[str, dict[str, Any]] = {}
-
-    def run(**kwargs: Any) -> dict[str, Any]:
-        if str(kwargs) not in done:
-            done[str(kwargs)] = fit(folder=folder, micro_sizes=[8, 8, 8], **kwargs)
-        return done[str(kwargs)]
-
-    return run
-
-
-def assert_same_training(result: dict[str, Any], expected: dict[str, Any], atol: float = 2e-6) -> None:
-    assert result["error"] == ""
-    assert result["global_step"] == expected["global_step"]
-    assert result["rates"] == expected["rates"]
-    assert result["norms"] == pytest.approx(expected["norms"], rel=1e-5)
-    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-    assert_same_weights(result, expected, atol)
-
-
-def assert_same_weights(result: dict[str, Any], expected: dict[str, Any], atol: float = 2e-6) -> None:
-    assert result["state"].keys() == expected["state"].keys()
-    assert distance(result, expected) <= atol
-
-
-def distance(a: dict[str, Any], b: dict[str, Any]) -> float:
-    """Largest difference of any weight."""
-    pairs = [(torch.tensor(a["state"][name]), torch.tensor(b["state"][name])) for name in a["state"]]
-    return max((x - y).abs().max().item() for x, y in pairs)
+    """In this process."""
+    return alone(folder)
 
 
 def test_references_are_sharp_enough_to_tell_wrong_scales_apart(one_process: Any, folder: str) -> None:
@@ -179,12 +158,7 @@ def test_any_split_gives_the_same_weights(one_process: Any, folder: str, micro_s
 
 @pytest.mark.parametrize(("split", "optimizer"), SPLITS_AND_OPTIMIZERS)
 def test_two_processes_are_the_same_as_one(two_processes: Any, one_process: Any, split: str, optimizer: str) -> None:
-    first, second = two_processes[split, optimizer]
-
-    assert_same_training(first, one_process(**OPTIMIZERS[optimizer]))
-    assert "state" not in second  # consolidated on the first rank only
-    for key in ("norms", "losses", "rates", "global_step"):
-        assert first[key] == second[key]
+    assert_same_on_both(two_processes[split, optimizer], one_process(**OPTIMIZERS[optimizer]))
 
 
 @pytest.mark.parametrize("name", DISTRIBUTED)
@@ -206,19 +180,7 @@ def test_non_finite_on_one_rank_stops_every_rank_with_weights_untouched(
     two_processes: Any, one_process: Any, name: str, poison: str
 ) -> None:
     before = one_process(trainer_options={"limit_train_batches": 1})
-    ranks = two_processes[name, poison]
-
-    assert_same_weights(ranks[0], before)
-    for rank, result in enumerate(ranks):
-        assert result["error"].startswith("NonFiniteError: ")
-        assert "after 1 optimizer steps" in result["error"]
-        assert len(result["norms"]) == 1
-        if poison == "loss":
-            assert "the loss is nan on rank 1" in result["error"]
-            assert ("rows of rank 1" in result["error"]) == (rank == 1)
-        else:
-            assert "the gradient is not finite" in result["error"]
-            assert f"rows of rank {rank}" in result["error"]
+    assert_stopped(two_processes[name, poison], poison, before)
 
 
 @pytest.mark.parametrize("poison", POISONS)
@@ -226,7 +188,7 @@ def test_non_finite_on_one_process(one_process: Any, poison: str) -> None:
     before, result = one_process(trainer_options={"limit_train_batches": 1}), one_process(poison=poison)
 
     assert "after 1 optimizer steps, in rows of rank 0; the weights were not changed" in result["error"]
-    assert_same_weights(result, before, atol=0)
+    assert distance(result, before) == 0
 
 
 @pytest.mark.parametrize("name", ["ddp", "zero0", "zero2", "zero3"])
@@ -243,7 +205,7 @@ def test_bfloat16_refuses_a_bad_gradient_too(two_processes: Any) -> None:
     result, before = two_processes["zero2", "bf16 gradient"][0], two_processes["zero2", "bf16 one batch"][0]
 
     assert "the gradient is not finite after 1 optimizer steps" in result["error"]
-    assert_same_weights(result, before, atol=0)
+    assert distance(result, before) == 0
 
 
 @pytest.mark.parametrize("name", ["ddp", "zero0", "zero2", "zero3"])
@@ -262,7 +224,7 @@ def test_resuming_changes_nothing_though_frozen_weights_are_not_saved(two_proces
     assert whole["global_step"] == resumed["global_step"] == 6
     assert resumed["norms"] == whole["norms"][3:]
     assert resumed["rates"] == whole["rates"][3:]
-    assert_same_weights(resumed, whole, atol=0)
+    assert distance(resumed, whole) == 0
 
 
 @pytest.mark.parametrize("name", SAVED)
@@ -408,12 +370,12 @@ def test_nothing_is_compiled_on_cpus(two_processes: Any) -> None:
 def test_upstream_deepspeed_forgets_gradients_without_our_accumulation(two_processes: Any, one_process: Any) -> None:
     expected = one_process(**UNCLIPPED_SGD)
 
-    assert_same_weights(two_processes["ddp", "forgetful"][0], expected)
+    assert distance(two_processes["ddp", "forgetful"][0], expected) <= 2e-6
     assert distance(two_processes["zero2", "forgetful"][0], expected) > 1e-2
 
 
 def test_upstream_clip_gradients_does_nothing_on_deepspeed(two_processes: Any, one_process: Any) -> None:
-    assert_same_weights(two_processes["zero2", "self-clipping"][0], one_process(**UNCLIPPED_SGD))
+    assert distance(two_processes["zero2", "self-clipping"][0], one_process(**UNCLIPPED_SGD)) <= 2e-6
 
 
 def test_upstream_from_pretrained_fails_under_zero_3_unless_transformers_is_told(two_processes: Any) -> None:
