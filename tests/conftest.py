@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -13,7 +14,9 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +28,35 @@ torch.set_num_threads(1)
 settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
 settings.register_profile("random", max_examples=500, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
+
+
+STARTERS = {"helpers.distributed", "helpers.forked", "helpers.torture"}
+"""Modules whose functions start processes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with files that start processes, which take longest, then those of most tests: `make test` deals out files
+    in this order, so that no worker is left alone with a long one in the end."""
+    tests = Counter(item.path for item in items)
+
+    places: dict[Path, tuple[bool, int, str]] = {}
+    for item in items:
+        if item.path not in places:
+            names = vars(getattr(item, "module", None) or object).values()
+            quick = STARTERS.isdisjoint(getattr(value, "__module__", None) for value in names)
+            places[item.path] = quick, -tests[item.path], str(item.path)
+    items.sort(key=lambda item: places[item.path])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for no garbage while modules are imported and tests collected, nor later among what was."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")
