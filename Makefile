@@ -10,8 +10,10 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/rlhf quickstart
 
+# Files are dealt out in the order of tests/conftest.py, the long ones first.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: $(READY)
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not launched"
 
 # The numerical tests under another instruction set than the machine's own; CAPABILITY=default for none at all.
 # torch.compile keeps generated code by the model, not by the instruction set, so that its cache is left out.
@@ -25,7 +27,7 @@ NO_NUMBERS = \
 	$(addprefix training/test_,checkpoint_size reporting) forward/test_capacity generation/test_text_so_far
 test-numbers: $(READY)
 	ATEN_CPU_CAPABILITY=$(CAPABILITY) ONEDNN_MAX_CPU_ISA=$(if $(filter default,$(CAPABILITY)),SSE41,AVX2) \
-		TORCHINDUCTOR_FX_GRAPH_CACHE=0 $(BIN)/pytest -n 2 --dist loadfile $(NUMBERS) $(NO_NUMBERS:%=--ignore=tests/%.py)
+		TORCHINDUCTOR_FX_GRAPH_CACHE=0 $(PYTEST) $(NUMBERS) $(NO_NUMBERS:%=--ignore=tests/%.py)
 
 # N runs of all algorithms, killed at random moments, resumed until they are done, and compared with runs that were not
 # killed; it goes on where it was stopped, unless runs/torture is removed. About 10 seconds of one core for each. Before
@@ -35,9 +37,10 @@ torture: $(READY)
 	MATRIX=full $(BIN)/pytest -q tests/algorithms/test_resume_processes.py
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m helpers.torture runs/torture $(N)
 
-# Every stage on every strategy, on two processes, against one; `equality` also writes what came of it into the docs.
+# Of whatever runs on two processes what `make test` leaves out: every stage on every strategy against one process, whose
+# distances `equality` writes into the docs, evaluation and adapters on each, and what launchers start.
 test-processes: $(READY)
-	MATRIX=full $(BIN)/pytest -q tests/algorithms/test_stage_processes.py
+	MATRIX=full $(PYTEST) -m "matrix or launched" tests/algorithms tests/cli
 
 equality: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m helpers.equality docs/distributed.md

@@ -72,7 +72,7 @@ def run_checks(folder: Path, user: str, apt_get: str) -> tuple[str, list[str]]:
     return ran.stderr, calls.read_text().splitlines()
 
 
-CHECKS = ["make lint", "make types", "make test", "make test-numbers", "make test-exports"]
+CHECKS = [f"make {name}" for name in ("lint", "types", "test", "test-processes", "test-numbers", "test-exports")]
 
 
 def test_the_checks_install_what_tests_need(tmp_path):

@@ -1,4 +1,10 @@
-"""Adapters and the last layer on two processes, under DDP and real DeepSpeed, train and export as on one process."""
+"""Adapters and the last layer on two processes, under DDP and real DeepSpeed, train and export as on one process.
+
+`MATRIX=full`, as in `make test-processes`, takes every case on both.
+"""
+
+import os
+from itertools import product
 
 import pytest
 import torch
@@ -8,6 +14,7 @@ from helpers.distributed import run_in_processes
 from helpers.finetune_runs import run
 from helpers.stages import save_llama
 
+pytestmark = pytest.mark.matrix
 LORA = {"mode": "lora", "rank": 4, "use_rslora": True}
 CASES = {
     "sft merged": ("sft", LORA),
@@ -16,7 +23,10 @@ CASES = {
     "ppo merged": ("ppo", LORA),
     "ppo last layer": ("ppo", {"mode": "last_layer"}),
 }
-STRATEGIES = ["ddp", "zero3"]
+RUNS = [*product(CASES, ("ddp", "zero3"))]
+if os.environ.get("MATRIX") != "full":
+    RUNS = [("sft merged", "zero3"), ("reward adapter", "zero3"), ("reward last layer", "ddp")]
+    RUNS += [("ppo merged", "ddp"), ("ppo last layer", "zero3")]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +45,8 @@ def told(root, case, name):
 def losses(root):
     """(case, strategy) -> losses of the first process; every run on two processes is started once."""
     save_llama(root / "base", layers=1)
-    names = [(case, name) for name in STRATEGIES for case in CASES]
-    results, _ = run_in_processes("helpers.finetune_runs:run_all", runs=[told(root, *pair) for pair in names])
-    return dict(zip(names, results, strict=True)) | {(case, "auto"): run(**told(root, case, "auto")) for case in CASES}
+    results, _ = run_in_processes("helpers.finetune_runs:run_all", runs=[told(root, *pair) for pair in RUNS])
+    return dict(zip(RUNS, results, strict=True)) | {(case, "auto"): run(**told(root, case, "auto")) for case in CASES}
 
 
 def exported(folder):
@@ -45,8 +54,7 @@ def exported(folder):
     return load_file(file)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "name"), RUNS)
 def test_two_processes_train_and_export_as_one(losses, root, case, name):
     assert losses[case, name] == pytest.approx(losses[case, "auto"], abs=1e-4)
     expected, weights = (exported(root / f"{case} {which}") for which in ("auto", name))

@@ -130,6 +130,7 @@ def started(command: list[str], folder: Path, timeout: float = 240) -> subproces
     return subprocess.run([sys.executable, "-m", *command], cwd=folder, env=env, timeout=timeout, check=False, **both)  # type: ignore[call-overload,no-any-return]
 
 
+@pytest.mark.launched
 def test_the_launcher_of_lightning_ends_with_the_error_of_a_process_that_it_started(folder):
     ended = started(["rlhf_lightning", *words(*DDP, failing(folder, how="user"))], folder)
     assert seconds_since_failure(folder) < SOON
@@ -140,6 +141,7 @@ def test_the_launcher_of_lightning_ends_with_the_error_of_a_process_that_it_star
     ]
 
 
+@pytest.mark.launched
 def test_torchrun_names_the_first_error(folder):
     run = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "rlhf_lightning"]
     ended = started([*run, *words(*DDP, failing(folder, how="user"))], folder)
