@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from multiprocessing import connection
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ trainer:
   - class_path: helpers.failing.WaitAt
     init_args: {step: 3}
 """
+TIMEOUT = 600  # seconds
 NODES = ["--config=trainer/ddp.yaml", "--config=callbacks.yaml", "--trainer.devices=1", "--trainer.num_nodes=2"]
 
 
@@ -40,26 +42,59 @@ def words(run: str) -> list[str]:
     ]
 
 
-def agent(folder: Path, port: int, name: str) -> subprocess.Popen[bytes]:
+class Agent(NamedTuple):
     """What one node runs."""
+
+    process: subprocess.Popen[bytes]
+    ended: int
+    """A descriptor that can be read from when the process has ended."""
+
+
+def agent(folder: Path, port: int, name: str) -> Agent:
+    """Start what one node runs."""
     # PyTorch 2.13: an agent that shares its store tells one that comes later no address, and both wait in vain.
     env = environment() | {"DS_ACCELERATOR": "cpu", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     meeting = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test"]
     run = ["torch.distributed.run", *meeting, "--max_restarts=3", "--nproc_per_node=1", "-m", "rlhf_lightning"]
     with (folder / f"{name}.log").open("wb") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", *run, *words("run")], cwd=folder, env=env, stdout=log, stderr=log
         )
+    return Agent(process, os.pidfd_open(process.pid))
 
 
-def until(condition: Callable[[], bool], agents: list[subprocess.Popen[bytes]], folder: Path) -> None:
-    deadline = time.monotonic() + 600
-    while not condition():
-        if time.monotonic() > deadline or any(each.poll() for each in agents):
-            pytest.fail("\n".join(log.read_text(errors="replace")[-3000:] for log in folder.glob("*.log")))
-        time.sleep(0.1)
+def wait(waited: list[int], deadline: float, folder: Path) -> list[int]:
+    """Which of some descriptors can be read from, as soon as one can."""
+    ready = connection.wait(waited, max(0.0, deadline - time.monotonic()))
+    if not ready:
+        fail(folder)
+    return [each for each in ready if isinstance(each, int)]
 
 
+def fail(folder: Path) -> None:
+    pytest.fail("\n".join(log.read_text(errors="replace")[-3000:] for log in folder.glob("*.log")))
+
+
+def waiting(pipe: int, agents: list[Agent], folder: Path) -> dict[int, int]:
+    """The processes that wait, by the agent that started each, as soon as there are two."""
+    said, deadline = b"", time.monotonic() + TIMEOUT
+    while said.count(b"\n") < 2:
+        if wait([pipe, *(each.ended for each in agents)], deadline, folder) != [pipe]:
+            fail(folder)  # an agent has ended
+        said += os.read(pipe, 1000)
+    return {int(parent): int(number) for number, parent in (line.split() for line in said.splitlines())}
+
+
+def end(agents: list[Agent], folder: Path) -> None:
+    """Wait until all have ended well."""
+    running, deadline = {each.ended: each.process for each in agents}, time.monotonic() + TIMEOUT
+    while running:
+        for ended in wait([*running], deadline, folder):
+            if running.pop(ended).wait():
+                fail(folder)
+
+
+@pytest.mark.launched
 def test_a_lost_node_comes_back_and_the_run_ends_as_an_undisturbed_one(tmp_path):
     save_model(tmp_path / "lm")
     save_pairs(tmp_path / "pairs.jsonl")
@@ -67,26 +102,26 @@ def test_a_lost_node_comes_back_and_the_run_ends_as_an_undisturbed_one(tmp_path)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    agents = [agent(tmp_path, port, "first")]
-    waiting = [tmp_path / "waits0", tmp_path / "waits1"]
+    os.mkfifo(tmp_path / "waits")
+    pipe = os.open(tmp_path / "waits", os.O_RDWR)  # open for writing, too, so that it does not end with a writer
+    agents = [agent(tmp_path, port, "first"), agent(tmp_path, port, "second")]
     try:
-        agents.append(agent(tmp_path, port, "second"))
-        until(lambda: all(path.exists() for path in waiting), agents, tmp_path)
-        parents = {int(parent): int(number) for number, parent in (path.read_text().split() for path in waiting)}
+        processes = waiting(pipe, agents, tmp_path)
         (tmp_path / "go").touch()
-        lost = agents.pop()
-        for number in (lost.pid, parents[lost.pid]):
+        lost = agents[1].process
+        for number in (lost.pid, processes[lost.pid]):
             os.kill(number, signal.SIGKILL)
         lost.wait()
         agents.append(agent(tmp_path, port, "again"))
-        until(lambda: all(each.poll() is not None for each in agents), agents, tmp_path)
+        end([agents[0], agents[2]], tmp_path)
     finally:
         for each in agents:
-            each.kill()
-            each.wait()
-    assert [each.returncode for each in agents] == [0, 0]
+            each.process.kill()
+            each.process.wait()
+            os.close(each.ended)
+        os.close(pipe)
     first, again = ((tmp_path / f"{name}.log").read_text() for name in ("first", "again"))
-    assert f"failed: its process {parents[lost.pid]} ended without a word" in first
+    assert f"failed: its process {processes[lost.pid]} ended without a word" in first
     assert (first + again).count("Restored all states from the checkpoint") == 1
 
     whole = run_ranks(words("whole"), tmp_path, nodes=[tmp_path, tmp_path])

@@ -11,7 +11,6 @@ import pytorch_lightning as pl
 import torch
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.runs.whole_files import write_whole
 
 
 class FailAt(pl.Callback):
@@ -62,7 +61,7 @@ def end_soon() -> None:
 class WaitAt(pl.Callback):
     """Lets a process wait before a batch, to be killed there, unless the file `go` is in the working folder.
 
-    It leaves its number and that of its parent in the file `waits<rank>`.
+    It writes its number and that of its parent into the pipe `waits` there.
 
     Args:
         step: after how many optimizer steps.
@@ -73,5 +72,6 @@ class WaitAt(pl.Callback):
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == self.step and not Path("go").exists():
-            write_whole(Path(f"waits{trainer.global_rank}"), f"{os.getpid()} {os.getppid()}")
+            with Path("waits").open("a") as pipe:
+                pipe.write(f"{os.getpid()} {os.getppid()}\n")
             signal.pause()
