@@ -43,7 +43,7 @@ WITHIN, AT_THE_END = 2, 3  # batches done when a run is cut: in the middle and a
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    base = save_gpt2(root / "gpt2", dropout=0.2)
+    base = save_gpt2(root / "gpt2", dropout=0.2, layers=1)
     return {"base": base, "reward": save_reward_model(root / "reward", base)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ STAGES = [
 ]
 TRAINERS = [name for name in recipe_names() if name.startswith("trainer/")]
 ENGINES = [name for name in recipe_names() if name.startswith("engine/")]
+BORING = "pytorch_lightning.demos.boring_classes"
+MODEL, DATA = ({"class_path": f"{BORING}.Boring{what}"} for what in ("Model", "DataModule"))
 
 
 def printed_config(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
@@ -84,20 +87,43 @@ def fit_parser() -> Any:
     return built.value.args[0]
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_trainer_files_stack_on_every_recipe(fit_parser, trainer):
+@pytest.fixture(scope="module")
+def of_the_trainer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The trainer's part of each recipe, with a model and data that take no time to be parsed."""
+    folder = tmp_path_factory.mktemp("recipes")
+    files = {}
+    for number, recipe in enumerate(STAGES):
+        files[recipe] = folder / f"{number}.yaml"
+        parts = {"trainer": yaml.safe_load((RECIPES / recipe).read_text())["trainer"], "model": MODEL, "data": DATA}
+        files[recipe].write_text(yaml.safe_dump(parts))
+    return files
+
+
+def assert_stacked(parser: Any, recipe: str, file: Path, trainer: str) -> None:
     given = yaml.safe_load((RECIPES / trainer).read_text())["trainer"]
+    parsed = parser.parse_args(["fit", f"--config={file}", f"--config={RECIPES / trainer}"]).fit
+    assert parsed.trainer.accelerator == given["accelerator"]
+    assert parsed.trainer.default_root_dir == f"runs/{Path(recipe).with_suffix('').as_posix()}"
+    strategy, wanted = parsed.trainer.strategy, given["strategy"]
+    assert (strategy if isinstance(strategy, str) else strategy.class_path) == (
+        wanted if isinstance(wanted, str) else wanted["class_path"]
+    )
+    if isinstance(wanted, dict):
+        for name, value in wanted.get("init_args", {}).items():
+            assert strategy.init_args[name] == value
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_trainer_files_stack_on_the_trainer_of_every_recipe(fit_parser, of_the_trainer, trainer):
     for recipe in STAGES:
-        parsed = fit_parser.parse_args(["fit", f"--config={RECIPES / recipe}", f"--config={RECIPES / trainer}"]).fit
-        assert parsed.trainer.accelerator == given["accelerator"]
-        assert parsed.trainer.default_root_dir == f"runs/{Path(recipe).with_suffix('').as_posix()}"
-        strategy, wanted = parsed.trainer.strategy, given["strategy"]
-        assert (strategy if isinstance(strategy, str) else strategy.class_path) == (
-            wanted if isinstance(wanted, str) else wanted["class_path"]
-        )
-        if isinstance(wanted, dict):
-            for name, value in wanted.get("init_args", {}).items():
-                assert strategy.init_args[name] == value
+        assert_stacked(fit_parser, recipe, of_the_trainer[recipe], trainer)
+
+
+@pytest.mark.parametrize(("recipe", "trainer"), [*zip(STAGES, itertools.cycle(TRAINERS), strict=False)])
+def test_a_trainer_file_stacks_on_a_whole_recipe(fit_parser, recipe, trainer):
+    """Each of both at least once: a trainer file says nothing of model and data."""
+    assert set(yaml.safe_load((RECIPES / trainer).read_text())) == {"trainer"}
+    assert_stacked(fit_parser, recipe, RECIPES / recipe, trainer)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -41,7 +41,7 @@ RUNS: dict[str, dict[str, Any]] = {
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every run of two processes, done in one start of them."""
     root = tmp_path_factory.mktemp("runs")
-    folder = save_llama(root / "lm")
+    folder = save_llama(root / "lm", layers=1)
     runs = [{**settings, "folder": folder, "root": str(root / name)} for name, settings in RUNS.items()]
     run_in_processes("helpers.export_runs:run_all", runs=runs)
     return root

@@ -55,13 +55,13 @@ def save_llama(
     return _save(LlamaForCausalLM, config, tokenizer, folder)
 
 
-def save_gpt2(folder: Path, dropout: float) -> str:
+def save_gpt2(folder: Path, dropout: float, layers: int = 2) -> str:
     """A GPT-2, whose config asks for dropout in three places."""
     tokenizer = tiny_tokenizer()
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_embd=16,
-        n_layer=2,
+        n_layer=layers,
         n_head=2,
         n_positions=CONTEXT,
         initializer_range=0.1,

@@ -20,7 +20,7 @@ FLOAT32 = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(tmp_path_factory.mktemp("tiny"))
+    return save_model(tmp_path_factory.mktemp("tiny"), layers=1)
 
 
 @pytest.fixture(scope="module")
