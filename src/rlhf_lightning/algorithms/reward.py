@@ -42,6 +42,7 @@ from rlhf_lightning.models.scalar_lm import (
     new_scalar_lm,
 )
 from rlhf_lightning.models.tokenizer import own_pad_token
+from rlhf_lightning.training.zero import widen_now
 
 _PROBE_TOKENS = 64
 
@@ -136,6 +137,7 @@ class RewardModule(PairStage):
         num_embeddings = scalar.model.get_input_embeddings().num_embeddings
         pad_id = own_pad_token(self.tokenizer, num_embeddings)
         if pad_id >= num_embeddings:
+            widen_now(scalar.model.get_input_embeddings())
             scalar.model.resize_token_embeddings(pad_id + 1)
         scalar.model.config.pad_token_id = pad_id
         prepare_for_training(scalar.model, self.finetune, self.gradient_checkpointing)

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import yaml
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -35,6 +34,7 @@ from rlhf_lightning.models import rendering
 from rlhf_lightning.models.adapter_folders import adapter_base, is_adapter
 from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.folders import looks_local
+from rlhf_lightning.models.stored import stored_dtype
 from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.models.written_folders import AdapterFolder, ModelFolder
 from rlhf_lightning.runs.lineage import TRAINED_ON, all_trained_on, folder_of, hash_of_weights, read_record, short
@@ -51,7 +51,6 @@ _PLACES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(_POLICY, (SFTModule, "policy.")),
 }
 """What loads the model that a stage exports, and what the names of its weights begin with in the stage."""
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Checkpoint(NamedTuple):
@@ -192,7 +191,7 @@ def _load_stage(checkpoint: Checkpoint, trust_remote_code: bool) -> Stage:
     kind, _ = _PLACES[checkpoint.state["stage"]]
     stage: Any = kind(checkpoint.base, finetune=checkpoint.finetune, trust_remote_code=trust_remote_code)
     stage.tokenizer = load_tokenizer(checkpoint.base, trust_remote_code)
-    with _default_dtype(_stored_dtype(checkpoint.base)):  # weights that are not cast stay on the disk
+    with _default_dtype(stored_dtype(checkpoint.base)):  # weights that are not cast stay on the disk
         stage.load_models()
     own = hash_of_tokenizer(stage.tokenizer, ChatEncoder(stage.tokenizer, "plain").prefix)
     if own != checkpoint.lineage["tokenizer"]:
@@ -260,17 +259,6 @@ def _forget_weights(
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             held.update({name: made[id(weight)] for name, weight in held.items() if id(weight) in made})
-
-
-def _stored_dtype(name: str) -> torch.dtype:
-    """Type of the weights in the folder of a model, or of the base of an adapter; float32 where it cannot be told."""
-    folder = folder_of(adapter_base(name) if is_adapter(name) else name)
-    for path in sorted(folder.glob("*.safetensors")) if folder else []:
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118  # no dict
-                if dtype := _FLOATS.get(file.get_slice(key).get_dtype()):
-                    return dtype
-    return torch.float32
 
 
 @contextmanager

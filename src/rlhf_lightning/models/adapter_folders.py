@@ -13,7 +13,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folders import looks_local, read_config, say_base
 from rlhf_lightning.models.peft_library import PeftModel, without_bitsandbytes
 from rlhf_lightning.models.tokenizer import load_tokenizer
-from rlhf_lightning.training.zero import is_sharded
+from rlhf_lightning.training.zero import is_sharded, widen_now
 
 ADAPTER_CONFIG = "adapter_config.json"
 CALIBRATION_FILE = "reward_calibration.json"
@@ -68,6 +68,7 @@ def fit_tokenizer(model: PreTrainedModel, name: str, trust_remote_code: bool = F
     tokenizer = load_tokenizer(name, trust_remote_code)
     embeddings: Any = model.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:
+        widen_now(embeddings)
         model.resize_token_embeddings(len(tokenizer))
     if tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -90,6 +91,7 @@ def merge_adapter(model: PreTrainedModel, name: str, trust_remote_code: bool = F
     """
     if is_sharded(model):
         raise UserError(f"'{name}' is a PEFT adapter, which cannot be merged on ZeRO-3: merge and save it before")
+    widen_now(model)
     fit_tokenizer(model, name, trust_remote_code)
     with warnings.catch_warnings(), without_bitsandbytes():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, over what peft looks at

@@ -9,7 +9,6 @@ import copy
 import os
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -19,6 +18,7 @@ from rlhf_lightning.models.adapter_folders import adapter_base, is_adapter, is_r
 from rlhf_lightning.models.dtypes import keep_tables
 from rlhf_lightning.models.folders import architectures, check_model_folder, reason_of, say_trusted
 from rlhf_lightning.models.quantized import nf4_options, settle_nf4
+from rlhf_lightning.models.stored import load_pretrained
 
 
 def load_causal_lm(
@@ -42,7 +42,7 @@ def load_causal_lm(
         raise UserError(f"'{name}' is a reward model ({classifiers[0]}); a language model is needed here")
     if is_reward_adapter(name):
         raise UserError(f"'{name}' is the adapter of a reward model; a language model is needed here")
-    kwargs: dict[str, Any] = {"dtype": torch.get_default_dtype(), "trust_remote_code": trust_remote_code}
+    kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     kwargs |= nf4_options(name) if nf4 else {}
     model: Any
     if trust_remote_code:
@@ -52,10 +52,9 @@ def load_causal_lm(
             base = load_causal_lm(adapter_base(name), dropout=True, trust_remote_code=trust_remote_code)
             model = merge_adapter(base, name, trust_remote_code)
         else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
-            model, info = loaded
-            if info["missing_keys"]:
-                raise ValueError(f"its weights lack {min(info['missing_keys'])}, which would be random")
+            model, missing = load_pretrained(AutoModelForCausalLM, name, **kwargs)
+            if missing:
+                raise ValueError(f"its weights lack {min(missing)}, which would be random")
     except Exception as e:
         raise UserError(f"no language model could be loaded from '{name}': {reason_of(e)}") from e
     settle_nf4(model)

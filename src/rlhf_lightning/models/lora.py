@@ -22,7 +22,7 @@ from rlhf_lightning.models.peft_library import (
     inject_adapter_in_model,
 )
 from rlhf_lightning.rng import generator
-from rlhf_lightning.training.zero import gathered, is_sharded
+from rlhf_lightning.training.zero import gathered, is_sharded, widen_now
 
 
 def add_adapter(model: PreTrainedModel, finetune: FineTune, name: str = "default") -> None:
@@ -45,6 +45,8 @@ def add_adapter(model: PreTrainedModel, finetune: FineTune, name: str = "default
         raise UserError("finetune.use_dora does not work on ZeRO-3: leave it out, or use stage 2")
     if finetune.target_parameters and is_sharded(model):
         raise UserError("finetune.target_parameters does not work on ZeRO-3: leave it out, or use stage 2")
+    if finetune.use_dora or finetune.target_parameters:
+        widen_now(model)  # of which PEFT takes norms
     trained = [p for p in model.parameters() if p.requires_grad]
     if finetune.target_modules == "all-linear":
         say_what_has_none(model, finetune.target_parameters)

@@ -42,8 +42,9 @@ from rlhf_lightning.models.peft_library import (
 )
 from rlhf_lightning.models.quantized import nf4_options, settle_nf4
 from rlhf_lightning.models.rendering import RENDERING
+from rlhf_lightning.models.stored import load_pretrained
 from rlhf_lightning.rng import generator
-from rlhf_lightning.training.zero import gathered, is_sharded
+from rlhf_lightning.training.zero import dtype_ahead, gathered, is_sharded
 
 HEAD_WEIGHT = "base_model.model.score.weight"
 """What an adapter folder calls the weight of the head."""
@@ -159,17 +160,11 @@ class ScalarLM(nn.Module):
 
 def _classifier(name: str, trust_remote_code: bool, **options: Any) -> tuple[Any, set[str]]:
     """A sequence classifier with one label, and which of its weights the folder lacks."""
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        name,
-        num_labels=1,
-        dtype=torch.get_default_dtype(),
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-        **options,
-    )
-    if missing := {key for key in info["missing_keys"] if not key.startswith("score.")}:
-        raise ValueError(f"its weights lack {min(missing)}, which would be random")
-    return model, set(info["missing_keys"])
+    options |= {"num_labels": 1, "trust_remote_code": trust_remote_code}
+    model, missing = load_pretrained(AutoModelForSequenceClassification, name, **options)
+    if of_backbone := {key for key in missing if not key.startswith("score.")}:
+        raise ValueError(f"its weights lack {min(of_backbone)}, which would be random")
+    return model, missing
 
 
 def _adapted_classifier(name: str, trust_remote_code: bool) -> tuple[Any, set[str]]:
@@ -350,17 +345,17 @@ def attach_reward_adapter(
         if (head := weights.pop("score.weight", None)) is None:
             raise ValueError("it has no score.weight")
         untyped: Any = model
-        dtype, device = untyped.score.weight.dtype, untyped.score.weight.device
+        dtype, device = dtype_ahead(untyped.score.weight), untyped.score.weight.device
         untyped.score = nn.Linear(head.shape[1], head.shape[0], bias=False, device=device, dtype=dtype)
         model.requires_grad_(False)
         inject_adapter_in_model(config, model, adapter)
         fuse_adapters(model)
+        cast_adapter_dtype(model, adapter)
         loaded: Any = set_peft_model_state_dict(model, weights, adapter)
         if lacking := sorted(key for key in loaded.missing_keys if f".{adapter}." in key):
             raise ValueError(f"its weights lack {lacking[0]}")
     except Exception as e:
         raise UserError(f"the reward adapter '{name}' does not fit its base: {reason_of(e)}") from e
-    cast_adapter_dtype(model, adapter)
     with torch.no_grad():
         untyped.score.weight.copy_(head)
     untyped.score.requires_grad_(trainable)

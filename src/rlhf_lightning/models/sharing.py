@@ -20,7 +20,14 @@ from rlhf_lightning.models.causal_lm import disable_dropout, freeze, load_causal
 from rlhf_lightning.models.folders import same_model
 from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM
 from rlhf_lightning.models.tokenizer import load_tokenizer, same_tokenizer
-from rlhf_lightning.training.zero import fill_with_zeros, is_sharded, will_be_sharded
+from rlhf_lightning.training.zero import (
+    dtype_ahead,
+    fill_with_zeros,
+    is_sharded,
+    widen_later,
+    widens_later,
+    will_be_sharded,
+)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -43,6 +50,9 @@ def frozen_twin(model: ModelT) -> ModelT:
     """
     shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
     twin = copy.deepcopy(model, shared)
+    for weight, copied in zip(model.parameters(), twin.parameters(), strict=True):
+        if widens_later(weight):
+            widen_later(copied)
     freeze(twin)
     return twin
 
@@ -115,7 +125,7 @@ def scalar_beside(model: PreTrainedModel) -> ScalarLM:
     if type(classifier.base_model) is not type(model.base_model) or not isinstance(head, nn.Linear):
         raise UserError(f"{type(classifier).__name__} has no linear head on the backbone of {type(model).__name__}")
     setattr(classifier, classifier.base_model_prefix, frozen_twin(model.base_model))
-    backbone_dtype = next(model.base_model.parameters()).dtype
+    backbone_dtype = dtype_ahead(next(model.base_model.parameters()))
     classifier.score = zero_head(head.in_features).to(backbone_dtype)
     classifier.eval()
     disable_dropout(classifier)

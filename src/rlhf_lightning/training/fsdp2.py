@@ -26,6 +26,7 @@ from rlhf_lightning.runs.checkpoint_files import PARTIAL, remove
 from rlhf_lightning.training.checkpoint_folders import check_together, finish_together
 from rlhf_lightning.training.dcp_folders import load_states, read_states, stored_tensors, write_states
 from rlhf_lightning.training.fsdp2_models import Sharding, roots, shard_models
+from rlhf_lightning.training.host_memory import free_at_once
 from rlhf_lightning.training.memory import has_room
 from rlhf_lightning.training.zero import to_be_sharded
 
@@ -99,6 +100,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Start the process group; all processes share the data."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
+        free_at_once(True)
+
+    def teardown(self) -> None:
+        """Tear down, and manage memory as before."""
+        super().teardown()
+        free_at_once(False)
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Shard the models, then make the optimizer on what each process holds."""

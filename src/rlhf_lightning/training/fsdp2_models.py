@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.training.zero import COMPUTES_IN
+from rlhf_lightning.training.zero import COMPUTES_IN, widen_later, widens_later
 
 Place = tuple[nn.Module, str]
 """A module and the name of one of its own parameters."""
@@ -53,6 +53,7 @@ class Sharding:
     def apply(self, module: nn.Module | list[nn.Module], trained: bool, policy: MixedPrecisionPolicy) -> None:
         """Make the weights of a module, or of several, that are in no group yet one group."""
         modules = module if isinstance(module, list) else [module]
+        narrow = [place for each in modules for place in _places(each) if widens_later(getattr(*place))]
         fully_shard(
             module,
             mesh=self.mesh,
@@ -62,6 +63,13 @@ class Sharding:
             # In four bits a weight has no rows to share out.
             ignored_params={p for each in modules for p in each.parameters() if not p.is_floating_point()},
         )
+        parts = {id(getattr(*place)) for place in narrow}
+        for each in modules if parts else ():
+            each._apply(lambda tensor: tensor.float() if id(tensor) in parts else tensor)
+
+
+def _places(module: nn.Module) -> Iterator[Place]:
+    return ((owner, name) for owner in module.modules() for name, _ in owner.named_parameters(recurse=False))
 
 
 def _compute_in(block: Any, dtype: torch.dtype, device_type: str) -> None:
@@ -135,6 +143,8 @@ def _part_company(models: list[PreTrainedModel]) -> list[tuple[Place, list[Place
             raise UserError(f"FSDP2Strategy: the weight '{first[1]}' is trained in two models at once; use ddp")
         for of_model in others:
             twin = nn.Parameter(getattr(*of_model[0]).detach(), requires_grad=False)
+            if widens_later(getattr(*of_model[0])):
+                widen_later(twin)
             for owner, name in of_model:
                 owner._parameters[name] = twin
         if others:

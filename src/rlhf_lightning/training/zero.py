@@ -22,6 +22,8 @@ from torch.distributed.tensor import DTensor
 
 COMPUTES_IN = "rlhf_lightning_computes_in"
 """Attribute of a sharded module that is gathered in another type than it is held in."""
+_WIDENS = "rlhf_lightning_widens"
+"""Attribute of a parameter."""
 
 
 def is_sharded(weights: nn.Module | Tensor) -> bool:
@@ -83,6 +85,48 @@ def will_be_sharded() -> bool:
     What `from_pretrained` loads in the type that it is stored in stays in the file until it is written to.
     """
     return _ahead.get()
+
+
+def widen_later(weight: Tensor) -> None:
+    """Mark a weight in half precision as one that each process makes float32 once it holds a part of it only.
+
+    Args:
+        weight: of a model that will be sharded.
+    """
+    setattr(weight, _WIDENS, True)
+
+
+def widens_later(weight: Tensor) -> bool:
+    """Whether a weight is marked so."""
+    return getattr(weight, _WIDENS, False)
+
+
+def widen_now(weights: nn.Module | Tensor) -> None:
+    """Make float32 what is marked so, in place, for whoever computes with it before it is sharded.
+
+    Args:
+        weights: a parameter, or a module.
+    """
+    for weight in weights.parameters() if isinstance(weights, nn.Module) else [weights]:
+        if widens_later(weight):
+            weight.data = weight.data.float()
+    never_widen(weights)
+
+
+def never_widen(weights: nn.Module | Tensor) -> None:
+    """Take the marks away: what was chosen to be in half precision stays so.
+
+    Args:
+        weights: a parameter, or a module.
+    """
+    for weight in weights.parameters() if isinstance(weights, nn.Module) else [weights]:
+        if widens_later(weight):
+            delattr(weight, _WIDENS)
+
+
+def dtype_ahead(weight: Tensor) -> torch.dtype:
+    """Type that a weight will be held in."""
+    return torch.float32 if widens_later(weight) else weight.dtype
 
 
 def full_shape(parameter: Tensor) -> torch.Size:

@@ -48,7 +48,7 @@ from rlhf_lightning.models.scalar_lm import (
 )
 from rlhf_lightning.models.sharing import copied_or_shared, load_reference, scalar_beside, zero_head
 from rlhf_lightning.models.tokenizer import load_tokenizer
-from rlhf_lightning.training.zero import is_sharded
+from rlhf_lightning.training.zero import is_sharded, never_widen
 
 ValueTrunk = Literal["own", "policy"]
 FrozenDtype = Literal["auto", "float32", "bfloat16", "float16", "nf4"]
@@ -160,10 +160,11 @@ class ModelSource:
         if self.frozen_dtype not in ("auto", "nf4"):
             dtype = getattr(torch, self.frozen_dtype)
             for model in frozen:
-                model.to(dtype)
+                never_widen(model.to(dtype))
             for weight in policy.parameters():  # those that no reference shares
                 if not weight.requires_grad:
                     weight.data = weight.data.to(dtype)
+                    never_widen(weight)
         add_adapter(policy, self.finetune)
         return OnlineModels(policy, reference, value, scorer)
 
