@@ -6,8 +6,8 @@ Each row is a run of its own, on CPUs over gloo, of a random model of Llama's sh
 (`RssAnon`: what a process has written, without files it has mapped), above what was there once all is imported and the
 processes have met; of several processes that of the one that holds most. One process runs without any strategy, and in
 bfloat16 with float32 master weights, as everybody would who has one. `--strategy` is a name of ours (`zero1` to
-`zero3`, `zero3-offload`), one that Lightning knows (`ddp`), or a file of `configs/trainer/`, of which the strategy is
-taken. Prints Markdown. Linux only.
+`zero3`, `zero3-offload`, `fsdp2`), one that Lightning knows (`ddp`), or a file of `configs/trainer/`, of which the
+strategy is taken. Prints Markdown. Linux only.
 """
 
 from __future__ import annotations
@@ -17,18 +17,14 @@ import gc
 import importlib
 import json
 import os
-import socket
-import subprocess
-import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import _ranks
+from _ranks import run_ranks
 from measuring import machine, table
-
-if TYPE_CHECKING:
-    pass
 
 HERE = Path(__file__).resolve().parent
 MIB = 2**20
@@ -98,14 +94,7 @@ def strategy_of(name: str) -> Any:
             return given
         module, _, kind = given["class_path"].rpartition(".")
         return getattr(importlib.import_module(module), kind)(**given.get("init_args", {}))
-    if name.startswith("zero"):
-        from rlhf_lightning import DeepSpeedStrategy
-
-        offload = name.endswith("-offload")
-        number = int(name[4])
-        offloads = {"offload_optimizer": offload, "offload_parameters": offload and number == 3}
-        return DeepSpeedStrategy(stage=number, **offloads)
-    return name
+    return _ranks.strategy_of(name)
 
 
 def module_of(stage: str, folder: Path) -> tuple[Any, list[Any]]:
@@ -194,46 +183,10 @@ def work(options: argparse.Namespace) -> None:
 # The runs
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
 def run(options: argparse.Namespace, folder: Path, processes: int) -> list[dict[str, Any]]:
     """Start the processes of one run; what each held."""
-    port, running, outs = str(free_port()), [], []
-    for rank in range(processes):
-        outs.append(folder / f"{rank}.json")
-        command = [
-            sys.executable,
-            str(HERE / "memory_sharded.py"),
-            "--strategy",
-            options.strategy,
-            "--out",
-            str(outs[-1]),
-        ]
-        command += ["--folder", str(folder), "--stage", options.stage, "--precision", options.precision]
-        environment = os.environ | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-            "TORCHELASTIC_RUN_ID": "memory",
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-        }
-        log = (folder / f"{rank}.log").open("w")
-        running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    if any([process.wait() for process in running]):  # noqa: C419  # of all, not until one has failed
-        sys.exit(f"a process failed:\n{(folder / '0.log').read_text()[-4000:]}")
-    return [json.loads(out.read_text(encoding="utf-8")) for out in outs]
+    words = ["--strategy", options.strategy, "--folder", str(folder), "--stage", options.stage]
+    return run_ranks(str(HERE / "memory_sharded.py"), [*words, "--precision", options.precision], folder, processes)
 
 
 def write_models(folder: Path, millions: int) -> None:

@@ -1,9 +1,12 @@
-"""What grows with what: memory of the loss with the number of tokens, cost of SFT per token with the batch.
+"""What grows with what: memory of the loss with tokens, cost of SFT per token with the batch, PPO with processes.
 
     python benchmarks/scaling.py [--model FOLDER --data FILE]
+    python benchmarks/scaling.py --processes
 
 Without a model only the first part is run, on random numbers of the shape of a small model's output layer; each
-measurement in a process of its own. Prints Markdown. Linux only.
+measurement in a process of its own. With `--processes` the last part alone: PPO on two processes with a core each
+beside one with one core, by turns, on a random model; and what a step of SFT sends on each strategy, beside theory,
+which does not depend on how busy the machine is. Prints Markdown. Linux only.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from _ranks import run_ranks
+from _synthetic import Shape, write_model
 from measuring import GIB, machine, median, steady, table
 
 HERE = Path(__file__).resolve().parent
@@ -123,6 +128,59 @@ def sft(options: argparse.Namespace, rows: int) -> tuple[float, float, float]:
     return median([time / count for time, count in zip(seconds, tokens, strict=True)]), median(tokens), report["peak"]
 
 
+THEORY = {"ddp": 2, "zero1": 2, "zero2": 2, "zero3": 3, "fsdp2": 3}
+"""What a step of one micro-batch sends by the ZeRO paper (Rajbhandari et al. 2020, section 7), in models' sizes."""
+
+
+def ppo_by_processes(options: argparse.Namespace, folder: Path) -> str:
+    """Tokens per second of PPO on one process and on two, each with a core of its own, the same rows in all."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        sys.exit("two processes need two cores")
+    words = ["ppo", "--folder", str(folder), "--cores", *map(str, cores), "--steps", str(options.steps + 1)]
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(options.rounds):
+        for processes in rates:
+            first = run_ranks(str(HERE / "_scaling.py"), words, folder, processes)[0]
+            rates[processes].append(first["tokens"] / median(steady(first["seconds"], 1)))
+    rows = [
+        [
+            str(processes),
+            ", ".join(f"{rate:,.0f}" for rate in found),
+            f"{median(found) / median(rates[1]) / processes:.2f}",
+        ]
+        for processes, found in rates.items()
+    ]
+    title = "## PPO by processes, each with one core; DDP, real tokens per second, all rows as long as they may be\n"
+    return f"{title}\n{table(['processes', 'tokens/s, each round', 'to as many times one'], rows)}"
+
+
+def sent_by_strategy(folder: Path) -> str:
+    """What a step sends on two processes, in sizes of the model."""
+    found = run_ranks(str(HERE / "_scaling.py"), ["sent", "--folder", str(folder), "--strategies", *THEORY], folder, 2)[
+        0
+    ]
+    kinds = ("all_reduce", "reduce_scatter", "all_gather")
+    rows = []
+    for name, theory in THEORY.items():
+        size = 4 * found[name]["weights"]
+        parts = [f"{found[name]['bytes'].get(kind, 0) / size:.2f}" for kind in kinds]
+        rows.append([name, *parts, f"{found[name]['volume'] / size:.2f}", str(theory)])
+    weights = next(iter(found.values()))["weights"]
+    about = f"{weights / 1e6:.1f} million weights, float32, 2 processes"
+    title = f"## What a step of SFT sends, in sizes of the model ({about})\n"
+    return f"{title}\n{table(['strategy', *kinds, 'sent', 'theory'], rows)}"
+
+
+def by_processes(options: argparse.Namespace) -> list[str]:
+    """The part on several processes."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_model(Shape(6, 320, 5, 5, 832, 4096, 2, 16, 64, 2, 8, 2), folder)
+        parts = [sent_by_strategy(folder)]
+        return parts if options.rounds < 1 else [*parts, ppo_by_processes(options, folder)]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,10 +195,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps at each size (%(default)s)")
     parser.add_argument("--warmup", type=int, default=1, help="first steps that do not count (%(default)s)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--processes", action="store_true", help="only the part on several processes")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of PPO, by turns; 0 for what is sent alone (%(default)s)"
+    )
     parser.add_argument("--markdown", type=Path, help="append the report to this file too")
     options = parser.parse_args()
-    parts = [f"{machine()}; {options.threads} threads.\n", loss_memory(options)]
-    if options.model and options.data:
+    if options.processes:
+        parts = [f"{machine()}.\n", *by_processes(options)]
+    else:
+        parts = [f"{machine()}; {options.threads} threads.\n", loss_memory(options)]
+    if not options.processes and options.model and options.data:
         parts.append(sft_cost(options))
     text = "\n".join(parts)
     print(text)
