@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from helpers.distributed import run_in_processes
 from helpers.export_runs import run
-from helpers.stages import assert_close_weights, save_llama
+from helpers.stages import assert_close_weights, save_llama, save_reward_model
+from rlhf_lightning import load_reward_model
 from rlhf_lightning.cli.export import export
 
 LORA = {"mode": "lora", "rank": 2}
@@ -35,6 +36,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "fsdp2-reward": {"name": "fsdp2", "stage": "reward"},
     "zero3-reward-last": {"name": "zero3", "stage": "reward", "mode": "last_layer"},
 }
+VALUES: dict[str, dict[str, Any]] = {
+    "zero3-ppo": {"name": "zero3"},
+    "zero3-ppo-lora": {"name": "zero3", **LORA},
+    "fsdp2-ppo": {"name": "fsdp2"},
+    "fsdp2-ppo-last": {"name": "fsdp2", "mode": "last_layer"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every run of two processes, done in one start of them."""
     root = tmp_path_factory.mktemp("runs")
     folder = save_llama(root / "lm", layers=1)
-    runs = [{**settings, "folder": folder, "root": str(root / name)} for name, settings in RUNS.items()]
+    settings = RUNS | {name: {**run, "stage": "ppo"} for name, run in VALUES.items()}
+    reward = save_reward_model(root / "reward", folder)
+    common = {"folder": folder, "reward": reward}
+    runs = [{**run, **common, "root": str(root / name)} for name, run in settings.items()]
     run_in_processes("helpers.export_runs:run_all", runs=runs)
     return root
 
@@ -61,6 +71,17 @@ def test_the_last_checkpoint_gives_the_folder_that_the_run_ended_with(root, name
     assert not [warning for warning in recwarn if "distributed" in str(warning.message)]
     assert "which prompts it was trained on is not known" in said
     assert files(root / name / "again") == files(root / name / "export")
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_the_value_model_is_that_of_the_run(root, name):
+    checkpoint = str(root / name / "checkpoints" / "last.ckpt")
+    export(checkpoint, str(root / name / "value again"), part="value")
+    export(checkpoint, str(root / name / "again"))
+    for folder, again in (("value", "value again"), ("export", "again")):
+        written, found = (root / name / each / "model.safetensors" for each in (folder, again))
+        assert written.read_bytes() == found.read_bytes()
+    assert load_reward_model(root / name / "value again").calibration.std == 2
 
 
 @pytest.mark.parametrize("name", ["ddp", "zero1", "zero3", "zero3-lora", "zero3-reward", "fsdp2", "fsdp2-lora"])

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_lightning.algorithms.export_record import FROZEN, OTHERS, RENDERING, TEMPLATE
+from rlhf_lightning.algorithms.export_record import BEGAN_AS, BESIDE, FROZEN, OTHERS, RENDERING, TEMPLATE, VALUE
 from rlhf_lightning.algorithms.reward import RewardModule
 from rlhf_lightning.algorithms.sft import SFTModule
 from rlhf_lightning.algorithms.stage import Stage
@@ -29,6 +29,7 @@ from rlhf_lightning.callbacks.model_card import Told
 from rlhf_lightning.callbacks.model_folder import write_around
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.fingerprint import hash_of_tokenizer
+from rlhf_lightning.cli.value_export import PREFIX, ValueStage, value_record
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models import rendering
 from rlhf_lightning.models.adapter_folders import adapter_base, is_adapter
@@ -39,6 +40,9 @@ from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.models.written_folders import AdapterFolder, ModelFolder
 from rlhf_lightning.runs.lineage import TRAINED_ON, all_trained_on, folder_of, hash_of_weights, read_record, short
 from rlhf_lightning.training.saved_weights import SavedWeights, open_weights
+
+Part = Literal["model", "value"]
+"""What of a checkpoint is exported: the model of its stage, or PPO's value model."""
 
 _STATE, _SETTINGS, _LOGS = "rlhf_lightning", "hyper_parameters", "rlhf_lightning_logs"
 _POLICY = (
@@ -60,19 +64,32 @@ class Checkpoint(NamedTuple):
         path: of it.
         weights: what it holds.
         prefix: what the names of the weights of the exported model begin with.
+        role: of the model that `base` is, among those that the stage began with.
         state: what the stage has saved.
         settings: the arguments of the stage.
-        base: folder or hub id of the model that training started from, where it is now.
+        base: folder or hub id of the model that the exported one began as, where it is now.
         finetune: which weights were trained.
     """
 
     path: Path
     weights: SavedWeights
     prefix: str
+    role: str
     state: dict[str, Any]
     settings: dict[str, Any]
     base: str
     finetune: FineTune
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What it says of the exported model, see `algorithms/export_record.py`."""
+        said: dict[str, Any] = self.state["export"]
+        return said[VALUE] if self.is_value else said
+
+    @property
+    def is_value(self) -> bool:
+        """Whether the value model is exported."""
+        return self.prefix == PREFIX
 
     @property
     def lineage(self) -> dict[str, Any]:
@@ -81,15 +98,16 @@ class Checkpoint(NamedTuple):
         return lineage
 
 
-def read_checkpoint(path: Path, base: str | None = None) -> Checkpoint:
+def read_checkpoint(path: Path, base: str | None = None, part: Part = "model") -> Checkpoint:
     """Open a checkpoint of a stage.
 
     Args:
         path: a file, or the folder that several processes wrote.
         base: where the model is now that training started from; None for where it was.
+        part: which model will be exported.
 
     Raises:
-        UserError: it is not whole, not of a stage, or the model is gone or another.
+        UserError: it is not whole, not of a stage, has no such part, or the model is gone or another.
     """
     try:
         weights = open_weights(path)
@@ -105,8 +123,12 @@ def read_checkpoint(path: Path, base: str | None = None) -> Checkpoint:
     if state["stage"] not in _PLACES:
         raise UserError(f"'{path}' is of a stage that is not of this package; export it with the callback HFExport")
     finetune = FineTune(**settings["finetune"])
-    found = _find_base(str(settings["model_name_or_path"]), base)
-    checkpoint = Checkpoint(path, weights, _PLACES[state["stage"]][1], state, settings, found, finetune)
+    name, role, prefix = str(settings["model_name_or_path"]), "model", _PLACES[state["stage"]][1]
+    if part == "value":
+        role, prefix = value_record(path, weights.tensors, state["export"])[BEGAN_AS], PREFIX
+        name = str(state["lineage"]["models"][role]["name"])
+    found = _find_base(name, base)
+    checkpoint = Checkpoint(path, weights, prefix, role, state, settings, found, finetune)
     _check_base(checkpoint)
     return checkpoint
 
@@ -123,7 +145,7 @@ def _check_base(checkpoint: Checkpoint) -> None:
     """What was frozen is in the base alone, and must be what it was."""
     if checkpoint.finetune.mode == "all":
         return
-    model = checkpoint.lineage["models"]["model"]
+    model = checkpoint.lineage["models"][checkpoint.role]
     names = [checkpoint.base, *([adapter_base(checkpoint.base)] if is_adapter(checkpoint.base) else [])]
     hashes = [model["weights"], *([model["base"]["weights"]] if "base" in model else [])]
     if len(names) != len(hashes):
@@ -162,8 +184,10 @@ def export_checkpoint(
     frozen = _frozen_weights(checkpoint, model)
     _forget_weights(checkpoint, model, frozen)
     written: ModelFolder | AdapterFolder
-    if checkpoint.finetune.export == "adapter":
-        written = AdapterFolder(model, checkpoint.base, dtype)
+    beside = checkpoint.is_value and checkpoint.said[BESIDE]
+    merged = checkpoint.is_value and is_adapter(checkpoint.base) and not beside  # no adapter stands on a reward adapter
+    if checkpoint.finetune.export == "adapter" and not merged:
+        written = AdapterFolder(model, adapter_base(checkpoint.base) if beside else checkpoint.base, dtype)
     else:
         written = ModelFolder(model, dtype, max_shard_size)
 
@@ -177,7 +201,7 @@ def export_checkpoint(
 
     def write(new: Path) -> None:
         written.write(new, weights, stage.tokenizer)
-        told = _told(checkpoint, stage)
+        told = _told(checkpoint, stage, new)
         write_around(new, stage.tokenizer, told, checkpoint.lineage, _trained_on(checkpoint))
 
     replace_folder(folder, write)
@@ -188,13 +212,18 @@ def export_checkpoint(
 
 def _load_stage(checkpoint: Checkpoint, trust_remote_code: bool) -> Stage:
     """The stage with its model and tokenizer as it had them, the weights those of its base."""
-    kind, _ = _PLACES[checkpoint.state["stage"]]
-    stage: Any = kind(checkpoint.base, finetune=checkpoint.finetune, trust_remote_code=trust_remote_code)
+    if checkpoint.is_value:
+        beside = checkpoint.said[BESIDE]
+        stage: Any = ValueStage(checkpoint.base, beside, checkpoint.finetune, trust_remote_code)
+    else:
+        kind, _ = _PLACES[checkpoint.state["stage"]]
+        stage = kind(checkpoint.base, finetune=checkpoint.finetune, trust_remote_code=trust_remote_code)
     stage.tokenizer = load_tokenizer(checkpoint.base, trust_remote_code)
     with _default_dtype(stored_dtype(checkpoint.base)):  # weights that are not cast stay on the disk
         stage.load_models()
     own = hash_of_tokenizer(stage.tokenizer, ChatEncoder(stage.tokenizer, "plain").prefix)
-    if own != checkpoint.lineage["tokenizer"]:
+    # What a value model began as may have a tokenizer that is the same in effect only.
+    if checkpoint.role == "model" and own != checkpoint.lineage["tokenizer"]:
         raise UserError(
             f"'{checkpoint.base}' has another tokenizer ({short(own)}) than the model that training started from "
             f"({short(checkpoint.lineage['tokenizer'])}); name the right folder with --base"
@@ -202,7 +231,7 @@ def _load_stage(checkpoint: Checkpoint, trust_remote_code: bool) -> Stage:
     said = checkpoint.state["export"]
     stage.tokenizer.chat_template = said[TEMPLATE]
     setattr(stage.export_model.config, rendering.RENDERING, said[RENDERING])
-    if isinstance(stage, RewardModule):
+    if isinstance(stage, RewardModule) and not checkpoint.is_value:
         stage.load_run_state(checkpoint.state)
         _say_when_calibrated(checkpoint)
     return stage
@@ -223,7 +252,7 @@ def _say_when_calibrated(checkpoint: Checkpoint) -> None:
 
 def _frozen_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, tuple[Tensor, torch.dtype]]:
     """What the checkpoint does not hold: weights of the base, and the type that each was held in."""
-    saved, prefix, said = checkpoint.weights.tensors, checkpoint.prefix, checkpoint.state["export"]
+    saved, prefix, said = checkpoint.weights.tensors, checkpoint.prefix, checkpoint.said
     own = model.state_dict(keep_vars=True)
     reason = f"'{checkpoint.path}' does not fit '{checkpoint.base}'"
     frozen = {}
@@ -297,19 +326,19 @@ def _trained_on(checkpoint: Checkpoint) -> np.ndarray:
     return all_trained_on(iter(dict.fromkeys(names)), np.zeros(0, np.uint64))
 
 
-def _told(checkpoint: Checkpoint, stage: Stage) -> Told:
+def _told(checkpoint: Checkpoint, stage: Stage, new: Path) -> Told:
     settings: dict[str, Any] = {"module": checkpoint.settings}
     folder = _run_folder(checkpoint)
     if folder is not None and (folder / "config.yaml").is_file():
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         settings["data"] = (config.get("data") or {}).get("init_args")
     return Told(
-        checkpoint.lineage["stage"],
-        str(checkpoint.settings["model_name_or_path"]),
+        checkpoint.lineage["stage"] + (" value model" if checkpoint.is_value else ""),
+        str(checkpoint.lineage["models"][checkpoint.role]["name"]),
         checkpoint.weights.states["global_step"],
         settings,
         checkpoint.weights.states.get(_LOGS, {}).get("logged", {}),
-        checkpoint.finetune.export == "adapter",
+        is_adapter(str(new)),
         isinstance(stage, RewardModule) and bool(stage.tokenizer.chat_template),
         str(checkpoint.path),
     )

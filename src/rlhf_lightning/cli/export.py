@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.callbacks.export_folder import check_place, finish_replacing, real_place
-from rlhf_lightning.cli.checkpoint_export import export_checkpoint, read_checkpoint
+from rlhf_lightning.cli.checkpoint_export import Part, export_checkpoint, read_checkpoint
 from rlhf_lightning.cli.functions import run_function
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.saving import MAX_SHARD_SIZE, check_shard_size
@@ -25,6 +25,7 @@ def export(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     max_shard_size: int | str = MAX_SHARD_SIZE,
     base: str | None = None,
+    part: Part = "model",
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
@@ -36,7 +37,9 @@ def export(
         out: the folder to write.
         dtype: of the weights; auto for the one they were trained in.
         max_shard_size: of a file of weights, in bytes or such as 5GB; a larger model gets several and an index.
-        base: where the model is now that training started from, if it was moved.
+        base: where the model is now that training started from, if it was moved; with `--part value` the one that the
+            value model began as.
+        part: model for the one that the stage trains; value for PPO's value model, as a reward model.
         overwrite: replace an export that lies there.
         trust_remote_code: run Python code that comes with the model that training started from.
 
@@ -51,7 +54,7 @@ def export(
     _check_out(folder, path, overwrite)
     disable_progress_bar()  # files are on the disk until they are written
     export_checkpoint(
-        read_checkpoint(path, base),
+        read_checkpoint(path, base, part),
         folder,
         None if dtype == "auto" else getattr(torch, dtype),
         max_shard_size,

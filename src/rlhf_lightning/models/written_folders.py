@@ -96,9 +96,11 @@ class AdapterFolder:
             tokenizer: not needed.
         """
         kept: dict[str, Tensor] = {}
+        untyped: Any = self._model
         for sources in weights:
             kept |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in sources.items()}
-        state = adapter_state(self._model, kept)
+        (name,) = untyped.peft_config
+        state = adapter_state(self._model, kept, name)
         if self._dtype is not None:
             state = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in state.items()}
         write_adapter(self._model, state, self._base, folder)

@@ -82,7 +82,10 @@ class ZeroFiles:
                 self._places[name] = shape, start
                 start += -(-shape.numel() // world_size)
         for name, other in dict(self.states.get("shared_params") or {}).items():
-            self._places[name] = self._places[other]
+            if other in self._places:
+                self._places[name] = self._places[other]
+            else:  # frozen, and left out by one of its names only
+                self._weights.pop(name, None)
 
     def _empty(self, name: str) -> Tensor:
         held = self._weights[name]
