@@ -18,7 +18,7 @@ from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.scalar_lm import new_scalar_lm
 from rlhf_lightning.models.sharing import frozen_twin, scalar_beside
 from rlhf_lightning.models.stored import load_pretrained, stored_dtype
-from rlhf_lightning.training.zero import dtype_ahead, to_be_sharded, widen_now, widens_later
+from rlhf_lightning.training.sharded import dtype_ahead, to_be_sharded, widen_now, widens_later
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32,

@@ -37,7 +37,7 @@ from rlhf_lightning.runs.checkpoint_files import check_whole, files_of, newest_w
 from rlhf_lightning.training import GradientAccumulation, check_skipping
 from rlhf_lightning.training.dcp_folders import INDEX, STATES, load_tensors, stored_tensors
 from rlhf_lightning.training.fsdp2_models import _part_company
-from rlhf_lightning.training.zero import to_be_sharded
+from rlhf_lightning.training.sharded import to_be_sharded
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "trainer"
 SPLITS: dict[str, dict[str, Any]] = {

@@ -42,7 +42,7 @@ from rlhf_lightning.models.scalar_lm import (
     new_scalar_lm,
 )
 from rlhf_lightning.models.tokenizer import own_pad_token
-from rlhf_lightning.training.zero import widen_now
+from rlhf_lightning.training.sharded import widen_now
 
 _PROBE_TOKENS = 64
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
-from rlhf_lightning.training.zero import blocks_compute_in
+from rlhf_lightning.training.sharded import blocks_compute_in
 
 Found = TypeVar("Found")
 

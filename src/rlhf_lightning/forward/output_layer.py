@@ -23,7 +23,7 @@ from rlhf_lightning.functional import (
     rows_per_chunk,
     token_logprobs,
 )
-from rlhf_lightning.training.zero import is_sharded, kind_of
+from rlhf_lightning.training.sharded import is_sharded, kind_of
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma 2, RecurrentGemma, xLSTM
 

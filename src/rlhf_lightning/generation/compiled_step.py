@@ -18,7 +18,7 @@ from rlhf_lightning.compat import SDPA, attention_kernel, compiler_settings, is_
 from rlhf_lightning.forward.backbone import cache_argument, takes_positions, unusual_layers
 from rlhf_lightning.forward.numerics import relative_distance, tolerance
 from rlhf_lightning.generation.cache import RolloutCache, rollout_cache
-from rlhf_lightning.training.zero import is_sharded
+from rlhf_lightning.training.sharded import is_sharded
 
 COLUMNS = 64
 """The cache's length is a multiple of it."""

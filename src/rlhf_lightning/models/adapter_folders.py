@@ -13,7 +13,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folders import looks_local, read_config, say_base
 from rlhf_lightning.models.peft_library import PeftModel, without_bitsandbytes
 from rlhf_lightning.models.tokenizer import load_tokenizer
-from rlhf_lightning.training.zero import is_sharded, widen_now
+from rlhf_lightning.training.sharded import is_sharded, widen_now
 
 ADAPTER_CONFIG = "adapter_config.json"
 CALIBRATION_FILE = "reward_calibration.json"

@@ -18,7 +18,7 @@ from rlhf_lightning.forward.backbone import HEAD
 from rlhf_lightning.forward.output_layer import is_tied
 from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.lora import add_adapter
-from rlhf_lightning.training.zero import full_shape
+from rlhf_lightning.training.sharded import full_shape
 
 _FINAL_NORM = re.compile(r"(final_)?(layer_?)?norm|(ln|norm)_f")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rlhf_lightning.models.peft_library import LoraLinear
-from rlhf_lightning.training.zero import is_sharded
+from rlhf_lightning.training.sharded import is_sharded
 
 
 def fuse_adapters(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from rlhf_lightning.models.peft_library import (
     inject_adapter_in_model,
 )
 from rlhf_lightning.rng import generator
-from rlhf_lightning.training.zero import gathered, is_sharded, widen_now
+from rlhf_lightning.training.sharded import gathered, is_sharded, widen_now
 
 
 def add_adapter(model: PreTrainedModel, finetune: FineTune, name: str = "default") -> None:

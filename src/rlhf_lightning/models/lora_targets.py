@@ -13,7 +13,7 @@ from rlhf_lightning.compat import CONVOLUTIONS
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import HEAD
 from rlhf_lightning.forward.output_layer import is_tied
-from rlhf_lightning.training.zero import full_shape
+from rlhf_lightning.training.sharded import full_shape
 
 _LINEAR = (nn.Linear, Conv1D)
 _WORTH_SAYING = 0.01

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_lightning.models.lora import lora_layers
 from rlhf_lightning.models.peft_library import ParamWrapper
-from rlhf_lightning.training.zero import is_sharded
+from rlhf_lightning.training.sharded import is_sharded
 
 _BASE = "base_layer"
 """What PEFT calls a layer inside the one that it puts in its place."""

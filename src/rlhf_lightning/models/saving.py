@@ -25,7 +25,7 @@ from rlhf_lightning.compat import as_saved, saved_names
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.merging import plain_weights
 from rlhf_lightning.models.safetensors_files import TensorFile
-from rlhf_lightning.training.zero import full_shape, gathered
+from rlhf_lightning.training.sharded import full_shape, gathered
 
 MAX_SHARD_SIZE = "5GB"
 """Of a file of weights, unless one weight alone is larger."""

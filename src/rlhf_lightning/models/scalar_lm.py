@@ -44,7 +44,7 @@ from rlhf_lightning.models.quantized import nf4_options, settle_nf4
 from rlhf_lightning.models.rendering import RENDERING
 from rlhf_lightning.models.stored import load_pretrained
 from rlhf_lightning.rng import generator
-from rlhf_lightning.training.zero import dtype_ahead, gathered, is_sharded
+from rlhf_lightning.training.sharded import dtype_ahead, gathered, is_sharded
 
 HEAD_WEIGHT = "base_model.model.score.weight"
 """What an adapter folder calls the weight of the head."""

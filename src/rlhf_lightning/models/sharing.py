@@ -20,7 +20,7 @@ from rlhf_lightning.models.causal_lm import disable_dropout, freeze, load_causal
 from rlhf_lightning.models.folders import same_model
 from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM
 from rlhf_lightning.models.tokenizer import load_tokenizer, same_tokenizer
-from rlhf_lightning.training.zero import (
+from rlhf_lightning.training.sharded import (
     dtype_ahead,
     fill_with_zeros,
     is_sharded,

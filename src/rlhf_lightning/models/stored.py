@@ -11,7 +11,7 @@ from safetensors import safe_open
 from rlhf_lightning.models.adapter_folders import adapter_base, is_adapter
 from rlhf_lightning.models.folders import read_config
 from rlhf_lightning.runs.lineage import folder_of
-from rlhf_lightning.training.zero import widen_later, widen_now, will_be_sharded
+from rlhf_lightning.training.sharded import widen_later, widen_now, will_be_sharded
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -38,7 +38,7 @@ def load_pretrained(kind: Any, name: str, **options: Any) -> tuple[Any, set[str]
     """`from_pretrained` in torch's default dtype.
 
     What is stored in half precision, to be float32, and will be sharded, is loaded as it is stored and marked to become
-    float32 part by part (`training.zero.widen_later`). Until then it takes no memory: it stays in its files.
+    float32 part by part (`training.sharded.widen_later`). Until then it takes no memory: it stays in its files.
 
     Args:
         kind: an auto class of transformers.

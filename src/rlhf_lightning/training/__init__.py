@@ -19,5 +19,5 @@ from rlhf_lightning.training.fsdp2 import FSDP2Strategy as FSDP2Strategy
 from rlhf_lightning.training.ranks import gather_objects as gather_objects
 from rlhf_lightning.training.ranks import rows_of_all_ranks as rows_of_all_ranks
 from rlhf_lightning.training.rollouts import rollout_weights as rollout_weights
-from rlhf_lightning.training.zero import consolidated_state_dict as consolidated_state_dict
-from rlhf_lightning.training.zero import synced as synced
+from rlhf_lightning.training.sharded import consolidated_state_dict as consolidated_state_dict
+from rlhf_lightning.training.sharded import synced as synced

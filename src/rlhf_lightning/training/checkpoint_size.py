@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from rlhf_lightning.training.zero import full_shape
+from rlhf_lightning.training.sharded import full_shape
 
 _STATE_OF_ADAM = 2.0
 

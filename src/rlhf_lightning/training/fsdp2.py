@@ -28,7 +28,7 @@ from rlhf_lightning.training.dcp_folders import load_states, read_states, stored
 from rlhf_lightning.training.fsdp2_models import Sharding, roots, shard_models
 from rlhf_lightning.training.host_memory import free_at_once
 from rlhf_lightning.training.memory import has_room
-from rlhf_lightning.training.zero import to_be_sharded
+from rlhf_lightning.training.sharded import to_be_sharded
 
 ReduceGradients = Literal["auto", "each", "last"]
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.training.zero import full_shape
+from rlhf_lightning.training.sharded import full_shape
 
 Schedule = Literal["cosine", "linear", "constant"]
 _OURS = ("params", "lr", "initial_lr")

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from rlhf_lightning.training.fsdp2 import FSDP2Strategy
 from rlhf_lightning.training.memory import has_room
-from rlhf_lightning.training.zero import COMPUTES_IN, full_shape, is_sharded, synced
+from rlhf_lightning.training.sharded import COMPUTES_IN, full_shape, is_sharded, synced
 
 RolloutWeights = Literal["auto", "gathered", "layered"]
 _HOLDER = -1  # no module of DeepSpeed's has this number

@@ -48,7 +48,7 @@ from rlhf_lightning.models.scalar_lm import (
 )
 from rlhf_lightning.models.sharing import copied_or_shared, load_reference, scalar_beside, zero_head
 from rlhf_lightning.models.tokenizer import load_tokenizer
-from rlhf_lightning.training.zero import is_sharded, never_widen
+from rlhf_lightning.training.sharded import is_sharded, never_widen
 
 ValueTrunk = Literal["own", "policy"]
 FrozenDtype = Literal["auto", "float32", "bfloat16", "float16", "nf4"]
