@@ -11,6 +11,7 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytorch_lightning as pl
 import torch
@@ -29,6 +30,7 @@ from rlhf_lightning.training import (
     DeepSpeedStrategy,
     FSDP2Strategy,
     GradientAccumulation,
+    checkpoint_folders,
     consolidated_state_dict,
     forget_gradient,
     sum_over_ranks,
@@ -366,6 +368,23 @@ def check(checkpoint: str, settings: dict[str, Any] | None, folder: str, in_part
     return ""
 
 
+def apart(root: str, folder: str) -> tuple[str, list[str]]:
+    """What is said, and what is left, where each process writes its part of a checkpoint to a disk of its own."""
+    own, before = Path(root) / os.environ["RANK"], Path.cwd()
+    partial = Path("x.ckpt.partial")
+    (own / partial).mkdir(parents=True)
+    (own / partial / f"{os.environ['RANK']}.pt").write_text("its part")
+    os.chdir(own)
+    try:
+        with patch.object(checkpoint_folders, "_LATE", 0.2):
+            checkpoint_folders.finish_together(partial, Path("x.ckpt"), {})
+    except UserError as error:
+        return str(error), [path.name for path in own.iterdir()]
+    finally:
+        os.chdir(before)
+    return "", [path.name for path in own.iterdir()]
+
+
 def validate(name: str, **kwargs: Any) -> dict[str, Any]:
     """Losses of the three batches before any training."""
     module = ValidatedModule(**kwargs)
@@ -377,6 +396,7 @@ def run_all(runs: list[dict[str, Any]]) -> list[Any]:
     """One run after the other in the same process."""
     results = []
     for run in runs:
-        task = {"fit": fit, "validate": validate, "spoil": spoil, "check": check}[run.get("task", "fit")]
+        tasks = {"fit": fit, "validate": validate, "spoil": spoil, "check": check, "apart": apart}
+        task = tasks[run.get("task", "fit")]
         results.append(task(**{key: value for key, value in run.items() if key != "task"}))
     return results

@@ -108,6 +108,7 @@ def two_processes(folder: str, checkpoints: dict[str, Path], saved_by_one: Any) 
         "settings": {"ZeRO stage": 2},
         "in_parts": True,
     }
+    runs["apart"] = {"task": "apart", "root": str(checkpoints["two"] / "apart")}
     ranks = run_in_processes("helpers.strategy_runs:run_all", runs=[run | {"folder": folder} for run in runs.values()])
     return {key: [results[i] for results in ranks] for i, key in enumerate(runs)}
 
@@ -274,6 +275,13 @@ def test_a_folder_of_another_strategy_is_refused(two_processes: Any, checkpoints
     path = checkpoints["two"] / "epoch=0.ckpt"
     message = f"'{path}' was saved with ZeRO stage None, now it is 2; resume with the same"
     assert two_processes["other strategy"] == [message] * 2
+
+
+def test_a_checkpoint_in_parts_on_disks_of_their_own_is_refused_when_it_is_written(two_processes: Any) -> None:
+    for said, left in two_processes["apart"]:
+        assert said.startswith("rank 0 on ")
+        assert "does not see '1.pt' of the checkpoint 'x.ckpt', which another process wrote: nothing could be" in said
+        assert left == []
 
 
 class Attribute:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -29,6 +32,10 @@ from rlhf_lightning.runs.checkpoint_files import (
     write_manifest,
 )
 
+_LATE = 90.0
+"""Seconds that a network file system is given to show what another process has written; NFS looks again after 60."""
+_shared = set[Path]()
+"""Folders that all processes are known to see."""
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
@@ -39,11 +46,22 @@ def finish_together(partial: Path, path: Path, settings: dict[str, Any]) -> None
         partial: the folder as it was written, beside its place.
         path: its place.
         settings: of the run, which must be the same to train on from it.
+
+    Raises:
+        UserError: a process does not see what others have written, so that none could go on from it.
     """
     # A network file system may show late what other processes wrote, so each is asked for what it sees.
     seen = _gather(files_of(partial))
+    names = set().union(*seen)
+    if path.parent not in _shared:
+        try:
+            agree(lambda: _check_seen(partial, path, names))
+        except UserError:
+            shutil.rmtree(partial, ignore_errors=True)  # each on its own disk
+            raise
+        _shared.add(path.parent)
     mine = {}
-    for number, name in enumerate(sorted(set().union(*seen))):
+    for number, name in enumerate(sorted(names)):
         witnesses = [rank for rank, names in enumerate(seen) if name in names]
         if witnesses[number % len(witnesses)] == dist.get_rank():
             mine[name] = checksum(partial / name)
@@ -52,6 +70,19 @@ def finish_together(partial: Path, path: Path, settings: dict[str, Any]) -> None
         write_manifest(partial, {name: part[name] for part in parts for name in part}, settings)
         put_in_place(partial, path)
     dist.barrier()
+
+
+def _check_seen(partial: Path, path: Path, names: set[str]) -> None:
+    """See that all files are here, those of others too."""
+    deadline = time.monotonic() + _LATE
+    while lacking := sorted(names.difference(files_of(partial))):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"rank {dist.get_rank()} on {socket.gethostname()} does not see '{lacking[0]}' of the checkpoint "
+                f"'{path}', which another process wrote: nothing could be resumed from it; use a "
+                "--trainer.default_root_dir that all nodes share"
+            )
+        time.sleep(0.1)
 
 
 @contextmanager

@@ -195,6 +195,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             remove(partial)
             partial.mkdir(parents=True)
         self.barrier()
+        partial.mkdir(parents=True, exist_ok=True)  # on a disk of this node alone, too, of which is told below
         write_states(partial, checkpoint, (WEIGHTS, OPTIMIZERS))
         finish_together(partial, path, _SETTINGS)
 
