@@ -2,6 +2,7 @@
 
     python benchmarks/plan.py                       (12 runs, one after the other; under 6 GiB at once)
     python benchmarks/plan.py --only ppo --tiny     (a try)
+    python benchmarks/plan.py --strategies ddp zero2 zero3 fsdp2 --small    (on two processes, all weights)
 
 Every run is a process of its own that trains a random model on sequences as long as they may be. Its anonymous memory
 (`RssAnon` of `/proc`) is read every few milliseconds from outside; what it had after it trained a model of a few
@@ -25,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _ranks import run_ranks, strategy_of
 from _synthetic import TINY, Shape, write_model
 from measuring import GIB, machine, table
 
@@ -42,6 +44,8 @@ SHAPE = Shape(
     prompt_length=160,
     new_tokens=32,
 )
+SMALL = SHAPE._replace(layers=8, hidden=384, heads=6, kv_heads=3, intermediate=1024, vocabulary=8192)
+"""Of 18 million weights, for machines that are busy; buffers weigh more in it."""
 _EVERY = 0.002
 _READY = "ready"
 
@@ -63,17 +67,27 @@ def arguments(stage: str, mode: str, again: bool, lm: str, reward: str, shape: S
     return {**common, **({"prefix_sharing": False} if stage == "reward" else {})}
 
 
-def planned(stage: str, settings: dict[str, Any], shape: Shape) -> Any:
+PLANNED = {
+    "ddp": "ddp",
+    **{f"zero{stage}": {"class_path": "DeepSpeedStrategy", "init_args": {"stage": stage}} for stage in (1, 2, 3)},
+    "fsdp2": {"class_path": "FSDP2Strategy"},
+}
+"""Strategies as a config names them."""
+
+
+def planned(stage: str, settings: dict[str, Any], shape: Shape, strategy: str = "auto", processes: int = 1) -> Any:
     """The plan of such a run."""
     import rlhf_lightning
     from rlhf_lightning.planning import Request, plan
 
     cls = {"sft": "SFTModule", "reward": "RewardModule", "ppo": "PPOModule"}[stage]
     data = {"max_length": shape.max_length, "batch_size": shape.rows, "max_prompt_length": shape.prompt_length}
-    return plan(Request(getattr(rlhf_lightning, cls), settings, data, on_gpu=False))
+    data |= {"batch_size": shape.rows * processes}
+    trainer = {"strategy": PLANNED.get(strategy, strategy)}
+    return plan(Request(getattr(rlhf_lightning, cls), settings, data, trainer, processes, on_gpu=False))
 
 
-def train(stage: str, settings: dict[str, Any], shape: Shape) -> None:
+def train(stage: str, settings: dict[str, Any], shape: Shape, strategy: str = "auto") -> None:
     """Two steps on rows without padding, in this process."""
     import pytorch_lightning as pl
     import torch
@@ -93,7 +107,10 @@ def train(stage: str, settings: dict[str, Any], shape: Shape) -> None:
     cls = {"sft": "SFTModule", "reward": "RewardModule", "ppo": "PPOModule"}[stage]
     module = getattr(rlhf_lightning, cls)(**settings)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, logger=False, num_sanity_val_steps=0, **quiet)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    kind = strategy_of(strategy)
+    quiet |= {"logger": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+    trainer = pl.Trainer(accelerator="cpu", devices=processes, strategy=kind, max_epochs=1, **quiet)  # type: ignore[arg-type]
     trainer.fit(module, DataLoader([batch] * 2, batch_size=None))
 
 
@@ -110,6 +127,21 @@ def run(job: dict[str, Any], shape: Shape) -> None:
     print(_READY, flush=True)
     time.sleep(0.2)
     train(job["stage"], job["settings"], shape)
+
+
+def run_rank(job: dict[str, Any], shape: Shape, out: Path) -> None:
+    """The same on one rank of several, which looks at itself."""
+    import gc
+
+    from memory_sharded import Peak, anonymous_memory
+
+    train(job["stage"], job["tiny"], TINY, job["strategy"])
+    gc.collect()
+    before, peak = anonymous_memory(), Peak()
+    peak.take()
+    train(job["stage"], job["settings"], shape, job["strategy"])
+    peak.stop()
+    out.write_text(json.dumps({"peak": peak.take() - before}), encoding="utf-8")
 
 
 def anonymous(process: int) -> int:
@@ -147,17 +179,35 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="leave the allocator of the C library as it is")
     parser.add_argument("--markdown", help="append the table to this file")
     parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--strategies", nargs="+", choices=PLANNED, help="on two processes, all weights trained")
+    parser.add_argument("--small", action="store_true", help="a model of 18 million weights")
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    shape = TINY if given.tiny else SHAPE
+    shape = TINY if given.tiny else SMALL if given.small else SHAPE
     if given.run:
-        run(json.loads(given.run), shape)
+        job = json.loads(given.run)
+        run_rank(job, shape, given.out) if given.out else run(job, shape)
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         lm, reward = write_model(shape, Path(folder))
         tiny = write_model(TINY, Path(folder, "tiny"))
         stages = [given.only] if given.only else ["sft", "reward", "ppo"]
-        for mode, again, stage in itertools.product(("all", "lora"), (False, True), stages):
+        for strategy, stage in itertools.product(given.strategies or (), stages):
+            settings = arguments(stage, "all", False, lm, reward, shape)
+            small = arguments(stage, "all", False, *tiny, TINY)
+            for each, size in ((settings, shape), (small, TINY)):
+                if stage == "ppo":
+                    each |= {"rollout_batch_size": 2 * size.prompts, "minibatch_size": 2 * size.prompts}
+            plan = planned(stage, settings, shape, strategy, 2)
+            job = json.dumps({"stage": stage, "settings": settings, "tiny": small, "strategy": strategy})
+            words = ["--run", job, *(["--tiny"] if given.tiny else []), *(["--small"] if given.small else [])]
+            found = max(rank["peak"] for rank in run_ranks(__file__, words, Path(folder), 2))
+            sizes = f"{plan.held / GIB:.3f}", f"{plan.peak / GIB:.3f}", f"{found / GIB:.3f}"
+            rows.append([stage, strategy, "kept", *sizes, f"{plan.peak / found - 1:+.1%}"])
+            print(*rows[-1], file=sys.stderr, flush=True)
+        one = itertools.product(("all", "lora"), (False, True), stages) if not given.strategies else ()
+        for mode, again, stage in one:
             settings = arguments(stage, mode, again, lm, reward, shape)
             plan = planned(stage, settings, shape)
             small = arguments(stage, mode, again, *tiny, TINY)
@@ -166,7 +216,15 @@ def main() -> None:
             sizes = f"{plan.held / GIB:.2f}", f"{plan.peak / GIB:.2f}", f"{found / GIB:.2f}"
             rows.append([stage, mode, "again" if again else "kept", *sizes, f"{plan.peak / found - 1:+.1%}"])
             print(*rows[-1], file=sys.stderr, flush=True)
-    header = ["stage", "trained", "activations", "held", "planned peak", "measured peak", "plan is off by"]
+    header = [
+        "stage",
+        "strategy" if given.strategies else "trained",
+        "activations",
+        "held",
+        "planned peak",
+        "measured peak",
+        "plan is off by",
+    ]
     text = f"{machine()}\n\n{table(header, rows)}"
     print(text)
     if given.markdown:

@@ -18,7 +18,8 @@ SHARE = 32
 GATHERED = 8
 """While it computes, a process of ZeRO-3 holds one of so many parts of the weights whole."""
 
-_LEAST = 1 << 18
+LEAST = 1 << 18
+"""Numbers that a buffer has room for at the least."""
 _MOST = {
     "reduce_bucket_size": 200_000_000,
     "allgather_bucket_size": 200_000_000,
@@ -42,12 +43,12 @@ def fitted_sizes(given: dict[str, Any], weights: Iterable[Tensor], processes: in
         What is to be set in `zero_optimization`.
     """
     total = sum(int(getattr(weight, "ds_numel", weight.numel())) for weight in weights)
-    sizes = {name: max(_LEAST, min(most, total // SHARE)) for name, most in _MOST.items()}
+    sizes = {name: max(LEAST, min(most, total // SHARE)) for name, most in _MOST.items()}
     # Room to gather the next layers while these compute: with less, processors wait for each other.
-    sizes["stage3_max_live_parameters"] = max(_LEAST, min(_MOST["stage3_max_live_parameters"], total // GATHERED))
+    sizes["stage3_max_live_parameters"] = max(LEAST, min(_MOST["stage3_max_live_parameters"], total // GATHERED))
     sizes["stage3_max_reuse_distance"] = min(_MOST["stage3_max_reuse_distance"], total // SHARE)
-    sizes["stage3_model_persistence_threshold"] = max(_LEAST, total // SHARE)  # small weights, never cut
-    sizes["sub_group_size"] = max(_LEAST, min(_MOST["sub_group_size"], total // processes // SHARE))
+    sizes["stage3_model_persistence_threshold"] = max(LEAST, total // SHARE)  # small weights, never cut
+    sizes["sub_group_size"] = max(LEAST, min(_MOST["sub_group_size"], total // processes // SHARE))
     return {name: size for name, size in sizes.items() if name not in given}
 
 

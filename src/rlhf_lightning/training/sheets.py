@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.training.deepspeed_memory import GATHERED, LEAST, SHARE
 
 Kind = Literal["one device", "DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]
 _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype]] = {
@@ -37,9 +38,6 @@ _SIZES = {
     "stage3_prefetch_bucket_size": 50_000_000,
 }
 """DeepSpeed's buffers at the most, in numbers: Lightning's default, and in the last two DeepSpeed's."""
-
-_BUFFER_SHARE, _LEAST_BUFFER = 32, 1 << 18
-"""`DeepSpeedStrategy` makes buffers one of so many parts of all models, and at least so many numbers."""
 
 
 class Sizes:
@@ -162,7 +160,7 @@ class Sheet:
         most = _SIZES[name]
         if isinstance(size, int) and size != most:
             return size
-        return max(_LEAST_BUFFER, min(most, total // _BUFFER_SHARE))
+        return max(LEAST, min(most, total // (GATHERED if name == "stage3_max_live_parameters" else SHARE)))
 
     def reduction_buffer(self, gradients: int, total: int) -> int:
         """Bytes held to send gradients.
@@ -214,7 +212,7 @@ class Sheet:
         roots = 0 if state < 2 else trained * self.state_share if on_gpu else 2 * largest
         widened = trained * self.state_share * (4 - self.gradient_bytes) if self.held.itemsize < 4 else 0
         if self.is_deepspeed:
-            widened = trained * self.state_share * (4 if self.kind != "ZeRO-3" else 4 / _BUFFER_SHARE)
+            widened = trained * self.state_share * (4 if self.kind != "ZeRO-3" else 4 / SHARE)
         return int(roots * wide + widened) if not self.offloads_optimizer else 0
 
     def sent(self, trained: int, passed: int, micro_batches: int) -> dict[str, int]:
