@@ -12,8 +12,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from helpers.cli_runs import SFT, save_model, save_pairs, short, working_folder
 from rlhf_lightning import SFTModule
-from rlhf_lightning.callbacks.model_folder import ModelFolder
 from rlhf_lightning.cli.main import main
+from rlhf_lightning.models.written_folders import ModelFolder
 
 
 def break_logger(monkeypatch):
