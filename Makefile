@@ -19,7 +19,8 @@ test: $(READY)
 # torch.compile keeps generated code by the model, not by the instruction set, so that its cache is left out.
 CAPABILITY ?= avx2
 NUMBERS = tests/functional tests/forward tests/models tests/generation tests/training tests/algorithms
-# Refusals, names and texts, and what is kept, imported or handed on, are the same whatever the rounding.
+# Refusals, names and texts, and what is kept, imported or handed on, are the same whatever the rounding; two processes
+# and one are compared under the same instructions.
 NO_NUMBERS = \
 	$(addprefix algorithms/test_,log_keeper resume_processes resumed_settings stage stage_lineage stage_non_finite \
 		stage_templates stages_alone) \
@@ -27,7 +28,7 @@ NO_NUMBERS = \
 	$(addprefix training/test_,checkpoint_size reporting) forward/test_capacity generation/test_text_so_far
 test-numbers: $(READY)
 	ATEN_CPU_CAPABILITY=$(CAPABILITY) ONEDNN_MAX_CPU_ISA=$(if $(filter default,$(CAPABILITY)),SSE41,AVX2) \
-		TORCHINDUCTOR_FX_GRAPH_CACHE=0 $(PYTEST) $(NUMBERS) $(NO_NUMBERS:%=--ignore=tests/%.py)
+		TORCHINDUCTOR_FX_GRAPH_CACHE=0 $(PYTEST) -m "not matrix" $(NUMBERS) $(NO_NUMBERS:%=--ignore=tests/%.py)
 
 # N runs of all algorithms, killed at random moments, resumed until they are done, and compared with runs that were not
 # killed; it goes on where it was stopped, unless runs/torture is removed. About 10 seconds of one core for each. Before

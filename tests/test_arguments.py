@@ -29,6 +29,7 @@ NEEDED = {
     "data": "nowhere",
     "out": "nowhere",
     "metric": "train/kl",
+    "model": None,
 }
 """Arguments without a default."""
 

@@ -39,6 +39,7 @@ def run(
     stale: bool = False,
     engine: dict[str, Any] | None = None,
     make: Any = None,
+    cut: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train a stage at temperature 1, with large steps.
@@ -52,6 +53,7 @@ def run(
         stale: the engine keeps the weights of the beginning.
         engine: arguments of the engine.
         make: makes another engine.
+        cut: end after the first iteration with a checkpoint of this name, and resume from it.
         **options: of the stage.
 
     Returns:
@@ -63,11 +65,18 @@ def run(
     given: dict[str, Any] = {"engine": make}
     given |= {"sampling": Sampling(max_new_tokens=6), "optimizer": sgd(3.0)} if stage.startswith("ppo") else {}
     given |= {"finetune": LORA} if lora else {}
+    checkpoint = None
+    if cut is not None:
+        module, data = STAGES[stage](folder, reward, False, **given | options)
+        first = trainer(max_steps=2)
+        first.fit(module, data)
+        first.save_checkpoint(checkpoint := cut)
     module, data = STAGES[stage](folder, reward, False, **given | options)
     keep, logger, said = KeepState(), MemoryLogger(), listen(module)
     devices = 1 if strategy == "auto" else int(os.environ["WORLD_SIZE"])
     chosen: Any = FSDP2Strategy() if strategy == "fsdp2" else strategy
-    trainer(max_epochs=1, devices=devices, strategy=chosen, logger=logger, callbacks=[keep]).fit(module, data)
+    fitted = trainer(max_epochs=1, devices=devices, strategy=chosen, logger=logger, callbacks=[keep])
+    fitted.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     series = {metric: logger.series(metric) for call in logger.calls for metric in call}
     return {
         "said": said,

