@@ -226,8 +226,8 @@ def outcome(root: Path) -> dict[str, Any]:
         for name in ("calibration", "calibrated_at"):
             saved["rlhf_lightning"].pop(name, None)
         for state in (state for name, state in saved["callbacks"].items() if name.startswith("EarlyStopping")):
-            for name in ("wait_count", "stopped_epoch"):
-                state.pop(name, None)
+            for name in state.keys() - {"best_score"}:
+                del state[name]
         saved["callbacks"] = {name: state for name, state in saved["callbacks"].items() if not name.startswith(LATE)}
     samples = root / "samples.md"
     card = (root / "export" / "README.md").read_text().splitlines()
