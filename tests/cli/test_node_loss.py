@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -55,6 +54,7 @@ def agent(folder: Path, port: int, name: str) -> Agent:
     # PyTorch 2.13: an agent that shares its store tells one that comes later no address, and both wait in vain.
     env = environment() | {"DS_ACCELERATOR": "cpu", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     meeting = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test"]
+    meeting += ["--rdzv_conf=is_host=false"]
     run = ["torch.distributed.run", *meeting, "--max_restarts=3", "--nproc_per_node=1", "-m", "rlhf_lightning"]
     with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
@@ -99,9 +99,9 @@ def test_a_lost_node_comes_back_and_the_run_ends_as_an_undisturbed_one(tmp_path)
     save_model(tmp_path / "lm")
     save_pairs(tmp_path / "pairs.jsonl")
     (tmp_path / "callbacks.yaml").write_text(CALLBACKS)
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
+    # Where the agents meet is apart from both: one that holds the store itself may not be lost.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = store.port
     os.mkfifo(tmp_path / "waits")
     pipe = os.open(tmp_path / "waits", os.O_RDWR)  # open for writing, too, so that it does not end with a writer
     agents = [agent(tmp_path, port, "first"), agent(tmp_path, port, "second")]
