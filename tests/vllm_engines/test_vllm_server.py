@@ -96,7 +96,7 @@ def test_a_server_trains_as_an_engine_in_the_process(policy, models, lora):
 
 def test_no_server_is_one_line(models):
     with pytest.raises(
-        UserError, match=r"no vLLM server at http://127.0.0.1:9 .*start one, or set engine.url"
+        UserError, match=r"no vLLM server answers at http://127.0.0.1:9/v1/models .*start one, or set engine.url"
     ) as error:
         VLLMServer(small(), tiny_tokenizer(), url="http://127.0.0.1:9")
     assert "\n" not in str(error.value)
