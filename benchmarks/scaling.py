@@ -132,27 +132,34 @@ THEORY = {"ddp": 2, "zero1": 2, "zero2": 2, "zero3": 3, "fsdp2": 3}
 """What a step of one micro-batch sends by the ZeRO paper (Rajbhandari et al. 2020, section 7), in models' sizes."""
 
 
+PROMPTS = 16
+"""Rows of a rollout of one process."""
+
+
 def ppo_by_processes(options: argparse.Namespace, folder: Path) -> str:
-    """Tokens per second of PPO on one process and on two, each with a core of its own, the same rows in all."""
+    """Tokens per second of PPO on one process and on two, each with a core of its own: as many rows each, or in all."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         sys.exit("two processes need two cores")
     words = ["ppo", "--folder", str(folder), "--cores", *map(str, cores), "--steps", str(options.steps + 1)]
-    rates: dict[int, list[float]] = {1: [], 2: []}
+    one = (1, PROMPTS)
+    rates: dict[tuple[int, int], list[float]] = {one: [], (2, 2 * PROMPTS): [], (2, PROMPTS): []}
     for _ in range(options.rounds):
-        for processes in rates:
-            first = run_ranks(str(HERE / "_scaling.py"), words, folder, processes)[0]
-            rates[processes].append(first["tokens"] / median(steady(first["seconds"], 1)))
+        for processes, prompts in rates:
+            asked = [*words, "--prompts", str(prompts)]
+            first = run_ranks(str(HERE / "_scaling.py"), asked, folder, processes)[0]
+            rates[processes, prompts].append(first["tokens"] / median(steady(first["seconds"], 1)))
     rows = [
         [
             str(processes),
+            str(prompts),
             ", ".join(f"{rate:,.0f}" for rate in found),
-            f"{median(found) / median(rates[1]) / processes:.2f}",
+            f"{median(found) / median(rates[one]) / processes:.2f}",
         ]
-        for processes, found in rates.items()
+        for (processes, prompts), found in rates.items()
     ]
     title = "## PPO by processes, each with one core; DDP, real tokens per second, all rows as long as they may be\n"
-    return f"{title}\n{table(['processes', 'tokens/s, each round', 'to as many times one'], rows)}"
+    return f"{title}\n{table(['processes', 'rows of a rollout', 'tokens/s, each round', 'to as many times one'], rows)}"
 
 
 def sent_by_strategy(folder: Path) -> str:
