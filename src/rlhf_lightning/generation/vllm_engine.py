@@ -158,7 +158,8 @@ class VLLMEngine(RolloutEngine):
             self._sent += 1
             if self._weights.adapters:
                 self._load_adapters()
-            self._vllm.reset_prefix_cache()  # keys and values of the old weights
+            if not self._vllm.reset_prefix_cache():  # keys and values of the old weights
+                raise RuntimeError("vLLM keeps keys and values of the policy's former weights")
         self._changed = self._base_gone = self._asleep = False
 
     def _load_adapters(self) -> None:
