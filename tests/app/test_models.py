@@ -14,6 +14,7 @@ from rlhf_lightning.app.models import Ask, Models, model_folders
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation import Policy
+from rlhf_lightning.generation.engine import TransformersEngine
 from rlhf_lightning.generation.sampling import Sampling
 
 ASKED = WrittenPrompt([{"role": "user", "content": "how do i bake bread?"}])
@@ -47,9 +48,16 @@ def test_answers_are_those_of_the_models_alone(models):
     *steps, last = models.stream(asks, SAMPLING, seed=5)
     for answer, ask in zip(last, asks, strict=True):
         policy = Policy.load(ask.model)
+        policy.engine = TransformersEngine(policy.model, policy.tokenizer, half_weights=True)
         (alone,) = policy.answer([ASKED], SAMPLING, policy.row_generators(5, [ask.place]))
         assert answer.ids.tolist() == alone.ids.tolist()
     assert all(len(step) == 3 for step in steps)
+
+
+def test_answers_are_written_from_half_weights_unless_a_type_is_asked_for(models):
+    for dtype, halved in (("auto", True), ("float32", False)):
+        engine = Models(models.choices, dtype=dtype).load(models.choices[0]).engine
+        assert (engine.half_weights is not None) is halved
 
 
 def test_a_stop_ends_the_answers_where_they_are(models):

@@ -225,9 +225,12 @@ def outcome(root: Path) -> dict[str, Any]:
         # Made in validation; a run that is resumed at its last step saves it once more, after that validation.
         for name in ("calibration", "calibrated_at"):
             saved["rlhf_lightning"].pop(name, None)
-        for state in (state for name, state in saved["callbacks"].items() if name.startswith("EarlyStopping")):
-            for name in state.keys() - {"best_score"}:
-                del state[name]
+        for name, state in saved["callbacks"].items():
+            if name.startswith("EarlyStopping"):
+                for key in state.keys() - {"best_score"}:
+                    del state[key]
+            elif "'monitor': 'val/" in name and saved is checkpoints["last.ckpt"]:
+                saved["callbacks"][name] = sorted(Path(path).name for path in state["best_k_models"])
         saved["callbacks"] = {name: state for name, state in saved["callbacks"].items() if not name.startswith(LATE)}
     samples = root / "samples.md"
     card = (root / "export" / "README.md").read_text().splitlines()

@@ -19,6 +19,7 @@ from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.judge import Judge, TokenScore
 from rlhf_lightning.evaluation.policy import Answer, Dtype, Policy
+from rlhf_lightning.generation.engine import TransformersEngine
 from rlhf_lightning.generation.sampling import Sampling
 
 _CONFIGS = ("config.json", "adapter_config.json")
@@ -78,7 +79,8 @@ class Models:
     Args:
         names: model folders, folders of runs, or hub ids.
         reward: folder or hub id of a reward model, or import path of a function; None for no scores.
-        dtype: of the weights; see `Policy.load`.
+        dtype: of the weights, see `Policy.load`; `auto` on a CPU also lets answers be written from copies in bfloat16,
+            nearly twice as fast.
         device: where they run; see `Policy.load`.
         trust_remote_code: allow folders to run Python code of their own.
 
@@ -122,6 +124,8 @@ class Models:
             raise UserError(f"'{model}' is none of the models here: {', '.join(self.choices)}")
         if model not in self._loaded:
             policy = Policy.load(model, dtype=self._dtype, device=self._device, trust_remote_code=self._trust)
+            if self._dtype == "auto":
+                policy.engine = TransformersEngine(policy.model, policy.tokenizer, half_weights=True)
             # What is tested once for each model is not waited for by the first who asks.
             policy.answer([WrittenPrompt("a")], Sampling(max_new_tokens=1))
             self._loaded[model] = policy

@@ -49,7 +49,12 @@ def _parser() -> OneLineParser:
     add("--port", type=int, default=7860, help="likewise")
     add("--user", help="who may see the page")
     add("--password", help=f"of the user; or set {PASSWORD}, which no list of processes shows")
-    add("--dtype", choices=[*get_args(Dtype)], default="auto", help="of the weights; auto: bfloat16 on GPUs")
+    add(
+        "--dtype",
+        choices=[*get_args(Dtype)],
+        default="auto",
+        help="of the weights; auto: bfloat16, on CPUs for answers",
+    )
     add("--device", help="cpu, cuda, cuda:1 and so on; by default the first GPU if there is one")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with the models")
     return parser
