@@ -12,8 +12,9 @@ demo: $(READY)
 
 # Files are dealt out in the order of tests/conftest.py, the long ones first.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+MARKS ?= not launched
 test: $(READY)
-	$(PYTEST) -m "not launched"
+	$(PYTEST) -m "$(MARKS)"
 
 # The numerical tests under another instruction set than the machine's own; CAPABILITY=default for none at all.
 # torch.compile keeps generated code by the model, not by the instruction set, so that its cache is left out.

@@ -72,7 +72,8 @@ def run_checks(folder: Path, user: str, apt_get: str) -> tuple[str, list[str]]:
     return ran.stderr, calls.read_text().splitlines()
 
 
-CHECKS = [f"make {name}" for name in ("lint", "types", "test", "test-processes", "test-numbers", "test-exports")]
+TESTS = ("test MARKS=not launched and not matrix", "test-processes", "test-numbers", "test-exports")
+CHECKS = [f"make {name}" for name in ("lint", "types", *TESTS)]
 
 
 def test_the_checks_install_what_tests_need(tmp_path):
