@@ -1,6 +1,9 @@
 """What vLLM is asked, and what is made of what it says; without vLLM itself, which `make test-vllm` asks."""
 
+import json
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 import torch
@@ -128,3 +131,33 @@ def test_arguments_that_the_engine_sets_itself_are_refused():
         VLLMEngine(model_of("llama-grouped"), tiny_tokenizer(), options={"load_format": "auto"})
     with pytest.raises(UserError, match=r"engine.url 'localhost' is none; write one such as http://127.0.0.1:8000"):
         VLLMServer(model_of("llama-grouped"), tiny_tokenizer(), url="localhost")
+
+
+@pytest.fixture
+def guarded_server():
+    """The address of a server that serves a model to whoever has the key."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            known = self.headers["Authorization"] == "Bearer sesame"
+            said = {"data": [{"id": "policy", "max_model_len": 7}]} if known else {"error": "Unauthorized"}
+            self.send_response(200 if known else 401)
+            self.end_headers()
+            self.wfile.write(json.dumps(said).encode())
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_server_is_given_the_key_of_the_environment(guarded_server, monkeypatch):
+    model, tokenizer = model_of("llama-grouped"), tiny_tokenizer()
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    assert VLLMServer(model, tokenizer, url=guarded_server).context == 7
+    monkeypatch.delenv("VLLM_API_KEY")
+    with pytest.raises(UserError, match=r"refuses /v1/models \(401: .*; set VLLM_API_KEY to the key that the server"):
+        VLLMServer(model, tokenizer, url=guarded_server)

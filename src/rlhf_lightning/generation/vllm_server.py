@@ -6,13 +6,15 @@ writes, weight by weight, and the server reads. Start it with what the policy st
     VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --logprobs-mode processed_logprobs
 
 and, for a policy with LoRA, `--enable-lora --max-lora-rank RANK`. In that mode whoever reaches the server may change
-it, so keep it on the loopback or behind a firewall.
+it, so keep it on the loopback or behind a firewall: vLLM asks for its API key under `/v1` alone. That key is taken from
+the environment variable `VLLM_API_KEY` here, too.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -34,6 +36,9 @@ from rlhf_lightning.generation.engine import Generation, RolloutEngine
 from rlhf_lightning.generation.engine_weights import PolicyWeights, SentLora
 from rlhf_lightning.generation.sampling import RandomSource, Sampling
 from rlhf_lightning.generation.vllm_requests import Reply, Request, generation_of, requests_of, sampling_fields
+
+API_KEY = "VLLM_API_KEY"
+"""Environment variable of the key, under vLLM's own name for it."""
 
 _ADVICE = {
     "/collective_rpc": "start it with VLLM_SERVER_DEV_MODE=1",
@@ -172,6 +177,8 @@ class VLLMServer(RolloutEngine):
 
     def _open(self, request: urllib.request.Request, path: str) -> Any:
         """What the server says: JSON, or a text."""
+        if key := os.environ.get(API_KEY):
+            request.add_header("Authorization", f"Bearer {key}")
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 said = response.read().decode()
@@ -179,6 +186,8 @@ class VLLMServer(RolloutEngine):
             with error:
                 detail = " ".join(error.read(500).decode(errors="replace").split())
             advice = f"; {_ADVICE[path]}" if error.code in (404, 405) and path in _ADVICE else ""
+            if error.code in (401, 403):
+                advice = f"; set {API_KEY} to the key that the server was started with"
             raise UserError(
                 f"the vLLM server at {self.url} refuses {path} ({error.code}: {detail or error.reason}){advice}"
             ) from error
