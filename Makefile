@@ -12,9 +12,8 @@ demo: $(READY)
 
 # Files are dealt out in the order of tests/conftest.py, the long ones first.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
-MARKS ?= not launched
 test: $(READY)
-	$(PYTEST) -m "$(MARKS)"
+	$(PYTEST) -m "not matrix and not launched"
 
 # The numerical tests under another instruction set than the machine's own; CAPABILITY=default for none at all.
 # torch.compile keeps generated code by the model, not by the instruction set, so that its cache is left out.
@@ -40,7 +39,7 @@ torture: $(READY)
 	MATRIX=full $(BIN)/pytest -q tests/algorithms/test_resume_processes.py
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m helpers.torture runs/torture $(N)
 
-# Of whatever runs on two processes what `make test` leaves out: every stage on every strategy against one process, whose
+# What `make test` leaves out, all of it on two processes: every stage on every strategy against one process, whose
 # distances `equality` writes into the docs, evaluation and adapters on each, and what launchers start.
 test-processes: $(READY)
 	MATRIX=full $(PYTEST) -m "matrix or launched" tests/algorithms tests/cli

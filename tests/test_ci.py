@@ -28,7 +28,7 @@ def made(commands: list[str]) -> list[str]:
 def test_the_workflow_runs_the_commands_of_the_readme_and_the_checks():
     steps = load(".github/workflows/ci.yml")["jobs"]["tests"]["steps"]
     targets = made([step["run"] for step in steps if "run" in step])
-    assert {"demo", "test", "lint", "types"} == set(targets)
+    assert {"demo", "test", "test-processes", "lint", "types"} == set(targets)
     assert set(targets) <= TARGETS
 
 
@@ -72,8 +72,7 @@ def run_checks(folder: Path, user: str, apt_get: str) -> tuple[str, list[str]]:
     return ran.stderr, calls.read_text().splitlines()
 
 
-TESTS = ("test MARKS=not launched and not matrix", "test-processes", "test-numbers", "test-exports")
-CHECKS = [f"make {name}" for name in ("lint", "types", *TESTS)]
+CHECKS = [f"make {name}" for name in ("lint", "types", "test", "test-processes", "test-numbers", "test-exports")]
 
 
 def test_the_checks_install_what_tests_need(tmp_path):
