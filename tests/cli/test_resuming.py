@@ -20,6 +20,7 @@ from helpers.killed import die_in
 from rlhf_lightning.cli.main import main
 from rlhf_lightning.runs.checkpoint_files import MANIFEST
 from rlhf_lightning.runs.ending import MARK
+from rlhf_lightning.runs.lock import LOCK
 
 CALLBACKS = """\
 trainer:
@@ -113,6 +114,12 @@ def test_a_finished_run_is_left_as_it_is(folder, copied, capsys):
     )
     assert capsys.readouterr().out == 2 * line
     assert snapshot(copied) == before
+
+
+def test_the_lock_of_a_run_that_was_killed_after_its_last_word_goes(folder, copied):
+    (copied / LOCK).write_text("process 1 on another\n")
+    fit(folder, "--ckpt_path=auto")
+    assert not (copied / LOCK).exists()
 
 
 def test_a_finished_run_is_left_as_it_is_by_all_processes(folder, copied):

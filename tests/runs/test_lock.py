@@ -10,7 +10,7 @@ import signal
 import pytest
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.runs.lock import LOCK, locked
+from rlhf_lightning.runs.lock import LOCK, locked, remove_left_lock
 
 
 def test_a_second_run_is_refused_in_one_line_and_touches_nothing(tmp_path):
@@ -59,6 +59,17 @@ def test_a_killed_run_keeps_nobody_out(tmp_path):
     assert (tmp_path / LOCK).exists()
     with locked(tmp_path):
         pass
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_what_a_killed_run_has_left_is_removed_and_what_is_held_is_not(tmp_path):
+    remove_left_lock(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with locked(tmp_path):
+        remove_left_lock(tmp_path)
+        assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    (tmp_path / LOCK).write_text("process 1 on another\n")
+    remove_left_lock(tmp_path)
     assert not (tmp_path / LOCK).exists()
 
 

@@ -15,6 +15,7 @@ from rlhf_lightning.callbacks.run_folder import checkpoint_folders
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runs.checkpoint_files import check_whole, checkpoints_in, newest_whole, said_time
 from rlhf_lightning.runs.ending import MARK, steps_when_finished
+from rlhf_lightning.runs.lock import remove_left_lock
 from rlhf_lightning.runs.peers import Peers
 
 LAST, AUTO = "last", "auto"
@@ -52,7 +53,7 @@ def check_ckpt_path(command: str, path: str) -> None:
 
 
 def is_over(config: Any, trainer: pl.Trainer, limits: dict[str, float | None]) -> bool:
-    """Whether a run that is to go on has ended, within limits as high as those of now; says so. Nothing is touched.
+    """Whether a run that is to go on has ended, within limits as high as those of now; says so and leaves it alone.
 
     Args:
         config: of `fit`.
@@ -64,6 +65,7 @@ def is_over(config: Any, trainer: pl.Trainer, limits: dict[str, float | None]) -
     root = Path(trainer.default_root_dir)
     steps = steps_when_finished(root, limits)
     if steps is not None and trainer.is_global_zero:
+        remove_left_lock(root)  # of a run that was killed after its last word
         print(
             f"'{root}' is finished after {steps} optimizer steps, nothing is left to do; to train on, raise "
             "--trainer.max_epochs, max_steps or max_time"

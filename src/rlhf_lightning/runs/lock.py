@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
@@ -47,6 +47,17 @@ def locked(folder: Path) -> Iterator[None]:
         for made in missing:  # a run that never began leaves nothing behind
             if made.is_dir() and not any(made.iterdir()):
                 made.rmdir()
+
+
+def remove_left_lock(folder: Path) -> None:
+    """Remove the lock that a killed run has left in its folder; one that a run holds stays.
+
+    Args:
+        folder: need not be there.
+    """
+    if (folder / LOCK).exists():
+        with suppress(UserError), locked(folder):
+            pass
 
 
 def holder(folder: Path) -> str | None:
