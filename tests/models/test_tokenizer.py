@@ -1,5 +1,7 @@
 """Loading tokenizers, and the ids that end, fill and pad."""
 
+import json
+
 import pytest
 
 from helpers.models import table_tokenizer
@@ -30,6 +32,14 @@ def test_missing_tokenizers_are_refused_in_one_line(tmp_path):
         with pytest.raises(UserError, match=complaint) as error:
             load_tokenizer(name)
         assert "\n" not in str(error.value)
+
+
+def test_a_length_that_is_no_number_is_refused_in_one_line(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": "512"}))
+    with pytest.raises(UserError, match=r"model_max_length .* is '512', and must be a number"):
+        load_tokenizer(tmp_path)
 
 
 def test_filler_is_the_pad_else_the_eos_else_0():

@@ -39,6 +39,11 @@ def load_tokenizer(
         if looks_local(name) and not (Path(name) / "tokenizer.json").is_file():
             reason = "it has no tokenizer.json; save the tokenizer beside the model"
         raise UserError(f"no tokenizer could be loaded from '{name}': {reason}") from e
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise UserError(
+            f"no tokenizer could be loaded from '{name}': model_max_length of its tokenizer_config.json is "
+            f"{tokenizer.model_max_length!r}, and must be a number"
+        )
     return tokenizer
 
 

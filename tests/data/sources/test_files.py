@@ -251,6 +251,27 @@ def test_a_broken_record_of_a_csv_costs_itself_only(tmp_path, line, reason):
     assert outcomes(tmp_path / "x.csv", b"prompt\na\n" + line + b"\na\n") == [GOOD, reason, GOOD]
 
 
+TEXT = pyarrow.array([b"a", b"\xff", b"a"]).cast(pyarrow.binary()).view(pyarrow.string())
+DATES = pyarrow.array([0, 2**62, 0]).view(pyarrow.timestamp("us"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"prompt": TEXT}, "column prompt is not UTF-8 text"),
+        ({"prompt": ["a"] * 3, "when": DATES}, "column when cannot be read (date value out of range)"),
+    ],
+)
+def test_a_value_of_a_parquet_file_that_is_none_costs_its_row_only(tmp_path, columns, reason):
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+    rows = open_rows(tmp_path / "x.parquet")
+    with pytest.raises(BadRowError) as error:
+        rows[1]
+    first, second, third = (row for _, row in rows.stream())
+    assert str(error.value) == str(second) == reason
+    assert first == rows[0] == third == rows[2]
+
+
 def test_a_quote_that_is_never_closed_is_a_bad_row_and_not_a_long_text(tmp_path):
     assert outcomes(tmp_path / "x.csv", b'prompt\na\n"b\na\na\n') == [
         GOOD,

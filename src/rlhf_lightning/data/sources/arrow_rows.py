@@ -32,10 +32,7 @@ class _MappedRows(RawRows):
 
     def __getitem__(self, index: int) -> RawRow:
         part, within = find_part(self._ends, index)
-        batch = self._batches[part]
-        return {
-            name: _without_nulls(batch.column(number)[within].as_py()) for number, name in enumerate(batch.schema.names)
-        }
+        return _row(self._batches[part], within)
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -80,8 +77,8 @@ class ParquetRows(_MappedRows, FileRows):
         """Place and row, a batch in memory at a time."""
         index = 0
         for batch in self._read():
-            for row in batch.to_pylist():
-                yield self.place(index), {name: _without_nulls(value) for name, value in row.items()}
+            for row in _rows(batch):
+                yield self.place(index), row
                 index += 1
 
     def _read(self) -> Iterator[pyarrow.RecordBatch]:
@@ -181,6 +178,34 @@ class StreamedDataset(RawRows):
 
     def _no_random_access(self) -> UserError:
         return UserError(f"{self._name} is streamed, so its rows can only be read in order; pass `streaming: false`")
+
+
+def _row(batch: pyarrow.RecordBatch, index: int) -> RawRow:
+    """One row; what Arrow holds without looking at it may be no text, or no date."""
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = _without_nulls(column[index].as_py())
+        except UnicodeDecodeError:
+            raise BadRowError(f"column {name} is not UTF-8 text") from None
+        except (ValueError, OverflowError, pyarrow.ArrowException) as error:
+            raise BadRowError(f"column {name} cannot be read ({' '.join(str(error).split())[:100]})") from None
+    return row
+
+
+def _rows(batch: pyarrow.RecordBatch) -> Iterator[RawRow | BadRowError]:
+    """All rows at once, which is faster, unless one of them cannot be read."""
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError, pyarrow.ArrowException):
+        for index in range(batch.num_rows):
+            try:
+                yield _row(batch, index)
+            except BadRowError as error:
+                yield error
+        return
+    for row in rows:
+        yield {name: _without_nulls(value) for name, value in row.items()}
 
 
 @contextmanager
