@@ -42,7 +42,7 @@ torture: $(READY)
 # What `make test` leaves out, all of it on two processes: every stage on every strategy against one process, whose
 # distances `equality` writes into the docs, evaluation and adapters on each, and what launchers start.
 test-processes: $(READY)
-	MATRIX=full $(PYTEST) -m "matrix or launched" tests/algorithms tests/cli
+	MATRIX=full $(PYTEST) -m "matrix or launched" tests/algorithms tests/cli tests/training
 
 equality: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m helpers.equality docs/distributed.md

@@ -12,6 +12,7 @@ from helpers.distributed import run_in_processes
 from helpers.stages import save_llama, save_reward_model
 from helpers.strategy_runs import save_model
 
+pytestmark = pytest.mark.matrix
 TINY: dict[str, dict[str, Any]] = {
     "zero1": {"name": "zero1"},
     "zero2": {"name": "zero2"},
