@@ -25,7 +25,7 @@ NO_NUMBERS = \
 	$(addprefix algorithms/test_,log_keeper resume_processes resumed_settings stage stage_lineage stage_non_finite \
 		stage_templates stages_alone) \
 	$(addprefix models/test_,finetune loading peft_library portable reward_functions tokenizer) \
-	$(addprefix training/test_,checkpoint_size deepspeed_gradients deepspeed_processes fsdp2 fsdp2_rollouts fsdp2_stages \
+	$(addprefix training/test_,checkpoint_size deepspeed_gradients fsdp2 fsdp2_rollouts fsdp2_stages \
 		reporting strategies) forward/test_capacity generation/test_text_so_far
 test-numbers: $(READY)
 	ATEN_CPU_CAPABILITY=$(CAPABILITY) ONEDNN_MAX_CPU_ISA=$(if $(filter default,$(CAPABILITY)),SSE41,AVX2) \
