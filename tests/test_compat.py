@@ -495,6 +495,44 @@ def test_what_is_said_of_models_is_heard_again_afterwards():
     assert logger.getEffectiveLevel() == before
 
 
+def test_attention_of_any_lengths_is_called_as_this_torch_takes_it(monkeypatch):
+    """On CPUs torch has no kernel for it; the first tests on a GPU compare what it computes (`kernel_is_right`)."""
+    from torch.nn.attention import varlen
+
+    given = {}
+
+    def newest(q, k, v, starts, key_starts, most, most_keys, *, scale, window_size, enable_gqa):
+        given.update(scale=scale, window_size=window_size, enable_gqa=enable_gqa, heads=k.shape[1])
+        return q
+
+    def before_groups(q, k, v, starts, key_starts, most, most_keys, *, scale=None, window_size=(-1, -1)):
+        given.update(scale=scale, window_size=window_size, heads=k.shape[1])
+        return q
+
+    def oldest(q, k, v, starts, key_starts, most, most_keys, is_causal=False):
+        given.update(is_causal=is_causal, heads=k.shape[1])
+        return q
+
+    rows = [torch.ones(3, heads, 4) for heads in (4, 2, 2)]
+    starts = torch.tensor([0, 3], dtype=torch.int32)
+    expected = [
+        (newest, 1.0, {"scale": 0.25, "window_size": (-1, 0), "enable_gqa": True, "heads": 2}),
+        (before_groups, 1.0, {"scale": 0.25, "window_size": (-1, 0), "heads": 4}),
+        (oldest, 0.5, {"is_causal": True, "heads": 4}),  # which scales by 1 / sqrt(4) itself
+    ]
+    for function, factor, options in expected:
+        given.clear()
+        monkeypatch.setattr(varlen, "varlen_attn", function)
+        compat._varlen_attention.cache_clear()
+        assert (compat.varlen_attention(*rows, starts, starts, 3, 3, 0.25) == factor).all()
+        assert given == options
+    monkeypatch.undo()
+    compat._varlen_attention.cache_clear()
+    takes = inspect.signature(varlen.varlen_attn).parameters
+    assert list(takes)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"window_size", "scale"} <= {*takes} or "is_causal" in takes
+
+
 def test_an_engine_of_vllm_that_ends_leaves_the_process_group_to_training(monkeypatch):
     """Else the next step would fail, or wait for ever; what a vLLM does that ends it elsewhere is not known.
 

@@ -9,7 +9,8 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import lru_cache, partial
+from inspect import signature
 from subprocess import Popen
 from typing import Any
 
@@ -129,6 +130,55 @@ def wrap_conversion(module: nn.Module, wrap: Callable[[Convert], Convert]) -> No
 
 def _apply_wrapped(module: nn.Module, wrap: Callable[[Convert], Convert], convert: Convert, *args: Any) -> nn.Module:
     return type(module)._apply(module, wrap(convert), *args)
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    most_queries: int,
+    most_keys: int,
+    scaling: float,
+) -> Tensor:
+    """Attention of sequences of different lengths, torch's: each query sees its run's keys up to its own, the last.
+
+    Args:
+        query: `[N, H, d]`, bfloat16 or float16.
+        key: `[K, key heads, d]`.
+        value: as the key.
+        query_starts: where each run begins, N at the end, `[S + 1]`, int32.
+        key_starts: where each run's keys begin, K at the end, `[S + 1]`, int32.
+        most_queries: of any run.
+        most_keys: of any run.
+        scaling: of the products.
+
+    Returns:
+        `[N, H, d]`.
+
+    Raises:
+        ImportError: torch is too old to have it.
+    """
+    attend, takes = _varlen_attention()
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
+    if "scale" in takes:
+        options["scale"] = scaling
+    else:
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    if "enable_gqa" in takes:
+        options["enable_gqa"] = True
+    else:
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+    attended: Tensor = attend(query, key, value, query_starts, key_starts, most_queries, most_keys, **options)
+    return attended
+
+
+@lru_cache
+def _varlen_attention() -> tuple[Callable[..., Any], frozenset[str]]:
+    from torch.nn.attention.varlen import varlen_attn  # torch 2.10; what it takes has grown since
+
+    return varlen_attn, frozenset(signature(varlen_attn).parameters)
 
 
 def compiler_settings(max_sizes: int) -> AbstractContextManager[Any]:

@@ -83,12 +83,22 @@ def strategy_of(name: str, gloo: bool) -> Any:
 
         return DDPStrategy(**backend)
     if name == "fsdp2":
-        from rlhf_lightning import FSDP2Strategy
-
-        return FSDP2Strategy(**backend)
+        return _fsdp2(gloo, backend)
     from rlhf_lightning import DeepSpeedStrategy
 
     return DeepSpeedStrategy(stage=int(name[4]), **backend)
+
+
+def _fsdp2(gloo: bool, backend: dict[str, Any]) -> Any:
+    """FSDP2; with gloo, on a GPU that processes share, the group may be bound to no device."""
+    from rlhf_lightning import FSDP2Strategy
+
+    class Unbound(FSDP2Strategy):
+        def _setup_distributed(self) -> None:
+            super()._setup_distributed()
+            torch.distributed.distributed_c10d._get_default_group().bound_device_id = None  # only NCCL can be split
+
+    return (Unbound if gloo else FSDP2Strategy)(**backend)
 
 
 def train(stage: str, name: str, folder: Path, device: str, gloo: bool) -> dict[str, Any]:
@@ -167,10 +177,9 @@ def on_two(name: str, folder: Path, options: argparse.Namespace) -> dict[str, An
             said.append(process.communicate()[0] + f"\nkilled after {options.timeout} s")
     done: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     if len(done) < len(STAGES):
-        print(
-            f"{name} failed at {STAGES[len(done)]}:\n{said[0][-2500:]}\n--- second ---\n{said[1][-800:]}",
-            file=sys.stderr,
-        )
+        codes = [process.returncode for process in processes]
+        where = f"{name} failed at {STAGES[len(done)]}, exit codes {codes}"
+        print(f"{where}:\n{said[0][-2500:]}\n--- second ---\n{said[1][-800:]}", file=sys.stderr)
     return done
 
 

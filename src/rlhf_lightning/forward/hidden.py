@@ -1,8 +1,9 @@
 """Hidden states and log-probabilities of padded batches, whichever way the rows are laid out meanwhile.
 
 Everything in a transformer but attention looks at one token at a time, so the real tokens of all sequences can go
-through it as one long row, without padding and in one large matrix product. Attention then takes the row apart again.
-For CPUs, where arithmetic is dear and a further call is cheap; elsewhere the batch stays as it is.
+through it as one long row, without padding and in one large matrix product. Attention then takes the row apart again,
+on CPUs, where a further call is cheap, sequence by sequence, on a GPU by one kernel for all of them (`varlen.py`).
+Where there is none, the batch stays as it is.
 
 Not every model can: attention must be one of transformers' exchangeable functions, and nothing else may look at several
 tokens. Whether a model can is looked up where it is known, then tested, once.
@@ -31,6 +32,7 @@ from rlhf_lightning.compat import (
     sdpa_attention_forward,
     takes_attention_functions,
 )
+from rlhf_lightning.forward import varlen
 from rlhf_lightning.forward.backbone import (
     cache_argument,
     exceeds_sliding_window,
@@ -43,11 +45,13 @@ from rlhf_lightning.forward.capacity import LOOKUP_ERRORS, explain_lookup
 from rlhf_lightning.forward.compatibility import ignores_left_padding
 from rlhf_lightning.forward.numerics import dummy_tokens, relative_distance, say_once, self_test, tolerance
 from rlhf_lightning.forward.output_layer import logprobs_from_hidden
+from rlhf_lightning.forward.varlen import runs_of
 
 UNPADDED = "rlhf_lightning_unpadded"
 """What transformers' configs call the attention while it is in use."""
 
 DEVICES = {"cpu"}
+"""Where attention may take the rows apart one by one."""
 
 _LEAST_PADDING = 1 / 16  # less is not worth taking the batch apart
 _takes_left_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -163,7 +167,7 @@ def unpadded_hidden_states(
     input_ids: Tensor,
     attention_mask: Tensor,
     positions: Tensor | None = None,
-    lengths: Sequence[int] | None = None,
+    parts: Sequence[Sequence[int]] | None = None,
     sees: Sequence[Tensor] | None = None,
 ) -> Tensor | None:
     """Last hidden states without computing the padding.
@@ -173,9 +177,10 @@ def unpadded_hidden_states(
         input_ids: `[B, T]`, int64.
         attention_mask: True for real tokens, `[B, T]`, bool, padded on either side.
         positions: place of each token in its own sequence, `[B, T]`, int64; None if every row is one sequence.
-        lengths: tokens of each sequence, N together, in the order of the rows; None where they are read off the others.
-        sees: which tokens of its sequence each token attends to, for each sequence `[1, 1, length, length]`, bool; None
-            for those before it.
+        parts: tokens of each row's beginning, then of each rest that goes on from it, N together; of a sequence by
+            itself one number. None where they are read off the others.
+        sees: which tokens of its row each token attends to, for each row `[1, 1, length, length]`, bool; needed on CPUs
+            where there are rests.
 
     Returns:
         `[B, T, D]`, 0 on padding; None where the model cannot do it, or there is too little to gain.
@@ -184,17 +189,20 @@ def unpadded_hidden_states(
     if not can_unpad(model, attention_mask.device) or not _unpads(model):
         return None
     if positions is None:
-        lengths = [length for length in attention_mask.sum(dim=1).tolist() if length]
-        if sum(lengths) > (1 - _LEAST_PADDING) * attention_mask.numel():
+        parts = [[length] for length in attention_mask.sum(dim=1).tolist() if length]
+        # A GPU gains by the kernel itself, which takes no mask.
+        least = _LEAST_PADDING if attention_mask.device.type == "cpu" else 0
+        if sum(map(sum, parts)) > (1 - least) * attention_mask.numel():
             return None
         positions = position_ids(attention_mask)  # [B, T]
-    elif lengths is None:
+    elif parts is None:
         starts = (positions[attention_mask] == 0).nonzero().squeeze(1)  # [sequences], places among N
         ends = torch.cat([starts[1:], attention_mask.sum().reshape(1)])  # [sequences]
-        lengths = (ends - starts).tolist()
-    if exceeds_sliding_window(model, max(lengths), max(lengths)):
+        parts = [[length] for length in (ends - starts).tolist()]
+    longest = max(map(sum, parts))
+    if exceeds_sliding_window(model, longest, longest):
         return None
-    return _run(model, input_ids, attention_mask, positions, lengths, sees)
+    return _run(model, input_ids, attention_mask, positions, parts, sees)
 
 
 def _run(
@@ -202,11 +210,11 @@ def _run(
     input_ids: Tensor,
     attention_mask: Tensor,
     positions: Tensor,
-    lengths: Sequence[int],
+    parts: Sequence[Sequence[int]],
     sees: Sequence[Tensor] | None,
 ) -> Tensor:
     real = attention_mask.flatten().nonzero().squeeze(1)  # [N], places among B * T
-    hidden = _run_row(model, input_ids.flatten()[real], positions.flatten()[real], lengths, sees, use_cache=False)
+    hidden = _run_row(model, input_ids.flatten()[real], positions.flatten()[real], parts, sees, use_cache=False)
     empty = hidden.new_zeros(attention_mask.numel(), hidden.shape[1])  # [B * T, D]
     return empty.index_copy(0, real, hidden).unflatten(0, tuple(attention_mask.shape))  # [B, T, D]
 
@@ -215,12 +223,15 @@ def _run_row(
     model: PreTrainedModel,
     ids: Tensor,
     positions: Tensor,
-    lengths: Sequence[int],
+    parts: Sequence[Sequence[int]],
     sees: Sequence[Tensor] | None,
     **kwargs: Any,
 ) -> Tensor:
     """Hidden states of real tokens, `[N, D]`; ids and positions are `[N]`, the rest as in `unpadded_hidden_states`."""
-    attend = partial(_attend, list(lengths), sees)
+    on_cpu = ids.device.type == "cpu"
+    attend = (
+        partial(_attend, [*map(sum, parts)], sees) if on_cpu else partial(varlen.attend, runs_of(parts, ids.device))
+    )
     with attention_function(model, UNPADDED, attend, lambda *args, **kwargs: None):
         row = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": None}
         hidden: Tensor = model.base_model(**row, **kwargs).last_hidden_state[0]  # [N, D]
@@ -234,7 +245,7 @@ def reads_rows(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
         model: a language model.
         lengths: of the prompts.
     """
-    if not can_unpad(model, model.device) or not _unpads(model):
+    if model.device.type != "cpu" or not can_unpad(model, model.device) or not _unpads(model):
         return False
     longest = max(lengths)
     return min(lengths) > 0 and not exceeds_sliding_window(model, longest, longest)
@@ -253,7 +264,9 @@ def read_row(model: PreTrainedModel, ids: Tensor, lengths: Sequence[int], cache:
         Hidden states at their ends, `[prompts, D]`.
     """
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])  # [N]
-    hidden = _run_row(model, ids, positions, lengths, None, use_cache=True, **{cache_argument(model): cache})
+    hidden = _run_row(
+        model, ids, positions, [[n] for n in lengths], None, use_cache=True, **{cache_argument(model): cache}
+    )
     return hidden[torch.tensor(lengths, device=ids.device).cumsum(dim=0) - 1]
 
 
@@ -266,7 +279,9 @@ def can_unpad(model: PreTrainedModel, device: torch.device) -> bool:
     """
     # What is computed again in the backward pass would find the attention changed back.
     again = torch.is_grad_enabled() and is_checkpointing(model)
-    return device.type in DEVICES and attention_kernel(model) == SDPA and not again
+    if attention_kernel(model) != SDPA or again:
+        return False
+    return device.type in DEVICES or varlen.has_kernel(model, device)
 
 
 def _attend(
@@ -321,6 +336,6 @@ def _unpads_rightly(model: PreTrainedModel) -> bool:
     """Whether hidden states of a few dummy tokens are those of the padded batch."""
     ids, lengths = dummy_tokens(model, 10).view(2, 5), [5, 3]
     mask = torch.arange(5, device=model.device) < torch.tensor(lengths, device=model.device).unsqueeze(1)
-    found = _run(model, ids, mask, position_ids(mask), lengths, None)[mask]
+    found = _run(model, ids, mask, position_ids(mask), [[length] for length in lengths], None)[mask]
     expected = run_backbone(model, ids, mask).last_hidden_state[mask]
     return relative_distance(found, expected) <= tolerance(model)

@@ -64,6 +64,12 @@ class SharedRows(NamedTuple):
         related = (self.owner[:, None, :] == -1) | (self.owner[:, None, :] == self.owner[:, :, None])  # [B, L, L]
         return (related & causal).unsqueeze(1)  # [B, 1, L, L]
 
+    def parts(self) -> list[list[int]]:
+        """Tokens of each row's beginning, then of each rest, B lists of 1 + K; asking waits for the device."""
+        owners = torch.arange(-1, self.places.shape[1], device=self.owner.device)  # [1 + K]
+        counts: list[list[int]] = (self.owner.unsqueeze(2) == owners).sum(dim=1).tolist()
+        return counts
+
     def hidden_states(self, model: PreTrainedModel) -> Tensor:
         """Last hidden states of the rows, `[B, L, D]`.
 
@@ -79,10 +85,12 @@ class SharedRows(NamedTuple):
     def _hidden_states(self, model: PreTrainedModel) -> Tensor:
         hidden = None
         if can_unpad(model, self.ids.device):
-            mask, lengths = self.sees(), self.mask.sum(dim=1).tolist()
-            # [1, 1, length, length] of each row
-            seen = [mask[row : row + 1, :, :length, :length] for row, length in enumerate(lengths)]
-            hidden = unpadded_hidden_states(model, self.ids, self.mask, self.positions, lengths, seen)
+            parts, seen = self.parts(), None
+            if self.ids.device.type == "cpu":
+                mask = self.sees()
+                # [1, 1, length, length] of each row
+                seen = [mask[row : row + 1, :, : sum(part), : sum(part)] for row, part in enumerate(parts)]
+            hidden = unpadded_hidden_states(model, self.ids, self.mask, self.positions, parts, seen)
         return self.padded_hidden_states(model) if hidden is None else hidden
 
     def padded_hidden_states(self, model: PreTrainedModel) -> Tensor:
