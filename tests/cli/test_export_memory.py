@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from helpers.distributed import run_in_processes
 from helpers.tokenizers import tiny_tokenizer
 
+pytestmark = pytest.mark.matrix
+
 LORA = {"mode": "lora", "rank": 4}
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {"name": "auto"}),

@@ -15,6 +15,8 @@ from helpers.stages import assert_close_weights, save_llama, save_reward_model
 from rlhf_lightning import load_reward_model
 from rlhf_lightning.cli.export import export
 
+pytestmark = pytest.mark.matrix
+
 LORA = {"mode": "lora", "rank": 2}
 RUNS: dict[str, dict[str, Any]] = {
     "ddp": {"name": "ddp"},

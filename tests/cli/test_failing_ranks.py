@@ -16,6 +16,8 @@ from helpers.failing import end_soon
 from helpers.forked import Finished, environment, run_ranks
 from rlhf_lightning.runs.ending import MARK
 
+pytestmark = pytest.mark.launched
+
 DDP = ["--config=trainer/ddp.yaml", "--trainer.devices=2"]
 NODES = ["--config=trainer/ddp.yaml", "--trainer.devices=1", "--trainer.num_nodes=2"]
 SOON = 60  # seconds, as promised

@@ -14,6 +14,8 @@ from helpers.strategy_runs import save_model
 from rlhf_lightning import DeepSpeedStrategy
 from rlhf_lightning.errors import UserError
 
+pytestmark = pytest.mark.matrix
+
 RUNS = [(stage, dtype) for stage in (1, 2, 3) for dtype in ("auto", "bfloat16")]
 FLOAT32 = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
 

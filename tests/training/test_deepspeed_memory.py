@@ -12,6 +12,8 @@ from helpers.distributed import run_in_processes
 from helpers.memory_runs import save_wide_model
 from rlhf_lightning.training.deepspeed_memory import fitted_sizes
 
+pytestmark = pytest.mark.matrix
+
 RUNS: dict[str, dict[str, Any]] = {
     "zero1": {"name": "zero1"},
     "zero2": {"name": "zero2"},

@@ -39,6 +39,8 @@ from rlhf_lightning.training.dcp_folders import INDEX, STATES, load_tensors, sto
 from rlhf_lightning.training.fsdp2_models import _part_company
 from rlhf_lightning.training.sharded import to_be_sharded
 
+pytestmark = pytest.mark.matrix
+
 CONFIGS = Path(__file__).parents[2] / "configs" / "trainer"
 SPLITS: dict[str, dict[str, Any]] = {
     "whole, clipped AdamW": {"name": "fsdp2", **WHOLE, **CLIPPED_ADAM},

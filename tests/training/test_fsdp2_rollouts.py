@@ -14,6 +14,8 @@ from helpers.distributed import run_in_processes
 from helpers.stages import save_llama, save_reward_model
 from rlhf_lightning.training import memory, rollout_weights
 
+pytestmark = pytest.mark.matrix
+
 STRATEGIES = ["fsdp2", "zero3 alone"]
 SHORT, LONG = 2, 4
 LAYERS = 1

@@ -41,6 +41,8 @@ from rlhf_lightning.runs.checkpoint_files import check_whole, files_of, read_man
 from rlhf_lightning.training import DeepSpeedStrategy, GradientAccumulation
 from rlhf_lightning.training.checkpoint_folders import plain_loading
 
+pytestmark = pytest.mark.matrix
+
 CONFIGS = Path(__file__).parents[2] / "configs" / "trainer"
 OPTIMIZERS = {"clipped AdamW": CLIPPED_ADAM, "unclipped SGD": UNCLIPPED_SGD}
 SPLITS = {
