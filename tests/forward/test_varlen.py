@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.models import LAYOUTS, tiny_causal_lm
 from rlhf_lightning.compat import attention_function
@@ -128,17 +129,46 @@ def emulated(shift=0, error=None):
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 def test_a_kernel_is_used_only_where_it_computes_what_it_should(monkeypatch, kernel, right):
     monkeypatch.setattr(varlen, "varlen_attention", kernel)
-    varlen.kernel_is_right.cache_clear()
-    assert varlen.kernel_is_right(torch.device("cpu"), torch.bfloat16, 4, 2, 16) is right
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):  # Lightning validates first
+        varlen.kernel_is_right.cache_clear()
+        with mode():
+            assert varlen.kernel_is_right(torch.device("cpu"), torch.bfloat16, 4, 2, 16) is right
     varlen.kernel_is_right.cache_clear()
 
 
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+@pytest.mark.parametrize(("width", "used"), [(8, True), (6, False)])
+def test_values_of_another_width_than_keys_go_run_by_run(monkeypatch, width, used):
+    calls = []
+    monkeypatch.setattr(varlen, "_by_kernel", lambda *args: calls.append(args) or args[1])
+    monkeypatch.setattr(varlen, "kernel_is_right", lambda *args: True)
+    query, key, value = (torch.zeros(1, 2, 5, each).bfloat16() for each in (8, 8, width))
+    found, _ = varlen.attend(varlen.runs_of([[5]]), torch.nn.Identity(), query, key, value, None)
+    assert found.shape == (1, 5, 2, width)
+    assert bool(calls) is used
+
+
+def test_a_model_without_heads_has_no_such_kernel_and_one_whose_kernel_is_wrong_says_so(monkeypatch):
+    said = []
+    monkeypatch.setattr(varlen, "kernel_is_right", lambda *args: False)
+    monkeypatch.setattr(varlen, "say_once", said.append)
+    cuda = torch.device("cuda")
+    config = AutoConfig.for_model("mamba", hidden_size=16, num_hidden_layers=1, vocab_size=50, state_size=4)
+    assert not varlen.has_kernel(AutoModelForCausalLM.from_config(config).bfloat16(), cuda)
+    assert not said
+    assert not varlen.has_kernel(tiny_causal_lm("llama").bfloat16(), cuda)
+    assert len(said) == 1
+    assert "LlamaForCausalLM computes the padding of its batches, too" in said[0]
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 @given(rows=PARTS)
 def test_in_half_precision_the_kernel_is_given_rows_keys_and_borders(rows):
     total = sum(map(sum, rows))
     tensors = [torch.randn(1, heads, total, 8) for heads in (4, 2, 2)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(varlen, "varlen_attention", emulated())
+        patch.setattr(varlen, "kernel_is_right", lambda *args: True)
         with torch.autocast("cpu", torch.bfloat16):
             found, _ = varlen.attend(varlen.runs_of(rows), torch.nn.Identity(), *tensors, None)
     assert found.dtype == torch.bfloat16

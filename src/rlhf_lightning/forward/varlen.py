@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.compat import UNUSUAL_ARGUMENTS, varlen_attention
+from rlhf_lightning.forward.numerics import say_once
 
 _TYPES = (torch.bfloat16, torch.float16)
-_WIDEST_HEAD = 256
 _FARTHEST = 0.03
 """Of the largest number; bfloat16 has 8 bits, and a wrong key or a wrong border is of order 1."""
 
@@ -110,9 +110,15 @@ def attend(
     if runs.keys is not None:
         k, v = k.index_select(0, runs.keys), v.index_select(0, runs.keys)  # [K, key heads, d]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if dropout or dtype not in _TYPES:
+    # Layers may differ, and a family's keys and values too: what the kernel has not been tried with goes run by run.
+    tried = dtype in _TYPES and q.shape[2] == v.shape[2] and kernel_is_right(q.device, dtype, *_sizes(q, k))
+    if dropout or not tried:
         return attend_by_runs(runs, q, k, v, scaling, dropout)[None], None
     return _by_kernel(runs, q.contiguous(), k.contiguous(), v.contiguous(), scaling)[None], None
+
+
+def _sizes(query: Tensor, key: Tensor) -> tuple[int, int, int]:
+    return query.shape[1], key.shape[1], query.shape[2]
 
 
 def _by_kernel(runs: Runs, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -181,20 +187,27 @@ def has_kernel(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether a model's rows can be attended to in one call; asked without waiting for the device but the first time.
 
     Args:
-        model: a language model or a scalar model.
+        model: a language model or a scalar model. One that has no heads has no attention of this kind.
         device: where its batch lies.
     """
     config = model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dtype = computing_type(device, model.dtype)
-    if device.type != "cuda" or dtype not in _TYPES or width > _WIDEST_HEAD:
+    heads, dtype = getattr(config, "num_attention_heads", None), computing_type(device, model.dtype)
+    if device.type != "cuda" or dtype not in _TYPES or not isinstance(heads, int):
         return False
-    heads = config.num_attention_heads
-    return kernel_is_right(device, dtype, heads, getattr(config, "num_key_value_heads", None) or heads, width)
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    right = kernel_is_right(device, dtype, heads, getattr(config, "num_key_value_heads", None) or heads, width)
+    if not right:
+        say_once(
+            f"{type(model).__name__} computes the padding of its batches, too: torch {torch.__version__} has no "
+            f"varlen_attn for heads of {width} in {dtype} on this GPU"
+        )
+    return right
 
 
 @lru_cache
 @torch.autocast("cuda", enabled=False)
+@torch.inference_mode(False)  # Lightning validates in it before it trains
+@torch.enable_grad()
 def kernel_is_right(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int) -> bool:
     """Whether there is a kernel that computes what `attend_by_runs` does, forwards and backwards; tried once.
 
@@ -216,11 +229,10 @@ def kernel_is_right(device: torch.device, dtype: torch.dtype, heads: int, key_he
         out = way(runs, *rows, width**-0.5)
         return [out, *torch.autograd.grad(out.float().square().sum(), rows)]
 
-    with torch.enable_grad():
-        try:
-            found = results(made, _by_kernel)
-        except (ImportError, NotImplementedError, RuntimeError):
-            return False
-        expected = results([tensor.float() for tensor in made], attend_by_runs)
+    try:
+        found = results(made, _by_kernel)
+    except (ImportError, NotImplementedError, RuntimeError):
+        return False
+    expected = results([tensor.float() for tensor in made], attend_by_runs)
     far = [float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
     return max(far) <= _FARTHEST
