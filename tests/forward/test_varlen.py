@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.models import LAYOUTS, tiny_causal_lm
 from rlhf_lightning.compat import attention_function
-from rlhf_lightning.forward import hidden, varlen
+from rlhf_lightning.forward import hidden, numerics, varlen
 from rlhf_lightning.forward.hidden import hidden_states, padded_hidden_states
 from rlhf_lightning.forward.prefix import share_rows
 
@@ -188,9 +188,9 @@ def test_only_a_gpu_is_kept_from_planning_for_each_shape():
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
-        varlen.avoid_plans(torch.device("cpu"))
+        numerics.self_test(tiny_causal_lm("llama"), bool)
         assert torch.backends.cuda.cudnn_sdp_enabled()
-        varlen.avoid_plans(torch.device("cuda"))
+        numerics.avoid_plans(torch.device("cuda"))
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)

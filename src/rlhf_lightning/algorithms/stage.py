@@ -33,7 +33,6 @@ from rlhf_lightning.algorithms.log_keeper import keep_logs
 from rlhf_lightning.algorithms.trainer_checks import check_trainer, keep_checkpoints_whole, let_checkpoints_save
 from rlhf_lightning.arguments import AT_LEAST_1, check_arguments
 from rlhf_lightning.errors import NonFiniteError, UserError
-from rlhf_lightning.forward.varlen import avoid_plans
 from rlhf_lightning.models.finetune import describe_trained
 from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.tokenizer import check_same_words, load_tokenizer
@@ -382,7 +381,6 @@ class Stage(CheckpointedModule):
 
     def on_fit_start(self) -> None:
         """Put what is trained in training mode: `from_pretrained` leaves it in evaluation mode."""
-        avoid_plans(self.device)
         for part in self.trained_parts.values():
             part.train()
         for metric in self.modules():

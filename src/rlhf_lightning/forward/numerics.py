@@ -44,6 +44,7 @@ def self_test(model: PreTrainedModel, test: Callable[[], Found]) -> Found | Exce
         torch.OutOfMemoryError: there is no room for the test, which says nothing of the model.
         UserError: the test refused the model.
     """
+    avoid_plans(model.device)  # here, for whatever runs a model tests it first
     with evaluation_mode(model), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         try:
             return test()
@@ -51,6 +52,18 @@ def self_test(model: PreTrainedModel, test: Callable[[], Found]) -> Found | Exce
             raise
         except _FAILURES as error:
             return error
+
+
+def avoid_plans(device: torch.device) -> None:
+    """Switch off, for the whole process, the attention that makes a plan for each new shape of a batch, cuDNN's.
+
+    On an H200 a plan took about half a second, and batches of texts have many shapes.
+
+    Args:
+        device: of a model that is about to be used.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def say_once(message: str) -> None:

@@ -171,18 +171,6 @@ def computing_type(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
-def avoid_plans(device: torch.device) -> None:
-    """Switch off, for the whole process, the attention that makes a plan for each new shape of a batch, cuDNN's.
-
-    On an H200 a plan took about half a second, and batches of texts have many shapes.
-
-    Args:
-        device: that a fit is about to use.
-    """
-    if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)
-
-
 def has_kernel(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether a model's rows can be attended to in one call; asked without waiting for the device but the first time.
 
