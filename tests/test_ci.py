@@ -104,7 +104,17 @@ def test_no_two_test_files_share_a_name():
 
 
 def test_what_the_numerical_tests_leave_out_is_there():
-    said = subprocess.run(["make", "-n", "test-numbers"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        ["make", "-n", "test-numbers-anyway"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     left_out = re.findall(r"--ignore=(\S+)", said)
     assert left_out
     assert all((ROOT / path).is_file() for path in left_out)
+
+
+@pytest.mark.parametrize(("own", "asked", "again"), [("avx2", "avx2", False), ("avx512", "avx2", True)])
+def test_numerical_tests_are_not_run_a_second_time_under_the_same_instructions(own, asked, again):
+    words = ["make", "-n", "test-numbers", f"OWN=echo {own}", f"CAPABILITY={asked}", "READY=pyproject.toml"]
+    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert (f"ATEN_CPU_CAPABILITY={asked} ONEDNN" in said) is again
+    assert ("is this machine's own instruction set" in said.splitlines()[-1]) is not again
