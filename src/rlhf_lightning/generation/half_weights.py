@@ -57,7 +57,10 @@ class _HalfLinear(nn.Linear):
         rows = inputs.numel() // inputs.shape[-1]
         if not 1 <= rows <= MOST or inputs.dtype != torch.float32:
             return super().forward(inputs)
-        halves = inputs.reshape(rows, -1).bfloat16()  # [n, in]
-        outputs = torch.stack([torch.mv(self.half_weight, row) for row in halves]).float()  # [n, out]
+        if rows == 1:  # a step of one answer, in which each further operation is felt
+            outputs = torch.mv(self.half_weight, inputs.reshape(-1).bfloat16()).float()  # [out]
+        else:
+            halves = inputs.reshape(rows, -1).bfloat16()  # [n, in]
+            outputs = torch.stack([torch.mv(self.half_weight, row) for row in halves]).float()  # [n, out]
         outputs = outputs if self.bias is None else outputs + self.bias
         return outputs.view(*inputs.shape[:-1], -1)
