@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py [--device cpu --tiny]
 
-Needs torch, transformers, pytorch-lightning (with torchmetrics) and peft, and downloads nothing: the model is random,
-of Llama's shape, and its tokenizer a list of words. Each part runs in a process of its own. Prints Markdown. Linux
-only.
+Needs torch, transformers, pytorch-lightning, peft, jsonargparse and protobuf, and downloads nothing: the model is
+random, of Llama's shape, and its tokenizer a list of words. Each part runs in a process of its own. Prints Markdown.
+Linux only.
 
 Model FLOP utilisation is the arithmetic that the maths of a step asks for, by the time it took and the device's peak:
 6 x (weights in the matrices of the blocks) for each real token, 6 x hidden x vocabulary for each token that is taught,

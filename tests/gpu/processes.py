@@ -2,9 +2,9 @@
 
     PYTHONPATH=src python tests/gpu/processes.py [--device cpu]
 
-Needs torch, transformers, pytorch-lightning and peft; DeepSpeed's rows are left out, with a line, where it is not
-installed. Prints a table of the largest difference of any weight after five steps in float32, responses drawn at
-temperature 1, and ends with 1 if one is above the tolerance, or if a run fails.
+Needs torch, transformers, pytorch-lightning, peft, jsonargparse and protobuf; DeepSpeed's rows are left
+out, with a line, where it is not installed. Prints a table of the largest difference of any weight after five steps in
+float32, responses drawn at temperature 1, and ends with 1 if one is above the tolerance, or if a run fails.
 """
 
 from __future__ import annotations
