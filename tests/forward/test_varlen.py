@@ -137,15 +137,20 @@ def test_a_kernel_is_used_only_where_it_computes_what_it_should(monkeypatch, ker
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
-@pytest.mark.parametrize(("width", "used"), [(8, True), (6, False)])
-def test_values_of_another_width_than_keys_go_run_by_run(monkeypatch, width, used):
-    calls = []
+@pytest.mark.parametrize(
+    ("width", "dropout", "reason"),
+    [(8, 0.0, None), (6, 0.0, "queries of 8 and values of 6 in torch.bfloat16"), (8, 0.1, "attention dropout")],
+)
+def test_what_the_kernel_does_not_take_goes_run_by_run_and_says_so(monkeypatch, width, dropout, reason):
+    calls, said = [], []
+    monkeypatch.setattr(varlen, "say_once", said.append)
     monkeypatch.setattr(varlen, "_by_kernel", lambda *args: calls.append(args) or args[1])
     monkeypatch.setattr(varlen, "kernel_is_right", lambda *args: True)
     query, key, value = (torch.zeros(1, 2, 5, each).bfloat16() for each in (8, 8, width))
-    found, _ = varlen.attend(varlen.runs_of([[5]]), torch.nn.Identity(), query, key, value, None)
+    found, _ = varlen.attend(varlen.runs_of([[5]]), torch.nn.Identity(), query, key, value, None, dropout=dropout)
     assert found.shape == (1, 5, 2, width)
-    assert bool(calls) is used
+    assert bool(calls) is (reason is None)
+    assert [line.partition("does not take ")[2] for line in said] == ([] if reason is None else [reason])
 
 
 def test_a_model_without_heads_has_no_such_kernel_and_one_whose_kernel_is_wrong_says_so(monkeypatch):

@@ -113,6 +113,8 @@ def attend(
     # Layers may differ, and a family's keys and values too: what the kernel has not been tried with goes run by run.
     tried = dtype in _TYPES and q.shape[2] == v.shape[2] and kernel_is_right(q.device, dtype, *_sizes(q, k))
     if dropout or not tried:
+        reason = "attention dropout" if dropout else f"queries of {q.shape[2]} and values of {v.shape[2]} in {dtype}"
+        say_once(f"attention goes sequence by sequence, which is slow on a GPU: its kernel does not take {reason}")
         return attend_by_runs(runs, q, k, v, scaling, dropout)[None], None
     return _by_kernel(runs, q.contiguous(), k.contiguous(), v.contiguous(), scaling)[None], None
 
