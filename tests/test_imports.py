@@ -25,7 +25,7 @@ FLOORS = (
     ("training",),
     ("batches",),
     ("chat", "rng", "runs", "warning_filters"),
-    ("arguments", "compat", "yaml_text"),
+    ("arguments", "compat", "lightning_compat", "yaml_text"),
     ("errors", "functional"),
 )
 STRATEGIES = re.compile(r"(ds_|deepspeed|fsdp|ddp|singledevice)\w*", re.IGNORECASE)

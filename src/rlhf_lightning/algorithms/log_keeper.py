@@ -9,7 +9,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from rlhf_lightning import compat
+from rlhf_lightning import lightning_compat
 from rlhf_lightning.runs.log_files import LogPlaces, go_back, open_csv
 
 _STATE = "rlhf_lightning_logs"
@@ -85,12 +85,12 @@ class _LogKeeper(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Remember all that; called on every process."""
-        to_log, step = compat.metrics_to_log(trainer, self._ends_epoch)
+        to_log, step = lightning_compat.metrics_to_log(trainer, self._ends_epoch)
         state: dict[str, Any] = {"to_log": to_log, "step": step}
         state["metrics"] = _copied(trainer.callback_metrics)
         state["logged"] = _copied(trainer.logged_metrics)
         if trainer.is_global_zero:
-            within = compat.is_within_batch(trainer)
+            within = lightning_compat.is_within_batch(trainer)
             state["places"] = self._before_batch if within else self._places(trainer.loggers)
         checkpoint[_STATE] = state
 

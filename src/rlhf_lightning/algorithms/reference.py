@@ -21,8 +21,8 @@ from rlhf_lightning.algorithms.pairs import Pairs, PairStage, both_sides, respon
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.batches import PreferenceBatch
-from rlhf_lightning.compat import load_training_data, load_validation_data
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.lightning_compat import load_training_data, load_validation_data
 from rlhf_lightning.models.causal_lm import load_causal_lm
 from rlhf_lightning.models.finetune import choose_trained, enable_gradient_checkpointing
 from rlhf_lightning.models.folders import check_model_folder

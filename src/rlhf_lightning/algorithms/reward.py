@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from rlhf_lightning.algorithms.pairs import Pairs, PairStage, both_sides, pair_weights
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.batches import PreferenceBatch, ScoringBatch, without_blanks
-from rlhf_lightning.compat import load_validation_data
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.functional import (
@@ -32,6 +31,7 @@ from rlhf_lightning.functional import (
     reliability,
     scores_at_end,
 )
+from rlhf_lightning.lightning_compat import load_validation_data
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.models.finetune import prepare_for_training
 from rlhf_lightning.models.scalar_lm import (

@@ -15,8 +15,8 @@ from pytorch_lightning.callbacks import (
     StochasticWeightAveraging,
 )
 
-from rlhf_lightning.compat import was_given_checkpoint_io
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.lightning_compat import was_given_checkpoint_io
 from rlhf_lightning.runs.checkpoint_files import WholeCheckpointIO
 
 _ACCUMULATION = (

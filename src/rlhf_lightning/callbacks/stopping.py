@@ -18,9 +18,9 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from rlhf_lightning.arguments import POSITIVE, check_arguments
-from rlhf_lightning.compat import last_path, leave_signals_alone, optimizer_steps_begun, save_last
 from rlhf_lightning.data.resuming import ends_epoch
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.lightning_compat import last_path, leave_signals_alone, optimizer_steps_begun, save_last
 from rlhf_lightning.runs.signals import EXIT_CODES, SignalWatch, Stopped
 from rlhf_lightning.runs.space import check_space, free_space
 from rlhf_lightning.training import is_single_device, sum_over_ranks

@@ -17,7 +17,7 @@ from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
-from rlhf_lightning import compat
+from rlhf_lightning import lightning_compat
 from rlhf_lightning.arguments import per_process
 from rlhf_lightning.data.sampler import ResumableSampler
 from rlhf_lightning.data.streaming import StreamedExamples
@@ -171,7 +171,7 @@ class _PlaceKeeper(pl.Callback):
         """Let the trainer see again what ends the run."""
         self._put_limit_back(trainer)
         if self._is_stopped:
-            compat.put_advance_back(trainer)
+            lightning_compat.put_advance_back(trainer)
             trainer.should_stop, self._is_stopped = True, False
 
     def _put_limit_back(self, trainer: pl.Trainer) -> None:
@@ -187,7 +187,7 @@ class _PlaceKeeper(pl.Callback):
         if self._is_over and (batches == 0 or self._data.done == "epoch"):
             self._end(trainer)
             if batches > 0:
-                compat.count_epoch(trainer)
+                lightning_compat.count_epoch(trainer)
         elif batches == 0:
             trainer.fit_loop.epoch_loop.restarting = False
         elif not self._data.ended and batches >= trainer.num_training_batches:
@@ -196,9 +196,9 @@ class _PlaceKeeper(pl.Callback):
                 f"{trainer.num_training_batches} batches; resume with the same trainer.limit_train_batches"
             )
         else:
-            compat.go_on_after_batch(trainer, self._data.done == "batch", self._is_over)
+            lightning_compat.go_on_after_batch(trainer, self._data.done == "batch", self._is_over)
             if self._is_stopped:
-                compat.stop_with_validation(trainer)
+                lightning_compat.stop_with_validation(trainer)
                 trainer.should_stop = False
 
     def _stop_again(self, trainer: pl.Trainer) -> None:
@@ -206,7 +206,7 @@ class _PlaceKeeper(pl.Callback):
         if (stopper := _stopper(trainer)) is None:
             return
         trainer.should_stop = True
-        if compat.can_stop_early(trainer):
+        if lightning_compat.can_stop_early(trainer):
             rank_zero_info(f"{stopper} has ended this run before; without it among the callbacks, it trains on")
             self._is_over = self._is_stopped = True
 
@@ -244,7 +244,7 @@ class _PlaceKeeper(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the trainer as it was."""
         self._put_limit_back(trainer)
-        compat.put_advance_back(trainer)
+        lightning_compat.put_advance_back(trainer)
 
 
 def _stopper(trainer: Any) -> str | None:

@@ -21,8 +21,8 @@ import pytorch_lightning as pl
 from lightning_fabric.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.callbacks import Callback
 
-from rlhf_lightning.compat import launched_children, leave_children_alone
 from rlhf_lightning.errors import RankError
+from rlhf_lightning.lightning_compat import launched_children, leave_children_alone
 from rlhf_lightning.runs.failures import Failure, Processes, how_it_ended, write_error_file
 from rlhf_lightning.runs.meeting import POLL, answer, comes, meet, open_store
 from rlhf_lightning.runs.secrets import without_secrets
