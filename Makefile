@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test fuzz test-numbers test-numbers-anyway test-exports test-vllm test-processes equality torture lint types format bench bench-arguments clean
+.PHONY: demo test fuzz test-numbers test-numbers-anyway test-exports test-vllm test-slow equality torture lint types format bench bench-arguments clean
 
 demo: $(READY)
 	$(BIN)/rlhf quickstart
@@ -14,7 +14,7 @@ demo: $(READY)
 # for processes that they have started.
 PYTEST := $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 test: $(READY)
-	$(PYTEST) -m "not matrix and not launched"
+	$(PYTEST) -m "not matrix and not launched and not long"
 
 # The numerical tests under another instruction set than the machine's own; CAPABILITY=default for none at all.
 # torch.compile keeps generated code by the model, not by the instruction set, so that its cache is left out.
@@ -45,10 +45,11 @@ torture: $(READY)
 	MATRIX=full $(BIN)/pytest -q tests/algorithms/test_resume_processes.py
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m helpers.torture runs/torture $(N)
 
-# What `make test` leaves out, all of it on two processes: every stage on every strategy against one process, whose
-# distances `equality` writes into the docs, evaluation and adapters on each, and what launchers start.
-test-processes: $(READY)
-	MATRIX=full $(PYTEST) -m "matrix or launched" tests/algorithms tests/cli tests/training
+# What `make test` leaves out. On two processes: every stage on every strategy against one process, whose distances
+# `equality` writes into the docs, evaluation and adapters on each. What launchers start. And what takes long: plans of
+# large models, tables of precisions, compiled families.
+test-slow: $(READY)
+	MATRIX=full $(PYTEST) -m "matrix or launched or long" $(addprefix tests/,algorithms cli data generation planning training)
 
 equality: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m helpers.equality docs/distributed.md

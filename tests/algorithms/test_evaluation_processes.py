@@ -1,6 +1,6 @@
 """Validation, testing and prediction of any number of rows say on two processes what they say on one.
 
-`MATRIX=full`, as in `make test-processes`, asks for both numbers of rows on both strategies.
+`MATRIX=full`, as in `make test-slow`, asks for both numbers of rows on both strategies.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Adapters and the last layer on two processes, under DDP and real DeepSpeed, train and export as on one process.
 
-`MATRIX=full`, as in `make test-processes`, takes every case on both.
+`MATRIX=full`, as in `make test-slow`, takes every case on both.
 """
 
 import os

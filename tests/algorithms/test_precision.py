@@ -181,6 +181,7 @@ def test_what_the_rollout_knows_already_is_float32_too(precision, folders):
     assert {"answer.0.logprobs", "rollout.0.logprobs", "rollout.0.values", "loss"} <= watch.seen.keys()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_in_double_precision_trains_as_in_single(stage, folders):
     logs = []
@@ -213,6 +214,7 @@ def trained_weights(stage, folders, precision="bf16-true"):
     return before, weights(module.export_model)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES)
 def test_training_moves_weights_that_plain_bfloat16_leaves(stage, folders, monkeypatch):
     moved = changed(*trained_weights(stage, folders))

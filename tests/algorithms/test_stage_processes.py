@@ -1,11 +1,13 @@
 """Every stage on several processes, under DDP, real DeepSpeed and FSDP2, is the same run as on one process.
 
 The rows of an epoch and of a validation do not divide by the processes, responses are drawn at temperature 1, gradients
-are clipped. `MATRIX=full`, as in `make test-processes`, takes every stage on every strategy, with all weights and with
+are clipped. `MATRIX=full`, as in `make test-slow`, takes every stage on every strategy, with all weights and with
 LoRA, each step in one piece and in several; else a few of them.
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,13 +42,16 @@ def one(folders):
 
 @pytest.fixture(scope="module")
 def two(folders, exports):
-    """Every run of this file on two processes, started once; case, or `skips` -> result of each rank."""
+    """Every run of this file on two processes, started twice; case, or `skips` -> result of each rank."""
     runs = [equality.settings(case, folders) for case in CASES]
     for case, settings in zip(CASES, runs, strict=True):
         settings["export"] = str(exports / " ".join(map(str, case))) if case in EXPORTED else None
     skips = {"folder": folders["folder"], "root": str(exports / "skips")}
-    results = run_in_processes("helpers.stage_runs:run_all", timeout=3600, runs=runs, skips=skips)
-    return dict(zip([*CASES, "skips"], zip(*results, strict=True), strict=True))
+    with ThreadPoolExecutor() as pool:  # side by side, as one half alone would go on when all other files are done
+        half = partial(run_in_processes, "helpers.stage_runs:run_all", timeout=3600)
+        halves = [pool.submit(half, runs=runs[0::2], skips=skips), pool.submit(half, runs=runs[1::2])]
+        even, odd = (zip(*each.result(), strict=True) for each in halves)
+    return dict(zip([*CASES[0::2], "skips", *CASES[1::2]], [*even, *odd], strict=True))
 
 
 @each_case

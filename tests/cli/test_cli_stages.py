@@ -111,6 +111,7 @@ def test_a_run_says_only_what_concerns_the_user(stages, stage):
     assert places == {name: str(Path(stage, path)) for name, path in PLACES.items() if (root / stage / path).exists()}
 
 
+@pytest.mark.launched
 def test_a_run_from_python_says_no_more(stages):
     root, done = stages
     words = [sys.executable, "-c", FROM_PYTHON]

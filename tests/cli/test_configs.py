@@ -113,6 +113,7 @@ def assert_stacked(parser: Any, recipe: str, file: Path, trainer: str) -> None:
             assert strategy.init_args[name] == value
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_trainer_files_stack_on_the_trainer_of_every_recipe(fit_parser, of_the_trainer, trainer):
     for recipe in STAGES:

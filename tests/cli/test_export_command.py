@@ -79,6 +79,7 @@ def files(folder: Path, without: tuple[str, ...] = ("README.md",)) -> dict[str, 
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in without}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", RUNS)
 def test_it_is_the_folder_that_the_run_ended_with(shelf, name):
     root = trained(shelf, name)

@@ -131,6 +131,7 @@ def test_there_are_recipes_for_both_sizes():
     assert wanted == set(LARGE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", LARGE)
 def test_a_recipe_of_a_large_model_fits_and_says_how_well(recipe, tmp_path):
     """Their headers name GPUs and memory; neither has been run."""
@@ -158,6 +159,7 @@ def test_a_recipe_of_a_large_model_fits_and_says_how_well(recipe, tmp_path):
     assert round(made.peak / GIB) == int(said[2])
 
 
+@pytest.mark.long
 def test_the_example_of_the_documentation_is_what_the_command_prints(capsys, tmp_path, monkeypatch):
     text = DOCS.read_text(encoding="utf-8")
     command, printed = re.search(r"```console\n\$ rlhf (.+?)\n\n(.+?)```", text, re.DOTALL).groups()

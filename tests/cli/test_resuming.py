@@ -122,6 +122,7 @@ def test_the_lock_of_a_run_that_was_killed_after_its_last_word_goes(folder, copi
     assert not (copied / LOCK).exists()
 
 
+@pytest.mark.matrix
 def test_a_finished_run_is_left_as_it_is_by_all_processes(folder, copied):
     before = snapshot(copied)
     done = run_ranks(words("--ckpt_path=auto", "--trainer.strategy=ddp", "--trainer.devices=2"), folder)

@@ -60,6 +60,7 @@ def assert_same(found, expected):
     torch.testing.assert_close(found.hidden, expected.hidden, **LAYOUTS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in [*FAMILIES, *OTHERS] if name not in NOT_COMPILED])
 def test_answers_are_those_of_the_plain_step(name, counter):
     layers = 2 if name in OTHERS else 1  # that layers are told apart does not depend on the family
@@ -81,6 +82,7 @@ def test_models_of_other_kinds_answer_as_without_it_and_say_so_once(name, counte
     assert not compiled.compiled_step.trusted
 
 
+@pytest.mark.long
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batches=st.lists(st.lists(st.integers(1, 70), min_size=1, max_size=9), min_size=1, max_size=3),
@@ -178,6 +180,7 @@ def test_heads_that_share_a_key_are_not_copied(counter, monkeypatch):
     assert asked[-1] == (shape, (len(LENGTHS), 2, COLUMNS, 8))
 
 
+@pytest.mark.long
 def test_a_cache_that_is_too_short_grows_by_half(counter):
     engine = engines(grouped())[1]
     for width, capacity in [(10, 64), (56, 64), (57, 128), (120, 128), (121, 192), (190, 320)]:

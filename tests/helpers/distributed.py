@@ -10,12 +10,16 @@ import json
 import os
 import socket
 import tempfile
+import threading
 import time
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 from helpers.forked import forked_process
+
+_STARTING = threading.Lock()
+"""The environment is another one while the server is started."""
 
 
 def run_in_processes(function: str, world_size: int = 2, timeout: float = 1200, **kwargs: Any) -> list[Any]:
@@ -35,10 +39,11 @@ def run_in_processes(function: str, world_size: int = 2, timeout: float = 1200, 
     """
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
-        processes = [
-            forked_process(_run, function, kwargs, _environment(rank, world_size, port), folder, rank)
-            for rank in range(world_size)
-        ]
+        with _STARTING:
+            processes = [
+                forked_process(_run, function, kwargs, _environment(rank, world_size, port), folder, rank)
+                for rank in range(world_size)
+            ]
         for process in processes:
             process.start()
         running, deadline, failed = (

@@ -279,6 +279,6 @@ def run_each(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [run(**settings) for settings in runs]
 
 
-def run_all(runs: list[dict[str, Any]], skips: dict[str, str]) -> list[dict[str, Any]]:
-    """One run after the other in the same process, and in the end one with a step that is skipped."""
-    return [*run_each(runs), run_with_skips(**skips)]
+def run_all(runs: list[dict[str, Any]], skips: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """One run after the other in the same process, and in the end, if asked for, one with a step that is skipped."""
+    return [*run_each(runs), *([run_with_skips(**skips)] if skips else [])]

@@ -8,6 +8,7 @@ import pytest
 
 from helpers.planned import Counted, arguments, planned, save_models
 
+pytestmark = pytest.mark.long
 CASES = [
     ("sft", {}, "32-true"),
     ("sft", {"micro_batch_size": 2}, "32-true"),

@@ -115,6 +115,7 @@ def test_with_lora_adapters_alone_are_reduced(lm):
     assert made.sent == {"gradients": adapters * 2 * 4 // 2}
 
 
+@pytest.mark.long
 def test_a_deep_model_follows_from_two_shallow_ones(deep, monkeypatch):
     requests = [
         request(deep, micro_batch_size=4),
@@ -204,6 +205,7 @@ def test_unknown_strategies_and_precisions_are_refused(lm):
         plan(request(lm, precision="16-mixed"))
 
 
+@pytest.mark.long
 def test_changes_are_named_the_cheapest_first_until_it_fits(large):
     tight = request(large, gpus=2, strategy="ddp", precision="bf16-mixed", data={**DATA, "max_length": 4096})
     sharded = plan(

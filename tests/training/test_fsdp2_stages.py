@@ -14,6 +14,7 @@ from helpers.distributed import run_in_processes
 from helpers.equality import Case, distance
 from helpers.fsdp2_runs import run_all
 
+pytestmark = pytest.mark.matrix
 CASES = [Case("sft checkpointing", "fsdp2", False, True)]  # the others are in test_stage_processes.py
 NAMES = [" ".join(map(str, case)) for case in CASES]
 EXPORTED = [case for case in CASES if not case.lora]

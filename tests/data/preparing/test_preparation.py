@@ -377,6 +377,7 @@ def test_rows_read_for_prediction_are_neither_filtered_nor_split():
 # Processes
 
 
+@pytest.mark.long
 def test_the_tokens_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
     pairs = [{**pair, "prompt": f"{pair['prompt']}, {i}"} for i in range(7) for pair in PAIRS]  # chunks hold 1,000
     rows = [*pairs, {"prompt": None, "chosen": "a", "rejected": "b"}, *pairs[:10]]

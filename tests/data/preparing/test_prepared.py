@@ -56,6 +56,7 @@ def write_and_read_prompts():
     print([prompt.ids.tolist() for prompt in table], table.sources.tolist(), "pandas" in sys.modules)
 
 
+@pytest.mark.launched
 def test_reading_and_writing_do_without_pandas_which_takes_long_to_import(tmp_path):
     """Nor do prompts lose their texts, or that they have none."""
     finished = run_forked(["--version"], tmp_path, before=write_and_read_prompts)

@@ -49,6 +49,7 @@ print("done", flush=True)
 """
 
 
+@pytest.mark.launched
 def test_a_script_without_a_guard_runs_once_and_to_its_end(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
