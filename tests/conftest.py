@@ -30,6 +30,7 @@ settings.register_profile("random", max_examples=500, deadline=None, print_blob=
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 
 
+ROOT = Path(__file__).parents[1]
 STARTERS = {"helpers.distributed", "helpers.forked", "helpers.torture"}
 """Modules whose functions start processes."""
 
@@ -103,5 +104,6 @@ def _no_path_left_behind() -> Iterator[None]:
     yield
     sys.path[:] = path
     for name in set(sys.modules) - modules:
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(tempfile.gettempdir()):
+        file = Path(str(getattr(sys.modules[name], "__file__", None)))
+        if file.is_relative_to(tempfile.gettempdir()) and not file.is_relative_to(ROOT):  # which may lie there, too
             del sys.modules[name]

@@ -283,6 +283,7 @@ def test_prompts_answered_in_parts_give_responses_of_one_shape(folder, reward_fo
     assert log.series("train/ratio")[0] == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.long
 def test_compiled_decoding_changes_nothing_and_is_compiled_once(folder, reward_folder, monkeypatch):
     counter = count_compiling(monkeypatch)
     trained, scores = [], []

@@ -224,6 +224,7 @@ def test_training_moves_weights_that_plain_bfloat16_leaves(stage, folders, monke
     assert moved > stalled + 0.3
 
 
+@pytest.mark.long
 def test_the_sum_of_small_steps_is_that_of_a_float32_run(folders, monkeypatch):
     def arrived(before, after, reference):
         """How far along the float32 run's way the weights got; 1 is all the way."""
@@ -237,6 +238,7 @@ def test_the_sum_of_small_steps_is_that_of_a_float32_run(folders, monkeypatch):
     assert arrived(start, trained_weights("sft", folders)[1], reference) < 0.4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_bf16_true_run_ends_bit_for_bit_as_the_uninterrupted_one(stage, folders, tmp_path):
     def run(name, checkpoint=None, **limits):

@@ -176,6 +176,7 @@ def test_a_resumed_run_goes_on_with_what_was_found(folder, tmp_path):
     assert same_weights(end, resumed_end)
 
 
+@pytest.mark.matrix
 def test_two_processes_find_what_one_finds(folder, reward_folder, tmp_path):
     judge = str(tmp_path / "judge")
     shutil.copytree(reward_folder, judge)

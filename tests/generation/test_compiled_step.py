@@ -135,6 +135,7 @@ def test_distributed_training_does_not_cut_the_graph(counter, monkeypatch):
     assert counter.frame_count == 1
 
 
+@pytest.mark.long
 def test_in_mixed_precision_it_is_compared_by_that_precision():
     with torch.autocast("cpu", torch.bfloat16):
         plain, compiled = engines(grouped())
@@ -189,6 +190,7 @@ def test_a_cache_that_is_too_short_grows_by_half(counter):
     assert counter.frame_count == 4
 
 
+@pytest.mark.long
 def test_generated_code_says_the_same():
     model = grouped().double()
     plain, compiled = engines(model)
