@@ -49,7 +49,8 @@ torture: $(READY)
 # `equality` writes into the docs, evaluation and adapters on each. What launchers start. And what takes long: plans of
 # large models, tables of precisions, compiled families.
 test-slow: $(READY)
-	MATRIX=full $(PYTEST) -m "matrix or launched or long" $(addprefix tests/,algorithms cli data generation planning training)
+	MATRIX=full $(PYTEST) -m "matrix or launched or long" \
+		$(addprefix tests/,algorithms callbacks cli data generation planning training)
 
 equality: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m helpers.equality docs/distributed.md

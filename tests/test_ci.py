@@ -121,6 +121,17 @@ def test_what_the_numerical_tests_leave_out_is_there():
     assert all((ROOT / path).is_file() for path in left_out)
 
 
+def test_what_make_test_leaves_out_lies_where_make_test_slow_looks():
+    said, marks = what_make_would_do("test-slow"), ("matrix", "launched", "long")
+    assert f'-m "{" or ".join(marks)}"' in said
+    assert f'-m "{" and ".join(f"not {mark}" for mark in marks)}"' in what_make_would_do("test")
+    files = (ROOT / "tests").rglob("test_*.py")
+    marked = {path for path in files if re.search(rf"mark\.({'|'.join(marks)})\b", path.read_text(encoding="utf-8"))}
+    assert marked
+    folders = {path.relative_to(ROOT).parts[1] for path in marked - {Path(__file__)}}
+    assert folders <= set(re.findall(r"tests/(\w+)", said))
+
+
 @pytest.mark.parametrize(("own", "asked", "again"), [("avx2", "avx2", False), ("avx512", "avx2", True)])
 def test_numerical_tests_are_not_run_a_second_time_under_the_same_instructions(own, asked, again):
     said = what_make_would_do("test-numbers", f"OWN=echo {own}", f"CAPABILITY={asked}", "READY=pyproject.toml")
