@@ -7,7 +7,6 @@ LoRA, each step in one piece and in several; else a few of them.
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,15 +42,20 @@ def one(folders):
 @pytest.fixture(scope="module")
 def two(folders, exports):
     """Every run of this file on two processes, started twice; case, or `skips` -> result of each rank."""
-    runs = [equality.settings(case, folders) for case in CASES]
-    for case, settings in zip(CASES, runs, strict=True):
-        settings["export"] = str(exports / " ".join(map(str, case))) if case in EXPORTED else None
+    # Side by side, as one alone would go on when all other files are done; each has as many LoRA and as many pieces.
+    halves = [[case for i, case in enumerate(CASES) if (i + i // 2) % 2 == half] for half in (0, 1)]
     skips = {"folder": folders["folder"], "root": str(exports / "skips")}
-    with ThreadPoolExecutor() as pool:  # side by side, as one half alone would go on when all other files are done
-        half = partial(run_in_processes, "helpers.stage_runs:run_all", timeout=3600)
-        halves = [pool.submit(half, runs=runs[0::2], skips=skips), pool.submit(half, runs=runs[1::2])]
-        even, odd = (zip(*each.result(), strict=True) for each in halves)
-    return dict(zip([*CASES[0::2], "skips", *CASES[1::2]], [*even, *odd], strict=True))
+
+    def run_half(cases, **more):
+        runs = [equality.settings(case, folders) for case in cases]
+        for case, settings in zip(cases, runs, strict=True):
+            settings["export"] = str(exports / " ".join(map(str, case))) if case in EXPORTED else None
+        return run_in_processes("helpers.stage_runs:run_all", timeout=3600, runs=runs, **more)
+
+    with ThreadPoolExecutor() as pool:
+        started = [pool.submit(run_half, halves[0], skips=skips), pool.submit(run_half, halves[1])]
+        results = [result for each in started for result in zip(*each.result(), strict=True)]
+    return dict(zip([*halves[0], "skips", *halves[1]], results, strict=True))
 
 
 @each_case
