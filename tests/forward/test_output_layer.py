@@ -22,7 +22,7 @@ WEIGHTS = torch.linspace(-1, 2, 10).reshape(2, 5)  # a gradient of its own for e
 def small_chunks(monkeypatch):
     """Three rows at once."""
     for module in (linear_loss, output_layer):
-        monkeypatch.setattr(module, "rows_per_chunk", lambda vocab_size: 3)
+        monkeypatch.setattr(module, "rows_on", lambda device, vocab_size: 3)
 
 
 def gradients(model, value):

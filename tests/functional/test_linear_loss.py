@@ -13,6 +13,7 @@ from rlhf_lightning.functional import (
     entropy,
     linear_cross_entropy_sum,
     linear_token_logprobs,
+    rows_on,
     rows_per_chunk,
     token_logprobs,
 )
@@ -234,3 +235,36 @@ def test_nothing_is_kept_for_a_backward_pass_that_will_not_be():
 def test_chunks_keep_to_one_size_whatever_the_vocabulary():
     assert rows_per_chunk(2**10) == 2**14
     assert rows_per_chunk(2**20) == 256
+    assert rows_on(torch.device("cpu"), 2**10) == 2**14
+
+
+def test_chunks_grow_with_the_memory_of_a_gpu():
+    assert [rows_per_chunk(2**15, gib * 2**30) for gib in (4, 16, 24, 80, 140)] == [512, 1024, 1024, 4096, 8192]
+
+
+class Counted(TorchDispatchMode):
+    """How often operations of a name ran."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.times = name, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.times += func._schema.name == self.name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+def test_entropies_that_are_only_logged_cost_the_backward_pass_nothing(learnt):
+    *inputs, ids = wide_layer(rows=8, size=4, vocab=7, dtype=torch.float32)
+    logprobs, entropies = linear_token_logprobs(*inputs, ids, with_entropy=True, chunk_rows=4)
+    with Counted("aten::_log_softmax") as seen:
+        (logprobs.sum() + (entropies if learnt else entropies.detach()).sum()).backward()
+    assert seen.times == (2 if learnt else 0)  # one for each chunk
+
+
+def test_entropies_alone_have_their_gradient():
+    *inputs, ids = wide_layer(rows=5, size=4, vocab=7, dtype=torch.float32)
+    _, entropies = linear_token_logprobs(*inputs, ids, with_entropy=True, chunk_rows=2)
+    expected = gradients(entropy(plain_logits(*inputs, LogitScaling())).sum(), *inputs)
+    assert_close(gradients(entropies.sum(), *inputs), expected, torch.float32)

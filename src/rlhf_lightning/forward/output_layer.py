@@ -20,7 +20,7 @@ from rlhf_lightning.functional import (
     entropy,
     linear_cross_entropy_sum,
     linear_token_logprobs,
-    rows_per_chunk,
+    rows_on,
     token_logprobs,
 )
 from rlhf_lightning.training.sharded import is_sharded, kind_of
@@ -198,6 +198,6 @@ def _by_chunks(
     if is_sharded(model.get_output_embeddings()):
         # Ranks have different numbers of rows, but under ZeRO-3 must call each layer equally often.
         return [of_rows(hidden, token_ids)]
-    num_rows = rows_per_chunk(model.config.get_text_config().vocab_size)
+    num_rows = rows_on(hidden.device, model.config.get_text_config().vocab_size)
     pieces = zip(hidden.split(num_rows), token_ids.split(num_rows), strict=True)
     return [checkpoint(of_rows, *piece, use_reentrant=False) for piece in pieces]

@@ -11,6 +11,7 @@ from rlhf_lightning.functional.linear_loss import (
     LogitScaling,
     linear_cross_entropy_sum,
     linear_token_logprobs,
+    rows_on,
     rows_per_chunk,
 )
 from rlhf_lightning.functional.logprobs import entropy, token_logprobs
@@ -68,6 +69,7 @@ __all__ = [
     "ppo_policy_loss",
     "ppo_value_loss",
     "reliability",
+    "rows_on",
     "rows_per_chunk",
     "scores_at_end",
     "ties_credit",

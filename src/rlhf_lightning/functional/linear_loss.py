@@ -13,6 +13,7 @@ Notation: N tokens, n of them in a chunk, D hidden size, V vocabulary; `part` is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK_ELEMENTS = 2**24
+_CPU_ELEMENTS = 2**24
+_MEMORY_PER_ELEMENT = 512
 _MIN_ROWS = 256
 
 
@@ -39,19 +41,34 @@ class LogitScaling(NamedTuple):
 _PLAIN = LogitScaling()
 
 
-def rows_per_chunk(vocab_size: int) -> int:
+def rows_per_chunk(vocab_size: int, gpu_memory: int = 0) -> int:
     """Rows of logits that are computed at once.
 
-    About 64 MiB of float32, but enough rows for a matrix product to outweigh reading the output matrix.
+    About 64 MiB of float32 on a CPU. On a GPU, in float32 and with copies of half the size, a 64th to a 128th of its
+    memory, for few and large products keep it busy, and the gradient of the output matrix is added up once for each.
+    Always enough rows for a product to outweigh reading the output matrix.
 
     Args:
         vocab_size: V.
+        gpu_memory: bytes of the GPU, all of them, so that a resumed run rounds as the first one did; 0 for a CPU.
 
     Example:
-        >>> rows_per_chunk(49152)
-        341
+        >>> rows_per_chunk(49152), rows_per_chunk(152064, 80 * 10**9)
+        (341, 882)
     """
-    return max(_CHUNK_ELEMENTS // vocab_size, _MIN_ROWS)
+    elements = 1 << int(math.log2(max(gpu_memory // _MEMORY_PER_ELEMENT, _CPU_ELEMENTS)))
+    return max(elements // vocab_size, _MIN_ROWS)
+
+
+def rows_on(device: torch.device, vocab_size: int) -> int:
+    """`rows_per_chunk` of a device.
+
+    Args:
+        device: of the hidden states.
+        vocab_size: V.
+    """
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return rows_per_chunk(vocab_size, memory)
 
 
 def linear_cross_entropy_sum(
@@ -72,7 +89,7 @@ def linear_cross_entropy_sum(
         targets: `[N]`, int64.
         scaling: what becomes of the products.
         label_smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2016, section 7).
-        chunk_rows: rows of logits computed at once; None for `rows_per_chunk`.
+        chunk_rows: rows of logits computed at once; None for `rows_on`.
 
     Returns:
         Two scalars, float32 (float64 for float64 inputs): the loss, and the negative log-likelihood, which is the loss
@@ -85,7 +102,7 @@ def linear_cross_entropy_sum(
     """
     # Inside `forward` gradients are always off; only out here can be told whether there will be a backward pass.
     with_backward = torch.is_grad_enabled()
-    chunks = _Chunks(chunk_rows or rows_per_chunk(len(weight)), _product_dtype(hidden), scaling)
+    chunks = _Chunks(chunk_rows or rows_on(hidden.device, len(weight)), _product_dtype(hidden), scaling)
     sums: tuple[Tensor, Tensor] = _CrossEntropySum.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets, chunks, label_smoothing, with_backward
     )
@@ -112,7 +129,7 @@ def linear_token_logprobs(
         scaling: what becomes of the products.
         temperature: the sampling temperature, which divides the logits.
         with_entropy: also compute the entropy of each prediction.
-        chunk_rows: rows of logits computed at once; None for `rows_per_chunk`.
+        chunk_rows: rows of logits computed at once; None for `rows_on`.
 
     Returns:
         Log-probabilities and, when asked for, entropies in nats, each `[N]`, float32 (float64 for float64 inputs).
@@ -122,7 +139,7 @@ def linear_token_logprobs(
         >>> logprobs.exp()
         tensor([0.5000])
     """
-    chunks = _Chunks(chunk_rows or rows_per_chunk(len(weight)), _product_dtype(hidden), scaling, temperature)
+    chunks = _Chunks(chunk_rows or rows_on(hidden.device, len(weight)), _product_dtype(hidden), scaling, temperature)
     of_tokens: tuple[Tensor, Tensor | None] = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, token_ids, chunks, with_entropy
     )
@@ -174,15 +191,16 @@ class _CrossEntropySum(torch.autograd.Function):
             for part in chunks.of(len(hidden)):
                 chosen = targets[part].unsqueeze(1)  # [n, 1]
                 logits, slope = output.logits(part, with_slope=grads.wanted)  # [n, V]
-                at_target, mean = logits.gather(1, chosen).squeeze(1), logits.mean(dim=1)  # [n], [n]
+                at_target = share = logits.gather(1, chosen).squeeze(1)  # [n]
+                if label_smoothing:
+                    share = (1 - label_smoothing) * at_target + label_smoothing * logits.mean(dim=1)  # [n]
                 logsumexp = _softmax_(logits)  # [n]; logits are probabilities from here on
                 nll += (logsumexp - at_target).sum()
-                share = (1 - label_smoothing) * at_target + label_smoothing * mean  # [n]
                 loss += (logsumexp - share).sum()
                 if grads.wanted:
-                    grad = logits.sub_(label_smoothing / len(weight))  # [n, V]
+                    grad = logits.sub_(label_smoothing / len(weight)) if label_smoothing else logits  # [n, V]
                     grad.scatter_add_(1, chosen, grad.new_full(chosen.shape, label_smoothing - 1))
-                    grads.add(part, output, grad.mul_(slope))
+                    grads.add(part, output, _times_(grad, slope))
         ctx.save_for_backward(*grads.results())
         ctx.mark_non_differentiable(nll)
         return loss, nll
@@ -210,18 +228,22 @@ class _TokenLogprobs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             output = _Output(hidden, weight, bias, chunks)
             for part in chunks.of(len(hidden)):
-                log_softmax = output.logits(part)[0].log_softmax(dim=1)  # [n, V]
+                log_softmax = output.logits(part)[0]  # [n, V]
+                torch.log_softmax(log_softmax, dim=1, out=log_softmax)
                 logprobs[part] = log_softmax.gather(1, token_ids[part].unsqueeze(1)).squeeze(1)
                 if entropies is not None:
                     entropies[part] = -log_softmax.exp().mul_(log_softmax).sum(dim=1)
         ctx.save_for_backward(hidden, weight, bias, token_ids, entropies)
+        ctx.set_materialize_grads(False)  # entropies that are only logged need no pass over the logits
         ctx.chunks = chunks
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, token_ids, entropies = ctx.saved_tensors
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros(len(hidden), dtype=_wide(ctx.chunks.dtype), device=hidden.device)  # [N]
         with torch.autocast(hidden.device.type, enabled=False):
             output = _Output(hidden, weight, bias, ctx.chunks)
             grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
@@ -235,7 +257,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 _softmax_(logits)
                 grad = logits.mul_(factor)  # [n, V]
                 grad.scatter_add_(1, token_ids[part].unsqueeze(1), grad_logprobs[part].unsqueeze(1))
-                grads.add(part, output, grad.mul_(slope))
+                grads.add(part, output, _times_(grad, slope))
         return *grads.results(), *[None] * 3
 
 
@@ -307,7 +329,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _softmax_(logits: Tensor) -> Tensor:
     """Overwrite logits `[n, V]` with their softmax, one exponential per element; the logsumexp, `[n]`."""
-    top = logits.amax(dim=1, keepdim=True)  # [n, 1]
-    total = logits.sub_(top).exp_().sum(dim=1, keepdim=True)  # [n, 1]
-    logits.div_(total)
-    return (top + total.log()).squeeze(1)
+    top = logits.amax(dim=1)  # [n]
+    torch.softmax(logits, dim=1, out=logits)  # one kernel, where difference, exponential, sum and quotient are four
+    return top - logits.amax(dim=1).log()  # the largest probability is 1 / V at the least
+
+
+def _times_(tensor: Tensor, factor: Tensor | float) -> Tensor:
+    """Multiply in place, but for a factor that changes nothing."""
+    return tensor if isinstance(factor, float) and factor == 1.0 else tensor.mul_(factor)

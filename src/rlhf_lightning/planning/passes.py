@@ -28,7 +28,7 @@ from rlhf_lightning.compat import attention_function, fake_tensors, sdpa_attenti
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import cache_argument
 from rlhf_lightning.forward.output_layer import logit_scaling, output_logits
-from rlhf_lightning.functional import linear_cross_entropy_sum, linear_token_logprobs
+from rlhf_lightning.functional import linear_cross_entropy_sum, linear_token_logprobs, rows_per_chunk
 from rlhf_lightning.generation.cache import rollout_cache
 from rlhf_lightning.generation.decoding import PREFILL_TOKENS, PREFILL_TOKENS_ELSEWHERE
 from rlhf_lightning.generation.sampling import draw_tokens
@@ -54,6 +54,7 @@ class Load:
         is_cast: products are computed in bfloat16, their weights being wider.
         one_by_one: the graph of one loss is gone before the next is built.
         on_gpu: batches are padded, so that attention is given a mask; on a CPU they are not.
+        gpu_memory: bytes of a GPU, by which chunks of logits are cut; 0 on a CPU.
     """
 
     rows: int
@@ -63,6 +64,11 @@ class Load:
     is_cast: bool = False
     one_by_one: bool = True
     on_gpu: bool = True
+    gpu_memory: int = 0
+
+    def chunk_rows(self, head: nn.Linear) -> int:
+        """Rows of logits that are computed at once."""
+        return rows_per_chunk(head.out_features, self.gpu_memory)
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,9 @@ def _logprobs(model: Any, hidden: Tensor, load: Load, with_entropy: bool = False
     rows, head = _chosen(hidden), model.get_output_embeddings()
     ids = torch.zeros(len(rows), dtype=torch.long)
     scaling = logit_scaling(model)
-    said, _ = linear_token_logprobs(rows, head.weight, head.bias, ids, scaling, with_entropy=with_entropy)
+    said, _ = linear_token_logprobs(
+        rows, head.weight, head.bias, ids, scaling, with_entropy=with_entropy, chunk_rows=load.chunk_rows(head)
+    )
     return said.sum()
 
 
@@ -220,7 +228,9 @@ def _losses(stage: Stage, load: Load) -> Iterator[tuple[str, tuple[str, ...], Te
         model: Any = stage.export_model
         rows, head = _chosen(_hidden(model, load.rows, load)[:, :-1]), model.get_output_embeddings()
         targets = torch.zeros(len(rows), dtype=torch.long)
-        loss, _ = linear_cross_entropy_sum(rows, head.weight, head.bias, targets, logit_scaling(model))
+        loss, _ = linear_cross_entropy_sum(
+            rows, head.weight, head.bias, targets, logit_scaling(model), chunk_rows=load.chunk_rows(head)
+        )
         yield "learns", ("model",), loss
 
 

@@ -126,6 +126,7 @@ class Request:
             is_cast=sheet.is_cast,
             one_by_one=sheet.takes_losses_one_by_one,
             on_gpu=self.on_gpu,
+            gpu_memory=int((self.gpu_memory or 0) * 2**30) if self.on_gpu else 0,
         )
 
     def changed(self, part: str, **values: Any) -> Request:
