@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lightning.functional.masked import last_index
 
@@ -98,13 +98,20 @@ def gae(
         tensor([[1., 1., 0.]])
     """
     values = torch.where(response_mask, values, 0)  # [B, R]
-    next_value = torch.zeros_like(values[:, 0])  # [B]
-    advantage = torch.zeros_like(values[:, 0])  # [B]
-    backwards = []
-    for r in range(values.shape[1] - 1, -1, -1):
-        delta = rewards[:, r] + gamma * next_value - values[:, r]  # [B]
-        advantage = torch.where(response_mask[:, r], delta + gamma * gae_lambda * advantage, 0)
-        next_value = values[:, r]
-        backwards.append(advantage)
-    advantages = torch.stack(backwards[::-1], dim=1)  # [B, R]
+    next_values = nn.functional.pad(values[:, 1:], (0, 1))  # [B, R]
+    delta = torch.where(response_mask, rewards + gamma * next_values - values, 0)  # [B, R]
+    advantages = _discounted_sums(delta, gamma * gae_lambda)
+    advantages = torch.where(response_mask, advantages, 0)  # [B, R]
     return advantages, advantages + values
+
+
+def _discounted_sums(terms: Tensor, discount: float) -> Tensor:
+    """`sums[:, r] = terms[:, r] + discount * sums[:, r + 1]`, `[B, R]`.
+
+    In log2(R) operations, each of which doubles how far a sum reaches: a loop over R is thousands of launches on a GPU.
+    """
+    sums, reach = terms, 1
+    while reach < terms.shape[1]:
+        further = nn.functional.pad(sums[:, reach:], (0, reach))  # [B, R]
+        sums, reach, discount = sums + discount * further, 2 * reach, discount * discount
+    return sums
