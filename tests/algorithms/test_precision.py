@@ -1,6 +1,7 @@
 """Every stage in every precision: what is float32 all the same, what the weights are, and that small steps arrive."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ from rlhf_lightning import (
 )
 from rlhf_lightning.algorithms import stage as stage_module
 from rlhf_lightning.cli.main import main
+from rlhf_lightning.forward.casts import CastWeights
 from rlhf_lightning.training.master_weights import MasterWeights
 
 PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
@@ -309,6 +311,20 @@ def test_frozen_models_that_bf16_true_would_cast_anyway_are_refused(frozen_dtype
     with pytest.raises(UserError, match=f"frozen_dtype {frozen_dtype}.*bf16-true") as error:
         fit(module, data, precision="bf16-true")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_that_are_cast_once_train_to_the_same_bits(stage, folders, monkeypatch):
+    def trained():
+        disturb_random_numbers(0)
+        module, data = STAGES[stage](folders)
+        fit(module, data, precision="bf16-mixed", max_steps=4, max_epochs=-1, limit_val_batches=0)
+        return module.state_dict()
+
+    found = trained()
+    monkeypatch.setattr(CastWeights, "used", lambda self: nullcontext())
+    for name, weight in trained().items():
+        assert torch.equal(found[name], weight), name
 
 
 def test_a_reward_head_starts_alike_in_every_precision(folders):

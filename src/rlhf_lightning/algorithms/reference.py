@@ -228,6 +228,11 @@ class ReferenceStage(PairStage):
         """The policy, and its reference while that reads."""
         return [self.policy, *([self.reference_model.model] if self.reference_model.model is not None else [])]
 
+    @property
+    def updating_models(self) -> list[nn.Module]:
+        """The policy, and its reference while that reads."""
+        return [*self.readers]
+
     def setup(self, stage: str) -> None:
         """Say where an evaluation would compare a policy with itself."""
         super().setup(stage)

@@ -14,6 +14,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import pytorch_lightning as pl
@@ -33,6 +34,7 @@ from rlhf_lightning.algorithms.log_keeper import keep_logs
 from rlhf_lightning.algorithms.trainer_checks import check_trainer, keep_checkpoints_whole, let_checkpoints_save
 from rlhf_lightning.arguments import AT_LEAST_1, check_arguments
 from rlhf_lightning.errors import NonFiniteError, UserError
+from rlhf_lightning.forward.casts import cast_once
 from rlhf_lightning.models.finetune import describe_trained
 from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.tokenizer import check_same_words, load_tokenizer
@@ -165,6 +167,11 @@ class Stage(CheckpointedModule):
         """Folder or hub id of each model that the stage begins with, by its role."""
         return {"model": self.model_name_or_path}
 
+    @property
+    def updating_models(self) -> list[nn.Module]:
+        """What runs in an update, whose weights are cast once for all micro-batches under autocast."""
+        return [*self.trained_parts.values()]
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The groups of the optimizer."""
         return parameter_groups(self.export_model)
@@ -256,7 +263,8 @@ class Stage(CheckpointedModule):
                 sums.update({name: sums.get(name, 0) + value.detach() for name, value in logged.items()})
                 yield loss / total
 
-        with forked_rng(self.device, self.seed, type(self).__name__, self.trainer.global_step, self.global_rank):
+        casts = cast_once(*self.updating_models) if len(pieces) > 1 else nullcontext()
+        with forked_rng(self.device, self.seed, type(self).__name__, self.trainer.global_step, self.global_rank), casts:
             for piece in pieces:
                 accumulation.backward(scaled(loss_of(piece)))
         try:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
+from rlhf_lightning.forward.casts import own_weights
 from rlhf_lightning.training.sharded import blocks_compute_in
 
 Found = TypeVar("Found")
@@ -45,7 +46,8 @@ def self_test(model: PreTrainedModel, test: Callable[[], Found]) -> Found | Exce
         UserError: the test refused the model.
     """
     avoid_plans(model.device)  # here, for whatever runs a model tests it first
-    with evaluation_mode(model), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+    plain = torch.autocast(model.device.type, enabled=False)
+    with evaluation_mode(model), own_weights(model), torch.no_grad(), plain:
         try:
             return test()
         except (torch.OutOfMemoryError, UserError):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from rlhf_lightning.forward.casts import PRODUCT_WEIGHT
 from rlhf_lightning.functional import (
     LogitScaling,
     cross_entropy_sum,
@@ -93,7 +94,13 @@ def cross_entropy_at(
 
     def fused(head: nn.Linear, rows: Tensor) -> tuple[Tensor, Tensor]:
         return linear_cross_entropy_sum(
-            rows, head.weight, head.bias, targets, scaling=logit_scaling(model), label_smoothing=label_smoothing
+            rows,
+            head.weight,
+            head.bias,
+            targets,
+            scaling=logit_scaling(model),
+            label_smoothing=label_smoothing,
+            cast=getattr(head, PRODUCT_WEIGHT, None),
         )
 
     def plain(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,6 +163,7 @@ def token_logprobs_at(
             scaling=logit_scaling(model),
             temperature=temperature,
             with_entropy=with_entropy,
+            cast=getattr(head, PRODUCT_WEIGHT, None),
         )
 
     def plain(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -79,6 +79,7 @@ def linear_cross_entropy_sum(
     scaling: LogitScaling = _PLAIN,
     label_smoothing: float = 0.0,
     chunk_rows: int | None = None,
+    cast: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed next-token cross-entropy in nats, `cross_entropy_sum` of the logits without the logits.
 
@@ -90,6 +91,7 @@ def linear_cross_entropy_sum(
         scaling: what becomes of the products.
         label_smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2016, section 7).
         chunk_rows: rows of logits computed at once; None for `rows_on`.
+        cast: the output matrix in the type of the products, if somebody has cast it already, `[V, D]`, no gradient.
 
     Returns:
         Two scalars, float32 (float64 for float64 inputs): the loss, and the negative log-likelihood, which is the loss
@@ -102,7 +104,8 @@ def linear_cross_entropy_sum(
     """
     # Inside `forward` gradients are always off; only out here can be told whether there will be a backward pass.
     with_backward = torch.is_grad_enabled()
-    chunks = _Chunks(chunk_rows or rows_on(hidden.device, len(weight)), _product_dtype(hidden), scaling)
+    rows = chunk_rows or rows_on(hidden.device, len(weight))
+    chunks = _Chunks(rows, _product_dtype(hidden), scaling, cast=cast)
     sums: tuple[Tensor, Tensor] = _CrossEntropySum.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets, chunks, label_smoothing, with_backward
     )
@@ -118,6 +121,7 @@ def linear_token_logprobs(
     temperature: float = 1.0,
     with_entropy: bool = False,
     chunk_rows: int | None = None,
+    cast: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each token, `token_logprobs` and `entropy` of the logits without the logits.
 
@@ -130,6 +134,7 @@ def linear_token_logprobs(
         temperature: the sampling temperature, which divides the logits.
         with_entropy: also compute the entropy of each prediction.
         chunk_rows: rows of logits computed at once; None for `rows_on`.
+        cast: the output matrix in the type of the products, if somebody has cast it already, `[V, D]`, no gradient.
 
     Returns:
         Log-probabilities and, when asked for, entropies in nats, each `[N]`, float32 (float64 for float64 inputs).
@@ -139,7 +144,8 @@ def linear_token_logprobs(
         >>> logprobs.exp()
         tensor([0.5000])
     """
-    chunks = _Chunks(chunk_rows or rows_on(hidden.device, len(weight)), _product_dtype(hidden), scaling, temperature)
+    rows = chunk_rows or rows_on(hidden.device, len(weight))
+    chunks = _Chunks(rows, _product_dtype(hidden), scaling, temperature, cast)
     of_tokens: tuple[Tensor, Tensor | None] = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, token_ids, chunks, with_entropy
     )
@@ -154,12 +160,14 @@ class _Chunks(NamedTuple):
         dtype: of the products.
         scaling: what becomes of the products.
         temperature: divides the logits.
+        cast: the output matrix in the type of the products, `[V, D]`.
     """
 
     rows: int
     dtype: torch.dtype
     scaling: LogitScaling
     temperature: float = 1.0
+    cast: Tensor | None = None
 
     def of(self, length: int) -> Iterator[slice]:
         """The chunks of so many rows."""
@@ -266,7 +274,7 @@ class _Output:
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunks: _Chunks) -> None:
         self.hidden = hidden.to(chunks.dtype)  # [N, D]
-        self.weight = weight.to(chunks.dtype)  # [V, D]
+        self.weight = (weight if chunks.cast is None else chunks.cast).to(chunks.dtype)  # [V, D]
         self.bias = None if bias is None else bias.to(chunks.dtype)  # [V]
         self.scaling = chunks.scaling
         self.temperature = chunks.temperature

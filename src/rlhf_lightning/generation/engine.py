@@ -7,7 +7,7 @@ not consulted), and the random numbers come from the generator that is passed in
 
 What makes it quick: prompts are read in groups of similar length, so that little of the prefill is padding; keys and
 values live in buffers that are written in place; rows whose response has ended leave the batch; adapters are merged;
-on a CPU, products with few rows are taken the other way round.
+under autocast weights are cast once; on a CPU, products with few rows are taken the other way round.
 
 Left out: beam search, penalties, speculative decoding.
 
@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
+from rlhf_lightning.forward.casts import CastWeights
 from rlhf_lightning.generation.cache import attention_by_rows, attention_to_full_cache
 from rlhf_lightning.generation.compiled_step import CompiledStep
 from rlhf_lightning.generation.decoding import Decoding, Record, supports_cache
@@ -171,6 +172,7 @@ class TransformersEngine(RolloutEngine):
         self.batch_size = batch_size
         self.compiled_step = CompiledStep(model, batch_size or 1) if compiled else None
         self.half_weights = HalfWeights(model) if half_weights else None
+        self.casts = CastWeights(model)
 
     @torch.no_grad()
     def generate(
@@ -261,7 +263,9 @@ class TransformersEngine(RolloutEngine):
         done, step_of = 0, self.compiled_step
         # A graph that is replayed reads the weights where they were when it was recorded; merged ones lie elsewhere.
         merging = nullcontext() if step_of is not None and step_of.is_replayed else merged_adapters(self.model)
-        with evaluation_mode(self.model), merging, skinny_gemm(self.model):
+        # What is compiled goes on reading the casts where they were; otherwise they go after each rollout.
+        casts = self.casts if step_of is not None else CastWeights(self.model)
+        with evaluation_mode(self.model), merging, casts.used(), skinny_gemm(self.model):
             cached = supports_cache(self.model, self.tokenizer)
             for rows in order.split(self.batch_size or len(order)):
                 decoding = Decoding(

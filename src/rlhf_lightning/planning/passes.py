@@ -27,6 +27,7 @@ from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.compat import attention_function, fake_tensors, sdpa_attention_forward
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import cache_argument
+from rlhf_lightning.forward.casts import PRODUCT_WEIGHT, cast_once
 from rlhf_lightning.forward.output_layer import logit_scaling, output_logits
 from rlhf_lightning.functional import linear_cross_entropy_sum, linear_token_logprobs, rows_per_chunk
 from rlhf_lightning.generation.cache import rollout_cache
@@ -65,10 +66,6 @@ class Load:
     one_by_one: bool = True
     on_gpu: bool = True
     gpu_memory: int = 0
-
-    def chunk_rows(self, head: nn.Linear) -> int:
-        """Rows of logits that are computed at once."""
-        return rows_per_chunk(head.out_features, self.gpu_memory)
 
 
 @dataclass(frozen=True)
@@ -180,14 +177,18 @@ def _chosen(hidden: Tensor) -> Tensor:
     return hidden[places // hidden.shape[1], places % hidden.shape[1]]
 
 
+def _head_options(head: Any, load: Load) -> dict[str, Any]:
+    rows = rows_per_chunk(head.out_features, load.gpu_memory)
+    return {"chunk_rows": rows, "cast": getattr(head, PRODUCT_WEIGHT, None)}
+
+
 def _logprobs(model: Any, hidden: Tensor, load: Load, with_entropy: bool = False) -> Tensor:
     """Log-probabilities of what hidden states `[B, T, D]` predict, summed."""
     rows, head = _chosen(hidden), model.get_output_embeddings()
     ids = torch.zeros(len(rows), dtype=torch.long)
     scaling = logit_scaling(model)
-    said, _ = linear_token_logprobs(
-        rows, head.weight, head.bias, ids, scaling, with_entropy=with_entropy, chunk_rows=load.chunk_rows(head)
-    )
+    options = {"with_entropy": with_entropy, **_head_options(head, load)}
+    said, _ = linear_token_logprobs(rows, head.weight, head.bias, ids, scaling, **options)
     return said.sum()
 
 
@@ -228,9 +229,8 @@ def _losses(stage: Stage, load: Load) -> Iterator[tuple[str, tuple[str, ...], Te
         model: Any = stage.export_model
         rows, head = _chosen(_hidden(model, load.rows, load)[:, :-1]), model.get_output_embeddings()
         targets = torch.zeros(len(rows), dtype=torch.long)
-        loss, _ = linear_cross_entropy_sum(
-            rows, head.weight, head.bias, targets, logit_scaling(model), chunk_rows=load.chunk_rows(head)
-        )
+        options = _head_options(head, load)
+        loss, _ = linear_cross_entropy_sum(rows, head.weight, head.bias, targets, logit_scaling(model), **options)
         yield "learns", ("model",), loss
 
 
@@ -242,7 +242,7 @@ def _updating(stage: Stage, load: Load) -> list[Passed]:
     live = _counting(stage)
     live.watch([p for p in stage.parameters() if p.requires_grad], first_blocks)
     seen: list[list[tuple[str, tuple[str, ...], list[Moment]]]] = [[], []]
-    with live:
+    with live, cast_once(*stage.updating_models):
         for found in seen:
             live.begin()
             if load.one_by_one:
@@ -301,7 +301,7 @@ def _answering(stage: AnsweringStage, load: Load, merged: float) -> Passed:
     cache = rollout_cache(policy.config, rows, prompt, load.length - 1)
     if cache is None:
         raise UserError(f"nothing is known of the caches of {type(policy).__name__}")
-    with _counting(stage) as live:
+    with _counting(stage) as live, cast_once(policy):
         live.begin()
         cache.prefill(slice(0, group), prompt)
         _read(policy, cache, group, prompt, prompt)
