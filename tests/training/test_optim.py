@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +11,13 @@ from torch import nn
 
 from helpers.models import tiny_causal_lm
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.training.optim import learning_rate_factor, learning_rates, parameter_groups, schedule_learning_rate
+from rlhf_lightning.training.optim import (
+    fuse,
+    learning_rate_factor,
+    learning_rates,
+    parameter_groups,
+    schedule_learning_rate,
+)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
@@ -39,6 +46,65 @@ def test_the_optimizer_s_own_weight_decay_reaches_matrices_only():
     optimizer.step()
     torch.testing.assert_close(model.weight.detach(), weight * (1 - 0.1 * 0.5))
     assert torch.equal(model.bias, bias)
+
+
+def stepped(optimizer, model, steps=3):
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(torch.full((2, 4), 1.0 + step, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+    return [weight.detach().clone() for weight in model.parameters()]
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Linear(4, 3).double()
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    return pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_a_fused_step_is_the_plain_one(kind, trainer):
+    plain, ours = small_model(), small_model()
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    fused = fuse(kind(ours.parameters(), **options), trainer)
+    assert fused.param_groups[0]["fused"]
+    for expected, found in zip(stepped(kind(plain.parameters(), **options), plain), stepped(fused, ours), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+class OtherAdamW(torch.optim.AdamW):
+    """Somebody's own, whose step may be another."""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda weights: torch.optim.AdamW(weights, fused=False),
+        lambda weights: torch.optim.AdamW(weights, foreach=True),
+        lambda weights: torch.optim.AdamW(weights, capturable=True),
+        lambda weights: torch.optim.SGD(weights, lr=0.1),
+        lambda weights: OtherAdamW(weights),
+    ],
+)
+def test_what_was_chosen_stays(make, trainer):
+    optimizer = make(small_model().parameters())
+    before = [group.get("fused") for group in optimizer.param_groups]
+    assert [group.get("fused") for group in fuse(optimizer, trainer).param_groups] == before
+
+
+def test_a_checkpoint_of_a_plain_optimizer_goes_on_fused(trainer):
+    model = small_model()
+    plain = torch.optim.AdamW(model.parameters())
+    stepped(plain, model)
+    fused = fuse(torch.optim.AdamW(model.parameters()), trainer)
+    fused.load_state_dict(plain.state_dict())
+    assert fused.param_groups[0]["fused"]
+    stepped(fused, model)
+    assert {float(state["step"]) for state in fused.state.values()} == {6.0}
 
 
 def test_frozen_parameters_and_empty_groups_are_left_out():

@@ -44,6 +44,7 @@ from rlhf_lightning.training.master_weights import with_master_weights
 from rlhf_lightning.training.optim import (
     ADAMW,
     Schedule,
+    fuse,
     learning_rates,
     make_optimizer,
     parameter_groups,
@@ -383,7 +384,8 @@ class Stage(CheckpointedModule):
         else:
             # Lightning says -1 for a stream without a length, which has no end either.
             total = float(batches) * self.steps_per_batch if batches >= 0 else float("inf")
-        optimizer = with_master_weights(make_optimizer(self.optimizer, self.parameter_groups()), trainer)
+        optimizer = fuse(make_optimizer(self.optimizer, self.parameter_groups()), trainer)
+        optimizer = with_master_weights(optimizer, trainer)
         scheduler = schedule_learning_rate(optimizer, self.lr_schedule, self.warmup_steps, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

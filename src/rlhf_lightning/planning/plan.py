@@ -24,7 +24,7 @@ from rlhf_lightning.planning.live import Moment
 from rlhf_lightning.planning.passes import Passed, blocks_of, models_of, passed_through
 from rlhf_lightning.planning.request import Request
 from rlhf_lightning.planning.skeletons import Skeletons
-from rlhf_lightning.training.checkpoint_size import state_per_weight
+from rlhf_lightning.training.checkpoint_size import state_per_weight, steps_fused
 from rlhf_lightning.training.sheets import Sizes
 
 GIB = 2**30
@@ -289,7 +289,8 @@ class _Planner:
 
     def _step(self, roles: list[Role]) -> Part:
         largest = max(p.numel() for p in self.trained)
-        needed = self.sheet.step_buffer(self.num_trained, largest, self.state, self.request.on_gpu)
+        fuses = steps_fused(self.stage.optimizer)
+        needed = self.sheet.step_buffer(self.num_trained, largest, self.state, self.request.on_gpu, fuses)
         gradients = 0 if self.sheet.offloads_optimizer else sum(role.gradients for role in roles)
         buffers = self.sheet.reduction_buffer(self.num_trained, self.total)
         return Part("steps the optimizer", gradients=gradients, activations=needed, buffers=buffers)

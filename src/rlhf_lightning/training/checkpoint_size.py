@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from rlhf_lightning.training.optim import can_fuse
 from rlhf_lightning.training.sharded import full_shape
 
 _STATE_OF_ADAM = 2.0
@@ -39,13 +40,30 @@ def state_per_weight(make_optimizer: Callable[[Any], Optimizer] | None) -> float
         make_optimizer: makes it from parameters.
     """
     weight = nn.Parameter(torch.zeros(16, 16))
+    if (optimizer := _stepped(make_optimizer, weight)) is None:
+        return _STATE_OF_ADAM
+    state = optimizer.state[weight].values()
+    tensors = [value for value in state if isinstance(value, torch.Tensor) and value.dim()]
+    return sum(tensor.numel() for tensor in tensors) / weight.numel()
+
+
+def steps_fused(make_optimizer: Callable[[Any], Optimizer] | None) -> bool:
+    """Whether an optimizer would be fused (`optim.fuse`), and so need nothing for itself while it steps.
+
+    Args:
+        make_optimizer: makes it from parameters.
+    """
+    optimizer = _stepped(make_optimizer, nn.Parameter(torch.zeros(1)))
+    return optimizer is not None and can_fuse(optimizer)
+
+
+def _stepped(make_optimizer: Callable[[Any], Optimizer] | None, weight: nn.Parameter) -> Optimizer | None:
+    """An optimizer that has made a step; None of one that is built on a GPU, or only within its strategy."""
     weight.grad = torch.zeros_like(weight)
     try:
         assert make_optimizer is not None
         optimizer = make_optimizer([weight])
         optimizer.step()
-    except Exception:  # one that is built on a GPU, or only within its strategy
-        return _STATE_OF_ADAM
-    state = optimizer.state[weight].values()
-    tensors = [value for value in state if isinstance(value, torch.Tensor) and value.dim()]
-    return sum(tensor.numel() for tensor in tensors) / weight.numel()
+    except Exception:
+        return None
+    return optimizer

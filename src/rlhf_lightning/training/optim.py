@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import pytorch_lightning as pl
+from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import nn
-from torch.optim import Optimizer
+from torch.distributed.tensor import DTensor
+from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_lightning.errors import UserError
@@ -16,6 +18,7 @@ from rlhf_lightning.training.sharded import full_shape
 
 Schedule = Literal["cosine", "linear", "constant"]
 _OURS = ("params", "lr", "initial_lr")
+_FUSES = ("cpu", "cuda")
 
 # Defaults of the modules, written as in a config: unlike a lambda they can be saved, read again and pickled.
 ADAMW: Any = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.1}}
@@ -54,6 +57,44 @@ def make_optimizer(make: Callable[[Any], Optimizer], groups: list[dict[str, Any]
         return make(groups)
     except (ValueError, TypeError) as error:
         raise UserError(f"model.optimizer: {' '.join(str(error).split())}") from error
+
+
+def fuse(optimizer: Optimizer, trainer: pl.Trainer) -> Optimizer:
+    """Let torch's Adam and AdamW move all of a weight in one kernel, where the weights lie and nothing else is chosen.
+
+    The same step to rounding, in a fifth of the time on a CPU; on a GPU without copies of all weights meanwhile.
+
+    Args:
+        optimizer: no step made yet.
+        trainer: its strategy may need another way.
+
+    Returns:
+        The same optimizer.
+    """
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    plain = all(not isinstance(w, DTensor) and w.is_floating_point() and w.device.type in _FUSES for w in weights)
+    if plain and can_fuse(optimizer) and not isinstance(trainer.strategy, DeepSpeedStrategy):
+        for options in (optimizer.defaults, *optimizer.param_groups):
+            options["fused"] = True
+        # A checkpoint that was written without it holds the count of steps on the CPU.
+        optimizer.register_load_state_dict_pre_hook(_as_fused)
+    return optimizer
+
+
+def can_fuse(optimizer: Optimizer) -> bool:
+    """Whether an optimizer has a fused step, and was told nothing of the way that it steps.
+
+    Args:
+        optimizer: of any kind.
+    """
+    groups = optimizer.param_groups
+    told = any(group.get(way) is not None for group in groups for way in ("fused", "foreach"))
+    other = any(group.get(way) for group in groups for way in ("capturable", "differentiable"))
+    return type(optimizer) in (Adam, AdamW) and not told and not other
+
+
+def _as_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    return {**state, "param_groups": [{**group, "fused": True} for group in state["param_groups"]]}
 
 
 def clip_value(module: pl.LightningModule | None) -> float | None:

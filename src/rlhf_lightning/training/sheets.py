@@ -199,7 +199,7 @@ class Sheet:
             return sizes.total * width + sent
         return 2 * sizes.block * width + sizes.outside * max(width, self.held.itemsize) + sent
 
-    def step_buffer(self, trained: int, largest: int, state: float, on_gpu: bool) -> int:
+    def step_buffer(self, trained: int, largest: int, state: float, on_gpu: bool, fuses: bool = False) -> int:
         """Bytes that a step of the optimizer needs for itself, the gradients not counted.
 
         Args:
@@ -207,9 +207,11 @@ class Sheet:
             largest: numbers in the largest weight among them.
             state: numbers that the optimizer keeps for each of them.
             on_gpu: the optimizer works on all weights at once there (`foreach`), and on one after the other elsewhere.
+            fuses: it needs nothing where weights are whole (`training.optim.fuse`).
         """
         wide = max(4, self.held.itemsize)
-        roots = 0 if state < 2 else trained * self.state_share if on_gpu else 2 * largest
+        fuses = fuses and self.kind in ("one device", "DDP")
+        roots = 0 if state < 2 or fuses else trained * self.state_share if on_gpu else 2 * largest
         widened = trained * self.state_share * (4 - self.gradient_bytes) if self.held.itemsize < 4 else 0
         if self.is_deepspeed:
             widened = trained * self.state_share * (4 if self.kind != "ZeRO-3" else 4 / SHARE)
