@@ -9,6 +9,28 @@ from typing import Any, NamedTuple
 import torch
 
 
+class Work(NamedTuple):
+    """The arithmetic that the maths of a step asks for, in floating-point operations.
+
+    Attributes:
+        dense: products with weights.
+        attention: of the half of the square of scores and values that a causal mask leaves.
+    """
+
+    dense: float
+    attention: float
+
+    @property
+    def flops(self) -> float:
+        """What must be computed."""
+        return self.dense + self.attention
+
+    @property
+    def unhalved(self) -> float:
+        """The same as it is often published: attention counted as if there were no mask."""
+        return self.dense + 2 * self.attention
+
+
 class Shape(NamedTuple):
     """The model and what it is fed."""
 
@@ -36,28 +58,34 @@ class Shape(NamedTuple):
         """Keys and values of one token, in all layers."""
         return 2 * self.layers * self.hidden * self.kv_heads // self.heads
 
-    def training_flops(self, lengths: list[int], targets: int) -> float:
+    def training_work(self, lengths: list[int], targets: int) -> Work:
         """What a forward and backward pass asks for."""
         dense = 6 * self.block_weights * sum(lengths) + 6 * self.hidden * self.vocabulary * targets
-        return dense + 6 * self.layers * self.hidden * sum(length**2 for length in lengths)
+        return Work(dense, 6 * self.layers * self.hidden * sum(length**2 for length in lengths))
 
 
 FULL = Shape(28, 1024, 16, 8, 4096, 32768, 64, 512, 16384, 64, 256, 128)
 TINY = Shape(2, 64, 4, 2, 128, 512, 8, 64, 256, 4, 16, 8)
+SHAPES = {
+    "0.5B": FULL,
+    "0.5B-152k": FULL._replace(vocabulary=151_936),
+    "1B": FULL._replace(layers=16, hidden=2048, heads=32, intermediate=8192),
+}
+"""By the size of the blocks and of the vocabulary; 32,768 words where nothing is said."""
+
+TINY_SHAPES = {
+    "0.5B": TINY,
+    "0.5B-152k": TINY._replace(vocabulary=2048),
+    "1B": TINY._replace(hidden=128, intermediate=256),
+}
+"""What stands for them in a try."""
 
 
-def write_model(shape: Shape, folder: Path) -> tuple[str, str]:
-    """A language model and a reward model with random weights and a tokenizer of numbered words; their folders."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+def llama_config(shape: Shape) -> Any:
+    """The model's config, for transformers."""
+    from transformers import LlamaConfig
 
-    from rlhf_lightning.models.scalar_lm import new_scalar_lm
-
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, shape.vocabulary)}}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -69,13 +97,49 @@ def write_model(shape: Shape, folder: Path) -> tuple[str, str]:
         bos_token_id=None,
         eos_token_id=1,
     )
+
+
+def new_model(shape: Shape, device: str = "cpu") -> Any:
+    """A language model with random weights, in float32."""
+    from transformers import LlamaForCausalLM
+
     torch.manual_seed(0)
+    with torch.device(device):
+        return LlamaForCausalLM(llama_config(shape))
+
+
+def new_tokenizer(vocabulary: int) -> Any:
+    """A tokenizer of numbered words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, vocabulary)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+
+
+def write_model(shape: Shape, folder: Path, device: str = "cpu", with_reward: bool = True) -> tuple[str, str]:
+    """A language model and a reward model with random weights, and their tokenizer.
+
+    Args:
+        shape: of both.
+        folder: they are written to `policy` and `reward` in it.
+        device: where the weights are drawn.
+        with_reward: write the reward model, too.
+
+    Returns:
+        Their folders.
+    """
+    from rlhf_lightning.models.scalar_lm import new_scalar_lm
+
+    tokenizer = new_tokenizer(shape.vocabulary)
     policy, reward = folder / "policy", folder / "reward"
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(policy)
+    new_model(shape, device).to(torch.bfloat16).save_pretrained(policy)
     tokenizer.save_pretrained(policy)
-    scalar = new_scalar_lm(str(policy))
-    scalar.model.to(torch.bfloat16).save_pretrained(reward)
-    tokenizer.save_pretrained(reward)
+    if with_reward:
+        new_scalar_lm(str(policy)).model.to(torch.bfloat16).save_pretrained(reward)
+        tokenizer.save_pretrained(reward)
     return str(policy), str(reward)
 
 
@@ -95,25 +159,56 @@ def padded(rng: random.Random, lengths: list[int], vocabulary: int, left: bool =
     return ids, mask
 
 
-def instruction_batches(shape: Shape, steps: int) -> tuple[list[Any], list[float]]:
+def instruction_batches(shape: Shape, steps: int) -> tuple[list[Any], list[Work]]:
     """Batches in which the second half of every row is taught, and the arithmetic of each."""
     from rlhf_lightning.batches import InstructionBatch
 
-    rng, batches, flops = random.Random(0), [], []
+    rng, batches, work = random.Random(0), [], []
     for _ in range(steps):
         lengths = random_lengths(rng, shape.rows, shape.max_length)
         ids, mask = padded(rng, lengths, shape.vocabulary)
         taught = mask & (mask.cumsum(1) > torch.tensor(lengths).unsqueeze(1) // 2)
         batches.append(InstructionBatch(ids, mask, taught, torch.arange(shape.rows)))
-        flops.append(shape.training_flops(lengths, int(taught.sum())))
-    return batches, flops
+        work.append(shape.training_work(lengths, int(taught.sum())))
+    return batches, work
 
 
-def preference_batches(shape: Shape, steps: int) -> tuple[list[Any], list[float]]:
+def packed(batch: Any, length: int) -> Any:
+    """The same examples, packed in rows: each goes into the first row that has room for it.
+
+    Args:
+        batch: an `InstructionBatch` of one example a row.
+        length: of the rows, `T`; no example is longer.
+
+    Returns:
+        An `InstructionBatch` with `position_ids`, as many rows as are needed.
+    """
+    rows: list[list[int]] = []
+    lengths = batch.attention_mask.sum(dim=1).tolist()
+    for example, size in enumerate(lengths):
+        room = next((row for row in rows if sum(lengths[i] for i in row) + size <= length), None)
+        if room is None:
+            rows.append(room := [])
+        room.append(example)
+    shape = len(rows), length
+    ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    real, taught = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    row_ids = torch.full((len(rows), max(map(len, rows))), -1)
+    for row, examples in enumerate(rows):
+        start = 0
+        for place, example in enumerate(examples):
+            here, size = slice(start, start := start + lengths[example]), lengths[example]
+            ids[row, here], taught[row, here] = batch.input_ids[example, :size], batch.loss_mask[example, :size]
+            real[row, here], positions[row, here] = True, torch.arange(size)
+            row_ids[row, place] = batch.row_ids[example]
+    return type(batch)(ids, real, taught, row_ids, positions)
+
+
+def preference_batches(shape: Shape, steps: int) -> tuple[list[Any], list[Work]]:
     """Pairs that share the first two thirds, and the arithmetic of each batch, the shared part counted once."""
     from rlhf_lightning.batches import PreferenceBatch
 
-    rng, batches, flops = random.Random(0), [], []
+    rng, batches, work = random.Random(0), [], []
     rows = max(2, shape.rows // 2)
     for _ in range(steps):
         lengths = random_lengths(rng, rows, shape.max_length)
@@ -126,8 +221,8 @@ def preference_batches(shape: Shape, steps: int) -> tuple[list[Any], list[float]
         # The second response attends to the shared part too: twice the area of one sequence, less the shared square.
         area = sum(2 * length**2 - same**2 for length, same in zip(lengths, shared, strict=True))
         dense = 6 * shape.block_weights * (sum(lengths) + sum(apart))
-        flops.append(float(dense + 6 * shape.layers * shape.hidden * area))
-    return batches, flops
+        work.append(Work(dense, 6 * shape.layers * shape.hidden * area))
+    return batches, work
 
 
 def prompt_batches(shape: Shape, steps: int) -> list[Any]:

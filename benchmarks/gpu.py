@@ -103,13 +103,13 @@ def supervised(part: str, shape: Shape, policy: str, options: argparse.Namespace
     from rlhf_lightning import RewardModule, SFTModule
 
     kind: Any = SFTModule if part == "sft" else RewardModule
-    batches, flops = (instruction_batches if part == "sft" else preference_batches)(shape, options.steps)
+    batches, work = (instruction_batches if part == "sft" else preference_batches)(shape, options.steps)
     arguments = known(kind, max_tokens_per_batch=shape.micro_tokens)
     module = kind(policy, lr_schedule="constant", warmup_steps=0, **arguments)
     seconds, _ = fit(module, batches, options)
     masks = ("attention_mask", "chosen_mask", "rejected_mask")
     tokens = [sum(int(getattr(batch, name).sum()) for name in masks if hasattr(batch, name)) for batch in batches]
-    of_steps = list(zip(seconds, tokens, flops, strict=True))[options.warmup :]
+    of_steps = list(zip(seconds, tokens, [each.flops for each in work], strict=True))[options.warmup :]
     time_spent = sum(step[0] for step in of_steps)
     return {
         "seconds": median(steady(seconds, options.warmup)),

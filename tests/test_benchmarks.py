@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import rlhf_lightning
 from helpers.compiling import count_compiling
 from helpers.stages import preference_rows, save_llama
+from rlhf_lightning.batches import InstructionBatch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -29,7 +31,9 @@ def test_training_flops_by_hand(bench: Any) -> None:
     # Queries and output 4 x 4, keys and values 4 x 2, three matrices of 4 x 8.
     assert shape.block_weights == 2 * 16 + 2 * 8 + 3 * 32
     # 6 x weights x 5 tokens, 6 x hidden x vocabulary x 2 targets, 6 x hidden x (2^2 + 3^2).
-    assert shape.training_flops([2, 3], targets=2) == 6 * 144 * 5 + 6 * 40 * 2 + 6 * 4 * 13
+    work = shape.training_work([2, 3], targets=2)
+    assert work.flops == 6 * 144 * 5 + 6 * 40 * 2 + 6 * 4 * 13
+    assert work.unhalved == 6 * 144 * 5 + 6 * 40 * 2 + 12 * 4 * 13
 
 
 def test_warm_up_steps_do_not_count_and_medians_do(bench: Any) -> None:
@@ -103,3 +107,16 @@ def test_gpu_script_runs_on_a_cpu(tmp_path: Path, bench: Any, monkeypatch: pytes
     text = gpu.tell(results, settings, measured=(0.5, 10.0))
     for part in ("sft", "reward", "ppo", "ours", "plain"):
         assert f"| {part} |" in text
+
+
+def test_packed_rows_hold_each_example_once_in_the_first_row_with_room(bench: Any) -> None:
+    lengths = torch.tensor([3, 4, 2])
+    mask = torch.arange(4) < lengths.unsqueeze(1)
+    ids = torch.arange(1, 13).view(3, 4) * mask
+    taught = mask & (torch.arange(4) > 0)
+    packed = bench("_synthetic").packed(InstructionBatch(ids, mask, taught, torch.arange(3)), 5)
+    assert packed.input_ids.tolist() == [[1, 2, 3, 9, 10], [5, 6, 7, 8, 0]]
+    assert packed.attention_mask.tolist() == [[True] * 5, [True] * 4 + [False]]
+    assert packed.loss_mask.tolist() == [[False, True, True, False, True], [False, True, True, True, False]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
+    assert packed.row_ids.tolist() == [[0, 2], [1, -1]]
