@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import operator
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +123,17 @@ def test_packed_rows_hold_each_example_once_in_the_first_row_with_room(bench: An
     assert packed.loss_mask.tolist() == [[False, True, True, False, True], [False, True, True, True, False]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
     assert packed.row_ids.tolist() == [[0, 2], [1, -1]]
+
+
+def test_a_function_in_a_process_of_its_own_says_how_it_ended(bench: Any) -> None:
+    process = bench("_gpu_process")
+    context = process.make_context(True, ())
+
+    def end_of(function: Any, *arguments: Any, seconds: float = 60) -> tuple[Any, ...]:
+        return tuple(process.run_alone(context, function, arguments, seconds))[:3]
+
+    assert end_of(json.loads, "[1]") == ([1], "", False)
+    assert end_of(operator.truediv, 1, 0) == (None, "ZeroDivisionError: division by zero", True)
+    assert end_of(process.need, "json", "a_package_of_nobody") == (None, "a_package_of_nobody is not installed", False)
+    assert end_of(os._exit, 3) == (None, "its process ended with 3", True)
+    assert end_of(time.sleep, 60, seconds=1) == (None, "it was ended after 1 s", False)
