@@ -161,6 +161,12 @@ def _halve_largest(counts: list[int], widths: list[list[int]]) -> None:
     counts[largest : largest + 1] = [count - count // 2, count // 2]
 
 
+def _places(batch: InstructionBatch | PreferenceBatch) -> int:
+    if isinstance(batch, InstructionBatch):
+        return batch.input_ids.numel()
+    return batch.chosen_ids.numel() + batch.rejected_ids.numel()
+
+
 def micro_batches(
     batch: TrainBatchT,
     size: int | None = None,
@@ -182,7 +188,7 @@ def micro_batches(
             as two sequences as wide as the longer.
 
     Returns:
-        The batch itself, uncut, without any limit.
+        The batch itself, uncut, where no limit is below it.
 
     Example:
         >>> import torch
@@ -191,7 +197,7 @@ def micro_batches(
         >>> [(p.row_ids.tolist(), p.input_ids.shape[1]) for p in pieces]
         [([1, 2], 3), ([0], 1)]
     """
-    if size is None and max_tokens is None and min_pieces == 1:
+    if size is None and min_pieces == 1 and (max_tokens is None or _places(batch) <= max_tokens):
         return [batch]
     if isinstance(batch, InstructionBatch):
         longest = batch.attention_mask.sum(dim=1)

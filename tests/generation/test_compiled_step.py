@@ -15,7 +15,7 @@ from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.forward.backbone import cache_argument
 from rlhf_lightning.generation import cache as rollout_cache
 from rlhf_lightning.generation import compiled_step
-from rlhf_lightning.generation.compiled_step import COLUMNS, CompiledStep
+from rlhf_lightning.generation.compiled_step import COLUMNS, CompiledStep, compiling_pays
 from rlhf_lightning.generation.engine import TransformersEngine
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.finetune_settings import FineTune
@@ -309,3 +309,28 @@ def test_buffers_that_a_graph_writes_are_known_to_stay_where_they_are(monkeypatc
         patch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
         answer(engine)
     assert marked == [True] * 2  # keys and values
+
+
+@pytest.mark.parametrize("then", [[9, 8, 7], [70]])  # one that fits, and one for which the cache grows
+def test_a_step_that_goes_on_with_the_sizes_of_another_rounds_as_that_does(then, counter):
+    model = grouped()
+    first, second = (engines(model, batch_size=2)[1] for _ in range(2))
+    answer(first, [3, 60, 4])
+    second.compiled_step.go_on_with(first.compiled_step.sizes)
+    expected, found = answer(first, then), answer(second, then)
+    assert second.compiled_step.sizes == first.compiled_step.sizes
+    assert torch.equal(found.logprobs, expected.logprobs)
+    assert torch.equal(found.hidden, expected.hidden)
+
+
+def test_compiling_pays_in_long_runs_on_a_gpu():
+    model = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_step, "_obstacle", lambda model: "")
+        assert compiling_pays(model, float("inf"))
+        assert not compiling_pays(model, 1_000)
+        model.device.type = "cpu"
+        assert not compiling_pays(model, float("inf"))
+        model.device.type = "cuda"
+        patch.setattr(compiled_step, "_obstacle", lambda model: "its attention is eager")
+        assert not compiling_pays(model, float("inf"))

@@ -129,6 +129,7 @@ class PairStage(Stage):
     """
 
     pairs_per_token: Tensor
+    sequences_per_example = 2
     LOGGED: tuple[str, ...] = ()
 
     def __init__(
@@ -180,7 +181,7 @@ class PairStage(Stage):
         """Micro-batches, laid out before the first forward pass, so that none waits for lengths from the device."""
         shares = self._shares(batch)
         lengths = shared_lengths(*both_sides(batch)) if shares else None
-        size, max_tokens = self.micro_batch_size, self.max_tokens_per_batch
+        size, max_tokens = self.micro_batch_size, self.token_budget
         pieces = self.cut(lambda least: micro_batches(batch, size, max_tokens, least, lengths))
         return [Pairs.of(piece, shares) for piece in pieces]
 

@@ -102,7 +102,7 @@ class SFTModule(Stage):
         """One optimizer step on one batch; returns its loss, detached, for callbacks."""
         self.check_batch(batch, InstructionBatch, "InstructionDataModule")
         started, lr = time.perf_counter(), self.learning_rates()[0]
-        size, max_tokens = self.micro_batch_size, self.max_tokens_per_batch
+        size, max_tokens = self.micro_batch_size, self.token_budget
         pieces = self.cut(lambda least: micro_batches(batch, size, max_tokens, least))
         num_targets = sum_over_ranks(self, batch.loss_mask.sum()).clamp(min=1)
         step = self.optimise(pieces, self._losses, num_targets, name_rows(batch.row_ids))

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -51,6 +51,7 @@ from rlhf_lightning.training.optim import (
     schedule_learning_rate,
 )
 from rlhf_lightning.training.reporting import peak_memory
+from rlhf_lightning.training.token_budget import budget_of
 from rlhf_lightning.warning_filters import filter_warnings
 
 PieceT = TypeVar("PieceT")
@@ -82,10 +83,12 @@ class Stage(CheckpointedModule):
         optimizer: the optimizer; weight decay reaches matrices only.
         lr_schedule: course of the learning rate after the warm-up, in optimizer steps.
         warmup_steps: optimizer steps of linear warm-up; a number below 1 is a share of all steps.
-        micro_batch_size: examples per forward and backward pass; None for as many as go into one optimizer step.
-            Splitting changes memory and time, not the gradient.
-        max_tokens_per_batch: in place of `micro_batch_size`: tokens per forward and backward pass, padding included;
-            examples of similar length go together, few long ones or many short ones. An example above it goes alone.
+        micro_batch_size: examples per forward and backward pass; None to count tokens. Splitting changes memory and
+            time, not the gradient.
+        max_tokens_per_batch: tokens per forward and backward pass, padding included; examples of similar length go
+            together, few long ones or many short ones. An example above it goes alone. `auto` for what suits the device
+            (512 on a CPU, 1,024 to 16,384 on a GPU by its memory and the models; twice as many on a CPU where an
+            example is a pair); None for all of an optimizer step at once.
         gradient_clip_val: norm the gradient is clipped to; None for no clipping.
         finetune: which weights are trained.
         gradient_checkpointing: keep only each block's input for the backward pass and compute the rest again: less
@@ -94,9 +97,13 @@ class Stage(CheckpointedModule):
 
     Attributes:
         tokenizer: of the model, with the chat template of the data; there once the models are loaded.
+        optimizer_steps: of the whole run, infinite where it has no end; there once the optimizer is made.
+        sequences_per_example: that a model reads.
     """
 
     tokenizer: PreTrainedTokenizerBase
+    optimizer_steps: float = 0
+    sequences_per_example = 1
 
     def __init__(
         self,
@@ -106,7 +113,7 @@ class Stage(CheckpointedModule):
         lr_schedule: Schedule = "cosine",
         warmup_steps: float = 0.03,
         micro_batch_size: int | None = None,
-        max_tokens_per_batch: int | None = None,
+        max_tokens_per_batch: int | Literal["auto"] | None = "auto",
         gradient_clip_val: float | None = 1.0,
         finetune: FineTune = FineTune(),
         gradient_checkpointing: bool = False,
@@ -117,7 +124,7 @@ class Stage(CheckpointedModule):
         _warn_of_other_lightning(type(self).__name__)
         finetune = from_config(FineTune, finetune)
         check_arguments(Stage, locals(), {"micro_batch_size": AT_LEAST_1, "max_tokens_per_batch": AT_LEAST_1})
-        if micro_batch_size is not None and max_tokens_per_batch is not None:
+        if micro_batch_size is not None and max_tokens_per_batch not in (None, "auto"):
             raise UserError("micro_batch_size and max_tokens_per_batch both limit a forward pass: give one of them")
         self._remember_arguments()
         self.automatic_optimization = False
@@ -127,12 +134,13 @@ class Stage(CheckpointedModule):
         self.lr_schedule: Schedule = lr_schedule
         self.warmup_steps = warmup_steps
         self.micro_batch_size = micro_batch_size
-        self.max_tokens_per_batch = max_tokens_per_batch
+        self.max_tokens_per_batch: int | Literal["auto"] | None = max_tokens_per_batch
         self.gradient_clip_val = gradient_clip_val
         self.finetune = finetune
         self.gradient_checkpointing = gradient_checkpointing
         self.trust_remote_code = trust_remote_code
         self._is_configured = False
+        self._budgets: dict[torch.device, int] = {}
 
     def _remember_arguments(self) -> None:
         """Save the arguments of this class and of the subclass that is being made, as a config would hold them."""
@@ -181,6 +189,18 @@ class Stage(CheckpointedModule):
     def steps_per_batch(self) -> int:
         """Optimizer steps made from one batch of the loader."""
         return 1
+
+    @property
+    def token_budget(self) -> int | None:
+        """Tokens per forward and backward pass at most; None where examples are counted, or all go at once."""
+        if self.micro_batch_size is not None:
+            return None
+        if self.max_tokens_per_batch != "auto":
+            return self.max_tokens_per_batch
+        if self.device not in self._budgets:
+            options = {"sequences": self.sequences_per_example, "checkpointing": self.gradient_checkpointing}
+            self._budgets[self.device] = budget_of(self, **options)
+        return self._budgets[self.device]
 
     # What it can use.
 
@@ -384,6 +404,7 @@ class Stage(CheckpointedModule):
         else:
             # Lightning says -1 for a stream without a length, which has no end either.
             total = float(batches) * self.steps_per_batch if batches >= 0 else float("inf")
+        self.optimizer_steps = total
         optimizer = fuse(make_optimizer(self.optimizer, self.parameter_groups()), trainer)
         optimizer = with_master_weights(optimizer, trainer)
         scheduler = schedule_learning_rate(optimizer, self.lr_schedule, self.warmup_steps, total)
@@ -396,6 +417,8 @@ class Stage(CheckpointedModule):
         for metric in self.modules():
             if isinstance(metric, Metric):
                 metric.reset()  # Lightning validates in inference mode, whose tensors cannot be updated in a fit
+        if self.max_tokens_per_batch == "auto" and self.token_budget is not None:
+            rank_zero_info(f"max_tokens_per_batch auto: {self.token_budget} tokens per forward and backward pass")
         if self.finetune.mode != "all":
             rank_zero_info(describe_trained(self.export_model, self.finetune))
 

@@ -26,6 +26,11 @@ COLUMNS = 64
 GROWTH = 1.5
 """A cache that is too short grows by this at least, for each length is compiled anew."""
 
+PAYS_AFTER = {"cuda": 5_000}
+"""By device, decoded tokens of a row after which compiling is paid for several times over.
+
+On a GPU a step that is replayed takes an eighth of the time; compiling it takes one to two minutes."""
+
 MOST_SIZES = 64
 """Of caches that are compiled for, in a process."""
 
@@ -52,6 +57,19 @@ class CompiledStep:
         self.reason = _obstacle(model)
         if self.reason:
             self._warn()
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Rows and columns of the largest batch so far, on which rounding depends."""
+        return self.num_rows, self.capacity
+
+    def go_on_with(self, sizes: tuple[int, int]) -> None:
+        """Take over the `sizes` of the run that a checkpoint is of, so that rounding stays the same.
+
+        Args:
+            sizes: rows and columns; no batch has been read yet.
+        """
+        self.num_rows, self.capacity = sizes
 
     @property
     def is_replayed(self) -> bool:
@@ -171,6 +189,17 @@ class CompiledStep:
         )
         hidden: Tensor = output.last_hidden_state[:, -1]  # [N, D]
         return hidden
+
+
+def compiling_pays(model: PreTrainedModel, steps: float) -> bool:
+    """Whether a run decodes so much that compiling is worth it, and can be done as far as can be looked up.
+
+    Args:
+        model: on its device.
+        steps: of decoding in the whole run, on this process.
+    """
+    after = PAYS_AFTER.get(model.device.type)
+    return after is not None and steps >= after and not _obstacle(model)
 
 
 def _obstacle(model: PreTrainedModel) -> str:

@@ -22,7 +22,7 @@ from rlhf_lightning.models.fused_lora import FusedLoraLinear
 from rlhf_lightning.models.peft_library import LoraLinear
 from rlhf_lightning.planning.live import Moment
 from rlhf_lightning.planning.passes import Passed, blocks_of, models_of, passed_through
-from rlhf_lightning.planning.request import Request
+from rlhf_lightning.planning.request import USUAL_GPU, Request
 from rlhf_lightning.planning.skeletons import Skeletons
 from rlhf_lightning.training.checkpoint_size import state_per_weight, steps_fused
 from rlhf_lightning.training.sheets import Sizes
@@ -166,6 +166,14 @@ class _Planner:
         self.stage = self._stage(None)
         self.state = state_per_weight(self.stage.optimizer)
 
+    @property
+    def _assumed(self) -> list[str]:
+        by_memory = self.stage.micro_batch_size is None and self.stage.max_tokens_per_batch == "auto"
+        unknown = by_memory and self.request.on_gpu and self.request.gpu_memory is None
+        return (
+            [f"micro-batches are those of a GPU of {USUAL_GPU:.0f} GiB; --gpu_memory says another"] if unknown else []
+        )
+
     def _stage(self, depth: int | None) -> Stage:
         stage = self.skeletons.build(self.request.stage, self.request.model, self.sheet.loaded, depth)
         if self.sheet.converts:
@@ -200,7 +208,7 @@ class _Planner:
             sent=self.sheet.sent(self.num_trained, self._passed_numbers(), sizes["micro_batches"]),
             sent_by_rollout=self._sent_by_rollout(roles, sizes),
             on_cpu=self._on_cpu(roles),
-            assumed=self.skeletons.assumed,
+            assumed=[*self.skeletons.assumed, *self._assumed],
         )
 
     # What lies there all the time.

@@ -18,6 +18,10 @@ from rlhf_lightning.arguments import per_process
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.planning.passes import Load
 from rlhf_lightning.training.sheets import Sheet, sheet_of
+from rlhf_lightning.training.token_budget import token_budget
+
+USUAL_GPU = 80.0
+"""GiB of a GPU that nothing is known of, by which batches and logits are cut."""
 
 _SAMPLING = Sampling()
 
@@ -53,9 +57,9 @@ class Request:
         Raises:
             UserError: it is not supported, or not known.
         """
-        accumulates = any(self.model.get(name) is not None for name in ("micro_batch_size", "max_tokens_per_batch"))
+        whole = self.model.get("micro_batch_size") is None and self.model.get("max_tokens_per_batch", "auto") is None
         precision = self.trainer.get("precision") or "32-true"
-        return sheet_of(self.trainer.get("strategy"), precision, self.gpus, accumulates)
+        return sheet_of(self.trainer.get("strategy"), precision, self.gpus, accumulates=not whole)
 
     @property
     def prompt_length(self) -> int:
@@ -106,10 +110,25 @@ class Request:
         else:
             step, rollout = per_process("batch_size", int(self.data.get("batch_size") or 8), self.gpus), {}
         at_once = stage.micro_batch_size or step
-        if stage.max_tokens_per_batch is not None:
-            at_once = max(1, stage.max_tokens_per_batch // self.tokens_per_example)
+        if (budget := self._token_budget(stage)) is not None:
+            at_once = max(1, budget // self.tokens_per_example)
         at_once = min(at_once, step)
         return {"step": step, "micro_batch": at_once, "micro_batches": -(-step // at_once), **rollout}
+
+    def _token_budget(self, stage: Stage) -> int | None:
+        if stage.micro_batch_size is not None:
+            return None
+        if stage.max_tokens_per_batch != "auto":
+            return stage.max_tokens_per_batch
+        kind, memory = ("cuda", (self.gpu_memory or USUAL_GPU) * 2**30) if self.on_gpu else ("cpu", 0)
+        return token_budget(
+            stage,
+            kind,
+            int(memory),
+            sequences=stage.sequences_per_example,
+            share=self.sheet.weight_share,
+            checkpointing=stage.gradient_checkpointing,
+        )
 
     def load(self, stage: Stage) -> Load:
         """What goes through the models at once.
@@ -126,7 +145,7 @@ class Request:
             is_cast=sheet.is_cast,
             one_by_one=sheet.takes_losses_one_by_one,
             on_gpu=self.on_gpu,
-            gpu_memory=int((self.gpu_memory or 0) * 2**30) if self.on_gpu else 0,
+            gpu_memory=int((self.gpu_memory or USUAL_GPU) * 2**30) if self.on_gpu else 0,
         )
 
     def changed(self, part: str, **values: Any) -> Request:

@@ -7,6 +7,7 @@ minimised (`losses`); everything else stands here.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -134,7 +135,7 @@ class OnlineStage(AnsweringStage):
         Args:
             minibatch: this rank's share.
         """
-        return self.cut(lambda least: minibatch.micro_batches(self.piece_size, self.max_tokens_per_batch, least))
+        return self.cut(lambda least: minibatch.micro_batches(self.piece_size, self.token_budget, least))
 
     def loss_total(self, minibatch: Experience, num_tokens: Tensor) -> Tensor:
         """What the losses of an update are divided by, a scalar.
@@ -162,7 +163,7 @@ class OnlineStage(AnsweringStage):
     @property
     def piece_size(self) -> int | None:
         """Responses that go through a model at once; None where tokens are counted instead."""
-        if self.max_tokens_per_batch:
+        if self.token_budget:
             return None
         return self.micro_batch_size or self.minibatch_size // world_size(self)
 
@@ -170,6 +171,12 @@ class OnlineStage(AnsweringStage):
     def answers_at_once(self) -> int | None:
         """All of this process's share, unless `generation_batch_size` says less."""
         return self.generation_batch_size or self.responses_per_rollout // world_size(self)
+
+    @property
+    def decoding_steps(self) -> int:
+        """Steps of decoding in a rollout, on this process."""
+        responses = self.responses_per_rollout // world_size(self)
+        return math.ceil(responses / (self.answers_at_once or responses)) * self.sampling.max_new_tokens
 
     def on_fit_start(self) -> None:
         """Check that what counts for all processes can be shared out among them."""
@@ -282,9 +289,11 @@ class OnlineStage(AnsweringStage):
         return checks.computes_exactly(self.trainer.precision, self.frozen_dtype, self.device.type)
 
     def run_state(self) -> dict[str, Any]:
-        """The KL coefficient, the moments of the scores and the place in the random numbers."""
+        """The KL coefficient, moments of scores, the place in the random numbers, and what decoding is compiled for."""
         moments = {**vars(self.score_moments)}
-        return {"iteration": self.iteration, "kl_coef": self.kl_controller.coef, "score_moments": moments}
+        state = {"iteration": self.iteration, "kl_coef": self.kl_controller.coef, "score_moments": moments}
+        compiled = self._compiled_step
+        return state if compiled is None else {**state, "compiled_step": list(compiled.sizes)}
 
     def load_run_state(self, state: dict[str, Any]) -> None:
         """Go on with the adapted KL coefficient, the moments and the random numbers of a checkpoint."""
@@ -292,3 +301,4 @@ class OnlineStage(AnsweringStage):
         if self.kl.target is not None:  # a fixed coefficient is what the settings of this run say
             self.kl_controller.coef = state["kl_coef"]
         self.score_moments = RunningMoments(**state["score_moments"])
+        self._compiled_sizes = tuple(state["compiled_step"]) if "compiled_step" in state else None
