@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.models import FAMILIES, LAYOUTS, spread_weights, tiny_causal_lm
-from rlhf_lightning.forward import hidden, numerics
+from rlhf_lightning.forward import numerics, row_attention
 from rlhf_lightning.forward.hidden import (
     hidden_states,
     padded_hidden_states,
@@ -127,7 +127,7 @@ def test_the_attention_is_changed_back_also_after_an_error(monkeypatch):
     ids, mask = batch([9, 2])
     without(lm, ids, mask)
     assert lm.config._attn_implementation == "sdpa"
-    monkeypatch.setattr(hidden, "sdpa_attention_forward", None)
+    monkeypatch.setattr(row_attention, "sdpa_attention_forward", None)
     with pytest.raises(TypeError):
         without(lm, ids, mask)
     assert lm.config._attn_implementation == "sdpa"

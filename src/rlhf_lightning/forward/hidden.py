@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,11 +25,9 @@ from transformers import Cache, PreTrainedModel
 
 from rlhf_lightning.compat import (
     SDPA,
-    UNUSUAL_ARGUMENTS,
     attention_function,
     attention_kernel,
     is_checkpointing,
-    sdpa_attention_forward,
     takes_attention_functions,
 )
 from rlhf_lightning.forward import varlen
@@ -45,6 +43,7 @@ from rlhf_lightning.forward.capacity import LOOKUP_ERRORS, explain_lookup
 from rlhf_lightning.forward.compatibility import ignores_left_padding
 from rlhf_lightning.forward.numerics import dummy_tokens, relative_distance, say_once, self_test, tolerance
 from rlhf_lightning.forward.output_layer import logprobs_from_hidden
+from rlhf_lightning.forward.row_attention import attend_in_turn, calls_of
 from rlhf_lightning.forward.varlen import runs_of
 
 UNPADDED = "rlhf_lightning_unpadded"
@@ -119,7 +118,23 @@ def padded_hidden_states(
     return output.last_hidden_state
 
 
-def response_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
+class ResponseRows(Protocol):
+    """Responses that are laid out already, such as those that share their prompts (`shared_prompts.py`)."""
+
+    def response_hidden(self, model: PreTrainedModel) -> Tensor:
+        """Hidden states from which the response tokens are predicted, `[B, R, D]`."""
+
+    def last_hidden(self, model: PreTrainedModel) -> Tensor:
+        """Hidden states of the last token of each response, `[B, D]`."""
+
+
+def response_hidden(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_length: int,
+    rows: ResponseRows | None = None,
+) -> Tensor:
     """Hidden states from which the response tokens are predicted.
 
     Response token r sits at position P + r and is predicted from P + r - 1.
@@ -129,10 +144,13 @@ def response_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
         input_ids: prompts padded on the left, then responses padded on the right, `[B, P + R]`.
         attention_mask: `[B, P + R]`, bool.
         response_length: R.
+        rows: the same sequences, as they are to go through the model; None for each by itself.
 
     Returns:
         `[B, R, D]`.
     """
+    if rows is not None:
+        return rows.response_hidden(model)
     return hidden_states(model, input_ids, attention_mask)[:, -response_length - 1 : -1]  # [B, R, D]
 
 
@@ -143,6 +161,7 @@ def response_logprobs(
     response_mask: Tensor,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    rows: ResponseRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each response token, `log pi(x[P+r] | x[<P+r])`.
 
@@ -153,12 +172,13 @@ def response_logprobs(
         response_mask: True for response tokens, `[B, R]`, bool.
         temperature: the sampling temperature.
         with_entropy: also compute the entropy of each prediction.
+        rows: as for `response_hidden`.
 
     Returns:
         Log-probabilities and entropies in nats, both `[B, R]`, float32, 0 after the last token; the entropies are all 0
         unless asked for.
     """
-    hidden = response_hidden(model, sequences, sequence_mask, response_mask.shape[1])
+    hidden = response_hidden(model, sequences, sequence_mask, response_mask.shape[1], rows)
     return logprobs_from_hidden(model, hidden, sequences, response_mask, temperature, with_entropy)
 
 
@@ -168,7 +188,6 @@ def unpadded_hidden_states(
     attention_mask: Tensor,
     positions: Tensor | None = None,
     parts: Sequence[Sequence[int]] | None = None,
-    sees: Sequence[Tensor] | None = None,
 ) -> Tensor | None:
     """Last hidden states without computing the padding.
 
@@ -179,14 +198,12 @@ def unpadded_hidden_states(
         positions: place of each token in its own sequence, `[B, T]`, int64; None if every row is one sequence.
         parts: tokens of each row's beginning, then of each rest that goes on from it, N together; of a sequence by
             itself one number. None where they are read off the others.
-        sees: which tokens of its row each token attends to, for each row `[1, 1, length, length]`, bool; needed on CPUs
-            where there are rests.
 
     Returns:
         `[B, T, D]`, 0 on padding; None where the model cannot do it, or there is too little to gain.
     """
     # What depends on the batch comes last: on ZeRO-3 every process must test the model, or none.
-    if not can_unpad(model, attention_mask.device) or not _unpads(model):
+    if not unpads(model, attention_mask.device):
         return None
     if positions is None:
         parts = [[length] for length in attention_mask.sum(dim=1).tolist() if length]
@@ -202,7 +219,7 @@ def unpadded_hidden_states(
     longest = max(map(sum, parts))
     if exceeds_sliding_window(model, longest, longest):
         return None
-    return _run(model, input_ids, attention_mask, positions, parts, sees)
+    return _run(model, input_ids, attention_mask, positions, parts)
 
 
 def _run(
@@ -211,10 +228,9 @@ def _run(
     attention_mask: Tensor,
     positions: Tensor,
     parts: Sequence[Sequence[int]],
-    sees: Sequence[Tensor] | None,
 ) -> Tensor:
     real = attention_mask.flatten().nonzero().squeeze(1)  # [N], places among B * T
-    hidden = _run_row(model, input_ids.flatten()[real], positions.flatten()[real], parts, sees, use_cache=False)
+    hidden = _run_row(model, input_ids.flatten()[real], positions.flatten()[real], parts, use_cache=False)
     empty = hidden.new_zeros(attention_mask.numel(), hidden.shape[1])  # [B * T, D]
     return empty.index_copy(0, real, hidden).unflatten(0, tuple(attention_mask.shape))  # [B, T, D]
 
@@ -224,14 +240,11 @@ def _run_row(
     ids: Tensor,
     positions: Tensor,
     parts: Sequence[Sequence[int]],
-    sees: Sequence[Tensor] | None,
     **kwargs: Any,
 ) -> Tensor:
     """Hidden states of real tokens, `[N, D]`; ids and positions are `[N]`, the rest as in `unpadded_hidden_states`."""
     on_cpu = ids.device.type == "cpu"
-    attend = (
-        partial(_attend, [*map(sum, parts)], sees) if on_cpu else partial(varlen.attend, runs_of(parts, ids.device))
-    )
+    attend = partial(attend_in_turn, calls_of(parts)) if on_cpu else partial(varlen.attend, runs_of(parts, ids.device))
     with attention_function(model, UNPADDED, attend, lambda *args, **kwargs: None):
         row = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": None}
         hidden: Tensor = model.base_model(**row, **kwargs).last_hidden_state[0]  # [N, D]
@@ -245,7 +258,7 @@ def reads_rows(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
         model: a language model.
         lengths: of the prompts.
     """
-    if model.device.type != "cpu" or not can_unpad(model, model.device) or not _unpads(model):
+    if model.device.type != "cpu" or not unpads(model, model.device):
         return False
     longest = max(lengths)
     return min(lengths) > 0 and not exceeds_sliding_window(model, longest, longest)
@@ -264,9 +277,7 @@ def read_row(model: PreTrainedModel, ids: Tensor, lengths: Sequence[int], cache:
         Hidden states at their ends, `[prompts, D]`.
     """
     positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])  # [N]
-    hidden = _run_row(
-        model, ids, positions, [[n] for n in lengths], None, use_cache=True, **{cache_argument(model): cache}
-    )
+    hidden = _run_row(model, ids, positions, [[n] for n in lengths], use_cache=True, **{cache_argument(model): cache})
     return hidden[torch.tensor(lengths, device=ids.device).cumsum(dim=0) - 1]
 
 
@@ -284,23 +295,14 @@ def can_unpad(model: PreTrainedModel, device: torch.device) -> bool:
     return device.type in DEVICES or varlen.has_kernel(model, device)
 
 
-def _attend(
-    lengths: list[int],
-    sees: Sequence[Tensor] | None,
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """An attention function of transformers: query `[1, H, N, d]`, key and value `[1, key heads, N, d]`."""
-    if attention_mask is not None or any(kwargs.get(name) is not None for name in UNUSUAL_ARGUMENTS):
-        raise NotImplementedError("attention of another kind")
-    masks = [None] * len(lengths) if sees is None else sees
-    # Each sequence's part is [1, heads, length, d]; what comes of it [1, length, H, d].
-    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), masks, strict=True)
-    return torch.cat([sdpa_attention_forward(module, *part, **kwargs)[0] for part in parts], dim=1), None
+def unpads(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether a model's batches can go without their padding; tested when first asked.
+
+    Args:
+        model: a language model or a scalar model; every process must ask equally often.
+        device: where its batch lies.
+    """
+    return can_unpad(model, device) and _unpads(model)
 
 
 def _unpads(model: PreTrainedModel) -> bool:
@@ -336,6 +338,6 @@ def _unpads_rightly(model: PreTrainedModel) -> bool:
     """Whether hidden states of a few dummy tokens are those of the padded batch."""
     ids, lengths = dummy_tokens(model, 10).view(2, 5), [5, 3]
     mask = torch.arange(5, device=model.device) < torch.tensor(lengths, device=model.device).unsqueeze(1)
-    found = _run(model, ids, mask, position_ids(mask), [[length] for length in lengths], None)[mask]
+    found = _run(model, ids, mask, position_ids(mask), [[length] for length in lengths])[mask]
     expected = run_backbone(model, ids, mask).last_hidden_state[mask]
     return relative_distance(found, expected) <= tolerance(model)

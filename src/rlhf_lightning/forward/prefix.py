@@ -85,12 +85,7 @@ class SharedRows(NamedTuple):
     def _hidden_states(self, model: PreTrainedModel) -> Tensor:
         hidden = None
         if can_unpad(model, self.ids.device):
-            parts, seen = self.parts(), None
-            if self.ids.device.type == "cpu":
-                mask = self.sees()
-                # [1, 1, length, length] of each row
-                seen = [mask[row : row + 1, :, : sum(part), : sum(part)] for row, part in enumerate(parts)]
-            hidden = unpadded_hidden_states(model, self.ids, self.mask, self.positions, parts, seen)
+            hidden = unpadded_hidden_states(model, self.ids, self.mask, self.positions, self.parts())
         return self.padded_hidden_states(model) if hidden is None else hidden
 
     def padded_hidden_states(self, model: PreTrainedModel) -> Tensor:
@@ -124,20 +119,23 @@ def shared_prefix_length(ids: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         ids: `[B, K, T]`, int64.
-        mask: True for real tokens, `[B, K, T]`, bool, padded on the right.
+        mask: True for real tokens, `[B, K, T]`, bool, padded on the right. A sequence without any is not one of them:
+            so groups of fewer than K stand beside others.
 
     Example:
         >>> ids = torch.tensor([[[5, 6, 7], [5, 6, 8]]])
         >>> shared_prefix_length(ids, torch.ones_like(ids).bool())
         tensor([2])
     """
-    alike = (mask & (ids == ids[:, :1])).all(dim=1)  # [B, T]
+    missing = ~mask.any(dim=2, keepdim=True)  # [B, K, 1]
+    alike = (missing | mask & (ids == ids[:, :1])).all(dim=1) & mask.any(dim=1)  # [B, T]
     return alike.long().cumprod(dim=1).sum(dim=1)
 
 
 def shared_lengths(ids: Tensor, mask: Tensor) -> Tensor:
     """Tokens of each group as a shared row, `[B]`, int64; arguments as for `shared_prefix_length`."""
-    return mask.sum(dim=(1, 2)) - (ids.shape[1] - 1) * shared_prefix_length(ids, mask)
+    again = (mask.any(dim=2).sum(dim=1) - 1).clamp(min=0)  # [B], how often the beginning need not be run
+    return mask.sum(dim=(1, 2)) - again * shared_prefix_length(ids, mask)
 
 
 def share_rows(ids: Tensor, mask: Tensor) -> SharedRows:
@@ -145,7 +143,8 @@ def share_rows(ids: Tensor, mask: Tensor) -> SharedRows:
 
     Args:
         ids: `[B, K, T]`, int64.
-        mask: True for real tokens, `[B, K, T]`, bool, padded on the right.
+        mask: True for real tokens, `[B, K, T]`, bool, padded on the right; of groups of fewer than K, False for what
+            they lack.
 
     Example:
         >>> ids = torch.tensor([[[5, 6, 7], [5, 8, 0]]])
@@ -155,7 +154,7 @@ def share_rows(ids: Tensor, mask: Tensor) -> SharedRows:
     """
     groups, count, width = ids.shape
     prefix = shared_prefix_length(ids, mask).view(-1, 1, 1)  # [B, 1, 1]
-    rests = mask.sum(dim=2) - prefix.squeeze(2)  # [B, K]
+    rests = (mask.sum(dim=2) - prefix.squeeze(2)).clamp(min=0)  # [B, K]
     shifts = (rests.cumsum(dim=1) - rests).unsqueeze(2)  # [B, K, 1], tokens of earlier rests
     length = int(shared_lengths(ids, mask).max())
 
@@ -184,18 +183,33 @@ def sharing_pays(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
         ids: `[B, K, T]`, int64.
         mask: True for real tokens, `[B, K, T]`, bool, padded on the right.
     """
-    if not _shares(model):
+    if not can_share(model):
         return False
-    # Per token and layer, the matrices cost about 24 D^2 operations and attention 4 D times the length of the row.
-    matrices = 6 * model.config.get_text_config().hidden_size
     shared, longest = shared_lengths(ids, mask), mask.sum(dim=2).amax(dim=1)  # [B], [B]
     if exceeds_sliding_window(model, ids.shape[2], shared.max()):
         return False
-    apart = ids.shape[1] * longest * (matrices + longest)
-    return bool((shared * (matrices + shared)).sum() < apart.sum())
+    apart = ids.shape[1] * cost(model, longest, longest**2)  # [B]
+    return bool(cost(model, shared, shared**2).sum() < apart.sum())
 
 
-def _shares(model: PreTrainedModel) -> bool:
+def cost(model: PreTrainedModel, tokens: Tensor, seen: Tensor) -> Tensor:
+    """What rows cost a model, in units of its own, of the shape of `tokens`.
+
+    Args:
+        model: a language model or a scalar model.
+        tokens: of each row, any shape.
+        seen: pairs of tokens that attention compares in it, those among them that a mask then leaves out.
+    """
+    # Per token and layer, the matrices cost about 24 D^2 operations, and attention 4 D for each token that it sees.
+    return tokens * 6 * model.config.get_text_config().hidden_size + seen
+
+
+def can_share(model: PreTrainedModel) -> bool:
+    """Whether a model can run shared rows; it is tested when first asked, and says so once if it cannot.
+
+    Args:
+        model: a language model or a scalar model; every process must ask equally often.
+    """
     if model not in _can_share:
         takes_left_padding(model)  # refuses what no layout makes right
         obstacle = sharing_obstacle(model)

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.compat import has_unmerged_adapter
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.forward.hidden import hidden_states, response_hidden
+from rlhf_lightning.forward.hidden import ResponseRows, hidden_states, response_hidden
 from rlhf_lightning.functional import scores_at_end
 from rlhf_lightning.models.adapter_folders import (
     CALIBRATION_FILE,
@@ -143,8 +143,16 @@ class ScalarLM(nn.Module):
         calibration = self.calibration
         return (raw - calibration.mean) / calibration.std
 
-    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Calibrated score of each sequence, read at its last real token, `[B]`, float32; arguments as for `raw`."""
+    def scores(self, input_ids: Tensor, attention_mask: Tensor, rows: ResponseRows | None = None) -> Tensor:
+        """Calibrated score of each sequence, read at its last real token, `[B]`, float32.
+
+        Args:
+            input_ids: as for `raw`.
+            attention_mask: likewise.
+            rows: the same sequences, as they are to go through the model; None for each by itself.
+        """
+        if rows is not None:
+            return self.calibrate(self.head(rows.last_hidden(self.model)))
         return scores_at_end(self(input_ids, attention_mask), attention_mask)
 
     @torch.no_grad()
@@ -364,7 +372,13 @@ def attach_reward_adapter(
     return scalar
 
 
-def response_values(model: ScalarLM, sequences: Tensor, sequence_mask: Tensor, response_mask: Tensor) -> Tensor:
+def response_values(
+    model: ScalarLM,
+    sequences: Tensor,
+    sequence_mask: Tensor,
+    response_mask: Tensor,
+    rows: ResponseRows | None = None,
+) -> Tensor:
     """Value before each response token, `V(x[<P+r])`, read from the hidden state at P + r - 1.
 
     Args:
@@ -372,9 +386,10 @@ def response_values(model: ScalarLM, sequences: Tensor, sequence_mask: Tensor, r
         sequences: prompts padded on the left, then responses padded on the right, `[B, P + R]`, int64.
         sequence_mask: True for real tokens, `[B, P + R]`, bool.
         response_mask: True for response tokens, `[B, R]`, bool.
+        rows: the same sequences, as they are to go through the model; None for each by itself.
 
     Returns:
         `[B, R]`, float32, 0 after the last token.
     """
-    hidden = response_hidden(model.model, sequences, sequence_mask, response_mask.shape[1])
+    hidden = response_hidden(model.model, sequences, sequence_mask, response_mask.shape[1], rows)
     return torch.where(response_mask, model.calibrate(model.head(hidden)), 0)
