@@ -14,7 +14,8 @@ def numbered(size):
     column = torch.arange(size)
     wide = column.unsqueeze(1).expand(size, 3)
     narrow = {"ended", "scores", "row_ids"}
-    return Experience(**{name: column if name in narrow else wide for name in Experience._fields})
+    tensors = [name for name in Experience._fields if name != "shared"]
+    return Experience(**{name: column if name in narrow else wide for name in tensors})
 
 
 def seeded(seed=0):
@@ -74,7 +75,7 @@ def test_every_epoch_is_a_permutation(size, count, epochs, seed):
         assert Counter(row for piece in part for row in piece.row_ids.tolist()) == Counter(range(rows))
     for piece in minibatches:
         assert len(piece.scores) == size
-        for field in piece:  # all fields of an example stay together
+        for field in piece.tensors.values():  # all fields of an example stay together
             assert torch.equal(field if field.dim() == 1 else field[:, 0], piece.row_ids)
 
 

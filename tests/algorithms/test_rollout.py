@@ -21,6 +21,7 @@ from rlhf_lightning.algorithms.online.rollout import (
     weigh_draws,
 )
 from rlhf_lightning.algorithms.online.settings import KLPenalty, Objective, ScoreShaping
+from rlhf_lightning.algorithms.online.sharing import Piece
 from rlhf_lightning.algorithms.ppo import build_experience
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.chat.encoder import ChatEncoder
@@ -60,7 +61,9 @@ def take(rows):
 
 def measure_all(policy, reference, scorer, value, prompts, generation, texts, temperature, pieces, report=None):
     models = {"policy": policy, "reference": reference, "scorer": scorer, "value": value}
-    return measure(prompts, generation, texts, **models, temperature=temperature, pieces=pieces, report=report)
+    return measure(
+        prompts, generation, texts, **models, temperature=temperature, pieces=[*map(Piece, pieces)], report=report
+    )
 
 
 def measured(batch_size=2, value=True, temperature=1.0, report=None):
@@ -164,11 +167,11 @@ def test_scorers_are_shown_what_was_asked_and_said():
         pieces = [torch.tensor([1]), torch.tensor([0])]
         measure_all(table_lm(P), table_lm(Q), scorer, None, prompts, generation, ["b", ""], 1.0, pieces)
     sequences, mask = [[0, 1, 2, EOS], [1, 2, EOS, 0]], [[False, True, True, True], [True, True, True, False]]
-    assert function.shown == [[sequences, mask, [True, False], ["a", "ab"], ["b", ""], [10, 11], written]]
+    assert function.shown == [[sequences, mask, [True, False], ["a", "ab"], ["b", ""], [10, 11], written, None]]
     cut = [[1, 2, EOS]], [[True] * 3]  # both without their padding
     assert model.shown == [
-        [*cut, [False], ["ab"], [""], [11], written[1:]],
-        [*cut, [True], ["a"], ["b"], [10], written[:1]],
+        [*cut, [False], ["ab"], [""], [11], written[1:], None],
+        [*cut, [True], ["a"], ["b"], [10], written[:1], None],
     ]
 
 

@@ -59,7 +59,7 @@ def arguments(kind: str, lm: str, reward: str, **given: Any) -> dict[str, Any]:
         sampling = {"max_new_tokens": RESPONSE, "min_new_tokens": RESPONSE}
         online = {"reward": reward, "rollout_batch_size": EXAMPLES // (2 if groups else 1), "minibatch_size": EXAMPLES}
         online |= {"ppo_epochs": 2, "sampling": sampling, "score": {"scaling": False}, **groups}
-    if kind in ("reward", "dpo"):
+    if kind in ("reward", "dpo", "rloo", "grpo"):
         online["prefix_sharing"] = False
     return {"model_name_or_path": lm, "lr_schedule": "constant", "warmup_steps": 0, **online, **given}
 

@@ -211,7 +211,7 @@ def ppo_losses(
     ids, kept, mask = batch.sequences, batch.sequence_mask, batch.response_mask  # [B, P + R], [B, P + R], [B, R]
     trunk = value if isinstance(value, TrunkValue) else None
     logprobs, entropies, values = logprobs_and_values(
-        policy, trunk, ids, kept, mask, temperature, with_entropy=on_policy
+        policy, trunk, ids, kept, mask, temperature, with_entropy=on_policy, rows=batch.shared
     )
     loss, logged = clipped_policy_loss(logprobs, batch, objective.clip_range, on_policy=on_policy)
     if on_policy:
@@ -219,7 +219,7 @@ def ppo_losses(
     if not isinstance(value, TrunkValue):
         yield loss, logged
         del loss, logprobs, entropies  # the graph is gone before the next one is built
-        values = response_values(value, ids, kept, mask)
+        values = response_values(value, ids, kept, mask, batch.shared)
         loss, logged = torch.zeros((), device=values.device), {}
     value_loss, stats = ppo_value_loss(values, batch.values, batch.returns, mask, objective.value_clip_range)
     logged |= {"value_loss": value_loss.detach(), "value_clip_fraction": stats["clip_fraction"]}

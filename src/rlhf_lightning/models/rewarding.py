@@ -17,6 +17,7 @@ from rlhf_lightning.chat.spacing import NO_SPACING, Spacing
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.capacity import context_length
+from rlhf_lightning.forward.hidden import ResponseRows
 from rlhf_lightning.models.rendering import recorded_chat
 from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction, import_function, names_function
 from rlhf_lightning.models.scalar_lm import CALIBRATION, ScalarLM, check_reward_model, load_reward_model
@@ -34,6 +35,7 @@ class Responses(NamedTuple):
         responses: text of each response, without special tokens.
         row_ids: number of each prompt's row in its source, `[B]`, int64; named in error messages.
         written: each prompt as its row wrote it; None where that is not known.
+        shared: the sequences, as they are to go through a model that reads them; None for each by itself.
     """
 
     sequences: Tensor
@@ -43,6 +45,7 @@ class Responses(NamedTuple):
     responses: list[str]
     row_ids: Tensor | None = None
     written: list[WrittenPrompt] | None = None
+    shared: ResponseRows | None = None
 
     @property
     def prompts_as_written(self) -> list[WrittenPrompt]:
@@ -75,7 +78,7 @@ class ModelScorer(nn.Module):
 
     def forward(self, batch: Responses) -> Tensor:
         """Calibrated score at the last real token, `[B]`."""
-        return self.model.scores(batch.sequences, batch.sequence_mask)
+        return self.model.scores(batch.sequences, batch.sequence_mask, batch.shared)
 
 
 class TextScorer(nn.Module):

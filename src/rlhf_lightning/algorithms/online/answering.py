@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -16,11 +17,12 @@ from rlhf_lightning.algorithms.online import checks
 from rlhf_lightning.algorithms.online.experience import Measurements
 from rlhf_lightning.algorithms.online.models import FrozenDtype, ModelSource, TrunkValue
 from rlhf_lightning.algorithms.online.rollout import measure, raw_score
+from rlhf_lightning.algorithms.online.sharing import cut_responses
 from rlhf_lightning.algorithms.pairs import mean_metrics
 from rlhf_lightning.algorithms.reference import warn_own_reference
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, check_arguments
-from rlhf_lightning.batches import PromptBatch, length_sorted_pieces, without_blanks
+from rlhf_lightning.batches import PromptBatch, without_blanks
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.generation.compiled_step import CompiledStep, compiling_pays
 from rlhf_lightning.generation.engine import (
@@ -243,7 +245,12 @@ class AnsweringStage(Stage):
         return self.rollout_engine.compiled_step if isinstance(self.rollout_engine, TransformersEngine) else None
 
     def measure_answers(
-        self, prompts: PromptBatch, generation: Generation, texts: list[str], with_values: bool = False
+        self,
+        prompts: PromptBatch,
+        generation: Generation,
+        texts: list[str],
+        with_values: bool = False,
+        sharing: Sequence[PreTrainedModel] = (),
     ) -> Measurements:
         """What policy, reference, reward and, if asked for, value model say of responses; every process must call it.
 
@@ -252,12 +259,13 @@ class AnsweringStage(Stage):
             generation: the responses.
             texts: the responses as text.
             with_values: without them the values are 0.
+            sharing: the models that say it, if they are to run a prompt once for all responses to it in a piece.
 
         Raises:
             NonFiniteError: on every rank, if a score of any rank is NaN or infinite.
         """
-        lengths = torch.stack([prompts.prompt_mask.sum(dim=1), generation.response_mask.sum(dim=1)], dim=1)
-        limits = {"size": self.piece_size, "max_tokens": self.token_budget}
+        asked = prompts.prompt_ids, prompts.prompt_mask
+        limits = self.piece_size, self.token_budget
         measured = measure(
             prompts,
             generation,
@@ -267,7 +275,7 @@ class AnsweringStage(Stage):
             scorer=self.scorer,
             value=self.value if with_values else None,
             temperature=self.sampling.temperature,
-            pieces=self.cut(lambda least: length_sorted_pieces(lengths, **limits, min_pieces=least)),
+            pieces=self.cut(lambda least: cut_responses(*asked, generation.response_mask, *limits, least, sharing)),
             report=partial(report_progress, self, "scoring"),
         )
         answers = {"prompts": prompts, "responses": texts, "scores": measured.scores}

@@ -6,14 +6,17 @@ right; response token r sits at position P + r of the joined sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from rlhf_lightning.batches import PromptBatch, length_sorted_pieces
+from rlhf_lightning.algorithms.online.sharing import cut_responses
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.forward.shared_prompts import SharedPrompts
 from rlhf_lightning.functional import kl_estimate
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.training import rows_of_all_ranks
@@ -63,6 +66,7 @@ class Experience(NamedTuple):
         advantages: whitened if asked for, `[B, R]`.
         returns: what values are trained on, `[B, R]`: advantages before whitening plus values.
         row_ids: number of each prompt's row in its source, `[B]`, int64.
+        shared: how responses that share prompts go through a model; None for each by itself, and before the cutting.
     """
 
     prompt_ids: Tensor
@@ -80,6 +84,7 @@ class Experience(NamedTuple):
     advantages: Tensor
     returns: Tensor
     row_ids: Tensor
+    shared: SharedPrompts | None = None
 
     @classmethod
     def of(
@@ -138,7 +143,7 @@ class Experience(NamedTuple):
         own = torch.tensor([self.prompt_ids.shape[1], self.response_ids.shape[1]], device=self.prompt_ids.device)
         prompt, response = module.all_gather(own).amax(dim=0).tolist()  # type: ignore[union-attr]
         fields = []
-        for name, field in self._asdict().items():
+        for name, field in self.tensors.items():
             if field.dim() == 2:
                 left = name.startswith("prompt_")
                 missing = (prompt if left else response) - field.shape[1]
@@ -148,15 +153,25 @@ class Experience(NamedTuple):
         # float64 holds ids and float32 numbers as they are, so that all of them travel at once.
         rows = torch.cat([field.double() for field in fields], dim=1)  # [B, F]
         rows = rows_of_all_ranks(module, rows.unflatten(0, (-1, samples))).flatten(0, 1)
-        parts = zip(self, rows.split(widths, dim=1), strict=True)
-        return Experience(*(part.view(-1, *part.shape[1 : mine.dim()]).to(mine.dtype) for mine, part in parts))
+        parts = zip(self.tensors.values(), rows.split(widths, dim=1), strict=True)
+        whole = (part.view(-1, *part.shape[1 : mine.dim()]).to(mine.dtype) for mine, part in parts)
+        return self._replace(**dict(zip(self.tensors, whole, strict=True)))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is known of each example, by name."""
+        return {name: field for name, field in self._asdict().items() if name != "shared"}
 
     def select(self, index: Tensor | slice) -> Experience:
         """The examples at `index`, in that order."""
-        return Experience(*(field[index] for field in self))
+        return self._replace(**{name: field[index] for name, field in self.tensors.items()}, shared=None)
 
     def micro_batches(
-        self, size: int | None = None, max_tokens: int | None = None, min_pieces: int = 1
+        self,
+        size: int | None = None,
+        max_tokens: int | None = None,
+        min_pieces: int = 1,
+        sharing: Sequence[PreTrainedModel] = (),
     ) -> list[Experience]:
         """Pieces of examples of similar length, longest first, each as narrow as its rows allow.
 
@@ -165,21 +180,27 @@ class Experience(NamedTuple):
             max_tokens: tokens per forward and backward pass at most, padding included, save that a longer example goes
                 alone; None for no such limit.
             min_pieces: pieces at least, at most one for each example.
+            sharing: models that run a prompt once for all responses to it in a piece, as in `cut_responses`.
         """
-        lengths = torch.stack([self.prompt_mask.sum(dim=1), self.response_mask.sum(dim=1)], dim=1)
-        return [self.select(index)._trimmed() for index in length_sorted_pieces(lengths, size, max_tokens, min_pieces)]
+        masks = self.prompt_mask, self.response_mask
+        found = cut_responses(self.prompt_ids, *masks, size, max_tokens, min_pieces, sharing)
+        pieces = [(piece, self.select(piece.rows)._trimmed()) for piece in found]
+        return [
+            some._replace(shared=piece.laid_out(some.sequences, some.sequence_mask, some.response_mask))
+            for piece, some in pieces
+        ]
 
     def _trimmed(self) -> Experience:
         """Without the columns that are padding in every row: prompts lose them on the left, responses on the right."""
         widths = torch.stack([self.prompt_mask.sum(dim=1).max(), self.response_mask.sum(dim=1).max()])
         prompt, response = widths.tolist()
-        fields = {}
-        for name, field in self._asdict().items():
+        fields: dict[str, Any] = {}
+        for name, field in self.tensors.items():
             if name.startswith("prompt_"):
                 fields[name] = field[:, -prompt:]
             else:
                 fields[name] = field[:, :response] if field.dim() == 2 else field
-        return Experience(**fields)
+        return self._replace(**fields)
 
     def minibatches(self, epochs: int, size: int, generator: torch.Generator) -> Iterator[Experience]:
         """Every example once per epoch, in a new order each time, `size` examples at once.

@@ -156,7 +156,9 @@ class GroupStage(OnlineStage):
         """Policy loss, and the KL penalty if that is in the loss."""
         ids, kept, mask = batch.sequences, batch.sequence_mask, batch.response_mask  # [B, P + R], [B, P + R], [B, R]
         with_entropy = self.on_policy  # else the rollout has measured it
-        logprobs, entropies = response_logprobs(self.policy, ids, kept, mask, self.sampling.temperature, with_entropy)
+        logprobs, entropies = response_logprobs(
+            self.policy, ids, kept, mask, self.sampling.temperature, with_entropy, batch.shared
+        )
         loss, logged = self.policy_loss(logprobs, batch)
         if with_entropy:
             logged["entropy"] = masked_sum(entropies.detach(), mask)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.forward.hidden import response_hidden
+from rlhf_lightning.forward.hidden import ResponseRows, response_hidden
 from rlhf_lightning.forward.output_layer import logprobs_from_hidden
 from rlhf_lightning.models.causal_lm import freeze, load_causal_lm
 from rlhf_lightning.models.finetune import choose_trained
@@ -224,6 +224,7 @@ def logprobs_and_values(
     response_mask: Tensor,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    rows: ResponseRows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What policy and value model say of responses; one pass for both where they share the trunk.
 
@@ -235,15 +236,16 @@ def logprobs_and_values(
         response_mask: True for response tokens, `[B, R]`, bool.
         temperature: the sampling temperature.
         with_entropy: also compute the entropy of each prediction.
+        rows: the same sequences, as they are to go through the models; None for each by itself.
 
     Returns:
         Log-probabilities, entropies (0 unless asked for) and values, each `[B, R]`, float32, 0 after the last token.
     """
-    hidden = response_hidden(policy, sequences, sequence_mask, response_mask.shape[1])
+    hidden = response_hidden(policy, sequences, sequence_mask, response_mask.shape[1], rows)
     logprobs, entropies = logprobs_from_hidden(policy, hidden, sequences, response_mask, temperature, with_entropy)
     if isinstance(value, TrunkValue):
         return logprobs, entropies, torch.where(response_mask, value(hidden), 0)
-    return logprobs, entropies, values_alone(policy, value, sequences, sequence_mask, response_mask)
+    return logprobs, entropies, values_alone(policy, value, sequences, sequence_mask, response_mask, rows)
 
 
 def values_alone(
@@ -252,11 +254,12 @@ def values_alone(
     sequences: Tensor,
     sequence_mask: Tensor,
     response_mask: Tensor,
+    rows: ResponseRows | None = None,
 ) -> Tensor:
     """The values of `logprobs_and_values`, `[B, R]`; arguments as there."""
     if value is None:
         return torch.zeros(response_mask.shape, dtype=torch.float32, device=sequences.device)
     if isinstance(value, TrunkValue):
-        hidden = response_hidden(policy, sequences, sequence_mask, response_mask.shape[1])
+        hidden = response_hidden(policy, sequences, sequence_mask, response_mask.shape[1], rows)
         return torch.where(response_mask, value(hidden), 0)
-    return response_values(value, sequences, sequence_mask, response_mask)
+    return response_values(value, sequences, sequence_mask, response_mask, rows)

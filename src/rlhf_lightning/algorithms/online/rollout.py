@@ -15,8 +15,10 @@ from rlhf_lightning.algorithms.online.controllers import RunningMoments
 from rlhf_lightning.algorithms.online.experience import Experience, Measurements
 from rlhf_lightning.algorithms.online.models import TrunkValue, logprobs_and_values, values_alone
 from rlhf_lightning.algorithms.online.settings import ScoreShaping
+from rlhf_lightning.algorithms.online.sharing import Piece
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.forward.hidden import response_logprobs
+from rlhf_lightning.forward.shared_prompts import SharedPrompts
 from rlhf_lightning.functional import gae, kl_estimate, masked_moments, masked_sum, truncated_importance
 from rlhf_lightning.functional.masked import Reduce, identity
 from rlhf_lightning.generation.engine import Generation
@@ -51,7 +53,7 @@ def measure(
     scorer: Scorer,
     value: ScalarLM | TrunkValue | None,
     temperature: float,
-    pieces: Sequence[Tensor],
+    pieces: Sequence[Piece],
     report: Report | None = None,
 ) -> Measurements:
     """Log-probabilities, values and scores of responses.
@@ -66,21 +68,22 @@ def measure(
         scorer: gives each response its score; a model sees them piece by piece, a function all at once.
         value: the value model; None leaves the values 0.
         temperature: the sampling temperature.
-        pieces: which responses are measured at once, indices int64; every response is in one of them.
+        pieces: which responses are measured at once; every response is in one of them.
         report: told how many responses are done.
     """
     mask, done = generation.response_mask, 0  # [B, R]
     logprobs, ref_logprobs, entropy, values = torch.zeros((4, *mask.shape), dtype=torch.float32, device=mask.device)
     scores = torch.zeros(len(texts), dtype=torch.float32, device=mask.device)
-    for index in pieces:
-        ids, kept, answered = _joined(prompts, generation, index)  # [b, p + r], [b, p + r], [b, r]
-        here = index, slice(answered.shape[1])
-        said = _policy_and_value(policy, value, generation, here, ids, kept, answered, temperature)
+    for piece in pieces:
+        joined = _joined(prompts, generation, piece.rows)  # [b, p + r], [b, p + r], [b, r]
+        here, rows = (piece.rows, slice(joined[2].shape[1])), piece.laid_out(*joined)
+        said = _policy_and_value(policy, value, generation, here, joined, temperature, rows)
         logprobs[here], entropy[here], values[here] = said
-        ref_logprobs[here], _ = response_logprobs(reference, ids, kept, answered, temperature)
+        ref_logprobs[here], _ = response_logprobs(reference, *joined, temperature, rows=rows)
         if isinstance(scorer, nn.Module):
-            scores[index] = scorer(_responses(prompts, generation, texts, ids, kept, index)).float()
-        done += len(index)
+            shown = _responses(prompts, generation, texts, *joined[:2], piece.rows)
+            scores[piece.rows] = scorer(shown._replace(shared=rows)).float()
+        done += len(piece.rows)
         if report is not None:
             report(done, len(texts))
     if not isinstance(scorer, nn.Module):
@@ -135,19 +138,18 @@ def _policy_and_value(
     value: ScalarLM | TrunkValue | None,
     generation: Generation,
     here: tuple[Tensor, slice],
-    ids: Tensor,
-    kept: Tensor,
-    answered: Tensor,
+    joined: tuple[Tensor, Tensor, Tensor],
     temperature: float,
+    rows: SharedPrompts | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities, entropies and values of the responses at `here`, `[b, r]`; what the engine kept is not run."""
     if generation.logprobs is None:
-        return logprobs_and_values(policy, value, ids, kept, answered, temperature, with_entropy=True)
+        return logprobs_and_values(policy, value, *joined, temperature, with_entropy=True, rows=rows)
     logprobs = generation.logprobs[here]
     if isinstance(value, TrunkValue) and generation.hidden is not None:
-        values = torch.where(answered, value(generation.hidden[here]), 0)
+        values = torch.where(joined[2], value(generation.hidden[here]), 0)
     else:
-        values = values_alone(policy, value, ids, kept, answered)
+        values = values_alone(policy, value, *joined, rows)
     return logprobs, torch.zeros_like(logprobs), values
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlhf_lightning.algorithms.hyperparameters import from_config
 from rlhf_lightning.algorithms.online import checks
@@ -28,6 +29,8 @@ from rlhf_lightning.batches import PromptBatch, name_rows, repeat_prompts
 from rlhf_lightning.errors import NonFiniteError
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.models.reward_functions import RewardFunction
+from rlhf_lightning.models.rewarding import ModelScorer
+from rlhf_lightning.models.scalar_lm import ScalarLM
 from rlhf_lightning.training import sum_over_ranks, world_size
 from rlhf_lightning.training.reporting import log_text, report_progress
 
@@ -47,6 +50,10 @@ class OnlineStage(AnsweringStage):
         generation_batch_size: responses that each process draws at once; None for its whole share of the rollout.
         minibatch_size: responses per optimizer step, of all processes together.
         ppo_epochs: passes over each rollout.
+        prefix_sharing: with several samples per prompt, run a prompt once for all responses to it that are in one
+            micro-batch, in scoring and in the update; `max_tokens_per_batch` counts it once. The results are the same
+            to rounding; if a model or attention kernel cannot do it, that is said, and each response has a prompt of
+            its own.
         kl: the penalty that holds the policy near the reference.
         score: what happens to scores before they become rewards.
         importance_cap: where the engine draws with kernels and weights of its own (vLLM), each token weighs
@@ -70,6 +77,7 @@ class OnlineStage(AnsweringStage):
         generation_batch_size: int | None = None,
         minibatch_size: int = 32,
         ppo_epochs: int = 2,
+        prefix_sharing: bool = True,
         kl: KLPenalty = KLPenalty(),
         score: ScoreShaping = ScoreShaping(),
         importance_cap: float | None = 2.0,
@@ -84,6 +92,7 @@ class OnlineStage(AnsweringStage):
         self.samples_per_prompt = samples_per_prompt
         self.minibatch_size = minibatch_size
         self.ppo_epochs = ppo_epochs
+        self.prefix_sharing = prefix_sharing
         self.kl = kl
         self.score = score
         self.importance_cap = importance_cap
@@ -135,7 +144,8 @@ class OnlineStage(AnsweringStage):
         Args:
             minibatch: this rank's share.
         """
-        return self.cut(lambda least: minibatch.micro_batches(self.piece_size, self.token_budget, least))
+        limits, sharing = (self.piece_size, self.token_budget), self._sharing(self.policy, self.value)
+        return self.cut(lambda least: minibatch.micro_batches(*limits, least, sharing))
 
     def loss_total(self, minibatch: Experience, num_tokens: Tensor) -> Tensor:
         """What the losses of an update are divided by, a scalar.
@@ -230,7 +240,8 @@ class OnlineStage(AnsweringStage):
         prompts = repeat_prompts(prompts, samples)
         generation, texts = self.answer(prompts, random, with_logprobs=self.on_policy)
         generated = time.perf_counter()
-        measured = self.measure_answers(prompts, generation, texts, with_values=True)
+        sharing = self._sharing(self.policy, self.reference_model, self.value, self.scorer)
+        measured = self.measure_answers(prompts, generation, texts, with_values=True, sharing=sharing)
         measured, mismatch = weigh_draws(measured, generation, self.importance_cap, self.per_response, self.reduce)
         self.score_moments.update(measured.scores, self.reduce)
         scores = shape_scores(measured.scores, generation.ended, self.score_moments, self.score)
@@ -246,6 +257,14 @@ class OnlineStage(AnsweringStage):
         sample = f"{prompts.prompts[0]}**{texts[0].strip()}**\n\nscore {float(measured.scores[0]):.3f}"
         log_text(self, "train/sample", sample, self.trainer.global_step)
         return experience, metrics
+
+    def _sharing(self, *readers: Any) -> list[PreTrainedModel]:
+        """The models among what reads responses, if they may share prompts."""
+        if self.samples_per_prompt == 1 or not self.prefix_sharing:
+            return []
+        readers = tuple(reader.model if isinstance(reader, ModelScorer) else reader for reader in readers)
+        models = (reader.model if isinstance(reader, ScalarLM) else reader for reader in readers)
+        return [model for model in models if isinstance(model, PreTrainedModel)]
 
     def experience_metrics(self, experience: Experience) -> dict[str, Tensor]:
         """What is logged of a rollout, over all ranks.
