@@ -103,7 +103,10 @@ def _fault(value: Any, annotation: Any, allowed: Range) -> str | None:
     kind, options = get_origin(annotation), get_args(annotation)
     if kind in (Union, UnionType):
         faults = [_fault(value, option, allowed) for option in sorted(options, key=lambda option: option is NoneType)]
-        return None if None in faults else faults[0]
+        words = [word for option in options if get_origin(option) is Literal for word in get_args(option)]
+        if None in faults or not (words and isinstance(value, str)):
+            return None if None in faults else faults[0]
+        return _unknown(value, (*words, *(_OTHERS[option](allowed) for option in options if option in _OTHERS)))
     if kind is Literal:
         return None if value in options else _unknown(value, options)
     if kind in (list, dict):
@@ -127,6 +130,14 @@ def _number_fault(value: Any, kind: type, allowed: Range) -> str | None:
         return f"({value!r}) must be a {'whole number' if kind is Integral else 'number'} {allowed}"
     number: Any = value
     return None if allowed.holds(number) else f"({value}) must be {allowed}"
+
+
+_OTHERS: dict[Any, Callable[[Range], str]] = {
+    int: lambda allowed: f"a whole number {allowed}",
+    float: lambda allowed: f"a number {allowed}",
+    bool: lambda allowed: "true or false",
+}
+"""What else than a word an argument may be."""
 
 
 def _unknown(value: Any, known: tuple[Any, ...]) -> str:

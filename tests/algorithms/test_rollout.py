@@ -139,7 +139,8 @@ def test_measuring_in_parts_changes_nothing():
     )
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, **LAYOUTS)
-    assert progress == [(7, 7), (3, 7), (6, 7), (7, 7)]
+    # Policy and value model together, the reference, the reward model.
+    assert progress == [(done, 21) for done in (7, 14, 21, 3, 6, 7, 10, 13, 14, 17, 20, 21)]
 
 
 class Witness:

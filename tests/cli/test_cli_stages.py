@@ -98,6 +98,7 @@ def test_a_run_says_only_what_concerns_the_user(stages, stage):
         "DataModule: rows 24",
         "loading ",
         "models: ",
+        *([] if stage == "ppo" else ["max_tokens_per_batch auto: 512 tokens" if stage == "sft" else "1024 tokens"]),
         "Trainer.fit` stopped",
         "exported to",
     ]

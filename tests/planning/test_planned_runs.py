@@ -175,13 +175,16 @@ def test_models_of_ppo_share_what_training_shares(lm):
 def test_a_reward_function_takes_no_memory(lm, tmp_path, monkeypatch):
     (tmp_path / "my_planned_rewards.py").write_text("def short(prompts, responses): return [0.0 for _ in responses]")
     monkeypatch.syspath_prepend(str(tmp_path))
-    made = plan(request(lm, "rloo", reward="my_planned_rewards.short", rollout_batch_size=8, minibatch_size=32))
+    options = {"rollout_batch_size": 8, "minibatch_size": 32, "gpu_memory": 80}
+    made = plan(request(lm, "rloo", reward="my_planned_rewards.short", **options))
     assert [role.name for role in made.roles] == ["policy", "reference"]
     assert made.assumed == []
 
 
 def test_a_reward_model_that_is_still_to_be_trained_has_the_policys_size(lm):
-    made = plan(request(lm, "rloo", reward="runs/no/export", rollout_batch_size=8, minibatch_size=32))
+    options = {"rollout_batch_size": 8, "minibatch_size": 32}
+    made = plan(request(lm, "rloo", reward="runs/no/export", **options))
+    assert made.assumed.pop() == "micro-batches are those of a GPU of 80 GiB; --gpu_memory says another"
     assert made.assumed == ["'runs/no/export' is not there yet: taken for a reward model of the policy's size"]
     assert made.roles[-1].parameters == PARAMETERS - 512 * 64 + 64
 
@@ -207,7 +210,8 @@ def test_unknown_strategies_and_precisions_are_refused(lm):
 
 @pytest.mark.long
 def test_changes_are_named_the_cheapest_first_until_it_fits(large):
-    tight = request(large, gpus=2, strategy="ddp", precision="bf16-mixed", data={**DATA, "max_length": 4096})
+    uncut = {"max_tokens_per_batch": None, "data": {**DATA, "max_length": 4096}}
+    tight = request(large, gpus=2, strategy="ddp", precision="bf16-mixed", **uncut)
     sharded = plan(
         tight.changed("model", micro_batch_size=1, gradient_checkpointing=True).changed("trainer", strategy=FSDP2)
     )

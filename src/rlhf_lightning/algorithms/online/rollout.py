@@ -6,6 +6,7 @@ Notation: B batch, P padded prompt length, R padded response length.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from rlhf_lightning.algorithms.online.models import TrunkValue, logprobs_and_val
 from rlhf_lightning.algorithms.online.settings import ScoreShaping
 from rlhf_lightning.algorithms.online.sharing import Piece
 from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.forward.casts import cast_once
 from rlhf_lightning.forward.hidden import response_logprobs
 from rlhf_lightning.forward.shared_prompts import SharedPrompts
 from rlhf_lightning.functional import gae, kl_estimate, masked_moments, masked_sum, truncated_importance
@@ -40,6 +42,30 @@ def raw_score(scorer: Scorer | None, score: Tensor) -> dict[str, Tensor]:
         return {}
     calibration = scorer.model.calibration
     return {"raw_score": score * calibration.std + calibration.mean}
+
+
+class _Shown(NamedTuple):
+    """A piece as the models are shown it.
+
+    Attributes:
+        which: of the responses, `[b]`, int64.
+        joined: sequences, their mask, both `[b, p + r]`, and their response mask, `[b, r]`.
+        rows: how they go through a model; None for each by itself.
+    """
+
+    which: Tensor
+    joined: tuple[Tensor, Tensor, Tensor]
+    rows: SharedPrompts | None
+
+    @classmethod
+    def of(cls, piece: Piece, prompts: PromptBatch, generation: Generation) -> _Shown:
+        joined = _joined(prompts, generation, piece.rows)
+        return cls(piece.rows, joined, piece.laid_out(*joined))
+
+    @property
+    def here(self) -> tuple[Tensor, slice]:
+        """Their places among the tokens of all responses."""
+        return self.which, slice(self.joined[2].shape[1])
 
 
 @torch.no_grad()
@@ -69,23 +95,37 @@ def measure(
         value: the value model; None leaves the values 0.
         temperature: the sampling temperature.
         pieces: which responses are measured at once; every response is in one of them.
-        report: told how many responses are done.
+        report: told how many responses are done, counted for each model.
     """
-    mask, done = generation.response_mask, 0  # [B, R]
+    mask = generation.response_mask  # [B, R]
     logprobs, ref_logprobs, entropy, values = torch.zeros((4, *mask.shape), dtype=torch.float32, device=mask.device)
     scores = torch.zeros(len(texts), dtype=torch.float32, device=mask.device)
-    for piece in pieces:
-        joined = _joined(prompts, generation, piece.rows)  # [b, p + r], [b, p + r], [b, r]
-        here, rows = (piece.rows, slice(joined[2].shape[1])), piece.laid_out(*joined)
-        said = _policy_and_value(policy, value, generation, here, joined, temperature, rows)
-        logprobs[here], entropy[here], values[here] = said
-        ref_logprobs[here], _ = response_logprobs(reference, *joined, temperature, rows=rows)
-        if isinstance(scorer, nn.Module):
-            shown = _responses(prompts, generation, texts, *joined[:2], piece.rows)
-            scores[piece.rows] = scorer(shown._replace(shared=rows)).float()
-        done += len(piece.rows)
-        if report is not None:
-            report(done, len(texts))
+
+    def policy_and_value(shown: _Shown) -> None:
+        said = _policy_and_value(policy, value, generation, shown, temperature)
+        logprobs[shown.here], entropy[shown.here], values[shown.here] = said
+
+    def of_reference(shown: _Shown) -> None:
+        ref_logprobs[shown.here], _ = response_logprobs(reference, *shown.joined, temperature, rows=shown.rows)
+
+    def of_reward(shown: _Shown) -> None:
+        responses = _responses(prompts, generation, texts, *shown.joined[:2], shown.which)
+        scores[shown.which] = scorer(responses._replace(shared=shown.rows)).float()
+
+    # One model after the other, so that weights are cast once, and the casts of one model are held at a time.
+    asked: list[tuple[list[nn.Module], Callable[[_Shown], None]]] = [
+        ([policy] if value is None else [policy, value], policy_and_value),
+        ([reference], of_reference),
+    ]
+    asked += [([scorer], of_reward)] if isinstance(scorer, nn.Module) else []
+    every_piece, done = [_Shown.of(piece, prompts, generation) for piece in pieces], 0
+    for models, ask in asked:
+        with cast_once(*models):
+            for shown in every_piece:
+                ask(shown)
+                done += len(shown.which)
+                if report is not None:
+                    report(done, len(asked) * len(texts))
     if not isinstance(scorer, nn.Module):
         every = torch.arange(len(texts), device=mask.device)
         ids = torch.cat([prompts.prompt_ids, generation.response_ids], dim=1)
@@ -137,19 +177,17 @@ def _policy_and_value(
     policy: PreTrainedModel,
     value: ScalarLM | TrunkValue | None,
     generation: Generation,
-    here: tuple[Tensor, slice],
-    joined: tuple[Tensor, Tensor, Tensor],
+    shown: _Shown,
     temperature: float,
-    rows: SharedPrompts | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, entropies and values of the responses at `here`, `[b, r]`; what the engine kept is not run."""
+    """Log-probabilities, entropies and values of responses, `[b, r]`; what the engine kept is not run."""
     if generation.logprobs is None:
-        return logprobs_and_values(policy, value, *joined, temperature, with_entropy=True, rows=rows)
-    logprobs = generation.logprobs[here]
+        return logprobs_and_values(policy, value, *shown.joined, temperature, with_entropy=True, rows=shown.rows)
+    logprobs = generation.logprobs[shown.here]
     if isinstance(value, TrunkValue) and generation.hidden is not None:
-        values = torch.where(joined[2], value(generation.hidden[here]), 0)
+        values = torch.where(shown.joined[2], value(generation.hidden[shown.here]), 0)
     else:
-        values = values_alone(policy, value, *joined, rows)
+        values = values_alone(policy, value, *shown.joined, shown.rows)
     return logprobs, torch.zeros_like(logprobs), values
 
 
