@@ -1,8 +1,8 @@
 """Our side of a comparison: one stage through the public API, in a process of its own.
 
-    python benchmarks/_ours.py JOB REPORT
+    python benchmarks/_ours.py JOB REPORT [SIDE]
 
-Run by compare.py.
+Run by compare.py; as the peer of what ships, too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import yaml
 from _rows import data_module
 from measuring import Recorder, arguments_of
 
@@ -38,12 +39,19 @@ SHOWN = {
 }
 """Our names of what is written down of each step."""
 
+MODULES = {"sft": "SFTModule", "reward": "RewardModule", "ppo": "PPOModule"}
+"""Class of each stage, by name."""
+
 BEST: dict[str, dict[str, Any]] = {
     "sft": {"max_tokens_per_batch": 512},
     "reward": {"prefix_sharing": True, "max_tokens_per_batch": 1024},
     "ppo": {"max_tokens_per_batch": 512},
 }
 """What we choose for a CPU; an argument that a module does not have yet is left out. `--ours-options` comes on top."""
+
+
+WAYS = ("micro_batch_size", "max_tokens_per_batch", "prefix_sharing", "compile_decoding", "generation_batch_size")
+"""What a recipe says of the way that a step is computed, which changes time and memory alone."""
 
 
 class StepClock(pl.Callback):
@@ -69,13 +77,28 @@ MASKS = ("attention_mask", "chosen_mask", "rejected_mask", "prompt_mask")
 
 
 def optimizer(job: dict[str, Any]) -> Any:
-    """AdamW as the peer makes it: fused, no weight decay."""
-    return partial(torch.optim.AdamW, lr=job["learning_rate"], weight_decay=0.0, fused=True)
+    """AdamW as the peer makes it: fused, no weight decay; or as a recipe names it."""
+    way = {} if job["as_shipped"] else {"fused": True}
+    return partial(torch.optim.AdamW, lr=job["learning_rate"], weight_decay=0.0, **way)
+
+
+def sided(job: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
+    """The job of a side: as its peer in our own environment we take our best options."""
+    return {**job, "as_shipped": job["as_shipped"] and arguments[3:] != ["peer"]}
+
+
+def shipped(stage: str) -> dict[str, Any]:
+    """How a step is computed by the recipe of a stage; what it does not name stays as the module has it."""
+    recipe = (Path(__file__).parents[1] / "configs" / f"{stage}.yaml").read_text(encoding="utf-8")
+    arguments = yaml.safe_load(recipe)["model"]["init_args"]
+    return {name: arguments[name] for name in WAYS if name in arguments}
 
 
 def options(module: type, job: dict[str, Any]) -> dict[str, Any]:
-    """The best settings that the module knows, then those asked for."""
+    """The best settings that the module knows, or those of the recipe, then those asked for."""
     known = arguments_of(module)
+    if job["as_shipped"]:
+        return shipped(job["stage"]) | job["ours_options"]
     asked: dict[str, Any] = job["ours_options"]
     if unknown := set(asked) - set(known):
         sys.exit(f"{module.__name__} has no argument {sorted(unknown)[0]}")
@@ -125,6 +148,7 @@ def build(job: dict[str, Any]) -> tuple[pl.LightningModule, dict[str, Any]]:
 def main() -> None:
     """Train for the steps of the job and report."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    job = sided(job, sys.argv)
     recorder = Recorder()
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -144,7 +168,8 @@ def main() -> None:
         callbacks=[StepClock(recorder, job["stage"])],
     )
     trainer.fit(module, datamodule=data_module(job))
-    recorder.write(sys.argv[2], name="rlhf_lightning", settings=chosen)
+    name = "rlhf_lightning" + (", as it ships" if job["as_shipped"] else "")
+    recorder.write(sys.argv[2], name=name, settings=chosen)
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ def make_peer_environment(folder: Path, torch: str, packages: list[str], index: 
 
 
 def find_peer(options: argparse.Namespace) -> Path | None:
-    """The Python of the peer; None where plain transformers in our own environment is the peer."""
-    if options.stage == "generate":
+    """The Python of the peer; None where it is in our environment: plain transformers, or our best options."""
+    if options.stage == "generate" or (options.as_shipped and not (options.peer_python or options.peer_env)):
         return None
     python = options.peer_python or (options.peer_env and options.peer_env / "bin" / "python")
     if python is None or not Path(python).is_file():
@@ -82,6 +82,7 @@ def make_job(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "model": str(options.model.resolve()),
         "data": str(options.data.resolve()),
         "learning_rate": options.learning_rate or LEARNING_RATE[options.stage],
+        "as_shipped": options.as_shipped,
         "ours_options": dict(map(read_option, options.ours_options)),
         "lora": LORA,
         "work": str(work),
@@ -129,7 +130,8 @@ def run_sides(options: argparse.Namespace, job_file: Path, work: Path, peer: Pat
     for number, side in itertools.product(range(options.rounds), SIDES):
         report = work / f"{side}_{number}.json"
         if peer is None:
-            command = [sys.executable, HERE / "_generate.py", job_file, report, side]
+            script = "_generate.py" if options.stage == "generate" else "_ours.py"
+            command = [sys.executable, HERE / script, job_file, report, side]
         else:
             command = [sys.executable if side == "ours" else peer, HERE / f"_{SCRIPTS[side]}.py", job_file, report]
         run_process(command, options.threads)
@@ -259,6 +261,8 @@ def report(sides: dict[str, Side], job: dict[str, Any], tokens: list[int], optio
     variant = f", {job['variant']}" if job["stage"] == "ppo" else ""
     speed, memory = TARGETS["lora" if job["stage"] == "ppo" and job["variant"] == "lora" else job["stage"]]
     wanted = f"Target: {speed} times as fast" + (f", {memory} of the memory.\n" if memory else ".\n")
+    if sides["peer"].name == "rlhf_lightning":
+        wanted = "Target: no more than a tenth slower than the best options.\n"
     parts = [
         f"## {job['stage']}{variant}, against {sides['peer'].name}\n",
         settings(sides, job, tokens, options),
@@ -316,6 +320,11 @@ def parse() -> argparse.Namespace:
         help="the peer's value model in the variant lora: with adapters too, or trained whole (%(default)s)",
     )
     parser.add_argument("--ours-options", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of our module")
+    parser.add_argument(
+        "--as-shipped",
+        action="store_true",
+        help="ours computes its steps as the recipe of the stage does; without a peer, beside our best options",
+    )
     parser.add_argument("--markdown", type=Path, help="append the report to this file too")
     parser.add_argument("--work", type=Path, help="folder for everything written; by default a temporary one")
     parser.add_argument(

@@ -81,6 +81,22 @@ def test_our_side_reports_the_tokens_of_the_shared_rows(
     assert report["peak"] > report["libraries"] > 0
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("side", ["ours", "peer"])
+def test_what_ships_is_measured_as_the_recipe_says(
+    stage: str, side: str, tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare, ours = map(bench, ("compare", "_ours"))
+    arguments = ["--stage", stage, "--model", "m", "--data", "d", "--as-shipped"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+    options = compare.parse()
+    assert compare.find_peer(options) is None  # our best options
+    job = ours.sided(compare.make_job(options, tmp_path), ["_ours.py", "job", "report", side])
+    chosen, fused = ours.options(getattr(ours, ours.MODULES[stage]), job), ours.optimizer(job).keywords.get("fused")
+    expected = ("auto", None) if side == "ours" else (ours.BEST[stage]["max_tokens_per_batch"], True)
+    assert (chosen["max_tokens_per_batch"], fused) == expected
+
+
 def test_switches_are_counted_between_files_that_follow_each_other(bench: Any) -> None:
     structure = bench("structure")
     counts = structure.switches(["a", "a", "b", "a", "b", "c"])
