@@ -193,6 +193,29 @@ def test_the_same_call_gives_the_same_bits():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma2"])
+def test_the_cache_holds_what_autocast_multiplies_and_answers_to_the_same_bits(name, monkeypatch):
+    model, types = model_of(name), set()
+    held = rollout_cache.as_multiplied
+
+    def answered():
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            return run(model, Sampling(max_new_tokens=8), with_logprobs=True)
+
+    def watched(states):
+        types.add(held(states).dtype)
+        return held(states)
+
+    answered()  # the model is tested, without autocast
+    monkeypatch.setattr(rollout_cache, "as_multiplied", watched)
+    found = answered()
+    assert types == {torch.bfloat16}
+    monkeypatch.setattr(rollout_cache, "as_multiplied", lambda states: states)
+    expected = answered()
+    assert torch.equal(found.response_ids, expected.response_ids)
+    assert torch.equal(found.logprobs, expected.logprobs)
+
+
 def test_random_numbers_consumed_do_not_depend_on_the_answers():
     model, states = model_of("llama-grouped"), []
     for eos in (EOS, list(range(250))):

@@ -80,6 +80,7 @@ class _Layer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the states of new tokens, `[N, heads, t, D]`, and return those of all tokens that are seen."""
+        key_states, value_states = as_multiplied(key_states), as_multiplied(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.place.column is not None:
@@ -132,6 +133,21 @@ class _Layer(DynamicLayer):
             assert buffer is not None
             columns = slice(self.place.first, self.place.past)
             buffer[: len(rows), :, columns] = buffer[:, :, columns].index_select(0, rows)  # [n, K, columns, D]
+
+
+def as_multiplied(states: Tensor) -> Tensor:
+    """Keys or values in the type that attention multiplies them in.
+
+    Under autocast rotary positions leave float32 keys beside bfloat16 values, and attention would cast those of all
+    tokens anew for each further one; cast when they are written they are the same.
+
+    Args:
+        states: any shape.
+    """
+    kind = states.device.type
+    if states.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        return states.to(torch.get_autocast_dtype(kind))
+    return states
 
 
 class RolloutCache(Cache):
