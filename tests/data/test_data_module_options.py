@@ -1,6 +1,7 @@
 """The data modules over prepared folders, with packing, grouping by length, weights, and parts of their own."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,15 @@ def test_the_three_data_modules_read_one_prepared_folder(prepared, kind, need):
     assert sorted(set(predicted)) == seen[1]
     parts = dict(zip(("train", "validation", "test"), map(len, seen), strict=True))
     assert data.counts == {"rows": 60, "kept": 60, **parts}
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_batches_for_a_gpu_are_pinned(prepared, device, pinned):
+    data = ready(InstructionDataModule, "fit", "test", data=str(prepared.path))
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    data.trainer = SimpleNamespace(strategy=strategy, world_size=1, global_rank=0)
+    loaders = data.train_dataloader(), data.val_dataloader(), data.test_dataloader()
+    assert [loader.pin_memory for loader in loaders] == [pinned] * 3
 
 
 def test_a_prepared_folder_that_does_not_fit_is_refused(prepared, tmp_path):

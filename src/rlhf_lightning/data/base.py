@@ -31,7 +31,7 @@ from rlhf_lightning.data.preparing.summary import said_of_rows, say_prepared
 from rlhf_lightning.data.resuming import ResumableDataModule
 from rlhf_lightning.data.rows import Need, Row
 from rlhf_lightning.data.sampler import LateLoader, ResumableSampler
-from rlhf_lightning.data.shares import WithBlanks, evaluation_loader
+from rlhf_lightning.data.shares import WithBlanks, evaluation_loader, pins_memory
 from rlhf_lightning.data.sources import DataSource, Source, as_source
 from rlhf_lightning.data.streaming import StreamedExamples, check_streaming, evaluation_tables
 from rlhf_lightning.errors import UserError
@@ -241,6 +241,7 @@ class TextDataModule(ResumableDataModule, ABC):
             "batch_size": self.share,
             "num_workers": self.num_workers,
             "drop_last": self.drop_last,
+            "pin_memory": pins_memory(self.trainer),
         }
         if isinstance(self._sampler, StreamedExamples):
             return LateLoader(self._sampler, self._begin_epoch, collate_fn=self._collate(), **options)
@@ -433,5 +434,11 @@ class TextDataModule(ResumableDataModule, ABC):
         rank, world = self.rank_and_world
         size = self.eval_batch_size or max(1, self.batch_size // world)
         return evaluation_loader(
-            examples, world, rank, batch_size=size, collate_fn=collate, num_workers=self.num_workers
+            examples,
+            world,
+            rank,
+            batch_size=size,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            pin_memory=pins_memory(self.trainer),
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
+import pytorch_lightning as pl
 from torch.utils.data import DataLoader, DistributedSampler
 
 
@@ -60,6 +61,15 @@ class EvaluationSampler(DistributedSampler[int]):
         """Numbers of this process's examples, as `WithBlanks` takes them."""
         count = len(self.dataset)  # type: ignore[arg-type]
         return iter([i if i < count else ~(i % count) for i in range(self.rank, self.total_size, self.num_replicas)])
+
+
+def pins_memory(trainer: pl.Trainer | None) -> bool:
+    """Whether batches go to a GPU, which copies from pinned memory without making the host wait.
+
+    Args:
+        trainer: Lightning's, if there is one.
+    """
+    return trainer is not None and trainer.strategy.root_device.type == "cuda"
 
 
 def evaluation_loader(examples: Sequence[Any], processes: int, rank: int, **options: Any) -> DataLoader[Any]:
