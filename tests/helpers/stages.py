@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.utils.logging import disable_progress_bar
 
 from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning.algorithms import pairs, stage
+from rlhf_lightning.algorithms import logged, pairs
 from rlhf_lightning.algorithms import sft as sft_stage
 from rlhf_lightning.algorithms.online import stage as online_stage
 from rlhf_lightning.models.scalar_lm import Calibration, new_scalar_lm
@@ -203,7 +203,7 @@ def disturb_random_numbers(seed: int) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the stages see a clock of which each look is two seconds after the one before."""
     looks = SimpleNamespace(perf_counter=itertools.count(step=2).__next__)
-    for module in (stage, sft_stage, pairs, online_stage):
+    for module in (logged, sft_stage, pairs, online_stage):
         monkeypatch.setattr(module, "time", looks)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -27,10 +26,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lightning.algorithms.checkpoints import CheckpointedModule
 from rlhf_lightning.algorithms.hyperparameters import PLAIN, as_config, from_config, optimizer_from_config
 from rlhf_lightning.algorithms.lineage import check_parents, is_fitting, lineage_of
 from rlhf_lightning.algorithms.log_keeper import keep_logs
+from rlhf_lightning.algorithms.logged import LoggedModule
 from rlhf_lightning.algorithms.trainer_checks import check_trainer, keep_checkpoints_whole, let_checkpoints_save
 from rlhf_lightning.arguments import AT_LEAST_1, check_arguments
 from rlhf_lightning.errors import NonFiniteError, UserError
@@ -45,12 +44,10 @@ from rlhf_lightning.training.optim import (
     ADAMW,
     Schedule,
     fuse,
-    learning_rates,
     make_optimizer,
     parameter_groups,
     schedule_learning_rate,
 )
-from rlhf_lightning.training.reporting import peak_memory
 from rlhf_lightning.training.token_budget import budget_of
 from rlhf_lightning.warning_filters import filter_warnings
 
@@ -75,7 +72,7 @@ class Step(NamedTuple):
     means: dict[str, Tensor]
 
 
-class Stage(CheckpointedModule):
+class Stage(LoggedModule):
     """A module that loads a model, trains it with an optimizer that it steps itself, and hands it to the next stage.
 
     Args:
@@ -298,40 +295,6 @@ class Stage(CheckpointedModule):
             reduced = sum_over_ranks(self, torch.stack([*sums.values()]))
             means = dict(zip(sums, reduced / (total if logged_total is None else logged_total), strict=True))
         return Step(accumulation.loss, grad_norm, accumulation.part_norms, means)
-
-    def learning_rates(self) -> list[float]:
-        """Of each group of the optimizer, as they are now."""
-        return learning_rates(self.optimizers())
-
-    def throughput(self, masks: list[Tensor], started: float, shown: list[Tensor] | None = None) -> dict[str, Tensor]:
-        """`tokens_per_second` of a step on all processes, and `padding_share` of what the model was shown.
-
-        Args:
-            masks: of the step's data on this process; True for real tokens, any shapes, bool.
-            started: `time.perf_counter()` as the step began.
-            shown: masks of what went through the model, where it is not the data as it is.
-        """
-        shown = masks if shown is None else shown
-        counts = [torch.stack([mask.sum() for mask in some]).sum() for some in (masks, shown)]
-        counts.append(torch.full_like(counts[0], sum(mask.numel() for mask in shown)))
-        # As floats: the quotient of integers has torch's default dtype, which bf16-true sets to bfloat16.
-        tokens, shown_tokens, shown_places = sum_over_ranks(self, torch.stack(counts)).float()
-        return {
-            "tokens_per_second": tokens / (time.perf_counter() - started),
-            "padding_share": 1 - shown_tokens / shown_places,
-        }
-
-    def log_metrics(self, metrics: dict[str, Any], on_bar: str | tuple[str, ...], batch_size: int) -> None:
-        """Log numbers of a training step that are the same on every rank already, under `train/`, and the memory.
-
-        Args:
-            metrics: name to number or scalar tensor.
-            on_bar: those that the progress bar shows, too.
-            batch_size: examples the numbers speak of.
-        """
-        shown = (on_bar,) if isinstance(on_bar, str) else on_bar
-        for name, value in {**metrics, **peak_memory(self.device)}.items():
-            self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=batch_size)
 
     def check_batch(self, batch: Any, kind: type, data: str) -> None:
         """Refuse a batch of another kind of data.
