@@ -83,6 +83,29 @@ def test_an_attention_function_stands_in_for_sdpa_for_a_while():
     assert len(seen) == 2
 
 
+def test_without_a_mask_function_positions_are_not_looked_at():
+    """Else every forward pass without padding would wait for the device, to see whether its row is packed."""
+    model, ids, masks = tiny_causal_lm("llama"), torch.tensor([[5, 6, 7, 8]]), []
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        return compat.sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    with compat.attention_function(model, "test_compat_unmasked", attend, None):
+        model(ids, position_ids=torch.tensor([[0, 1, 0, 1]]), use_cache=False)
+    assert masks == [None, None]
+
+
+def test_a_tensor_is_a_key_by_itself_and_for_as_long_as_it_lives():
+    """Else what the host knows of one mask would be said of another, or be kept for ever."""
+    known, mask = compat.WeakTensorKeyDictionary(), torch.tensor([True, False])
+    known[mask] = 1
+    assert mask in known
+    assert mask.clone() not in known
+    del mask
+    assert len(known) == 0
+
+
 def test_nothing_holds_on_to_a_function_that_has_stood_in():
     """Else the cache of every rollout would stay in memory until the next."""
 

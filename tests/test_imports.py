@@ -24,7 +24,7 @@ FLOORS = (
     ("forward",),
     ("training",),
     ("batches",),
-    ("chat", "rng", "runs", "warning_filters"),
+    ("chat", "host", "rng", "runs", "warning_filters"),
     ("arguments", "compat", "lightning_compat", "yaml_text"),
     ("errors", "functional"),
 )

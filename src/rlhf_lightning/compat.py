@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.weak import WeakTensorKeyDictionary as WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward
@@ -60,7 +61,7 @@ def is_checkpointing(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def attention_function(
-    model: PreTrainedModel, name: str, attend: Callable[..., Any], make_mask: Callable[..., Any]
+    model: PreTrainedModel, name: str, attend: Callable[..., Any], make_mask: Callable[..., Any] | None
 ) -> Iterator[None]:
     """Put an attention function in the place of transformers' `sdpa` for the length of a `with` block.
 
@@ -68,14 +69,15 @@ def attention_function(
         model: nothing changes where it takes no attention functions, or uses another one.
         name: what the model's configs call the function meanwhile.
         attend: the function.
-        make_mask: makes the mask that it is given.
+        make_mask: makes the mask that it is given; None for no mask, without a look at what it would be made of.
     """
     configs: list[Any] = []
     if takes_attention_functions(model):
         owners = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
         configs = [c for c in owners.values() if getattr(c, "_attn_implementation", None) == SDPA]
     AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, make_mask)
+    if make_mask is not None:
+        AttentionMaskInterface.register(name, make_mask)
     try:
         for config in configs:
             config._attn_implementation = name
