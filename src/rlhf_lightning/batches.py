@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.chat.written import WrittenPrompt
+from rlhf_lightning.host import alike, on_host, to_device
 
 
 class InstructionBatch(NamedTuple):
@@ -122,13 +123,13 @@ def length_sorted_pieces(
         >>> [piece.tolist() for piece in length_sorted_pieces(torch.tensor([2, 9, 3, 4]), None, 8)]
         [[1], [3, 2], [0]]
     """
-    parts = lengths.reshape(len(lengths), -1)
+    parts = on_host(lengths)[0].reshape(len(lengths), -1)
     order = parts.sum(dim=1).argsort(descending=True, stable=True)
     widths = parts[order].tolist()
     counts = _greedy_counts(widths, size, max_tokens)
     while len(counts) < min_pieces:
         _halve_largest(counts, widths)
-    return list(order.split(counts))
+    return [to_device(rows, lengths.device) for rows in order.split(counts)]
 
 
 def _greedy_counts(widths: list[list[int]], size: int | None, max_tokens: int | None) -> list[int]:
@@ -200,19 +201,26 @@ def micro_batches(
     if size is None and min_pieces == 1 and (max_tokens is None or _places(batch) <= max_tokens):
         return [batch]
     if isinstance(batch, InstructionBatch):
-        longest = batch.attention_mask.sum(dim=1)
+        longest = on_host(batch.attention_mask)[0].sum(dim=1)  # [B]
     else:
-        longest = torch.maximum(batch.chosen_mask.sum(dim=1), batch.rejected_mask.sum(dim=1))
+        longest = torch.maximum(*(mask.sum(dim=1) for mask in on_host(batch.chosen_mask, batch.rejected_mask)))
     if lengths is None:
         lengths = longest if isinstance(batch, InstructionBatch) else 2 * longest
-    indices = length_sorted_pieces(lengths, size, max_tokens, min_pieces)
-    widths = torch.stack([longest[index].max() for index in indices]).tolist()
     pieces: list[Any] = []
-    for index, width in zip(indices, widths, strict=True):
-        rows = {name: field[index] for name, field in batch._asdict().items() if field is not None}
-        per_token = {name: field[:, :width] for name, field in rows.items() if name != "row_ids" and field.dim() == 2}
-        pieces.append(type(batch)(**rows | per_token))
+    for index in length_sorted_pieces(on_host(lengths)[0], size, max_tokens, min_pieces):
+        width, there = int(longest[index].max()), to_device(index, batch.row_ids.device)
+        rows = {name: _rows(field, there) for name, field in batch._asdict().items() if field is not None}
+        per_token = {name for name, field in rows.items() if name != "row_ids" and field.dim() == 2}
+        pieces.append(type(batch)(**rows | {name: _columns(rows[name], width) for name in per_token}))
     return pieces
+
+
+def _rows(field: Tensor, index: Tensor) -> Tensor:
+    return alike(lambda field, index: field[index], field, index)
+
+
+def _columns(field: Tensor, width: int) -> Tensor:
+    return alike(lambda field: field[:, :width], field)
 
 
 def name_rows(row_ids: Tensor) -> str:
@@ -225,7 +233,7 @@ def name_rows(row_ids: Tensor) -> str:
         >>> name_rows(torch.tensor([3, 7]))
         'rows 3, 7'
     """
-    return "rows " + ", ".join(str(row) for row in row_ids[row_ids >= 0].tolist())
+    return "rows " + ", ".join(str(row) for row in on_host(row_ids)[0].flatten().tolist() if row >= 0)
 
 
 def without_blanks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -250,11 +258,11 @@ def repeat_prompts(batch: PromptBatch, times: int) -> PromptBatch:
     if times == 1:
         return batch
     rows = torch.arange(len(batch.prompts)).repeat_interleave(times)
-    order = rows.tolist()
+    order, there = rows.tolist(), to_device(rows, batch.row_ids.device)
     return PromptBatch(
-        prompt_ids=batch.prompt_ids[rows],
-        prompt_mask=batch.prompt_mask[rows],
+        prompt_ids=batch.prompt_ids[there],
+        prompt_mask=_rows(batch.prompt_mask, there),
         prompts=[batch.prompts[i] for i in order],
-        row_ids=batch.row_ids[rows],
+        row_ids=_rows(batch.row_ids, there),
         written=None if batch.written is None else [batch.written[i] for i in order],
     )

@@ -75,7 +75,7 @@ def by_runs(monkeypatch):
         return varlen.attend(runs, *args, **kwargs)
 
     def run_row(model, ids, positions, parts, **kwargs):
-        with attention_function(model, hidden.UNPADDED, partial(attend, varlen.runs_of(parts)), lambda *a, **k: None):
+        with attention_function(model, hidden.UNPADDED, partial(attend, varlen.runs_of(parts)), None):
             row = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": None}
             return model.base_model(**row, **kwargs).last_hidden_state[0]
 

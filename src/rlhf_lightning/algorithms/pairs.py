@@ -22,6 +22,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import hidden_states
 from rlhf_lightning.forward.output_layer import token_logprobs_at
 from rlhf_lightning.forward.prefix import SharedRows, share_rows, shared_lengths, sharing_pays
+from rlhf_lightning.host import alike, on_host, places_of, to_device
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.training import sum_over_ranks
 
@@ -45,7 +46,10 @@ class Pairs(NamedTuple):
             batch: the pairs.
             shared: run what both sides begin with only once.
         """
-        return cls(batch, share_rows(*both_sides(batch)) if shared else None)
+        if not shared:
+            return cls(batch)
+        rows = share_rows(*on_host(*both_sides(batch)))
+        return cls(batch, SharedRows(*(to_device(field, batch.chosen_ids.device) for field in rows)))
 
     def hidden_states(self, model: PreTrainedModel) -> Tensor:
         """Last hidden states of chosen and rejected sequences, `[B, 2, T, D]`, in one forward pass.
@@ -56,7 +60,8 @@ class Pairs(NamedTuple):
         if self.rows is not None:
             return self.rows.spread(self.rows.hidden_states(model))
         ids, mask = both_sides(self.batch)
-        hidden: Tensor = hidden_states(model, ids.flatten(0, 1), mask.flatten(0, 1)).unflatten(0, ids.shape[:2])
+        flat = alike(lambda mask: mask.flatten(0, 1), mask)
+        hidden: Tensor = hidden_states(model, ids.flatten(0, 1), flat).unflatten(0, ids.shape[:2])
         return hidden
 
     @property
@@ -74,8 +79,12 @@ def pair_weights(batch: PreferenceBatch) -> Tensor:
 
 def both_sides(batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
     """Ids and mask of chosen and rejected sequences, each `[B, 2, T]`."""
-    ids = torch.stack([batch.chosen_ids, batch.rejected_ids], dim=1)
-    return ids, torch.stack([batch.chosen_mask, batch.rejected_mask], dim=1)
+    ids = alike(_stacked, batch.chosen_ids, batch.rejected_ids)
+    return ids, alike(_stacked, batch.chosen_mask, batch.rejected_mask)
+
+
+def _stacked(chosen: Tensor, rejected: Tensor) -> Tensor:
+    return torch.stack([chosen, rejected], dim=1)
 
 
 def response_mask(batch: PreferenceBatch) -> Tensor:
@@ -86,8 +95,11 @@ def response_mask(batch: PreferenceBatch) -> Tensor:
     """
     if batch.prompt_lengths is None:
         raise UserError("the batches do not say how long their prompts are: set PreferenceBatch.prompt_lengths, [B]")
-    mask = both_sides(batch)[1]
-    return mask & (torch.arange(mask.shape[2], device=mask.device) >= batch.prompt_lengths.view(-1, 1, 1))
+
+    def answered(mask: Tensor, lengths: Tensor) -> Tensor:
+        return mask & (torch.arange(mask.shape[2], device=mask.device) >= lengths.view(-1, 1, 1))
+
+    return alike(answered, both_sides(batch)[1], batch.prompt_lengths)
 
 
 def chosen_tokens(batch: PreferenceBatch) -> Tensor:
@@ -104,11 +116,15 @@ def response_logprobs(model: PreTrainedModel, pairs: Pairs) -> tuple[Tensor, Ten
         model: a language model.
         pairs: B of them.
     """
-    ids, counted = both_sides(pairs.batch)[0][:, :, 1:], response_mask(pairs.batch)[:, :, 1:]  # [B, 2, T - 1]
-    hidden = pairs.hidden_states(model)[:, :, :-1][counted]  # [N, D]; token t is predicted from t - 1
-    logprobs, _ = token_logprobs_at(model, hidden, ids[counted], temperature=1.0, with_entropy=False)
-    spread = torch.zeros(counted.shape, dtype=logprobs.dtype, device=ids.device).masked_scatter(counted, logprobs)
-    return spread.sum(dim=2), counted.sum(dim=2).clamp(min=1)  # an empty response has log-probability 0
+    # Rows of both sides, one after the other, [2 B, T - 1]; token t is predicted from t - 1.
+    ids = both_sides(pairs.batch)[0].flatten(0, 1)[:, 1:]
+    counted = alike(lambda mask: mask.flatten(0, 1)[:, 1:], response_mask(pairs.batch))
+    where = places_of(counted).rows, places_of(counted).columns
+    hidden = pairs.hidden_states(model).flatten(0, 1)[:, :-1][where]  # [N, D]
+    logprobs, _ = token_logprobs_at(model, hidden, ids[where], temperature=1.0, with_entropy=False)
+    spread = torch.zeros(counted.shape, dtype=logprobs.dtype, device=ids.device).index_put(where, logprobs)
+    # An empty response has log-probability 0.
+    return spread.sum(dim=1).view(-1, 2), counted.sum(dim=1).view(-1, 2).clamp(min=1)
 
 
 class PairStage(Stage):
@@ -163,6 +179,7 @@ class PairStage(Stage):
         """One optimizer step on one batch; returns its loss, detached, for callbacks."""
         self.check_batch(batch, PreferenceBatch, "PreferenceDataModule")
         started, lr = time.perf_counter(), self.learning_rates()[0]
+        _read(batch)
         pieces = self._pieces(batch)
         counts = torch.stack([pair_weights(batch).sum(), chosen_tokens(batch).sum()])
         # Only pairs of weight 0 sum to 0.
@@ -180,7 +197,7 @@ class PairStage(Stage):
     def _pieces(self, batch: PreferenceBatch) -> list[Pairs]:
         """Micro-batches, laid out before the first forward pass, so that none waits for lengths from the device."""
         shares = self._shares(batch)
-        lengths = shared_lengths(*both_sides(batch)) if shares else None
+        lengths = shared_lengths(*on_host(*both_sides(batch))) if shares else None
         size, max_tokens = self.micro_batch_size, self.token_budget
         pieces = self.cut(lambda least: micro_batches(batch, size, max_tokens, least, lengths))
         return [Pairs.of(piece, shares) for piece in pieces]
@@ -188,7 +205,7 @@ class PairStage(Stage):
     def _shares(self, batch: PreferenceBatch) -> bool:
         if not self.prefix_sharing:
             return False
-        ids, mask = both_sides(batch)
+        ids, mask = on_host(*both_sides(batch))
         pays = [sharing_pays(model, ids, mask) for model in self.readers]  # each process asks for all
         return all(pays)
 
@@ -236,6 +253,12 @@ class PairStage(Stage):
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Means over the whole test set."""
         self.evaluate(batch, "test")
+
+
+def _read(batch: PreferenceBatch) -> None:
+    """Read all that the layout of micro-batches depends on, and all that a step reads until its losses are there."""
+    read = batch.chosen_ids, batch.chosen_mask, batch.rejected_ids, batch.rejected_mask, batch.row_ids
+    on_host(*read, *(() if batch.prompt_lengths is None else (batch.prompt_lengths,)))
 
 
 def mean_metrics(*names: str) -> nn.ModuleDict:

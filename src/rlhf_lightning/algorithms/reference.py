@@ -22,6 +22,7 @@ from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.host import to_device
 from rlhf_lightning.lightning_compat import load_training_data, load_validation_data
 from rlhf_lightning.models.causal_lm import load_causal_lm
 from rlhf_lightning.models.finetune import choose_trained, enable_gradient_checkpointing
@@ -108,7 +109,7 @@ class Reference(nn.Module):
                 "a pair was not there when the reference was computed: resume with the data that the run began with, "
                 "and test in a run of its own, or set precompute_reference to false"
             ) from e
-        return torch.tensor(rows, dtype=torch.float32, device=batch.chosen_ids.device)
+        return to_device(torch.tensor(rows, dtype=torch.float32), batch.chosen_ids.device)
 
     def known(self) -> dict[str, Any]:
         """What was computed before training, as plain lists for a checkpoint."""

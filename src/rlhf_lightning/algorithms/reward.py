@@ -31,6 +31,7 @@ from rlhf_lightning.functional import (
     reliability,
     scores_at_end,
 )
+from rlhf_lightning.host import alike
 from rlhf_lightning.lightning_compat import load_validation_data
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.models.finetune import prepare_for_training
@@ -162,7 +163,8 @@ class RewardModule(PairStage):
         """
         if pairs.rows is None:
             ids, mask = both_sides(pairs.batch)  # [B, 2, T]
-            scores = self.scalar.raw(ids.flatten(0, 1), mask.flatten(0, 1)).unflatten(0, ids.shape[:2])
+            flat = alike(lambda mask: mask.flatten(0, 1), mask)
+            scores = self.scalar.raw(ids.flatten(0, 1), flat).unflatten(0, ids.shape[:2])
         else:
             scores = pairs.rows.spread(self.scalar.head(pairs.rows.hidden_states(self.export_model)))
         chosen, rejected = scores.unbind(dim=1)

@@ -24,6 +24,7 @@ from rlhf_lightning.forward.output_layer import cross_entropy_at
 from rlhf_lightning.forward.packed import check_packing
 from rlhf_lightning.generation.engine import TransformersEngine, respond, response_rows
 from rlhf_lightning.generation.sampling import Sampling
+from rlhf_lightning.host import alike, on_host
 from rlhf_lightning.models.causal_lm import load_causal_lm
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.models.finetune import prepare_for_training
@@ -91,7 +92,7 @@ class SFTModule(Stage):
             self._packing_is_safe = True
         hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask, batch.position_ids)  # [B, T, D]
         # Token t is predicted from t - 1.
-        targets, mask = batch.input_ids[:, 1:], batch.loss_mask[:, 1:]  # [B, T - 1]
+        targets, mask = batch.input_ids[:, 1:], alike(lambda mask: mask[:, 1:], batch.loss_mask)  # [B, T - 1]
         return cross_entropy_at(self.model, hidden[:, :-1], targets, mask, self.label_smoothing)
 
     def _losses(self, batch: InstructionBatch) -> Iterator[Loss]:
@@ -102,6 +103,9 @@ class SFTModule(Stage):
         """One optimizer step on one batch; returns its loss, detached, for callbacks."""
         self.check_batch(batch, InstructionBatch, "InstructionDataModule")
         started, lr = time.perf_counter(), self.learning_rates()[0]
+        # All that the layout of a micro-batch depends on, and all that this step reads until the losses are there.
+        read = batch.attention_mask, batch.loss_mask, batch.row_ids, batch.position_ids
+        on_host(*(field for field in read if field is not None))
         size, max_tokens = self.micro_batch_size, self.token_budget
         pieces = self.cut(lambda least: micro_batches(batch, size, max_tokens, least))
         num_targets = sum_over_ranks(self, batch.loss_mask.sum()).clamp(min=1)

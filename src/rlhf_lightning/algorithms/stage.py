@@ -34,6 +34,7 @@ from rlhf_lightning.algorithms.trainer_checks import check_trainer, keep_checkpo
 from rlhf_lightning.arguments import AT_LEAST_1, check_arguments
 from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.forward.casts import cast_once
+from rlhf_lightning.host import on_host
 from rlhf_lightning.models.finetune import describe_trained
 from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.tokenizer import check_same_words, load_tokenizer
@@ -232,8 +233,8 @@ class Stage(LoggedModule):
             together: count how often a row stands in the batches of all ranks, every one of which must call this, with
                 as many rows.
         """
-        rows = row_ids.tolist()
-        everyone = rows_of_all_ranks(self, row_ids).tolist() if together else rows
+        rows = on_host(row_ids)[0].tolist()
+        everyone = on_host(rows_of_all_ranks(self, row_ids))[0].tolist() if together else rows
         share = slice(self.global_rank, None, self.trainer.world_size) if together else slice(None)
         counted = zip(rows, occurrences(everyone)[share], strict=True)
         return [self.random(*place, *row, sample) for row in counted for sample in range(samples)]

@@ -45,6 +45,7 @@ from rlhf_lightning.forward.numerics import dummy_tokens, relative_distance, say
 from rlhf_lightning.forward.output_layer import logprobs_from_hidden
 from rlhf_lightning.forward.row_attention import attend_in_turn, calls_of
 from rlhf_lightning.forward.varlen import runs_of
+from rlhf_lightning.host import on_host, places_of
 
 UNPADDED = "rlhf_lightning_unpadded"
 """What transformers' configs call the attention while it is in use."""
@@ -206,15 +207,16 @@ def unpadded_hidden_states(
     if not unpads(model, attention_mask.device):
         return None
     if positions is None:
-        parts = [[length] for length in attention_mask.sum(dim=1).tolist() if length]
+        parts = [[length] for length in places_of(attention_mask).lengths if length]
         # A GPU gains by the kernel itself, which takes no mask.
         least = _LEAST_PADDING if attention_mask.device.type == "cpu" else 0
         if sum(map(sum, parts)) > (1 - least) * attention_mask.numel():
             return None
         positions = position_ids(attention_mask)  # [B, T]
     elif parts is None:
-        starts = (positions[attention_mask] == 0).nonzero().squeeze(1)  # [sequences], places among N
-        ends = torch.cat([starts[1:], attention_mask.sum().reshape(1)])  # [sequences]
+        mask, placed = on_host(attention_mask, positions)
+        starts = (placed[mask] == 0).nonzero().squeeze(1)  # [sequences], places among N
+        ends = torch.cat([starts[1:], mask.sum().reshape(1)])  # [sequences]
         parts = [[length] for length in (ends - starts).tolist()]
     longest = max(map(sum, parts))
     if exceeds_sliding_window(model, longest, longest):
@@ -229,7 +231,7 @@ def _run(
     positions: Tensor,
     parts: Sequence[Sequence[int]],
 ) -> Tensor:
-    real = attention_mask.flatten().nonzero().squeeze(1)  # [N], places among B * T
+    real = places_of(attention_mask).flat  # [N]
     hidden = _run_row(model, input_ids.flatten()[real], positions.flatten()[real], parts, use_cache=False)
     empty = hidden.new_zeros(attention_mask.numel(), hidden.shape[1])  # [B * T, D]
     return empty.index_copy(0, real, hidden).unflatten(0, tuple(attention_mask.shape))  # [B, T, D]
@@ -245,7 +247,7 @@ def _run_row(
     """Hidden states of real tokens, `[N, D]`; ids and positions are `[N]`, the rest as in `unpadded_hidden_states`."""
     on_cpu = ids.device.type == "cpu"
     attend = partial(attend_in_turn, calls_of(parts)) if on_cpu else partial(varlen.attend, runs_of(parts, ids.device))
-    with attention_function(model, UNPADDED, attend, lambda *args, **kwargs: None):
+    with attention_function(model, UNPADDED, attend, None):
         row = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": None}
         hidden: Tensor = model.base_model(**row, **kwargs).last_hidden_state[0]  # [N, D]
     return hidden

@@ -24,6 +24,7 @@ from rlhf_lightning.functional import (
     rows_on,
     token_logprobs,
 )
+from rlhf_lightning.host import places_of
 from rlhf_lightning.training.sharded import is_sharded, kind_of
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma 2, RecurrentGemma, xLSTM
@@ -90,7 +91,8 @@ def cross_entropy_at(
     Returns:
         Two scalars in nats, float32: the loss, and the negative log-likelihood, which has no gradient.
     """
-    hidden, targets = hidden[mask], targets[mask]  # [N, D], [N]
+    where = places_of(mask).rows, places_of(mask).columns
+    hidden, targets = hidden[where], targets[where]  # [N, D], [N]
 
     def fused(head: nn.Linear, rows: Tensor) -> tuple[Tensor, Tensor]:
         return linear_cross_entropy_sum(
@@ -131,10 +133,11 @@ def logprobs_from_hidden(
         with_entropy: also compute the entropy of each prediction.
     """
     # Only real response positions meet the output matrix, a chunk at a time.
-    token_ids = sequences[:, -response_mask.shape[1] :][response_mask]  # [N]
-    logprobs, entropies = token_logprobs_at(model, hidden[response_mask], token_ids, temperature, with_entropy)
+    where = places_of(response_mask).rows, places_of(response_mask).columns
+    token_ids = sequences[:, -response_mask.shape[1] :][where]  # [N]
+    logprobs, entropies = token_logprobs_at(model, hidden[where], token_ids, temperature, with_entropy)
     zeros = torch.zeros(response_mask.shape, dtype=torch.float32, device=sequences.device)  # [B, R]
-    padded = [zeros if x is None else zeros.masked_scatter(response_mask, x.float()) for x in (logprobs, entropies)]
+    padded = [zeros if x is None else zeros.index_put(where, x.float()) for x in (logprobs, entropies)]
     return padded[0], padded[1]
 
 

@@ -32,6 +32,7 @@ from rlhf_lightning.forward.hidden import (
     unpadded_hidden_states,
 )
 from rlhf_lightning.forward.numerics import dummy_tokens, relative_distance, say_once, self_test, tolerance
+from rlhf_lightning.host import alike, on_host
 
 _KERNELS = {"sdpa", "eager"}
 _can_share: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -55,7 +56,7 @@ class SharedRows(NamedTuple):
     @property
     def mask(self) -> Tensor:
         """True for real tokens, `[B, L]`, bool: what the model is really shown."""
-        return self.owner < self.places.shape[1]
+        return alike(lambda owner: owner < self.places.shape[1], self.owner)
 
     def sees(self) -> Tensor:
         """Which tokens each token attends to, `[B, 1, L, L]`, bool; every token, padding too, attends to itself."""
@@ -65,9 +66,10 @@ class SharedRows(NamedTuple):
         return (related & causal).unsqueeze(1)  # [B, 1, L, L]
 
     def parts(self) -> list[list[int]]:
-        """Tokens of each row's beginning, then of each rest, B lists of 1 + K; asking waits for the device."""
-        owners = torch.arange(-1, self.places.shape[1], device=self.owner.device)  # [1 + K]
-        counts: list[list[int]] = (self.owner.unsqueeze(2) == owners).sum(dim=1).tolist()
+        """Tokens of each row's beginning, then of each rest, B lists of 1 + K; waits if the host does not know them."""
+        (owner,) = on_host(self.owner)
+        owners = torch.arange(-1, self.places.shape[1])  # [1 + K]
+        counts: list[list[int]] = (owner.unsqueeze(2) == owners).sum(dim=1).tolist()
         return counts
 
     def hidden_states(self, model: PreTrainedModel) -> Tensor:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.compat import UNUSUAL_ARGUMENTS, varlen_attention
 from rlhf_lightning.forward.numerics import say_once
+from rlhf_lightning.host import to_device
 
 _TYPES = (torch.bfloat16, torch.float16)
 _FARTHEST = 0.03
@@ -65,12 +66,12 @@ def runs_of(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -
                 queries.append(length)
                 counts.append(first + length if place else first)
             start += length
-    keys = torch.cat(parts).to(device) if any(len(row) > 1 for row in rows) else None
+    keys = to_device(torch.cat(parts), device) if any(len(row) > 1 for row in rows) else None
     return Runs(_starts(queries, device), _starts(counts, device), keys, max(queries), max(counts))
 
 
 def _starts(lengths: Sequence[int], device: torch.device | str) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)  # [S + 1]
+    return to_device(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), device)  # [S + 1]
 
 
 def attend(
