@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from functools import wraps
 from itertools import product
 
 import pytest
@@ -12,6 +13,7 @@ from helpers.models import table_lm, table_tokenizer, tiny_causal_lm
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
+from rlhf_lightning.generation.decoding import takes_own_mask
 from rlhf_lightning.generation.engine import Generation, decode_responses
 from rlhf_lightning.generation.sampling import Sampling, sample_tokens
 
@@ -236,3 +238,39 @@ def test_a_synced_rank_goes_on_until_the_last_rank_has_ended(monkeypatch):
     assert steps == [1, 2, 3]
     assert generation.response_ids.tolist() == [[EOS]]
     assert generation.ended.tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ([[True, True], [True, True]], None),
+        ([[True, True], [False, True]], [[[[True, True, True]]], [[[False, True, True]]]]),
+        ([[True], [False]], [[[[True, True]]], [[[False, True]]]]),  # a prompt without tokens is one pad wide
+    ],
+)
+def test_a_model_is_given_the_mask_of_a_token_as_attention_takes_it(monkeypatch, mask, expected):
+    """So that transformers need not look at it, for which a GPU would have to be waited for."""
+    model, seen = tiny_causal_lm("llama"), []
+    forward = model.base_model.forward
+
+    @wraps(forward)
+    def watched(input_ids, attention_mask, **kwargs):
+        seen.append(attention_mask if input_ids.shape[1] == 1 else "of prompts")
+        return forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    ids, mask = torch.tensor([[5, 6], [7, 8]])[:, : len(mask[0])], torch.tensor(mask)
+    sampling = Sampling(temperature=0.0, max_new_tokens=2, min_new_tokens=2)
+    generate(model, ids, mask, sampling, tiny_tokenizer())  # a model is tried out before its first use
+    monkeypatch.setattr(model.base_model, "forward", watched)
+    generate(model, ids, mask, sampling, tiny_tokenizer())
+    last = seen[-1]
+    assert (last if last is None else last.tolist()) == expected
+
+
+@pytest.mark.parametrize("change", [{"alibi": True}, {"_attn_implementation": "eager"}])
+def test_other_models_are_given_a_mask_of_columns(change):
+    model = tiny_causal_lm("llama")
+    assert takes_own_mask(model, [None, None])
+    assert not takes_own_mask(model, [None, 4])
+    setattr(model.config, *next(iter(change.items())))
+    assert not takes_own_mask(model, [None, None])

@@ -6,7 +6,7 @@ a response at most, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +17,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lightning.compat import SDPA, attention_kernel, takes_attention_functions
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import attends, cache_argument, position_ids, takes_positions
 from rlhf_lightning.forward.capacity import LOOKUP_ERRORS, explain_lookup
@@ -27,6 +28,7 @@ from rlhf_lightning.functional import token_logprobs
 from rlhf_lightning.generation.cache import RolloutCache, attention_by_rows, rollout_cache
 from rlhf_lightning.generation.compiled_step import CompiledStep
 from rlhf_lightning.generation.sampling import RandomSource, Sampling, pick_tokens, uniforms
+from rlhf_lightning.host import alike, on_host, to_device
 from rlhf_lightning.models.eos import eos_ids
 
 PREFILL_TOKENS = {"cpu": 512}
@@ -130,15 +132,16 @@ class Decoding:
     ) -> None:
         self.model, self.tokenizer, self.sampling, self.record, self.synced = model, tokenizer, sampling, record, synced
         self.rows = rows
-        self.lengths = prompt_mask[rows].sum(dim=1)  # [N]
-        lengths = self.lengths.tolist()
+        shown = alike(lambda mask, rows: mask[rows], prompt_mask, rows)  # [N, *]
+        self.lengths = shown.sum(dim=1)  # [N]
+        lengths = on_host(shown)[0].sum(dim=1).tolist()
         self.widths = [max(1, length) for length in lengths]
         self.width = self.widths[0]
         self.prompt_ids = prompt_ids[rows, -self.width :]  # [N, P]
         response = prompt_mask.new_ones(len(rows), sampling.max_new_tokens)  # [N, R]
         self.mask = torch.cat([prompt_mask[rows, -self.width :], response], dim=1).long()  # [N, P + R]
         self.finished = torch.zeros_like(rows, dtype=torch.bool)  # [N]
-        self.ends = torch.tensor(eos_ids(tokenizer, model.generation_config.eos_token_id), device=rows.device)
+        self.ends = to_device(torch.tensor(eos_ids(tokenizer, model.generation_config.eos_token_id)), rows.device)
         capacity = self.mask.shape[1] - 1  # the last token is never read
         self.cache = compiled.open(len(rows), self.width, capacity) if compiled is not None and cached else None
         self.compiled = None if self.cache is None else compiled
@@ -151,6 +154,8 @@ class Decoding:
         self.prefill_tokens = PREFILL_TOKENS.get(device, PREFILL_TOKENS_ELSEWHERE)
         self.steps_between_looks = STEPS_BETWEEN_LOOKS.get(device, STEPS_BETWEEN_LOOKS_ELSEWHERE)
         self.takes_positions = takes_positions(model)
+        self.makes_mask = self.cache is not None and self.attends and takes_own_mask(model, self.cache.windows)
+        self.has_empty = min(lengths) == 0
         self.hidden: Tensor | None = None
 
     def prefill(self) -> None:
@@ -232,17 +237,20 @@ class Decoding:
     def _continue_plain(self, ids: Tensor, positions: Tensor, step: int) -> Tensor:
         first = 0 if self.cache is None else self.cache.place.first
         mask = self.mask[:, first : self.width + step + 1]  # [N, columns that are seen]
-        return self._read(ids.unsqueeze(1), mask, positions.unsqueeze(1))
+        return self._read(ids.unsqueeze(1), mask, positions.unsqueeze(1), self.makes_mask)
 
     def _read_again(self, tokens: int) -> Tensor:
         """Read prompts and the tokens drawn so far; hidden states at their ends, `[N, D]`."""
         ids = torch.cat([self.prompt_ids, self.record.ids[self.rows, :tokens]], dim=1)  # [N, P + tokens]
         return hidden_states(self.model, ids, self.mask[:, : ids.shape[1]].bool())[:, -1]
 
-    def _read(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    def _read(self, ids: Tensor, mask: Tensor, positions: Tensor, makes_mask: bool = False) -> Tensor:
         kwargs: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
         kwargs[self.cache_argument] = self.any_cache
-        seen = mask if self.attends else mask[:, -ids.shape[1] :]
+        seen: Tensor | None = mask if self.attends else mask[:, -ids.shape[1] :]
+        if makes_mask:  # as transformers would, which looks at it first, and so waits for the device
+            padded = self.has_empty or self.widths[-1] < self.widths[0]
+            seen = mask.bool()[:, None, None] if padded else None  # [N, 1, 1, columns]
         try:
             output = self.model.base_model(input_ids=ids, attention_mask=seen, use_cache=True, **kwargs)
         except LOOKUP_ERRORS as error:
@@ -285,24 +293,22 @@ class Decoding:
 
     def _is_over(self) -> bool:
         if not self.synced:
-            return bool(self.finished.all())
+            return bool(on_host(self.finished)[0].all())
         unfinished = (~self.finished).any().int()
         dist.all_reduce(unfinished, op=dist.ReduceOp.MAX)
         return not bool(unfinished)
 
     def _drop_finished(self) -> None:
         """Take the rows that have ended out of the batch, if there are enough of them."""
-        leaving = int(self.finished.sum())
-        if (
-            (self.cache is None and self.any_cache is not None)
-            or self.synced
-            or self.compiled is not None
-            or leaving == 0
-            or leaving * LEAVING_SHARE < len(self.rows)
-        ):
+        if (self.cache is None and self.any_cache is not None) or self.synced or self.compiled is not None:
             return
-        kept = (~self.finished).nonzero().squeeze(1)
-        self.widths = [self.widths[place] for place in kept.tolist()]
+        (finished,) = on_host(self.finished)
+        leaving = int(finished.sum())
+        if leaving == 0 or leaving * LEAVING_SHARE < len(self.rows):
+            return
+        staying = (~finished).nonzero().squeeze(1)
+        self.widths = [self.widths[place] for place in staying.tolist()]
+        kept = to_device(staying, self.rows.device)
         if self.cache is not None:
             self.cache.keep(kept, self.widths)
         self.prompt_ids = self.prompt_ids[kept]
@@ -332,6 +338,18 @@ def supports_cache(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
             )
         _supports_cache[model] = right
     return _supports_cache[model]
+
+
+def takes_own_mask(model: PreTrainedModel, windows: Sequence[int | None]) -> bool:
+    """Whether the mask of a token may be given to a model as attention takes it, for all layers alike.
+
+    Args:
+        model: a language model.
+        windows: for each layer, how far back it sees, None for all the way.
+    """
+    alibi = getattr(model.config.get_text_config(), "alibi", False)  # made of the mask
+    usual = takes_attention_functions(model) and takes_positions(model) and not alibi
+    return usual and attention_kernel(model) == SDPA and not any(windows)
 
 
 def _cache_is_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:

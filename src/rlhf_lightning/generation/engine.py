@@ -36,6 +36,7 @@ from rlhf_lightning.generation.half_weights import HalfWeights
 from rlhf_lightning.generation.sampling import RandomSource, Sampling
 from rlhf_lightning.generation.skinny_gemm import skinny_gemm
 from rlhf_lightning.generation.text_so_far import decode_response
+from rlhf_lightning.host import alike, on_host, to_device
 from rlhf_lightning.models.merging import merged_adapters
 from rlhf_lightning.models.tokenizer import filler_id
 
@@ -259,7 +260,8 @@ class TransformersEngine(RolloutEngine):
         self, prompt_ids: Tensor, prompt_mask: Tensor, sampling: Sampling, record: Record, *, synced: bool = False
     ) -> Generator[int]:
         """Answer the prompts, batch by batch, into the record; yields the tokens done after each step."""
-        order = prompt_mask.sum(dim=1).sort(descending=True, stable=True).indices  # [B], the longest first
+        lengths = on_host(prompt_mask)[0].sum(dim=1)
+        order = lengths.sort(descending=True, stable=True).indices  # [B], the longest first
         done, step_of = 0, self.compiled_step
         # A graph that is replayed reads the weights where they were when it was recorded; merged ones lie elsewhere.
         merging = nullcontext() if step_of is not None and step_of.is_replayed else merged_adapters(self.model)
@@ -273,7 +275,7 @@ class TransformersEngine(RolloutEngine):
                     self.tokenizer,
                     prompt_ids=prompt_ids,
                     prompt_mask=prompt_mask,
-                    rows=rows,
+                    rows=to_device(rows, prompt_ids.device),
                     sampling=sampling,
                     record=record,
                     synced=synced,
@@ -291,10 +293,15 @@ class TransformersEngine(RolloutEngine):
 
 
 def _recorded(record: Record) -> Generation:
-    longest = int(record.lengths.max())
+    lengths, _ = on_host(record.lengths, record.ids)
+    longest = int(lengths.max())
+
+    def before_end(lengths: Tensor) -> Tensor:
+        return torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)
+
     return Generation(
-        response_ids=record.ids[:, :longest],
-        response_mask=torch.arange(longest, device=record.ids.device) < record.lengths.unsqueeze(1),
+        response_ids=alike(lambda ids: ids[:, :longest], record.ids),
+        response_mask=alike(before_end, record.lengths),
         ended=record.ended,
         logprobs=None if record.logprobs is None else record.logprobs[:, :longest],
         hidden=None if record.hidden is None else record.hidden[:, :longest],
@@ -308,7 +315,7 @@ def decode_responses(tokenizer: PreTrainedTokenizerBase, generation: Generation)
         tokenizer: the policy's.
         generation: what was generated.
     """
-    rows = zip(generation.response_ids.cpu(), generation.response_mask.cpu(), strict=True)
+    rows = zip(*on_host(generation.response_ids, generation.response_mask), strict=True)
     return [decode_response(tokenizer, ids[mask]) for ids, mask in rows]
 
 
