@@ -37,4 +37,4 @@ class RLOOModule(GroupStage):
 
     def loss_total(self, minibatch: Experience, num_tokens: Tensor) -> Tensor:
         """Responses of the update, on all ranks."""
-        return sum_over_ranks(self, num_tokens.new_tensor(len(minibatch.scores)))
+        return sum_over_ranks(self, num_tokens.new_full((), len(minibatch.scores)))

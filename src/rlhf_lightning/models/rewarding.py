@@ -18,6 +18,7 @@ from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.capacity import context_length
 from rlhf_lightning.forward.hidden import ResponseRows
+from rlhf_lightning.host import to_device
 from rlhf_lightning.models.rendering import recorded_chat
 from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction, import_function, names_function
 from rlhf_lightning.models.scalar_lm import CALIBRATION, ScalarLM, check_reward_model, load_reward_model
@@ -145,7 +146,7 @@ class TextScorer(nn.Module):
             [torch.tensor(row) for row in rows], batch_first=True, padding_value=filler_id(self.tokenizer)
         )
         mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
-        return self.model.scores(ids.to(device), mask.to(device))
+        return self.model.scores(to_device(ids, device), to_device(mask, device))
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -82,7 +82,7 @@ class RunningMoments:
         """
         values = values.double()
         moments = masked_moments(values, torch.ones_like(values, dtype=torch.bool), reduce)
-        count, mean, variance = (float(m) for m in torch.stack([m.double() for m in moments]))
+        count, mean, variance = torch.stack([m.double() for m in moments]).tolist()
         total = self.count + count
         delta = mean - self.mean
         self.variance = (self.variance * self.count + variance * count + delta**2 * self.count * count / total) / total

@@ -19,6 +19,7 @@ from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.forward.shared_prompts import SharedPrompts
 from rlhf_lightning.functional import kl_estimate
 from rlhf_lightning.generation.engine import Generation
+from rlhf_lightning.host import alike, on_host, to_device
 from rlhf_lightning.training import rows_of_all_ranks
 
 
@@ -127,7 +128,7 @@ class Experience(NamedTuple):
     @property
     def sequence_mask(self) -> Tensor:
         """True for real tokens of the joined sequences, `[B, P + R]`, bool."""
-        return torch.cat([self.prompt_mask, self.response_mask], dim=1)
+        return alike(lambda *masks: torch.cat(masks, dim=1), self.prompt_mask, self.response_mask)
 
     def of_all_ranks(self, module: pl.LightningModule, samples: int = 1) -> Experience:
         """The experience of all processes, in the order that one process would have it; every process must call it.
@@ -164,7 +165,12 @@ class Experience(NamedTuple):
 
     def select(self, index: Tensor | slice) -> Experience:
         """The examples at `index`, in that order."""
-        return self._replace(**{name: field[index] for name, field in self.tensors.items()}, shared=None)
+        if isinstance(index, slice):
+            found = {name: alike(lambda field: field[index], field) for name, field in self.tensors.items()}
+        else:
+            fields = self.tensors.items()
+            found = {name: alike(lambda field, index: field[index], field, index) for name, field in fields}
+        return self._replace(**found, shared=None)
 
     def micro_batches(
         self,
@@ -192,14 +198,13 @@ class Experience(NamedTuple):
 
     def _trimmed(self) -> Experience:
         """Without the columns that are padding in every row: prompts lose them on the left, responses on the right."""
-        widths = torch.stack([self.prompt_mask.sum(dim=1).max(), self.response_mask.sum(dim=1).max()])
-        prompt, response = widths.tolist()
+        prompt, response = (int(mask.sum(dim=1).max()) for mask in on_host(self.prompt_mask, self.response_mask))
         fields: dict[str, Any] = {}
         for name, field in self.tensors.items():
             if name.startswith("prompt_"):
-                fields[name] = field[:, -prompt:]
+                fields[name] = alike(lambda field: field[:, -prompt:], field)
             else:
-                fields[name] = field[:, :response] if field.dim() == 2 else field
+                fields[name] = alike(lambda field: field[:, :response], field) if field.dim() == 2 else field
         return self._replace(**fields)
 
     def minibatches(self, epochs: int, size: int, generator: torch.Generator) -> Iterator[Experience]:
@@ -211,6 +216,6 @@ class Experience(NamedTuple):
             generator: a CPU generator that orders them.
         """
         for _ in range(epochs):
-            order = torch.randperm(len(self.scores), generator=generator).to(self.scores.device)
+            order = torch.randperm(len(self.scores), generator=generator)
             for index in order.split(size):
-                yield self.select(index)
+                yield self.select(to_device(index, self.scores.device))

@@ -24,6 +24,7 @@ from rlhf_lightning.forward.shared_prompts import SharedPrompts
 from rlhf_lightning.functional import gae, kl_estimate, masked_moments, masked_sum, truncated_importance
 from rlhf_lightning.functional.masked import Reduce, identity
 from rlhf_lightning.generation.engine import Generation
+from rlhf_lightning.host import alike, on_host
 from rlhf_lightning.models.rewarding import ModelScorer, Responses, Scorer, TextScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
 
@@ -195,7 +196,7 @@ def _responses(
     prompts: PromptBatch, generation: Generation, texts: list[str], ids: Tensor, kept: Tensor, index: Tensor
 ) -> Responses:
     """What a scorer is shown of the responses at `index`, int64."""
-    chosen = index.tolist()
+    chosen = on_host(index)[0].tolist()
     return Responses(
         sequences=ids,
         sequence_mask=kept,
@@ -209,12 +210,12 @@ def _responses(
 
 def _joined(prompts: PromptBatch, generation: Generation, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Some sequences, their mask and their response mask, without columns of padding alone."""
-    asked, answered = prompts.prompt_mask[index], generation.response_mask[index]
-    lengths = torch.stack([asked.sum(dim=1).max(), answered.sum(dim=1).max()])
-    prompt, response = lengths.tolist()
+    asked, answered, chosen = on_host(prompts.prompt_mask, generation.response_mask, index)
+    prompt, response = (int(mask[chosen].sum(dim=1).max()) for mask in (asked, answered))
     ids = torch.cat([prompts.prompt_ids[index, -prompt:], generation.response_ids[index, :response]], dim=1)
-    answered = answered[:, :response]
-    return ids, torch.cat([asked[:, -prompt:], answered], dim=1), answered
+    first = alike(lambda mask, index: mask[index, -prompt:], prompts.prompt_mask, index)
+    rest = alike(lambda mask, index: mask[index, :response], generation.response_mask, index)
+    return ids, alike(lambda *masks: torch.cat(masks, dim=1), first, rest), rest
 
 
 def shape_scores(scores: Tensor, ended: Tensor, moments: RunningMoments, shaping: ScoreShaping) -> Tensor:
@@ -255,7 +256,7 @@ def experience_metrics(experience: Experience, reduce: Reduce = identity) -> dic
     mask = experience.response_mask
     sums = torch.stack(
         [
-            mask.new_tensor(len(mask), dtype=torch.float32),
+            torch.full((), len(mask), dtype=torch.float32, device=mask.device),
             mask.sum().float(),
             masked_sum(experience.rewards, mask),
             masked_sum(kl_estimate(experience.logprobs, experience.ref_logprobs, "k1"), mask),

@@ -28,6 +28,7 @@ from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, check_arguments, chec
 from rlhf_lightning.batches import PromptBatch, name_rows, repeat_prompts
 from rlhf_lightning.errors import NonFiniteError
 from rlhf_lightning.generation.engine import Generation
+from rlhf_lightning.host import on_host
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.rewarding import ModelScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
@@ -235,6 +236,7 @@ class OnlineStage(AnsweringStage):
             NonFiniteError: on every rank, if a score of any rank is NaN or infinite.
         """
         started = time.perf_counter()
+        on_host(prompts.row_ids, prompts.prompt_mask)  # at once, for all that asks for them
         samples = self.samples_per_prompt
         random = self.random_by_row(prompts.row_ids, "rollout", self.iteration, samples=samples, together=True)
         prompts = repeat_prompts(prompts, samples)
@@ -252,9 +254,10 @@ class OnlineStage(AnsweringStage):
         if self.iteration == 0:
             self._check_first_rollout(measured, metrics)
             checks.warn_mismatch(mismatch, self.sampling)
-        self.kl_controller.update(float(metrics["kl"]), self.responses_per_rollout)
+        kl, measured_scores = on_host(metrics["kl"], measured.scores)
+        self.kl_controller.update(float(kl), self.responses_per_rollout)
         metrics |= {"seconds_generating": generated - started, "seconds_scoring": time.perf_counter() - generated}
-        sample = f"{prompts.prompts[0]}**{texts[0].strip()}**\n\nscore {float(measured.scores[0]):.3f}"
+        sample = f"{prompts.prompts[0]}**{texts[0].strip()}**\n\nscore {float(measured_scores[0]):.3f}"
         log_text(self, "train/sample", sample, self.trainer.global_step)
         return experience, metrics
 
