@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import tempfile
 import time
-import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from _gpu_decoding import load, prompts_of
 from _gpu_peaks import Peaks
 from _gpu_ppo import ppo_module
 from _gpu_settings import Part, Result, Settings, fit
 from _gpu_training import known
+from _gpu_waits import as_on_gpu, counted_waits
 from _synthetic import instruction_batches, preference_batches, prompt_batches
 from measuring import median, steady, synchronize, table
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 KINDS = (
     ("attention", r"flash|fmha|attention|attn|sdpa"),
@@ -119,61 +114,6 @@ def profiled(name: str, settings: Settings) -> Result:
 # Waiting
 
 
-class _Waits(TorchDispatchMode):
-    """Counts what would wait for a GPU: numbers that Python asks for, and results of which the data say how long."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.places: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        chosen = args[1] if name == "index" else ()
-        by_mask = any(index is not None and index.dtype == torch.bool for index in chosen)
-        if (by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select")) and (place := _caller()):
-            self.places[place] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def _caller() -> str:
-    """The line outside of torch that made it wait; nothing in an optimizer, whose own counters stay on the host."""
-    frame: Any = sys._getframe(2)
-    while frame.f_back is not None and any(part in frame.f_code.co_filename for part in ("/torch/", "warnings.py")):
-        if "/torch/optim/" in frame.f_code.co_filename:
-            return ""
-        frame = frame.f_back
-    return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno}"
-
-
-@contextmanager
-def counted_waits(device: str) -> Iterator[Counter[str]]:
-    """How often the host waits for the device, by the line that made it, filled when the block has ended.
-
-    Args:
-        device: on `cuda` torch itself says when it waits (`set_sync_debug_mode`); on `cpu` what would wait is counted,
-            save for copies between host and device, of which there are none.
-    """
-    places: Counter[str] = Counter()
-    if device == "cpu":
-        with _Waits() as seen:
-            yield places
-        places.update(seen.places)
-        return
-
-    def hear(message: Any, *_: Any) -> None:
-        if "synchronizing CUDA operation" in str(message):
-            places[_caller() or "the optimizer"] += 1
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = hear  # type: ignore[assignment]
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield places
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
 def waits_of_step(module: Any, batches: list[Any], settings: Settings) -> Counter[str]:
     """Waits of the last step: of `training_step`, not of Lightning around it."""
     plain, found = module.training_step, Counter[str]()
@@ -187,7 +127,8 @@ def waits_of_step(module: Any, batches: list[Any], settings: Settings) -> Counte
         return loss
 
     module.training_step = counted
-    fit(module, batches, settings)
+    with as_on_gpu():
+        fit(module, batches, settings)
     return found
 
 
@@ -200,7 +141,7 @@ def waits_of_token(settings: Settings) -> Counter[str]:
     prompts = prompts_of(settings.shape(), settings.device)
     counts = []
     for new in (8, 8, 24):  # the first tries the model
-        with settings.autocast(), counted_waits(settings.device) as places:
+        with settings.autocast(), as_on_gpu(), counted_waits(settings.device) as places:
             engine.generate(prompts.ids, prompts.mask, prompts.sampling(new))
         counts.append(places)
     return counts[2] - counts[1]

@@ -273,7 +273,7 @@ def test_busy_share_by_hand(bench: Any) -> None:
 
 
 def test_waits_are_counted_where_they_are_made(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = bench("_gpu_kernels")
+    kernels = bench("_gpu_waits")
     numbers = torch.tensor([1.0, 2.0], requires_grad=True)
     numbers.grad = torch.ones(2)
     with kernels.counted_waits("cpu") as places:
@@ -283,7 +283,15 @@ def test_waits_are_counted_where_they_are_made(bench: Any, monkeypatch: pytest.M
         torch.where(numbers > 1, numbers, 0)
         (numbers > 1).nonzero()
         torch.optim.AdamW([numbers]).step()  # whose count of steps lies on the host
-    assert sum(places.values()) == 4
+    assert sum(places.values()) == 5  # the gradient of what a mask has chosen is written through the mask
+    assert all(place.startswith("tests/test_benchmarks.py:") for place in places)
+    with kernels.counted_waits("cpu") as places:
+        (numbers > 1).tolist()
+        mask = (numbers > 1).cpu()
+        assert mask.any()  # and all else that the host does by itself
+        mask.nonzero().tolist()
+        int(mask.sum().to(numbers.device))
+    assert sum(places.values()) == 3
     assert all(place.startswith("tests/test_benchmarks.py:") for place in places)
     modes: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
