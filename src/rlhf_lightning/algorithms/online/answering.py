@@ -34,7 +34,6 @@ from rlhf_lightning.generation.engine import (
     response_rows,
 )
 from rlhf_lightning.generation.sampling import RandomSource, Sampling
-from rlhf_lightning.host import alike
 from rlhf_lightning.models.finetune import enable_gradient_checkpointing
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer, find_reward

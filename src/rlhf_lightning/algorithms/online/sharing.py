@@ -19,6 +19,7 @@ from rlhf_lightning.forward.hidden import unpads
 from rlhf_lightning.forward.prefix import can_share, cost
 from rlhf_lightning.forward.row_attention import RESTS_IN_ONE_CALL
 from rlhf_lightning.forward.shared_prompts import SharedPrompts, same_prompts
+from rlhf_lightning.host import alike, on_host, to_device
 
 
 class Piece(NamedTuple):
@@ -69,12 +70,13 @@ def cut_responses(
         sharing: models that are to read the pieces with every prompt only once, if all of them can and it pays; none to
             run each response with its own. Every process must give the same.
     """
-    lengths = torch.stack([prompt_mask.sum(dim=1), response_mask.sum(dim=1)], dim=1)  # [N, 2]
+    masks = prompt_mask, response_mask
+    lengths = alike(lambda *masks: torch.stack([mask.sum(dim=1) for mask in masks], dim=1), *masks)  # [N, 2]
     # Each process tests every model, whatever its responses are: under ZeRO-3 all run a model, or none.
     able = [can_share(model) for model in sharing]
     padded = [not unpads(model, prompt_ids.device) for model in sharing]
     if sharing and all(able):
-        found = _Sharing(lengths.tolist(), size, max_tokens)
+        found = _Sharing(on_host(lengths)[0].tolist(), size, max_tokens)
         pieces = found.pieces(same_prompts(prompt_ids, prompt_mask))
         # Decided on as few pieces as there may be: asked for more of them, a process must not change its mind.
         apart = [piece.tolist() for piece in length_sorted_pieces(lengths, size, max_tokens)]
@@ -86,7 +88,7 @@ def cut_responses(
 
 
 def _piece(groups: list[list[int]], device: torch.device) -> Piece:
-    return Piece(torch.tensor([*chain.from_iterable(groups)], device=device), tuple(map(len, groups)))
+    return Piece(to_device(torch.tensor([*chain.from_iterable(groups)]), device), tuple(map(len, groups)))
 
 
 class _Sharing(NamedTuple):
