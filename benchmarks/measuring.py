@@ -55,7 +55,7 @@ class Recorder:
             "tokens": self.tokens,
             "metrics": self.metrics,
             "libraries": self.libraries,
-            "peak": peak_memory(),
+            "peak": max(peak_memory(), self.libraries),  # the kernel adds up what processors count a little late
             "device_peak": device_peak_memory(),
             "versions": versions(),
             **more,

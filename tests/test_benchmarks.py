@@ -78,7 +78,7 @@ def test_our_side_reports_the_tokens_of_the_shared_rows(
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["tokens"] == compare.tokens_of_steps(job)
     assert len(report["seconds"]) == len(report["metrics"]["loss"]) == 2
-    assert report["peak"] > report["libraries"] > 0
+    assert report["peak"] >= report["libraries"] > 0
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-WITH_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("waits")
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=WITH_GPU)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_step_waits_for_the_device_no_more_often_than_it_must(waits: Any, device: str, tmp_path: Path) -> None:
     found = waits.waits_on(device, str(tmp_path))
     assert found.keys() == waits.LIMITS.keys()

@@ -50,5 +50,5 @@ class LoggedModule(CheckpointedModule):
         shown = (on_bar,) if isinstance(on_bar, str) else on_bar
         for name, value in {**metrics, **peak_memory(self.device)}.items():
             if isinstance(value, int | float):  # Lightning would send it to the device, and wait until it is there
-                value = torch.tensor(value, dtype=torch.get_default_dtype())
+                value = torch.tensor(value, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
             self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=batch_size)
