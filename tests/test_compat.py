@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from helpers.models import tiny_causal_lm
 from helpers.other_families import other_causal_lm
@@ -98,7 +99,7 @@ def test_without_a_mask_function_positions_are_not_looked_at():
 
 def test_a_tensor_is_a_key_by_itself_and_for_as_long_as_it_lives():
     """Else what the host knows of one mask would be said of another, or be kept for ever."""
-    known, mask = compat.WeakTensorKeyDictionary(), torch.tensor([True, False])
+    known, mask = WeakTensorKeyDictionary(), torch.tensor([True, False])
     known[mask] = 1
     assert mask in known
     assert mask.clone() not in known

@@ -95,3 +95,9 @@ def test_places_choose_what_the_mask_chooses(rows: list[list[bool]]) -> None:
     assert torch.equal(values[places.rows, places.columns], values[mask])
     assert torch.equal(values.flatten(0, 1)[places.flat], values[mask])
     assert places.lengths == mask.sum(dim=1).tolist()
+
+
+def test_a_single_number_with_gaps_beside_it_is_read() -> None:
+    lengths = torch.tensor([[3, 4]])[:, 1]  # contiguous, at a stride of 2
+    assert lengths.stride() == (2,)
+    assert same(on_host(lengths)[0], torch.tensor([4]))

@@ -19,7 +19,6 @@ from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils.weak import WeakTensorKeyDictionary as WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from rlhf_lightning.compat import WeakTensorKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class _Memory:
@@ -60,11 +59,17 @@ def on_host(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _read(tensors: list[Tensor]) -> list[Tensor]:
-    packed = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]).cpu()
+    packed = torch.cat([_flat(tensor).view(torch.uint8) for tensor in tensors]).cpu()
     parts = packed.split([tensor.numel() * tensor.element_size() for tensor in tensors])
     # Numbers of several bytes must begin at a multiple of them.
     pairs = zip(parts, tensors, strict=True)
     return [part.clone().view(tensor.dtype).view(tensor.shape) for part, tensor in pairs]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
+    # A single number may lie at any stride, and still be called contiguous.
+    return flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
-import pytorch_lightning as pl
 from torch.utils.data import DataLoader, DistributedSampler
 
 
@@ -63,13 +62,13 @@ class EvaluationSampler(DistributedSampler[int]):
         return iter([i if i < count else ~(i % count) for i in range(self.rank, self.total_size, self.num_replicas)])
 
 
-def pins_memory(trainer: pl.Trainer | None) -> bool:
+def pins_memory(trainer: Any) -> bool:
     """Whether batches go to a GPU, which copies from pinned memory without making the host wait.
 
     Args:
-        trainer: Lightning's, if there is one.
+        trainer: Lightning's; None where there is none.
     """
-    return trainer is not None and trainer.strategy.root_device.type == "cuda"
+    return trainer is not None and bool(trainer.strategy.root_device.type == "cuda")
 
 
 def evaluation_loader(examples: Sequence[Any], processes: int, rank: int, **options: Any) -> DataLoader[Any]:
