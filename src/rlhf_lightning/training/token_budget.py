@@ -78,7 +78,7 @@ def _bytes_per_token(model: PreTrainedModel, checkpointing: bool) -> float:
 
     In half precision some 24 bytes for each number of a hidden state and 8 for each of the feed-forward layer, in each
     block (as in Korthikanti et al. 2022, section 4.1, whose layer has no gate and whose attention keeps its products),
-    and half as much again where the residual stream is in float32: a Llama of 0.5B in bf16-mixed was seen at 1.8 MB.
+    and a quarter more where the residual stream is in float32: a Llama of 0.5B in bf16-mixed was seen at 1.8 MB.
     """
     config: Any = model.config.get_text_config()
     hidden, depth = config.hidden_size, config.num_hidden_layers

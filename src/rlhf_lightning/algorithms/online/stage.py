@@ -145,8 +145,9 @@ class OnlineStage(AnsweringStage):
         Args:
             minibatch: this rank's share.
         """
-        limits, sharing = (self.piece_size, self.token_budget), self._sharing(self.policy, self.value)
-        return self.cut(lambda least: minibatch.micro_batches(*limits, least, sharing))
+        limits: dict[str, Any] = {"size": self.piece_size, "max_tokens": self.token_budget}
+        limits["sharing"] = self._sharing(self.policy, self.value)
+        return self.cut(lambda least: minibatch.micro_batches(min_pieces=least, **limits))
 
     def loss_total(self, minibatch: Experience, num_tokens: Tensor) -> Tensor:
         """What the losses of an update are divided by, a scalar.
