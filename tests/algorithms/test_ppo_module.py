@@ -299,6 +299,17 @@ def test_compiled_decoding_changes_nothing_and_is_compiled_once(folder, reward_f
     assert counter.frame_count == 1
 
 
+def test_a_checkpoint_holds_the_sizes_that_decoding_is_compiled_for(folder, reward_folder, monkeypatch):
+    count_compiling(monkeypatch)
+    first, second = (ppo(folder, reward_folder, compile_decoding=True) for _ in range(2))
+    run(first, iterations=1)
+    state = first.run_state()
+    rows, columns = state["compiled_step"]
+    second.load_run_state({**state, "compiled_step": [rows + 1, columns + 64]})  # of a run that has seen larger batches
+    run(second, iterations=1)
+    assert second.run_state()["compiled_step"] == [rows + 1, columns + 64]
+
+
 def test_policy_and_value_model_have_their_own_learning_rates(folder, reward_folder):
     log = run(ppo(folder, reward_folder, optimizer=sgd(0.1), value_lr=0.3, lr_schedule="linear"), iterations=4)
     assert log.series("train/lr") == pytest.approx([0.1, 0.075, 0.05, 0.025])
