@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.models import FAMILIES, LAYOUTS, spread_weights, tiny_causal_lm
@@ -98,6 +100,35 @@ def test_shared_rows_are_computed_as_with_their_mask():
     found = rows.hidden_states(lm)
     assert not found[~rows.mask].any()
     torch.testing.assert_close(found[rows.mask], rows.padded_hidden_states(lm)[rows.mask], **LAYOUTS)
+
+
+class Numbers(TorchDispatchMode):
+    """How many numbers all operations return together, views not counted."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.count += sum(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        return result
+
+
+@pytest.mark.parametrize("rests", [0, 3])
+def test_the_cost_of_attention_grows_with_the_tokens_alone(rests):
+    """Of its gradient, too: that of a slice would fill the whole row for each sequence."""
+
+    def cost(sequences):
+        calls = row_attention.calls_of([[6, *[2] * rests]] * sequences)
+        tokens = sequences * (6 + 2 * rests)
+        query, key, value = (torch.randn(1, 2, tokens, 4, requires_grad=True) for _ in range(3))
+        with Numbers() as numbers:
+            attended, _ = row_attention.attend_in_turn(calls, torch.nn.Module(), query, key, value, None)
+            attended.sum().backward()
+        return numbers.count
+
+    few, many = cost(4), cost(64)
+    assert many < 1.1 * 16 * few
 
 
 def test_a_window_that_would_be_felt_is_left_to_transformers():

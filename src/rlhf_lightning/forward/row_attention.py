@@ -21,8 +21,8 @@ class Call(NamedTuple):
     """Tokens that stand together and go through attention in one call.
 
     Attributes:
-        beginning: places of what they go on from; None for nothing.
-        own: their places.
+        beginning: places of what they go on from, which are the own ones of an earlier call; None for nothing.
+        own: their places, right behind those of the call before.
         sees: which keys each of them attends to, `[1, 1, own, beginning + own]`, bool; None for those up to itself.
     """
 
@@ -85,10 +85,14 @@ def attend_in_turn(
     """An attention function of transformers: query `[1, H, N, d]`, key and value `[1, key heads, N, d]`."""
     if attention_mask is not None or any(kwargs.get(name) is not None for name in UNUSUAL_ARGUMENTS):
         raise NotImplementedError("attention of another kind")
-    done = []
-    for beginning, own, sees in calls:
-        q, k, v = (tensor[:, :, own] for tensor in (query, key, value))  # [1, heads, length, d] each
+    # Not slices: the gradient of each would be as long as the row.
+    lengths = [own.stop - own.start for _, own, _ in calls]
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    done, begun = [], {}
+    for (beginning, own, sees), (q, k, v) in zip(calls, parts, strict=True):  # [1, heads, length, d] each
+        begun[own.start] = k, v
         if beginning is not None:
-            k, v = torch.cat([key[:, :, beginning], k], dim=2), torch.cat([value[:, :, beginning], v], dim=2)
+            first_k, first_v = begun[beginning.start]
+            k, v = torch.cat([first_k, k], dim=2), torch.cat([first_v, v], dim=2)
         done.append(sdpa_attention_forward(module, q, k, v, sees, **kwargs)[0])  # [1, length, H, d]
     return torch.cat(done, dim=1), None
