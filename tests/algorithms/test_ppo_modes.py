@@ -16,9 +16,12 @@ from helpers.stages import (
     sgd,
     weights,
 )
-from rlhf_lightning import HFExport, PPOModule, PromptDataModule, Sampling
+from rlhf_lightning import GRPOModule, HFExport, PPOModule, PromptDataModule, RLOOModule, Sampling
+from rlhf_lightning.algorithms.online import rollout
+from rlhf_lightning.algorithms.online.models import logprobs_and_values
 from rlhf_lightning.compat import is_checkpointing
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.generation.engine import TransformersEngine
 from rlhf_lightning.models.causal_lm import load_causal_lm
 from rlhf_lightning.models.finetune_settings import FineTune
 
@@ -59,24 +62,74 @@ def trained(module):
     return {**weights(module.policy), **{f"value.{name}": tensor for name, tensor in weights(module.value).items()}}
 
 
-class Measuring(PPOModule):
-    """Never takes the sampler's word."""
+SEVERAL = {"minibatch_size": 4, "ppo_epochs": 2}
+"""Updates on one rollout."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._on_policy = False
+
+@pytest.fixture
+def passes_of_policy(monkeypatch):
+    """Responses that the policy was run over in scoring."""
+    seen = []
+
+    def counted(policy, value, ids, *rest, **options):
+        seen.extend(ids)
+        return logprobs_and_values(policy, value, ids, *rest, **options)
+
+    monkeypatch.setattr(rollout, "logprobs_and_values", counted)
+    return seen
 
 
 @pytest.mark.parametrize("trunk", ["own", "policy"])
-def test_one_update_on_the_whole_rollout_needs_no_second_pass_of_the_policy(folder, reward_folder, trunk):
-    short, long = (ppo(folder, reward_folder, kind, value_trunk=trunk) for kind in (PPOModule, Measuring))
-    logs = [run(module) for module in (short, long)]
-    assert_close_weights(trained(short), trained(long))
-    for name in logs[1].names("train") - {"tokens_per_second", "memory_gib"}:
+@pytest.mark.parametrize(
+    "options", [{}, SEVERAL, {**SEVERAL, "finetune": LORA}, {**SEVERAL, "samples_per_prompt": 2}], ids=str
+)
+def test_the_samplers_log_probabilities_spare_a_pass_of_the_policy(
+    folder, reward_folder, trunk, options, passes_of_policy
+):
+    logs, modules, passes = [], [], []
+    for reuse in ("auto", False):
+        modules.append(ppo(folder, reward_folder, value_trunk=trunk, reuse_logprobs=reuse, **options))
+        logs.append(run(modules[-1]))
+        passes.append(len(passes_of_policy))
+    assert passes == [0, 2 * 8 * options.get("samples_per_prompt", 1)]
+    assert_close_weights(*map(trained, modules))
+    # Several updates see the entropy fall, and count tokens whose values may stand on either side of a border.
+    moved = {"entropy", "value_clip_fraction"} if options else set()
+    for name in logs[1].names("train") - {"tokens_per_second", "memory_gib"} - moved:
         if not name.startswith("seconds"):
             values = [log.series(f"train/{name}") for log in logs]
             assert values[0] == pytest.approx(values[1], abs=2e-5), name
     assert logs[0].series("train/entropy")[0] > 0
+
+
+@pytest.mark.parametrize("kind", [RLOOModule, GRPOModule])
+def test_so_they_do_for_groups(folder, reward_folder, kind, passes_of_policy):
+    options = {**SEVERAL, "samples_per_prompt": 2}
+    modules = [ppo(folder, reward_folder, kind, reuse_logprobs=reuse, **options) for reuse in ("auto", False)]
+    passes = []
+    for module in modules:
+        run(module)
+        passes.append(len(passes_of_policy))
+    assert passes == [0, 2 * 16]
+    assert_close_weights(*(weights(module.policy) for module in modules))
+
+
+@pytest.mark.parametrize(
+    ("options", "trainer", "spared"),
+    [
+        ({}, {"precision": "bf16-true"}, True),  # one update is on the policy that answered
+        (SEVERAL, {"precision": "bf16-true"}, False),
+        ({**SEVERAL, "reuse_logprobs": True}, {"precision": "bf16-true"}, True),
+        ({**SEVERAL, "engine": TransformersEngine}, {}, False),  # somebody's own
+        ({**SEVERAL, "frozen_dtype": "bfloat16"}, {}, False),
+    ],
+    ids=str,
+)
+def test_where_both_are_not_the_same_to_rounding_the_policy_is_measured(
+    folder, reward_folder, options, trainer, spared, passes_of_policy
+):
+    run(ppo(folder, reward_folder, **options), iterations=1, **trainer)
+    assert (not passes_of_policy) is spared
 
 
 @pytest.mark.parametrize("epochs", [1, 2])

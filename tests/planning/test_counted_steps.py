@@ -24,6 +24,7 @@ CASES = [
     ("ppo", {"micro_batch_size": 2}, "32-true"),
     ("ppo", {"finetune": {"mode": "lora"}, "micro_batch_size": 2}, "32-true"),
     ("ppo", {"micro_batch_size": 1, "gradient_checkpointing": True, "value_trunk": "policy"}, "bf16-mixed"),
+    ("ppo", {"micro_batch_size": 1, "value_trunk": "policy", "generation_batch_size": 2}, "32-true"),
     ("ppo", {"frozen_dtype": "bfloat16", "micro_batch_size": 4}, "32-true"),
     ("rloo", {"micro_batch_size": 2}, "32-true"),
     ("grpo", {"finetune": {"mode": "lora"}}, "32-true"),

@@ -144,7 +144,13 @@ class PPOModule(OnlineStage):
     def losses(self, batch: Experience) -> Iterator[Loss]:
         """Policy loss and weighted value loss."""
         return ppo_losses(
-            self.policy, self.value, batch, self.objective, self.sampling.temperature, on_policy=self.on_policy
+            self.policy,
+            self.value,
+            batch,
+            self.objective,
+            self.sampling.temperature,
+            on_policy=self.on_policy,
+            with_entropy=self.measures_late,
         )
 
     def to_learn(self, minibatch: Experience) -> Tensor:
@@ -191,6 +197,7 @@ def ppo_losses(
     objective: Objective,
     temperature: float,
     on_policy: bool = False,
+    with_entropy: bool = False,
 ) -> Iterator[Loss]:
     """Policy loss and weighted value loss; computed when asked for, in one piece where both share the trunk.
 
@@ -203,7 +210,8 @@ def ppo_losses(
         objective: clipping and weights.
         temperature: the sampling temperature.
         on_policy: the policy is still the one that answered, so its own log-probabilities, detached, are the old ones.
-            Then `ratio` and `approx_kl` compare them with what the sampler said, and `entropy` is reported too.
+            Then `ratio` and `approx_kl` compare them with what was said of the responses in the rollout.
+        with_entropy: log the entropy of the predictions, too, which the rollout has not measured.
 
     Yields:
         A loss summed over response tokens, a scalar, and sums to be logged.
@@ -211,10 +219,10 @@ def ppo_losses(
     ids, kept, mask = batch.sequences, batch.sequence_mask, batch.response_mask  # [B, P + R], [B, P + R], [B, R]
     trunk = value if isinstance(value, TrunkValue) else None
     logprobs, entropies, values = logprobs_and_values(
-        policy, trunk, ids, kept, mask, temperature, with_entropy=on_policy, rows=batch.shared
+        policy, trunk, ids, kept, mask, temperature, with_entropy=with_entropy, rows=batch.shared
     )
     loss, logged = clipped_policy_loss(logprobs, batch, objective.clip_range, on_policy=on_policy)
-    if on_policy:
+    if with_entropy:
         logged["entropy"] = masked_sum(entropies.detach(), mask)
     if not isinstance(value, TrunkValue):
         yield loss, logged

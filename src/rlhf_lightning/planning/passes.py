@@ -56,6 +56,7 @@ class Load:
         one_by_one: the graph of one loss is gone before the next is built.
         on_gpu: batches are padded, so that attention is given a mask; on a CPU they are not.
         gpu_memory: bytes of a GPU, by which chunks of logits are cut; 0 on a CPU.
+        takes_sampler_logprobs: the policy is not run over its answers before the update.
     """
 
     rows: int
@@ -66,6 +67,7 @@ class Load:
     one_by_one: bool = True
     on_gpu: bool = True
     gpu_memory: int = 0
+    takes_sampler_logprobs: bool = False
 
 
 @dataclass(frozen=True)
@@ -270,7 +272,6 @@ def _updating(stage: Stage, load: Load) -> list[Passed]:
 @torch.no_grad()
 def _measuring(stage: AnsweringStage, load: Load) -> Iterator[Passed]:
     """Each model says what it has to say of answers."""
-    on_policy = getattr(stage, "on_policy", False)
     said: dict[str, Callable[[Any], Any]] = {
         "policy": lambda model: _logprobs(model, _response(_hidden(model, load.rows, load), load), load, True),
         "reference": lambda model: _logprobs(model, _response(_hidden(model, load.rows, load), load), load),
@@ -279,7 +280,7 @@ def _measuring(stage: AnsweringStage, load: Load) -> Iterator[Passed]:
     }
     moments, ran = [], []
     for role, model in models_of(stage).items():
-        if isinstance(model, TrunkValue) or (role == "policy" and on_policy):
+        if isinstance(model, TrunkValue) or (role == "policy" and load.takes_sampler_logprobs):
             continue
         model.eval()
         with _counting(stage) as live:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from rlhf_lightning.algorithms.online.models import TrunkValue
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.forward.output_layer import is_tied
 from rlhf_lightning.models.fused_lora import FusedLoraLinear
@@ -72,7 +73,7 @@ class Part:
         gradients: those that are there.
         activations: of hidden states, and all that autograd keeps.
         logits: of the output layer.
-        cache: keys and values of prompts and answers.
+        cache: keys and values of prompts and answers, and what a value head is to read of their hidden states.
         buffers: weights that are gathered or merged for the time, and what is about to be sent.
     """
 
@@ -288,12 +289,20 @@ class _Planner:
                 gradients=gradients * moment.gradients / whole,
                 activations=moment.working,
                 logits=moment.logits,
-                cache=passed.kept,
+                cache=passed.kept + (0 if updates else self._hidden_of_rollout(sizes)),
                 buffers=gathered + reduced + passed.merged,
             )
             for moment in moments
         ]
         return max(parts, key=lambda part: part.together)
+
+    def _hidden_of_rollout(self, sizes: dict[str, int]) -> float:
+        """Of hidden states that the engine keeps for a value head on the policy, bytes."""
+        value = self.models.get("value")
+        if not isinstance(value, TrunkValue) or not self.request.load(self.stage).takes_sampler_logprobs:
+            return 0
+        numbers = sizes["responses"] * self.request.response_length * value.score.in_features
+        return numbers * (4 if self.sheet.is_cast else self.sheet.computed.itemsize)
 
     def _step(self, roles: list[Role]) -> Part:
         largest = max(p.numel() for p in self.trained)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf_lightning.algorithms.online.answering import AnsweringStage
+from rlhf_lightning.algorithms.online.checks import computes_exactly
+from rlhf_lightning.algorithms.online.stage import OnlineStage
 from rlhf_lightning.algorithms.pairs import PairStage
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.arguments import per_process
@@ -146,7 +148,15 @@ class Request:
             one_by_one=sheet.takes_losses_one_by_one,
             on_gpu=self.on_gpu,
             gpu_memory=int((self.gpu_memory or USUAL_GPU) * 2**30) if self.on_gpu else 0,
+            takes_sampler_logprobs=self._takes_sampler_logprobs(stage),
         )
+
+    def _takes_sampler_logprobs(self, stage: Stage) -> bool:
+        if not isinstance(stage, OnlineStage):
+            return False
+        precision = self.trainer.get("precision") or "32-true"
+        exact = computes_exactly(precision, stage.frozen_dtype, "cuda" if self.on_gpu else "cpu")
+        return stage.takes_sampler_logprobs(exact)
 
     def changed(self, part: str, **values: Any) -> Request:
         """The same with other settings.

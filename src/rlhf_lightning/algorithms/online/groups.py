@@ -155,7 +155,7 @@ class GroupStage(OnlineStage):
     def losses(self, batch: Experience) -> Iterator[Loss]:
         """Policy loss, and the KL penalty if that is in the loss."""
         ids, kept, mask = batch.sequences, batch.sequence_mask, batch.response_mask  # [B, P + R], [B, P + R], [B, R]
-        with_entropy = self.on_policy  # else the rollout has measured it
+        with_entropy = self.measures_late  # else the rollout has measured it
         logprobs, entropies = response_logprobs(
             self.policy, ids, kept, mask, self.sampling.temperature, with_entropy, batch.shared
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,10 @@ class OnlineStage(AnsweringStage):
             micro-batch, in scoring and in the update; `max_tokens_per_batch` counts it once. The results are the same
             to rounding; if a model or attention kernel cannot do it, that is said, and each response has a prompt of
             its own.
+        reuse_logprobs: take the log-probabilities that the engine has drawn the tokens by as the old ones, and for a
+            value head on the policy its hidden states, instead of running the policy once more over the responses.
+            `auto` does so where the package's own engine computes in float32, so that both are the same to rounding,
+            and where an iteration is one update. Then `entropy` is measured in the updates.
         kl: the penalty that holds the policy near the reference.
         score: what happens to scores before they become rewards.
         importance_cap: where the engine draws with kernels and weights of its own (vLLM), each token weighs
@@ -79,6 +83,7 @@ class OnlineStage(AnsweringStage):
         minibatch_size: int = 32,
         ppo_epochs: int = 2,
         prefix_sharing: bool = True,
+        reuse_logprobs: bool | Literal["auto"] = "auto",
         kl: KLPenalty = KLPenalty(),
         score: ScoreShaping = ScoreShaping(),
         importance_cap: float | None = 2.0,
@@ -94,6 +99,7 @@ class OnlineStage(AnsweringStage):
         self.minibatch_size = minibatch_size
         self.ppo_epochs = ppo_epochs
         self.prefix_sharing = prefix_sharing
+        self.reuse_logprobs: bool | Literal["auto"] = reuse_logprobs
         self.kl = kl
         self.score = score
         self.importance_cap = importance_cap
@@ -184,6 +190,16 @@ class OnlineStage(AnsweringStage):
         """All of this process's share, unless `generation_batch_size` says less."""
         return self.generation_batch_size or self.responses_per_rollout // world_size(self)
 
+    def takes_sampler_logprobs(self, exact: bool) -> bool:
+        """Whether the old log-probabilities are those of the engine.
+
+        Args:
+            exact: both differ by no more than float32 rounds (`checks.computes_exactly`).
+        """
+        if self.reuse_logprobs != "auto":
+            return self.reuse_logprobs
+        return self.on_policy or (exact and self.engine is None)
+
     @property
     def decoding_steps(self) -> int:
         """Steps of decoding in a rollout, on this process."""
@@ -241,7 +257,7 @@ class OnlineStage(AnsweringStage):
         samples = self.samples_per_prompt
         random = self.random_by_row(prompts.row_ids, "rollout", self.iteration, samples=samples, together=True)
         prompts = repeat_prompts(prompts, samples)
-        generation, texts = self.answer(prompts, random, with_logprobs=self.on_policy)
+        generation, texts = self.answer(prompts, random, with_logprobs=self.measures_late)
         generated = time.perf_counter()
         sharing = self._sharing(self.policy, self.reference_model, self.value, self.scorer)
         measured = self.measure_answers(prompts, generation, texts, with_values=True, sharing=sharing)
@@ -306,6 +322,11 @@ class OnlineStage(AnsweringStage):
         checks.check_probe(self.scorer, self.frozen_dtype == "nf4")
         if self.model_source.starts_at_reference:
             checks.check_fresh_policy(metrics, self._is_exact)
+
+    @property
+    def measures_late(self) -> bool:
+        """Whether the policy first goes through the responses in an update, which then logs the entropy."""
+        return self.takes_sampler_logprobs(self._is_exact)
 
     @property
     def _is_exact(self) -> bool:
