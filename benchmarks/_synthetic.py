@@ -92,7 +92,7 @@ def llama_config(shape: Shape) -> Any:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=2048,
+        max_position_embeddings=max(2048, shape.max_length),
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=1,

@@ -343,3 +343,18 @@ def test_peaks_are_those_given_else_stated_else_measured(
     bench: Any, name: str, given: tuple[Any, ...], found: tuple[Any, ...]
 ) -> None:
     assert bench("_gpu_peaks").choose_peaks({"name": name, "tflops": 0.5, "bandwidth": 20.0}, *given) == found
+
+
+def test_growth_measures_a_point_and_compares_it_with_the_first(bench: Any) -> None:
+    growth, synthetic = bench("growth"), bench("_synthetic")
+    settings = bench("_gpu_settings").Settings("cpu", True, "32-true", steps=2, warmup=1, folder="")
+    shape = synthetic.TINY._replace(rows=2, max_length=16)
+    found = growth.point(shape, settings)
+    batches, work = synthetic.instruction_batches(shape, 2)
+    assert found["tokens"] == float(batches[1].attention_mask.sum())
+    assert found["flops"] == work[1].flops
+    assert found["seconds"] > 0
+    twice = {"seconds": 4.0, "tokens": 20.0, "flops": 8e9, "above": 2**30}
+    text = growth.cost("rows", {2: {"seconds": 1.0, "tokens": 10.0, "flops": 2e9, "above": 0}, 4: twice})
+    assert "| 4 | 20 | 200,000.0 us | 2.00 | 2.00 | 2 | 1.00 GiB |" in text
+    assert "| 10 | 8 | 1.00 GiB | 0.00 GiB | 1342177.28 |" in growth.memory({(10, 8): twice})
