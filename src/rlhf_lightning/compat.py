@@ -36,6 +36,9 @@ UNUSUAL_ARGUMENTS = ("softcap", "position_bias", "s_aux", "cache")
 CONVOLUTIONS, DROPOUTS = _ConvNd, _DropoutNd
 """What all of torch's layers of a kind are instances of."""
 
+CALL = "_compiled_call_impl"
+"""Attribute of a module: what its call goes to, hooks and all; `nn.Module.compile` sets it, and no copy has it."""
+
 Convert = Callable[[Tensor], Tensor]
 
 
@@ -178,16 +181,74 @@ def _varlen_attention() -> tuple[Callable[..., Any], frozenset[str]]:
     return varlen_attn, frozenset(signature(varlen_attn).parameters)
 
 
-def compiler_settings(max_sizes: int) -> AbstractContextManager[Any]:
+@contextmanager
+def compiler_settings(max_sizes: int) -> Iterator[None]:
     """How `torch.compile` traces a function that is called inside DDP, with buffers of several sizes.
 
-    Inside a forward pass of DDP the graph would be cut at its buckets of gradients.
+    Inside a forward pass of DDP the graph would be cut at its buckets of gradients. Random numbers are those that are
+    drawn without it, and a backward pass is compiled with its forward pass, so that both are known to compile.
 
     Args:
         max_sizes: that are compiled for before it gives up.
     """
-    settings: AbstractContextManager[Any] = torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=max_sizes)
-    return settings
+    with (
+        torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=max_sizes),
+        torch._inductor.config.patch(fallback_random=True),
+        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+    ):
+        yield
+
+
+def call_uncompiled(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a module with its hooks, past what stands in `CALL`.
+
+    Args:
+        module: any.
+        args: of the call.
+        kwargs: of the call.
+    """
+    return module._call_impl(*args, **kwargs)
+
+
+@contextmanager
+def called_plainly(module: nn.Module) -> Iterator[None]:
+    """Let a module and all that it contains be called uncompiled for the length of a `with` block.
+
+    Args:
+        module: any.
+    """
+    lifted = [(part, vars(part).pop(CALL)) for part in module.modules() if CALL in vars(part)]
+    try:
+        yield
+    finally:
+        for part, call in lifted:
+            vars(part)[CALL] = call
+
+
+@contextmanager
+def outside_of_graphs(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """A function that what is compiled calls and does not look into, the same object for every `function`.
+
+    Args:
+        function: what it runs for the length of the `with` block.
+    """
+    _outside.append(function)
+    try:
+        yield _untraced()
+    finally:
+        _outside.pop()
+
+
+_outside: list[Callable[..., Any]] = []
+
+
+@lru_cache
+def _untraced() -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return _outside[-1](*args, **kwargs)
+
+    untraced: Callable[..., Any] = torch.compiler.disable(run)
+    return untraced
 
 
 def mark_static(tensor: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import pytorch_lightning as pl
@@ -34,6 +34,7 @@ from rlhf_lightning.algorithms.trainer_checks import check_trainer, keep_checkpo
 from rlhf_lightning.arguments import AT_LEAST_1, check_arguments
 from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.forward.casts import cast_once
+from rlhf_lightning.forward.compiled_layers import compiled_layers
 from rlhf_lightning.host import on_host
 from rlhf_lightning.models.finetune import describe_trained
 from rlhf_lightning.models.finetune_settings import FineTune
@@ -91,6 +92,8 @@ class Stage(LoggedModule):
         finetune: which weights are trained.
         gradient_checkpointing: keep only each block's input for the backward pass and compute the rest again: less
             memory, a third more time, the same gradient.
+        compile: compile the layers of the models once for all layers and batches, by `torch.compile`: meant for GPUs;
+            takes a minute or two at the start. Where it cannot be done, one line says why.
         trust_remote_code: allow the model folder to run Python code of its own.
 
     Attributes:
@@ -115,6 +118,7 @@ class Stage(LoggedModule):
         gradient_clip_val: float | None = 1.0,
         finetune: FineTune = FineTune(),
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -136,6 +140,7 @@ class Stage(LoggedModule):
         self.gradient_clip_val = gradient_clip_val
         self.finetune = finetune
         self.gradient_checkpointing = gradient_checkpointing
+        self.compiles_layers = compile  # `compile` is a method of every module
         self.trust_remote_code = trust_remote_code
         self._is_configured = False
         self._budgets: dict[torch.device, int] = {}
@@ -283,7 +288,8 @@ class Stage(LoggedModule):
                 yield loss / total
 
         casts = cast_once(*self.updating_models) if len(pieces) > 1 else nullcontext()
-        with forked_rng(self.device, self.seed, type(self).__name__, self.trainer.global_step, self.global_rank), casts:
+        random = forked_rng(self.device, self.seed, type(self).__name__, self.trainer.global_step, self.global_rank)
+        with random, casts, self.compiled(*self.updating_models):
             for piece in pieces:
                 accumulation.backward(scaled(loss_of(piece)))
         try:
@@ -296,6 +302,16 @@ class Stage(LoggedModule):
             reduced = sum_over_ranks(self, torch.stack([*sums.values()]))
             means = dict(zip(sums, reduced / (total if logged_total is None else logged_total), strict=True))
         return Step(accumulation.loss, grad_norm, accumulation.part_norms, means)
+
+    def compiled(self, *models: Any) -> AbstractContextManager[None]:
+        """Let the layers of models run compiled in a `with` block, if `compile` asks for it.
+
+        Args:
+            *models: of which those that are no modules are left out.
+        """
+        if not self.compiles_layers:
+            return nullcontext()
+        return compiled_layers(*(model for model in models if isinstance(model, nn.Module)))
 
     def check_batch(self, batch: Any, kind: type, data: str) -> None:
         """Refuse a batch of another kind of data.

@@ -15,6 +15,7 @@ hidden size, H heads of d numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -28,6 +29,7 @@ from rlhf_lightning.compat import (
     attention_function,
     attention_kernel,
     is_checkpointing,
+    outside_of_graphs,
     takes_attention_functions,
 )
 from rlhf_lightning.forward import varlen
@@ -41,6 +43,7 @@ from rlhf_lightning.forward.backbone import (
 )
 from rlhf_lightning.forward.capacity import LOOKUP_ERRORS, explain_lookup
 from rlhf_lightning.forward.compatibility import ignores_left_padding
+from rlhf_lightning.forward.compiled_layers import layers_are_compiled
 from rlhf_lightning.forward.numerics import dummy_tokens, relative_distance, say_once, self_test, tolerance
 from rlhf_lightning.forward.output_layer import logprobs_from_hidden
 from rlhf_lightning.forward.row_attention import attend_in_turn, calls_of
@@ -247,7 +250,9 @@ def _run_row(
     """Hidden states of real tokens, `[N, D]`; ids and positions are `[N]`, the rest as in `unpadded_hidden_states`."""
     on_cpu = ids.device.type == "cpu"
     attend = partial(attend_in_turn, calls_of(parts)) if on_cpu else partial(varlen.attend, runs_of(parts, ids.device))
-    with attention_function(model, UNPADDED, attend, None):
+    # It loops over these sequences: looked into, it would be compiled anew for each batch.
+    outside = outside_of_graphs(attend) if layers_are_compiled(model) else nullcontext(attend)
+    with outside as attend, attention_function(model, UNPADDED, attend, None):
         row = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": None}
         hidden: Tensor = model.base_model(**row, **kwargs).last_hidden_state[0]  # [N, D]
     return hidden

@@ -16,6 +16,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_lightning.compat import called_plainly
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.forward.casts import own_weights
@@ -47,7 +48,7 @@ def self_test(model: PreTrainedModel, test: Callable[[], Found]) -> Found | Exce
     """
     avoid_plans(model.device)  # here, for whatever runs a model tests it first
     plain = torch.autocast(model.device.type, enabled=False)
-    with evaluation_mode(model), own_weights(model), torch.no_grad(), plain:
+    with evaluation_mode(model), own_weights(model), called_plainly(model), torch.no_grad(), plain:
         try:
             return test()
         except (torch.OutOfMemoryError, UserError):

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.training.sharded import COMPUTES_IN, widen_later, widens_later
+from rlhf_lightning.training.sharded import COMPUTES_IN, blocks_of, widen_later, widens_later
 
 Place = tuple[nn.Module, str]
 """A module and the name of one of its own parameters."""
@@ -155,7 +155,7 @@ def _part_company(models: list[PreTrainedModel]) -> list[tuple[Place, list[Place
 def _shard_model(model: PreTrainedModel, sharding: Sharding) -> None:
     base: nn.Module = model.base_model
     trained = any(p.requires_grad for p in model.parameters())
-    for block in _blocks(model):
+    for block in blocks_of(model):
         sharding.apply(block, trained, sharding.blocks)
         if sharding.blocks.param_dtype is not None:
             _compute_in(block, sharding.blocks.param_dtype, sharding.mesh.device_type)
@@ -169,16 +169,6 @@ def _shard_model(model: PreTrainedModel, sharding: Sharding) -> None:
             sharding.apply(head, trained, sharding.others)
     if isinstance(sharding.offload, CPUOffloadPolicy):
         _compute_on(model, sharding.device)
-
-
-def _blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The blocks of a transformer, by the list that is as long as it is deep, or by their class."""
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for part in model.base_model.modules():
-        if isinstance(part, nn.ModuleList) and len(part) == depth:
-            return list(part)
-    whole = set(model._no_split_modules or [])
-    return [part for part in model.base_model.modules() if type(part).__name__ in whole]
 
 
 def _beside(model: nn.Module, base: nn.Module) -> Iterator[nn.Module]:

@@ -260,7 +260,8 @@ class OnlineStage(AnsweringStage):
         generation, texts = self.answer(prompts, random, with_logprobs=self.measures_late)
         generated = time.perf_counter()
         sharing = self._sharing(self.policy, self.reference_model, self.value, self.scorer)
-        measured = self.measure_answers(prompts, generation, texts, with_values=True, sharing=sharing)
+        with self.compiled(self.policy, self.reference_model, self.value, self.scorer):
+            measured = self.measure_answers(prompts, generation, texts, with_values=True, sharing=sharing)
         measured, mismatch = weigh_draws(measured, generation, self.importance_cap, self.per_response, self.reduce)
         self.score_moments.update(measured.scores, self.reduce)
         scores = shape_scores(measured.scores, generation.ended, self.score_moments, self.score)
