@@ -306,6 +306,7 @@ def test_a_checkpoint_holds_the_sizes_that_decoding_is_compiled_for(folder, rewa
     state = first.run_state()
     rows, columns = state["compiled_step"]
     second.load_run_state({**state, "compiled_step": [rows + 1, columns + 64]})  # of a run that has seen larger batches
+    assert second.run_state()["compiled_step"] == [rows + 1, columns + 64]  # where it is stopped before it has answered
     run(second, iterations=1)
     assert second.run_state()["compiled_step"] == [rows + 1, columns + 64]
 

@@ -63,13 +63,21 @@ class CompiledStep:
         """Rows and columns of the largest batch so far, on which rounding depends."""
         return self.num_rows, self.capacity
 
-    def go_on_with(self, sizes: tuple[int, int]) -> None:
-        """Take over the `sizes` of the run that a checkpoint is of, so that rounding stays the same.
+    @property
+    def complaint(self) -> str:
+        """Why it was given up on the way, on which rounding depends, too; empty if it was not."""
+        return self.reason if self.capacity else ""
+
+    def go_on_with(self, sizes: tuple[int, int], complaint: str = "") -> None:
+        """Take over from the run that a checkpoint is of, so that rounding stays the same.
 
         Args:
-            sizes: rows and columns; no batch has been read yet.
+            sizes: its `sizes`; no batch has been read yet.
+            complaint: its `complaint`.
         """
         self.num_rows, self.capacity = sizes
+        if complaint and not self.reason:
+            self._give_up(complaint)
 
     @property
     def is_replayed(self) -> bool:
@@ -167,12 +175,12 @@ class CompiledStep:
         grown = int(self.capacity * GROWTH) if capacity > self.capacity else self.capacity
         capacity = -(-max(capacity, grown) // COLUMNS) * COLUMNS
         device = self.model.device
+        self.num_rows, self.capacity = rows, capacity
         self.cache = rollout_cache(self.model.config, rows, 0, capacity)
         if self.cache is None or any(window is not None and window < capacity for window in self.cache.windows):
             self._give_up("some of its layers keep more than keys and values, or see a window only")
             return
         rank_zero_info(f"compiling the decoding step of {rows} rows with up to {capacity} tokens, once")
-        self.num_rows, self.capacity = rows, capacity
         # A graph is run as it is at first, recorded the second time, and replayed from the third.
         self.checks_left = 3 if self.is_replayed else 1
         mode = "reduce-overhead" if self.is_replayed else "default"

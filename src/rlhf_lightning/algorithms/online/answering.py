@@ -103,7 +103,7 @@ class AnsweringStage(Stage):
         self.reference = reference
         self.rollout_engine: RolloutEngine | None = None
         self._synced_at: int | None = None
-        self._compiled_sizes: tuple[int, int] | None = None
+        self._compiled_before: tuple[tuple[int, int], str] | None = None
         self.eval_means = mean_metrics("score", "raw_score", "kl", "eos_rate", "response_length")
 
     # What is loaded.
@@ -216,8 +216,8 @@ class AnsweringStage(Stage):
             if self.rollout_engine is None:
                 make = self.engine or partial(TransformersEngine, compiled=self._compiles)
                 self.rollout_engine = make(self.policy, self.tokenizer, self.answers_at_once)
-                if self._compiled_sizes is not None and (compiled := self._compiled_step) is not None:
-                    compiled.go_on_with(self._compiled_sizes)
+                if self._compiled_before is not None and (compiled := self._compiled_step) is not None:
+                    compiled.go_on_with(*self._compiled_before)
             else:
                 self.rollout_engine.wake()
                 if step != self._synced_at:

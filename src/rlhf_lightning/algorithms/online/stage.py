@@ -338,7 +338,8 @@ class OnlineStage(AnsweringStage):
         moments = {**vars(self.score_moments)}
         state = {"iteration": self.iteration, "kl_coef": self.kl_controller.coef, "score_moments": moments}
         compiled = self._compiled_step
-        return state if compiled is None else {**state, "compiled_step": list(compiled.sizes)}
+        before = self._compiled_before if compiled is None else (compiled.sizes, compiled.complaint)
+        return state if before is None else {**state, "compiled_step": list(before[0]), "not_compiled": before[1]}
 
     def load_run_state(self, state: dict[str, Any]) -> None:
         """Go on with the adapted KL coefficient, the moments and the random numbers of a checkpoint."""
@@ -346,4 +347,5 @@ class OnlineStage(AnsweringStage):
         if self.kl.target is not None:  # a fixed coefficient is what the settings of this run say
             self.kl_controller.coef = state["kl_coef"]
         self.score_moments = RunningMoments(**state["score_moments"])
-        self._compiled_sizes = tuple(state["compiled_step"]) if "compiled_step" in state else None
+        if (sizes := state.get("compiled_step")) is not None:
+            self._compiled_before = tuple(sizes), state.get("not_compiled", "")
