@@ -16,6 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
+from getpass import getuser
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,10 @@ def pytest_collection() -> Generator[None, object, object]:
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What the tests prepare and compile stays out of the user's caches, and processes that they start find it.
 
-    A process that is killed while it compiles leaves a lock there, for which all later ones wait.
+    A process that is killed while it compiles leaves a lock there, for which all later ones wait. Code that torch
+    generates is kept where torch would keep it.
     """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_{getuser()}"))
     for name in ("RLHF_LIGHTNING_CACHE", "TORCH_EXTENSIONS_DIR"):
         os.environ[name] = str(tmp_path_factory.mktemp(name.lower()))
     yield

@@ -25,7 +25,7 @@ FLOORS = (
     ("training",),
     ("batches",),
     ("chat", "host", "rng", "runs", "warning_filters"),
-    ("arguments", "compat", "lightning_compat", "yaml_text"),
+    ("arguments", "caches", "compat", "lightning_compat", "yaml_text"),
     ("errors", "functional"),
 )
 STRATEGIES = re.compile(r"(ds_|deepspeed|fsdp|ddp|singledevice)\w*", re.IGNORECASE)

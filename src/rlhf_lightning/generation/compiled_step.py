@@ -18,6 +18,7 @@ from rlhf_lightning.compat import SDPA, attention_kernel, compiler_settings, is_
 from rlhf_lightning.forward.backbone import cache_argument, takes_positions, unusual_layers
 from rlhf_lightning.forward.numerics import relative_distance, tolerance
 from rlhf_lightning.generation.cache import RolloutCache, rollout_cache
+from rlhf_lightning.generation.generated_code import keep_generated_code
 from rlhf_lightning.training.sharded import is_sharded
 
 COLUMNS = 64
@@ -183,6 +184,7 @@ class CompiledStep:
         rank_zero_info(f"compiling the decoding step of {rows} rows with up to {capacity} tokens, once")
         # A graph is run as it is at first, recorded the second time, and replayed from the third.
         self.checks_left = 3 if self.is_replayed else 1
+        keep_generated_code()
         mode = "reduce-overhead" if self.is_replayed else "default"
         self._compiled = torch.compile(self._run, fullgraph=True, dynamic=False, mode=mode)
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)  # [N, 1]

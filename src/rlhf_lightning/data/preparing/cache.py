@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
+from rlhf_lightning.caches import cache_root
 from rlhf_lightning.data.preparing.prepared import PreparedFolder
-from rlhf_lightning.data.sources.files import cache_root
 from rlhf_lightning.errors import UserError
 
 if TYPE_CHECKING:

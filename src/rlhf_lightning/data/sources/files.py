@@ -17,6 +17,7 @@ from typing import Any
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from rlhf_lightning.caches import cache_root
 from rlhf_lightning.data.sources.csv_rows import CsvRows
 from rlhf_lightning.data.sources.gzip_files import head_of, looks_like_html, packed_twice
 from rlhf_lightning.data.sources.json_rows import JsonLines, is_one_object, read_json
@@ -38,11 +39,6 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _BYTES_REMEMBERED = 8 * 2**20
 _SECONDS_AT_REST = 2
 _FILES_REMEMBERED = 1000
-
-
-def cache_root() -> Path:
-    """The folder of all caches: `$RLHF_LIGHTNING_CACHE`, or `~/.cache/rlhf_lightning`; it need not exist."""
-    return Path(os.environ.get("RLHF_LIGHTNING_CACHE") or "~/.cache/rlhf_lightning").expanduser()
 
 
 def is_local(data: str | Path) -> bool:
