@@ -199,14 +199,27 @@ def test_generated_code_says_the_same():
     assert compiled.compiled_step.trusted
 
 
-def test_weights_and_adapters_are_those_of_the_moment(counter):
+@pytest.fixture(params=[False, True])
+def is_replayed(request, monkeypatch):
+    """Whether the step is taken for a CUDA graph, but for its being one."""
+    monkeypatch.setattr(CompiledStep, "is_replayed", property(lambda _: request.param))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+    return request.param
+
+
+def adapted():
     model = grouped().double()
     add_adapter(model, FineTune(mode="lora", rank=4))
+    return model
+
+
+def test_weights_and_adapters_are_those_of_the_moment(counter, is_replayed):
+    model = adapted()
     plain, compiled = engines(model)
     answers = []
     for _ in range(3):
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "norm" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
         answers.append(answer(compiled))
         assert_same(answers[-1], answer(plain))
@@ -214,24 +227,42 @@ def test_weights_and_adapters_are_those_of_the_moment(counter):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("is_replayed", [False, True])
-def test_adapters_are_not_merged_where_a_graph_is_replayed(is_replayed, counter, monkeypatch):
-    model = grouped().double()
-    add_adapter(model, FineTune(mode="lora", rank=4))
-    merged = []
-    with monkeypatch.context() as patch:
-        plain, compiled = engines(model)
-        read = CompiledStep._read
-        patch.setattr(CompiledStep, "is_replayed", property(lambda _: is_replayed))
-        patch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
-        patch.setattr(CompiledStep, "_read", lambda step: merged.append(_is_merged(model)) or read(step))
-        assert_same(answer(compiled), answer(plain))
-        assert compiled.compiled_step.trusted
-    assert set(merged) == {not is_replayed}
+def test_a_graph_finds_what_it_reads_where_it_was(is_replayed, counter, monkeypatch):
+    """In mixed precision, too, where casts are made of the merged weights."""
+    model = adapted().float()
+    read, places = CompiledStep._read, []
+
+    def watched(step):
+        layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+        places.append([part.data_ptr() for part in (*model.parameters(), *(layer.weight for layer in layers))])
+        return read(step)
+
+    monkeypatch.setattr(CompiledStep, "_read", watched)
+    compiled = engines(model)[1]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            answer(compiled)
+        model(*prompts(LENGTHS)).logits.square().mean().backward()
+        optimizer.step()
+    moved = [before for before in places if before != places[0]]
+    assert len(places) > 6
+    assert not (moved and is_replayed)
+    assert moved or is_replayed  # or nothing has been seen
 
 
-def _is_merged(model):
-    return any(getattr(module, "merged", False) for module in model.modules())
+def test_nothing_of_adapters_is_left_in_the_graph(is_replayed, monkeypatch):
+    products = []
+
+    def backend(graph, inputs):
+        names = [str(getattr(node.target, "__name__", node.target)) for node in graph.graph.nodes]
+        products.append(sum(name in ("linear", "matmul", "mm", "addmm") for name in names))
+        return graph.forward
+
+    use_backend(monkeypatch, backend)
+    for model in (grouped().double(), adapted()):
+        answer(engines(model)[1])
+    assert products[0] == products[1] > 0
 
 
 def test_a_step_that_says_something_else_is_not_used(counter, monkeypatch):

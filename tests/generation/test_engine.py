@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 
 from helpers.answers import EOS, LENGTHS, OTHERS, model_of, prompts, responses
 from helpers.models import FAMILIES, LAYOUTS, closeness, precise, tiny_causal_lm
+from helpers.stages import same_weights, weights
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import response_hidden, response_logprobs
@@ -22,6 +23,7 @@ from rlhf_lightning.generation import cache as rollout_cache
 from rlhf_lightning.generation import decoding, engine
 from rlhf_lightning.generation.engine import TransformersEngine
 from rlhf_lightning.generation.sampling import Sampling, draw_tokens, uniforms
+from rlhf_lightning.models import merging
 from rlhf_lightning.models.merging import merged_adapters
 
 
@@ -345,24 +347,44 @@ def test_merging_adapters_changes_nothing_and_leaves_no_trace(options, monkeypat
     for name, value in model.state_dict().items():
         assert value.data_ptr() == before[name][1]
         assert torch.equal(value, before[name][2])
-    monkeypatch.setattr(engine, "merged_adapters", lambda _: nullcontext())
+    monkeypatch.setattr(engine, "merged_adapters", lambda *_, **__: nullcontext())
     apart = run(model, sampling, with_logprobs=True)
     assert responses(merged) == responses(apart)
     torch.testing.assert_close(merged.logprobs, apart.logprobs, **LAYOUTS)
 
 
-def test_adapters_are_merged_inside_and_apart_after_an_error():
+@pytest.mark.parametrize("in_place", [False, True])
+def test_adapters_are_merged_inside_and_apart_after_an_error(in_place):
     model = adapted(["q_proj"])
     layer = model.model.layers[0].self_attn.q_proj
     weight = layer.base_layer.weight
-    before = weight.clone()
-    with merged_adapters(model):
+    before, place = weight.clone(), weight.data_ptr()
+    with merged_adapters(model, in_place):
         assert layer.merged
+        assert (weight.data_ptr() == place) is in_place
         torch.testing.assert_close(weight, before + layer.get_delta_weight("default"))
-    with pytest.raises(KeyError, match="True"), merged_adapters(model):
+    with pytest.raises(KeyError, match="True"), merged_adapters(model, in_place):
         raise KeyError(layer.merged)
     assert not layer.merged
+    assert weight.data_ptr() == place
     assert torch.equal(weight, before)
+
+
+def test_adapters_that_cannot_all_be_merged_leave_no_weight_changed(monkeypatch):
+    model = adapted(["q_proj"])
+    before = weights(model)
+    merge, calls = merging._merged_weight, []
+
+    def second_fails(*parts):
+        calls.append(parts)
+        if len(calls) > 1:
+            raise MemoryError
+        return merge(*parts)
+
+    monkeypatch.setattr(merging, "_merged_weight", second_fails)
+    with pytest.raises(MemoryError), merged_adapters(model, in_place=True):
+        pass
+    assert same_weights(weights(model), before)
 
 
 def test_adapters_that_must_stay_apart_do():

@@ -263,8 +263,8 @@ class TransformersEngine(RolloutEngine):
         lengths = on_host(prompt_mask)[0].sum(dim=1)
         order = lengths.sort(descending=True, stable=True).indices  # [B], the longest first
         done, step_of = 0, self.compiled_step
-        # A graph that is replayed reads the weights where they were when it was recorded; merged ones lie elsewhere.
-        merging = nullcontext() if step_of is not None and step_of.is_replayed else merged_adapters(self.model)
+        # A graph that is replayed reads the weights where they were when it was recorded.
+        merging = merged_adapters(self.model, in_place=step_of is not None and step_of.is_replayed)
         # What is compiled goes on reading the casts where they were; otherwise they go after each rollout.
         casts = self.casts if step_of is not None else CastWeights(self.model)
         with evaluation_mode(self.model), merging, casts.used(), skinny_gemm(self.model):

@@ -28,30 +28,39 @@ _BASE = "base_layer"
 
 
 @contextmanager
-def merged_adapters(model: nn.Module) -> Iterator[None]:
+def merged_adapters(model: nn.Module, in_place: bool = False) -> Iterator[None]:
     """Merge a model's LoRA adapters into their base weights for the length of a `with` block.
 
-    One product instead of three in each layer. Afterwards the base weights are the tensors that they were: the merged
-    ones are others, which cost the memory of the adapted weights meanwhile. Another model that shares the parameters
-    must not run inside the block. Left as they are: adapters of weights in half precision, whose rounding would swallow
+    One product instead of three in each layer. Afterwards the base weights are what they were to the last bit; the
+    memory of the adapted weights is needed twice meanwhile. Another model that shares the parameters must not run
+    inside the block. Left as they are: adapters of weights in half precision, whose rounding would swallow
     the change; of weights that other layers use, or that are sharded; adapters that are merged already; and those that
     are neither LoRA nor DoRA.
 
     Args:
         model: any model; nothing happens without adapters.
+        in_place: merged weights lie where the base weights did, for a recorded graph reads them there; otherwise they
+            are other tensors, which saves a copy.
     """
     layers = _mergeable(model)
     weights = [layer.get_base_layer().weight for layer in layers]
-    kept = [weight.data for weight in weights]
+    kept = [weight.data.clone() if in_place else weight.data for weight in weights]
+
+    def set_weight(weight: nn.Parameter, data: Tensor) -> None:
+        if in_place:
+            weight.data.copy_(data)
+        else:
+            weight.data = data
+
     try:
         with torch.no_grad():
             for layer, weight in zip(layers, weights, strict=True):
-                weight.data = _merged_weight(layer, weight.data, dict(layer.named_parameters()))
+                set_weight(weight, _merged_weight(layer, weight.data, dict(layer.named_parameters())))
                 layer.merged_adapters.extend(layer.active_adapters)
         yield
     finally:
         for layer, weight, data in zip(layers, weights, kept, strict=True):
-            weight.data = data
+            set_weight(weight, data)
             layer.merged_adapters.clear()
 
 
