@@ -6,6 +6,7 @@ Notation: B batch, P padded prompt length, R padded response length.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from rlhf_lightning.algorithms.online.settings import ScoreShaping
 from rlhf_lightning.algorithms.online.sharing import Piece
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.forward.casts import cast_once
+from rlhf_lightning.forward.common_trunk import common_trunk, have_common_trunk
 from rlhf_lightning.forward.hidden import response_logprobs
 from rlhf_lightning.forward.shared_prompts import SharedPrompts
 from rlhf_lightning.functional import gae, kl_estimate, masked_moments, masked_sum, truncated_importance
@@ -113,26 +115,56 @@ def measure(
         responses = _responses(prompts, generation, texts, *shown.joined[:2], shown.which)
         scores[shown.which] = scorer(responses._replace(shared=shown.rows)).float()
 
-    # One model after the other, so that weights are cast once, and the casts of one model are held at a time.
-    asked: list[tuple[list[nn.Module], Callable[[_Shown], None]]] = [
-        ([policy] if value is None else [policy, value], policy_and_value),
-        ([reference], of_reference),
-    ]
+    asked: list[_Asked] = [([policy] if value is None else [policy, value], policy_and_value)]
+    asked.append(([reference], of_reference))
     asked += [([scorer], of_reward)] if isinstance(scorer, nn.Module) else []
-    every_piece, done = [_Shown.of(piece, prompts, generation) for piece in pieces], 0
-    for models, ask in asked:
-        with cast_once(*models):
-            for shown in every_piece:
-                ask(shown)
-                done += len(shown.which)
-                if report is not None:
-                    report(done, len(asked) * len(texts))
+    pairs = [] if generation.logprobs is not None else [(policy, reference)]
+    if isinstance(value, ScalarLM) and isinstance(scorer, ModelScorer):
+        pairs.append((value.model, scorer.model.model))
+    _ask(asked, pairs, [_Shown.of(piece, prompts, generation) for piece in pieces], report)
     if not isinstance(scorer, nn.Module):
         every = torch.arange(len(texts), device=mask.device)
         ids = torch.cat([prompts.prompt_ids, generation.response_ids], dim=1)
         kept = torch.cat([prompts.prompt_mask, mask], dim=1)
         scores = scorer(_responses(prompts, generation, texts, ids, kept, every)).float()
     return Measurements(logprobs, ref_logprobs, entropy, values, scores, torch.ones_like(logprobs))
+
+
+_Asked = tuple[list[nn.Module], Callable[[_Shown], None]]
+"""Models, and what is asked of them of a piece."""
+
+
+def _ask(
+    asked: list[_Asked],
+    pairs: list[tuple[PreTrainedModel, PreTrainedModel]],
+    pieces: list[_Shown],
+    report: Report | None,
+) -> None:
+    """Ask models of all pieces.
+
+    One after the other, so that weights are cast once, and the casts of one model are held at a time; but together
+    where the second of a pair takes over what the first has said of a piece.
+    """
+    pairs = [pair for pair in pairs if have_common_trunk(*pair)]
+    if pairs:
+        questions = [ask for _, ask in asked]
+
+        def ask_everything(shown: _Shown) -> None:
+            for ask in questions:
+                ask(shown)
+
+        asked = [([model for models, _ in asked for model in models], ask_everything)]
+    total, done = len(asked) * sum(len(shown.which) for shown in pieces), 0
+    with ExitStack() as stack:
+        for first, second in pairs:
+            stack.enter_context(common_trunk(first, second))
+        for models, ask in asked:
+            with cast_once(*models):
+                for shown in pieces:
+                    ask(shown)
+                    done += len(shown.which)
+                    if report is not None:
+                        report(done, total)
 
 
 def weigh_draws(
