@@ -199,7 +199,42 @@ def test_the_compiler_s_settings_are_those_of_the_block():
     before = config.optimize_ddp, config.recompile_limit
     with compat.compiler_settings(77):
         assert (config.optimize_ddp, config.recompile_limit) == (False, 77)
+        assert torch._inductor.config.fallback_random
+        assert torch._functorch.config.force_non_lazy_backward_lowering
     assert (config.optimize_ddp, config.recompile_limit) == before
+
+
+def test_a_module_s_call_goes_to_what_stands_in_it_and_no_copy_has_it():
+    """Else layers would not be compiled, and every forward pass would be as slow as without."""
+    layer, said = nn.Linear(2, 2), []
+    vars(layer)[compat.CALL] = lambda *args, **kwargs: said.append(args)
+    x = torch.ones(1, 2)
+    layer(x)
+    assert said == [(x,)]
+    assert torch.equal(compat.call_uncompiled(layer, (x,), {}), layer.forward(x))
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer.forward(x))
+    with compat.called_plainly(nn.Sequential(layer)):
+        assert torch.equal(layer(x), layer.forward(x))
+    layer(x)
+    assert len(said) == 2
+
+
+def test_what_is_outside_of_a_graph_may_change_and_is_one_function():
+    """Else a layer would be compiled anew for each batch, whose attention is a function of its own."""
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    def doubled(function, x):
+        return function(x * 2) * 2
+
+    compiled = torch.compile(doubled, backend=backend)
+    for add in (1, 2, 3):
+        with compat.outside_of_graphs(lambda x, add=add: x + add) as function:
+            assert float(compiled(function, torch.ones(1))) == 2 * (2 + add)
+    assert len(made) == 2  # what is before it, and what is after
 
 
 def test_a_tensor_is_marked_as_static():

@@ -1,5 +1,7 @@
 """`torch.compile` without a compiler."""
 
+import logging
+
 import torch
 from torch._dynamo.testing import CompileCounter
 
@@ -9,8 +11,10 @@ _compile = torch.compile
 def use_backend(monkeypatch, backend):
     """Trace as always, and let this make something of it."""
     torch._dynamo.reset()
+    # Else pytest would keep all that the compiler says of its work, which takes longer than the work.
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
 
-    def compiled(function, mode, **options):
+    def compiled(function, mode="default", **options):
         return _compile(function, backend=backend, **options)
 
     monkeypatch.setattr(torch, "compile", compiled)

@@ -252,7 +252,7 @@ def _run_row(
     attend = partial(attend_in_turn, calls_of(parts)) if on_cpu else partial(varlen.attend, runs_of(parts, ids.device))
     # It loops over these sequences: looked into, it would be compiled anew for each batch.
     outside = outside_of_graphs(attend) if layers_are_compiled(model) else nullcontext(attend)
-    with outside as attend, attention_function(model, UNPADDED, attend, None):
+    with outside as function, attention_function(model, UNPADDED, function, None):
         row = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": None}
         hidden: Tensor = model.base_model(**row, **kwargs).last_hidden_state[0]  # [N, D]
     return hidden
