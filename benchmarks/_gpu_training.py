@@ -46,15 +46,20 @@ def rates(seconds: list[float], tokens: list[int], work: list[Work], warmup: int
 def supervised(name: str, settings: Settings) -> Result:
     """SFT or the reward model."""
     from rlhf_lightning import RewardModule, SFTModule
+    from rlhf_lightning.forward.compiled_layers import uncompiled_reason
 
-    stage, _, size = name.partition("-")
+    stage, _, size = name.removesuffix("-compiled").partition("-")
     shape = settings.shape(SIZES[size])
     kind: Any = SFTModule if stage == "sft" else RewardModule
     batches, work = (instruction_batches if stage == "sft" else preference_batches)(shape, settings.steps)
-    arguments = known(kind, max_tokens_per_batch=shape.micro_tokens)
+    compiled = name.endswith("-compiled")
+    arguments = known(kind, max_tokens_per_batch=shape.micro_tokens, compile=compiled)
     module = kind(settings.policy(SIZES[size]), lr_schedule="constant", warmup_steps=0, **arguments)
     seconds, _ = fit(module, batches, settings)
-    return rates(seconds, [*map(real_tokens, batches)], work, settings.warmup)
+    notes = [f"{name}: the first step took {seconds[0]:.0f} s"] if compiled else []
+    if reason := uncompiled_reason(module.export_model):
+        notes = [f"{name}: its layers were not compiled: {reason}"]
+    return {**rates(seconds, [*map(real_tokens, batches)], work, settings.warmup), "notes": notes}
 
 
 def by_trl(name: str, settings: Settings) -> Result:
@@ -70,6 +75,7 @@ PARTS = {
         for size, shape in SIZES.items()
         for stage in ("sft", "reward")
     },
+    **{f"{stage}-compiled": Part(supervised, ("0.5B",)) for stage in ("sft", "reward")},
     "sft-trl": Part(by_trl),
 }
 

@@ -14,6 +14,7 @@ told: as Markdown, a table when the last part of it is done. Linux only.
 | `profile` | kernels of one SFT step, by kind and by name, and how long the device is busy; on a CPU operators |
 | `syncs` | how often a step of SFT, reward model and PPO, and decoding, make the host wait for the device |
 | `sft`, `reward`, and `-152k`, `-1b` of them | model FLOP utilisation of 0.5B, of a large vocabulary, of 1B |
+| `sft-compiled`, `reward-compiled` | the same of 0.5B with `compile`, and how long the first step takes with it |
 | `sft-trl` | TRL's SFTTrainer on the rows of `sft` |
 | `layouts` | SFT padded, unpadded and packed, with cuDNN's attention and without |
 | `optimizer` | a step of AdamW: as torch comes, foreach, fused |

@@ -130,10 +130,11 @@ def test_gpu_script_runs_on_a_cpu(tmp_path: Path, bench: Any, monkeypatch: pytes
     settings = settings_of.Settings("cpu", True, "32-true", 1, 0, str(tmp_path))
     for name in ("0.5B", "1B"):
         bench("_synthetic").write_model(settings.shape(name), settings.models(name), with_reward=name == "0.5B")
-    results = {part: parts.run_part(part, settings) for part in (*TRIED, "sft-1b")}
+    results = {part: parts.run_part(part, settings) for part in (*TRIED, "sft-1b", "sft-compiled")}
     limits = peaks.Peaks(0.5, 10.0, "as given")
     text = "\n".join(gpu.tell(results, group, limits) for group in parts.GROUPS)
-    for row in (*TRIED[2:4], "sft-1b", "ppo", "padded", "unpadded", "packed in rows of 512", "fused"):
+    assert "\nsft-compiled: the first step took " in text
+    for row in (*TRIED[2:4], "sft-1b", "sft-compiled", "ppo", "padded", "unpadded", "packed in rows of 512", "fused"):
         assert f"\n| {row} |" in text
     for row in ("`aten::mm`", "one SFT step", "one PPO iteration", "16 decoded tokens", "cross-entropy, 2,048 words"):
         assert f"\n| {row} |" in text

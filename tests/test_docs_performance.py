@@ -29,7 +29,9 @@ def _own_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["rlhf"])
 
 
-@pytest.mark.parametrize("name", ["budget.yaml", "shared.yaml", "small.yaml", "on_policy.yaml", "compiled.yaml"])
+@pytest.mark.parametrize(
+    "name", ["budget.yaml", "shared.yaml", "small.yaml", "on_policy.yaml", "layers.yaml", "compiled.yaml"]
+)
 def test_a_file_of_the_page_stacks_on_the_recipe(capsys, tmp_path, name):
     (tmp_path / name).write_text(FILES[name])
     parsed = printed(capsys, "fit", "--config", "ppo.yaml", "--config", str(tmp_path / name))
@@ -44,5 +46,5 @@ def test_a_command_of_the_page_is_taken(capsys, command):
 
 
 def test_there_is_no_other_example():
-    assert len(FILES) == 5
+    assert len(FILES) == 6
     assert len(COMMANDS) == 2

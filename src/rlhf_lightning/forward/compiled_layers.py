@@ -139,6 +139,15 @@ def layers_are_compiled(model: nn.Module) -> bool:
     return any(CALL in vars(module) for module in model.modules())
 
 
+def uncompiled_reason(model: PreTrainedModel) -> str:
+    """Why the layers of a model that was in `compiled_layers` went uncompiled; empty if they did not.
+
+    Args:
+        model: a language model or a scalar model.
+    """
+    return _states[model].reason if model in _states else ""
+
+
 def _obstacle(model: PreTrainedModel) -> str:
     """Why a model's layers cannot be compiled, as far as it can be looked up."""
     if is_sharded(model):
