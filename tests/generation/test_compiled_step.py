@@ -7,14 +7,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 from helpers.answers import LENGTHS, OTHERS, model_of, prompts, responses
 from helpers.compiling import count_compiling, use_backend
 from helpers.models import FAMILIES, LAYOUTS, precise
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.forward.backbone import cache_argument
+from rlhf_lightning.forward.output_layer import output_logits
 from rlhf_lightning.generation import cache as rollout_cache
-from rlhf_lightning.generation import compiled_step
+from rlhf_lightning.generation import compiled_step, decoding
 from rlhf_lightning.generation.compiled_step import COLUMNS, CompiledStep, compiling_pays
 from rlhf_lightning.generation.engine import TransformersEngine
 from rlhf_lightning.generation.sampling import Sampling
@@ -273,6 +275,58 @@ def test_a_step_that_says_something_else_is_not_used(counter, monkeypatch):
         found = answer(compiled)
     assert_same(found, answer(plain))
     assert_same(answer(compiled), answer(plain))
+
+
+WAYS = [
+    Sampling(max_new_tokens=9),
+    Sampling(temperature=0.7, top_k=5, max_new_tokens=9, min_new_tokens=4),
+    Sampling(temperature=1.3, top_p=0.8, max_new_tokens=9, stop_strings=["a"]),
+    Sampling(temperature=0.0, max_new_tokens=9, min_new_tokens=2),
+]
+
+
+@pytest.mark.parametrize("generated", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_tokens_are_drawn_in_the_step_as_without_it(generated, monkeypatch):
+    use_backend(monkeypatch, "eager", picking="inductor" if generated else "eager")
+    model = grouped()
+    model.generation_config.eos_token_id = list(range(2, 30))  # some end early
+    plain, compiled = engines(model, batch_size=len(LENGTHS) + 1)
+    expected = [answer(plain, sampling=sampling) for sampling in WAYS]
+    assert not expected[0].response_mask.all()
+    assert len({length for row in expected for length in row.response_mask.sum(dim=1).tolist()}) > 3
+    drawn = []
+    monkeypatch.setattr(decoding, "output_logits", lambda *given: drawn.append(given) or output_logits(*given))
+    for _ in range(2):  # greedy first, then not
+        for sampling, response in zip(WAYS, expected, strict=True):
+            assert_same(answer(compiled, sampling=sampling), response)
+    assert len(drawn) == 2 * len(WAYS)  # of each batch the first token
+
+
+def test_a_way_to_draw_is_compiled_once(monkeypatch):
+    counter = CompileCounter()
+    use_backend(monkeypatch, "eager", picking=counter)
+    compiled = engines(grouped())[1]
+    for _ in range(2):
+        for sampling in (Sampling(max_new_tokens=4), Sampling(max_new_tokens=6, stop_strings=["a"]), Sampling(top_k=3)):
+            for lengths in (LENGTHS, LENGTHS[:3]):
+                answer(compiled, lengths, sampling)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("fault", ["no compiler here", "it draws 12 of 12 otherwise"])
+def test_where_drawing_cannot_be_compiled_it_goes_on_without(fault, monkeypatch):
+    def broken(graph, inputs):
+        if "compiler" in fault:
+            raise OSError(fault)
+        return lambda *given: [torch.zeros_like(part) for part in graph.forward(*given)]
+
+    use_backend(monkeypatch, "eager", picking=broken)
+    plain, compiled = engines(grouped())
+    with pytest.warns(UserWarning, match=f"compile_decoding: tokens are drawn from the logits as without it.*{fault}"):
+        found = answer(compiled)
+    assert_same(found, answer(plain))
+    assert_same(answer(compiled), answer(plain))
+    assert compiled.compiled_step.trusted
 
 
 def test_one_that_says_nothing_is_not_used_either(counter, monkeypatch):

@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 from rlhf_lightning.compat import SDPA, attention_kernel, compiler_settings, is_compiler_error, mark_static
 from rlhf_lightning.forward.backbone import cache_argument, takes_positions, unusual_layers
 from rlhf_lightning.forward.numerics import relative_distance, tolerance
+from rlhf_lightning.forward.output_layer import output_logits
 from rlhf_lightning.generation.cache import RolloutCache, rollout_cache
 from rlhf_lightning.generation.generated_code import keep_generated_code
+from rlhf_lightning.generation.picking import CompiledPick, Picked, Rules, pick
 from rlhf_lightning.training.sharded import is_sharded
 
 COLUMNS = 64
@@ -34,6 +36,9 @@ On a GPU a step that is replayed takes an eighth of the time; compiling it takes
 
 MOST_SIZES = 64
 """Of caches that are compiled for, in a process."""
+
+FEW = 8
+"""Tokens of which one may differ between two ways of rounding."""
 
 MOST_CHARACTERS = 300
 """Of a compiler's complaint."""
@@ -54,6 +59,7 @@ class CompiledStep:
         self.cache: RolloutCache | None = None
         self.num_rows, self.capacity = num_rows, 0
         self.checks_left = 0
+        self._picking: CompiledPick | None = None
         self.cache_argument = cache_argument(model)
         self.reason = _obstacle(model)
         if self.reason:
@@ -146,7 +152,7 @@ class CompiledStep:
         except Exception as error:
             if not is_compiler_error(error):
                 raise
-            self._give_up(" ".join(str(error).split())[:MOST_CHARACTERS])
+            self._give_up(_shortened(error))
             return None
         if self.checks_left:
             assert expected is not None
@@ -156,6 +162,44 @@ class CompiledStep:
                 return None
             self.checks_left -= 1
         return hidden
+
+    def pick(
+        self, hidden: Tensor, uniform: Tensor, finished: Tensor, ends: Tensor, may_end: bool, rules: Rules
+    ) -> Picked | None:
+        """The next token of each row, from hidden states that were read; see `CompiledPick`.
+
+        Args:
+            hidden: `[n, D]`.
+            uniform: `[n]`.
+            finished: `[n]`, bool.
+            ends: `[E]`, int64.
+            may_end: a response may end with this token.
+            rules: what holds for all tokens.
+
+        Returns:
+            None where compiling failed, or other tokens were drawn than without: it is done without, then.
+        """
+        if self._picking is None:
+            return None
+        try:
+            picked = self._picking(hidden, uniform, finished, ends, may_end, rules)
+        except Exception as error:
+            if not is_compiler_error(error):
+                raise
+            self._draw_plainly(_shortened(error))
+            return None
+        if self._picks_left:
+            self._picks_left -= 1
+            expected = pick(output_logits(self.model, hidden), uniform, finished, ends, may_end, rules)
+            different = int((picked.ids != expected.ids).sum())
+            if different > 1 + len(hidden) // FEW:  # rounding may decide about a token
+                self._draw_plainly(f"it draws {different} of {len(hidden)} otherwise")
+                return None
+        return picked
+
+    def _draw_plainly(self, reason: str) -> None:
+        self._picking = None
+        rank_zero_warn(f"compile_decoding: tokens are drawn from the logits as without it: {reason}")
 
     def _read(self) -> Tensor:
         assert self.cache is not None
@@ -187,6 +231,8 @@ class CompiledStep:
         keep_generated_code()
         mode = "reduce-overhead" if self.is_replayed else "default"
         self._compiled = torch.compile(self._run, fullgraph=True, dynamic=False, mode=mode)
+        self._picking = CompiledPick(self.model, rows, self.is_replayed)
+        self._picks_left = self.checks_left
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)  # [N, 1]
         self.positions = torch.zeros_like(self.ids)  # [N, 1]
         self.mask = torch.zeros(rows, 1, 1, capacity, dtype=torch.bool, device=device)  # [N, 1, 1, C]
@@ -210,6 +256,10 @@ def compiling_pays(model: PreTrainedModel, steps: float) -> bool:
     """
     after = PAYS_AFTER.get(model.device.type)
     return after is not None and steps >= after and not _obstacle(model)
+
+
+def _shortened(error: Exception) -> str:
+    return " ".join(str(error).split())[:MOST_CHARACTERS]
 
 
 def _obstacle(model: PreTrainedModel) -> str:

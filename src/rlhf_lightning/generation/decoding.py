@@ -24,10 +24,10 @@ from rlhf_lightning.forward.capacity import LOOKUP_ERRORS, explain_lookup
 from rlhf_lightning.forward.hidden import hidden_states, read_row, reads_rows, response_hidden
 from rlhf_lightning.forward.numerics import dummy_tokens, self_test, typical_distance, typical_tolerance
 from rlhf_lightning.forward.output_layer import output_logits
-from rlhf_lightning.functional import token_logprobs
 from rlhf_lightning.generation.cache import RolloutCache, attention_by_rows, rollout_cache
 from rlhf_lightning.generation.compiled_step import CompiledStep
-from rlhf_lightning.generation.sampling import RandomSource, Sampling, pick_tokens, uniforms
+from rlhf_lightning.generation.picking import Rules, pick
+from rlhf_lightning.generation.sampling import RandomSource, Sampling, uniforms
 from rlhf_lightning.host import alike, on_host, to_device
 from rlhf_lightning.models.eos import eos_ids
 
@@ -156,6 +156,7 @@ class Decoding:
         self.takes_positions = takes_positions(model)
         self.makes_mask = self.cache is not None and self.attends and takes_own_mask(model, self.cache.windows)
         self.has_empty = min(lengths) == 0
+        self.rules = Rules(sampling, record.filler, record.logprobs is not None)
         self.hidden: Tensor | None = None
 
     def prefill(self) -> None:
@@ -176,7 +177,7 @@ class Decoding:
         hidden = self.hidden
         for step in range(self.sampling.max_new_tokens):
             self.record.keep_hidden(self.rows, step, hidden, self.finished)
-            self._pick(step, output_logits(self.model, hidden))
+            self._pick(step, hidden)
             yield step
             if step + 1 == self.sampling.max_new_tokens:
                 return
@@ -259,23 +260,25 @@ class Decoding:
         hidden: Tensor = output.last_hidden_state[:, -1]  # [N, D]
         return hidden
 
-    def _pick(self, step: int, logits: Tensor) -> None:
-        """Draw the tokens of a step from logits `[N, V]`, write them down, and see which responses end with them."""
-        record, rows, sampling = self.record, self.rows, self.sampling
-        if step == 0 and logits.isnan().any():  # once, for asking stops the device
-            raise UserError(
-                "the policy's logits are not a number: its training has diverged, or its weights are broken; "
-                "go back to an earlier checkpoint and lower the learning rate"
-            )
-        allowed = logits.index_fill(-1, self.ends, float("-inf")) if step < sampling.min_new_tokens else logits
-        tokens = pick_tokens(allowed, sampling, record.uniforms[rows, step])  # [N]
-        record.ids[rows, step] = torch.where(self.finished, record.filler, tokens)
+    def _pick(self, step: int, hidden: Tensor) -> None:
+        """Draw the tokens of a step from hidden states `[N, D]`, and write them down."""
+        record, rows = self.record, self.rows
+        how = record.uniforms[rows, step], self.finished, self.ends, step >= self.sampling.min_new_tokens, self.rules
+        picked = None if self.compiled is None or step == 0 else self.compiled.pick(hidden, *how)
+        if picked is None:
+            logits = output_logits(self.model, hidden)  # [N, V]
+            if step == 0 and logits.isnan().any():  # once, for asking stops the device
+                raise UserError(
+                    "the policy's logits are not a number: its training has diverged, or its weights are broken; "
+                    "go back to an earlier checkpoint and lower the learning rate"
+                )
+            picked = pick(logits, *how)
+        record.ids[rows, step] = picked.ids
         record.lengths[rows] += ~self.finished
-        if record.logprobs is not None:
-            logprobs = token_logprobs(logits, tokens, sampling.temperature or 1.0)  # [N]
-            record.logprobs[rows, step] = logprobs.masked_fill(self.finished, 0.0)
-        self.finished = self.finished | torch.isin(tokens, self.ends)
-        if sampling.stop_strings:
+        if record.logprobs is not None and picked.logprobs is not None:
+            record.logprobs[rows, step] = picked.logprobs
+        self.finished = picked.finished
+        if self.sampling.stop_strings:
             self._look_for_stop_strings(step)
         record.ended[rows] = self.finished
 

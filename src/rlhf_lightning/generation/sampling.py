@@ -158,8 +158,12 @@ def _invert(logits: Tensor, uniform: Tensor) -> Tensor:
     A running sum over a whole vocabulary in float32 would lose the tail, and one in float64 is slow.
     """
     size = logits.shape[1]
-    weights = logits.new_zeros(len(logits), -(-size // BLOCK) * BLOCK)  # [N, V rounded up]
-    torch.exp(logits - logits.amax(dim=1, keepdim=True), out=weights[:, :size])
+    rounded, logits = -(-size // BLOCK) * BLOCK, logits - logits.amax(dim=1, keepdim=True)
+    if torch.compiler.is_compiling():  # into one loop
+        weights = torch.nn.functional.pad(logits.exp(), (0, rounded - size))  # [N, V rounded up]
+    else:
+        weights = logits.new_zeros(len(logits), rounded)  # [N, V rounded up]
+        torch.exp(logits, out=weights[:, :size])
     blocks = weights.view(len(logits), -1, BLOCK)  # [N, blocks, BLOCK]
     before = blocks.sum(dim=2, dtype=uniform.dtype).cumsum(dim=1)  # [N, blocks]
     target = uniform.unsqueeze(1) * before[:, -1:]  # [N, 1]
