@@ -19,6 +19,7 @@ from rlhf_lightning.generation import cache as rollout_cache
 from rlhf_lightning.generation import compiled_step, decoding
 from rlhf_lightning.generation.compiled_step import COLUMNS, CompiledStep, compiling_pays
 from rlhf_lightning.generation.engine import TransformersEngine
+from rlhf_lightning.generation.picking import CompiledPick, Rules
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.lora import add_adapter
@@ -296,10 +297,22 @@ def test_tokens_are_drawn_in_the_step_as_without_it(generated, monkeypatch):
     assert len({length for row in expected for length in row.response_mask.sum(dim=1).tolist()}) > 3
     drawn = []
     monkeypatch.setattr(decoding, "output_logits", lambda *given: drawn.append(given) or output_logits(*given))
-    for _ in range(2):  # greedy first, then not
+    for _ in range(2):
         for sampling, response in zip(WAYS, expected, strict=True):
             assert_same(answer(compiled, sampling=sampling), response)
     assert len(drawn) == 2 * len(WAYS)  # of each batch the first token
+
+
+def test_random_numbers_keep_their_digits_after_a_greedy_batch(counter):
+    model = grouped()
+    torch.nn.init.zeros_(model.lm_head.weight)  # all tokens are as likely
+    compiled = CompiledPick(model, 3, replayed=False)
+    hidden, over, ends = torch.zeros(2, 32), torch.zeros(2, dtype=torch.bool), torch.tensor([1])
+    size = model.config.vocab_size
+    close = torch.tensor([8 - 1e-9, 8 + 1e-9], dtype=torch.float64) / size
+    for temperature, uniform, tokens in ((0.0, torch.ones(2), [0, 0]), (1.0, close, [7, 8])):
+        rules = Rules(Sampling(temperature=temperature), filler=0, with_logprobs=False)
+        assert compiled(hidden, uniform, over, ends, True, rules).ids.tolist() == tokens
 
 
 def test_a_way_to_draw_is_compiled_once(monkeypatch):
