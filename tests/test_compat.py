@@ -199,9 +199,18 @@ def test_the_compiler_s_settings_are_those_of_the_block():
     before = config.optimize_ddp, config.recompile_limit
     with compat.compiler_settings(77):
         assert (config.optimize_ddp, config.recompile_limit) == (False, 77)
-        assert torch._inductor.config.fallback_random
-        assert torch._functorch.config.force_non_lazy_backward_lowering
     assert (config.optimize_ddp, config.recompile_limit) == before
+
+
+def test_what_is_differentiated_is_compiled_at_once_and_draws_as_without():
+    """Else dropout would be another than without, and a compiler that fails would end a run in its backward pass."""
+    configs = torch._inductor.config, torch._functorch.config
+    names = "fallback_random", "force_non_lazy_backward_lowering"
+    before = [getattr(config, name) for config, name in zip(configs, names, strict=True)]
+    with compat.training_compiler_settings(77):
+        assert torch._dynamo.config.recompile_limit == 77
+        assert all(getattr(config, name) for config, name in zip(configs, names, strict=True))
+    assert [getattr(config, name) for config, name in zip(configs, names, strict=True)] == before
 
 
 def test_a_module_s_call_goes_to_what_stands_in_it_and_no_copy_has_it():

@@ -181,21 +181,31 @@ def _varlen_attention() -> tuple[Callable[..., Any], frozenset[str]]:
     return varlen_attn, frozenset(signature(varlen_attn).parameters)
 
 
-@contextmanager
-def compiler_settings(max_sizes: int) -> Iterator[None]:
+def compiler_settings(max_sizes: int) -> AbstractContextManager[Any]:
     """How `torch.compile` traces a function that is called inside DDP, with buffers of several sizes.
 
-    Inside a forward pass of DDP the graph would be cut at its buckets of gradients. Random numbers are those that are
-    drawn without it, and a backward pass is compiled with its forward pass, so that both are known to compile.
+    Inside a forward pass of DDP the graph would be cut at its buckets of gradients.
 
     Args:
         max_sizes: that are compiled for before it gives up.
     """
-    with (
-        torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=max_sizes),
-        torch._inductor.config.patch(fallback_random=True),
-        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
-    ):
+    settings: AbstractContextManager[Any] = torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=max_sizes)
+    return settings
+
+
+@contextmanager
+def training_compiler_settings(max_sizes: int) -> Iterator[None]:
+    """As `compiler_settings`, for what is differentiated.
+
+    Random numbers are those that are drawn without it, and a backward pass is compiled with its forward pass, so that
+    both are known to compile before anything is computed.
+
+    Args:
+        max_sizes: that are compiled for before it gives up.
+    """
+    random = torch._inductor.config.patch(fallback_random=True)
+    at_once = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+    with compiler_settings(max_sizes), random, at_once:
         yield
 
 

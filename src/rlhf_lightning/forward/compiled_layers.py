@@ -23,7 +23,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_lightning.compat import CALL, call_uncompiled, compiler_settings, is_compiler_error
+from rlhf_lightning.compat import CALL, call_uncompiled, is_compiler_error, training_compiler_settings
 from rlhf_lightning.forward.backbone import unusual_layers
 from rlhf_lightning.forward.numerics import relative_distance, tolerance
 from rlhf_lightning.training.sharded import blocks_of, is_sharded
@@ -118,7 +118,7 @@ def compiled_layers(*models: nn.Module) -> Iterator[None]:
     """
     calls: list[nn.Module] = []
     with ExitStack() as stack:
-        stack.enter_context(compiler_settings(MOST_GRAPHS))
+        stack.enter_context(training_compiler_settings(MOST_GRAPHS))
         stack.callback(lambda: [vars(layer).pop(CALL, None) for layer in calls])
         found = [part for model in models for part in model.modules() if isinstance(part, PreTrainedModel)]
         inner = {part.base_model for part in found if part.base_model is not part}
