@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
-from rlhf_lightning.forward.backbone import evaluation_mode, run_backbone, unusual_layers
+from rlhf_lightning.compat import CALL
+from rlhf_lightning.forward.backbone import blocks_of, evaluation_mode, run_backbone, unusual_layers
 from rlhf_lightning.forward.numerics import dummy_tokens, relative_distance, self_test, tolerance
-from rlhf_lightning.training.sharded import blocks_of, is_sharded
+from rlhf_lightning.training.sharded import is_sharded
 
 _TOKENS = 6  # of the self test
 _same: WeakKeyDictionary[PreTrainedModel, WeakKeyDictionary[PreTrainedModel, bool]] = WeakKeyDictionary()
@@ -105,8 +106,8 @@ def _common_blocks(first: PreTrainedModel, second: PreTrainedModel) -> list[tupl
         return found
     for mine, other in zip(blocks_of(first), blocks_of(second), strict=False):
         weights, others = dict(mine.named_parameters()), dict(other.named_parameters())
-        if weights.keys() != others.keys() or "forward" in vars(other):
-            break
+        if weights.keys() != others.keys() or "forward" in vars(other) or CALL in {**vars(mine), **vars(other)}:
+            break  # what is compiled has no room for it
         if any(weight.requires_grad or weight is not others[name] for name, weight in weights.items()):
             break
         found.append((mine, other))

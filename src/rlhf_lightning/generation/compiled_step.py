@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.compat import SDPA, attention_kernel, compiler_settings, is_compiler_error, mark_static
 from rlhf_lightning.forward.backbone import cache_argument, takes_positions, unusual_layers
+from rlhf_lightning.forward.generated_code import keep_generated_code
 from rlhf_lightning.forward.numerics import relative_distance, tolerance
 from rlhf_lightning.forward.output_layer import output_logits
 from rlhf_lightning.generation.cache import RolloutCache, rollout_cache
-from rlhf_lightning.generation.generated_code import keep_generated_code
 from rlhf_lightning.generation.picking import CompiledPick, Picked, Rules, pick
 from rlhf_lightning.training.sharded import is_sharded
 

@@ -26,7 +26,7 @@ from rlhf_lightning.algorithms.reward import RewardModule
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.compat import attention_function, fake_tensors, sdpa_attention_forward
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.forward.backbone import cache_argument
+from rlhf_lightning.forward.backbone import blocks_of, cache_argument
 from rlhf_lightning.forward.casts import PRODUCT_WEIGHT, cast_once
 from rlhf_lightning.forward.output_layer import logit_scaling, output_logits
 from rlhf_lightning.functional import linear_cross_entropy_sum, linear_token_logprobs, rows_per_chunk
@@ -106,20 +106,6 @@ def models_of(stage: Stage) -> dict[str, nn.Module]:
         found = {"reward" if isinstance(stage, RewardModule) else "model": stage.export_model}
     found = {role: model.model if isinstance(model, ScalarLM) else model for role, model in found.items()}
     return {role: model for role, model in found.items() if model is not None}
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a transformer; none where they are not found.
-
-    Args:
-        model: any.
-    """
-    config: Any = getattr(model, "config", None)
-    depth = config.get_text_config().num_hidden_layers if config is not None else 0
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return list(module)
-    return []
 
 
 def passed_through(stage: Stage, load: Load) -> list[Passed]:

@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.algorithms.online.models import TrunkValue
 from rlhf_lightning.algorithms.stage import Stage
+from rlhf_lightning.forward.backbone import blocks_of
 from rlhf_lightning.forward.output_layer import is_tied
 from rlhf_lightning.models.fused_lora import FusedLoraLinear
 from rlhf_lightning.models.peft_library import LoraLinear
 from rlhf_lightning.planning.live import Moment
-from rlhf_lightning.planning.passes import Passed, blocks_of, models_of, passed_through
+from rlhf_lightning.planning.passes import Passed, models_of, passed_through
 from rlhf_lightning.planning.request import USUAL_GPU, Request
 from rlhf_lightning.planning.skeletons import Skeletons
 from rlhf_lightning.training.checkpoint_size import state_per_weight, steps_fused

@@ -131,7 +131,7 @@ def train_reward(sft: Path, data: ToyPaths, folder: Path, seed: int) -> StageRes
         str(sft),
         optimizer=lambda params: torch.optim.AdamW(params, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
         warmup_steps=20,
-        micro_batch_size=8,
+        micro_batch_size=16,
     )
     datamodule = _pairs(sft, data, seed)
     return _fit(_trainer(folder, [], max_epochs=1, val_check_interval=0.5), module, datamodule)

@@ -13,9 +13,9 @@ import torch
 from helpers.answers import LENGTHS, model_of, prompts
 from helpers.forked import run_ranks
 from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning.generation import generated_code
+from rlhf_lightning.forward import generated_code
+from rlhf_lightning.forward.generated_code import FOLDER, keep_generated_code
 from rlhf_lightning.generation.engine import TransformersEngine
-from rlhf_lightning.generation.generated_code import FOLDER, keep_generated_code
 from rlhf_lightning.generation.sampling import Sampling
 
 
