@@ -282,6 +282,15 @@ def test_layers_that_say_something_else_are_not_used(counter, monkeypatch):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_pads_without_a_number_are_not_compared(counter):
+    model = layer_of().double()
+    model.get_input_embeddings().weight.data[0] = 0
+    ids, mask = torch.tensor([[5, 6, 7], [0, 0, 5]]), torch.tensor([[True] * 3, [False, False, True]])
+    with compiled_layers(model):
+        padded_hidden_states(model, ids, mask)
+    assert not module.uncompiled_reason(model)
+
+
 @pytest.mark.parametrize("way", [unpadded, padded])
 def test_a_failing_compiler_is_named_and_done_without(way, monkeypatch):
     asked = []
