@@ -50,7 +50,7 @@ torture: $(READY)
 # large models, tables of precisions, compiled families.
 test-slow: $(READY)
 	MATRIX=full $(PYTEST) -m "matrix or launched or long" \
-		$(addprefix tests/,algorithms callbacks cli data generation planning training)
+		$(addprefix tests/,algorithms callbacks cli data forward generation planning training)
 
 equality: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m helpers.equality docs/distributed.md

@@ -204,8 +204,8 @@ def test_the_compiler_s_settings_are_those_of_the_block():
 
 def test_what_is_differentiated_is_compiled_at_once_and_draws_as_without():
     """Else dropout would be another than without, and a compiler that fails would end a run in its backward pass."""
-    configs = torch._inductor.config, torch._functorch.config
-    names = "fallback_random", "force_non_lazy_backward_lowering"
+    configs = torch._inductor.config, torch._functorch.config, torch._dynamo.config
+    names = "fallback_random", "force_non_lazy_backward_lowering", "specialize_float"
     before = [getattr(config, name) for config, name in zip(configs, names, strict=True)]
     with compat.training_compiler_settings(77):
         assert torch._dynamo.config.recompile_limit == 77

@@ -198,14 +198,16 @@ def training_compiler_settings(max_sizes: int) -> Iterator[None]:
     """As `compiler_settings`, for what is differentiated.
 
     Random numbers are those that are drawn without it, and a backward pass is compiled with its forward pass, so that
-    both are known to compile before anything is computed.
+    both are known to compile before anything is computed. Numbers such as an epsilon are constants: left open, each
+    piece of code would be traced twice, for they cannot be tensors after all.
 
     Args:
         max_sizes: that are compiled for before it gives up.
     """
     random = torch._inductor.config.patch(fallback_random=True)
     at_once = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
-    with compiler_settings(max_sizes), random, at_once:
+    constants = torch._dynamo.config.patch(specialize_float=True)
+    with compiler_settings(max_sizes), random, at_once, constants:
         yield
 
 

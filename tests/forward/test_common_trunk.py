@@ -7,13 +7,13 @@ from helpers.models import FAMILIES, tiny_causal_lm
 from helpers.stages import fit, prompt_rows, save_llama, save_reward_model, sgd, weights
 from rlhf_lightning import PPOModule, PromptDataModule, RLOOModule, Sampling
 from rlhf_lightning.algorithms.online import rollout
-from rlhf_lightning.forward.backbone import blocks_of
 from rlhf_lightning.forward.common_trunk import common_trunk, have_common_trunk
 from rlhf_lightning.forward.compiled_layers import compiled_layers
 from rlhf_lightning.forward.hidden import hidden_states
 from rlhf_lightning.models.finetune import choose_trained
 from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.sharing import frozen_twin
+from rlhf_lightning.training.sharded import blocks_of
 
 IDS = torch.tensor([[0, 0, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14], [0, 0, 0, 15, 16, 17]])
 MASK = IDS > 0

@@ -77,22 +77,6 @@ def unusual_layers(model: PreTrainedModel) -> list[str]:
     return sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or []) - ORDINARY_LAYERS)
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a transformer, by the list that is as long as it is deep, or by their class.
-
-    Args:
-        model: one that is no Hugging Face model has none.
-    """
-    if not isinstance(model, PreTrainedModel):
-        return []
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for part in model.base_model.modules():
-        if isinstance(part, nn.ModuleList) and len(part) == depth:
-            return list(part)
-    whole = set(model._no_split_modules or [])
-    return [part for part in model.base_model.modules() if type(part).__name__ in whole]
-
-
 def exceeds_sliding_window(model: PreTrainedModel, sequence: int, row: int | Tensor) -> bool:
     """Whether some layer's window is shorter than what one's own mask would let it see.
 

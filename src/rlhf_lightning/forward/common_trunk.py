@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from rlhf_lightning.compat import CALL
-from rlhf_lightning.forward.backbone import blocks_of, evaluation_mode, run_backbone, unusual_layers
+from rlhf_lightning.forward.backbone import evaluation_mode, run_backbone, unusual_layers
 from rlhf_lightning.forward.numerics import dummy_tokens, relative_distance, self_test, tolerance
-from rlhf_lightning.training.sharded import is_sharded
+from rlhf_lightning.training.sharded import blocks_of, is_sharded
 
 _TOKENS = 6  # of the self test
 _same: WeakKeyDictionary[PreTrainedModel, WeakKeyDictionary[PreTrainedModel, bool]] = WeakKeyDictionary()

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_lightning.compat import CALL, call_uncompiled, is_compiler_error, training_compiler_settings
-from rlhf_lightning.forward.backbone import blocks_of, unusual_layers
+from rlhf_lightning.forward.backbone import unusual_layers
 from rlhf_lightning.forward.generated_code import keep_generated_code
 from rlhf_lightning.forward.numerics import relative_distance, tolerance
-from rlhf_lightning.training.sharded import is_sharded
+from rlhf_lightning.training.sharded import blocks_of, is_sharded
 
 MOST_GRAPHS = 64
 """Of one piece of code, in a process: with gradients and without, with a mask and without, of each kind of layer."""

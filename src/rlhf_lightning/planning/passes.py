@@ -26,7 +26,7 @@ from rlhf_lightning.algorithms.reward import RewardModule
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.compat import attention_function, fake_tensors, sdpa_attention_forward
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.forward.backbone import blocks_of, cache_argument
+from rlhf_lightning.forward.backbone import cache_argument
 from rlhf_lightning.forward.casts import PRODUCT_WEIGHT, cast_once
 from rlhf_lightning.forward.output_layer import logit_scaling, output_logits
 from rlhf_lightning.functional import linear_cross_entropy_sum, linear_token_logprobs, rows_per_chunk
@@ -38,6 +38,7 @@ from rlhf_lightning.models.rewarding import FunctionScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
 from rlhf_lightning.planning.live import LiveBytes, Moment, bytes_of, tensors_of
 from rlhf_lightning.planning.skeletons import fill
+from rlhf_lightning.training.sharded import blocks_of
 
 PLANNED = "rlhf_lightning_planned"
 """What transformers' configs call the attention while a stage is planned."""

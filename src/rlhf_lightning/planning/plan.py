@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.algorithms.online.models import TrunkValue
 from rlhf_lightning.algorithms.stage import Stage
-from rlhf_lightning.forward.backbone import blocks_of
 from rlhf_lightning.forward.output_layer import is_tied
 from rlhf_lightning.models.fused_lora import FusedLoraLinear
 from rlhf_lightning.models.peft_library import LoraLinear
@@ -27,6 +26,7 @@ from rlhf_lightning.planning.passes import Passed, models_of, passed_through
 from rlhf_lightning.planning.request import USUAL_GPU, Request
 from rlhf_lightning.planning.skeletons import Skeletons
 from rlhf_lightning.training.checkpoint_size import state_per_weight, steps_fused
+from rlhf_lightning.training.sharded import blocks_of
 from rlhf_lightning.training.sheets import Sizes
 
 GIB = 2**30

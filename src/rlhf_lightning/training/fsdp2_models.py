@@ -22,8 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.forward.backbone import blocks_of
-from rlhf_lightning.training.sharded import COMPUTES_IN, widen_later, widens_later
+from rlhf_lightning.training.sharded import COMPUTES_IN, blocks_of, widen_later, widens_later
 
 Place = tuple[nn.Module, str]
 """A module and the name of one of its own parameters."""

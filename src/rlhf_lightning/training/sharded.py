@@ -19,6 +19,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 COMPUTES_IN = "rlhf_lightning_computes_in"
 """Attribute of a sharded module that is gathered in another type than it is held in."""
@@ -54,6 +55,22 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
     """
     classes = type(module).__mro__
     return classes[classes.index(FSDPModule) + 1] if isinstance(module, FSDPModule) else type(module)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a transformer, by the list that is as long as it is deep, or by their class.
+
+    Args:
+        model: one that is no Hugging Face model has none.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return []
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for part in model.base_model.modules():
+        if isinstance(part, nn.ModuleList) and len(part) == depth:
+            return list(part)
+    whole = set(model._no_split_modules or [])
+    return [part for part in model.base_model.modules() if type(part).__name__ in whole]
 
 
 def blocks_compute_in(model: nn.Module) -> torch.dtype | None:
