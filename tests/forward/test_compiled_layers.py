@@ -154,7 +154,8 @@ def test_dropout_draws_what_it_draws_without(counter):
     assert_same(model, padded)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.long
+@pytest.mark.parametrize("way", ALL_WAYS)
 def test_ten_more_batches_of_other_shapes_share_what_is_compiled(way, counter):
     model = layer_of().double()
     for lengths in LENGTHS:
