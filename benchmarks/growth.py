@@ -36,8 +36,8 @@ def point(shape: Shape, settings: Settings) -> Result:
         settings: of device, precision and steps.
 
     Returns:
-        Median seconds of a step, real tokens and floating-point operations of a step, peak memory above the weights and
-        the state of the optimizer in bytes.
+        Median seconds of a step, real tokens and floating-point operations of a step, and peak memory above what is
+        held between two steps, such as weights and state of the optimizer, in bytes.
     """
     from rlhf_lightning import SFTModule
 
@@ -49,14 +49,12 @@ def point(shape: Shape, settings: Settings) -> Result:
         held: list[int] = []
         seconds, _ = fit(module, batches, settings, after=lambda step: held.append(in_use(settings.device)))
     peak = device_peak_memory() if settings.device == "cuda" else peak_memory()
-    lasting = sum(p.numel() * p.element_size() for p in module.parameters()) * 3  # weights, two moments
-    outside = 0 if settings.device == "cuda" else held[-1] - lasting
     counts = [float(batch.attention_mask.sum()) for batch in batches]
     return {
         "seconds": median(steady(seconds, settings.warmup)),
         "tokens": median(steady(counts, settings.warmup)),
         "flops": median(steady([each.flops for each in work], settings.warmup)),
-        "above": peak - lasting - outside,
+        "above": peak - held[-1],
     }
 
 

@@ -202,15 +202,21 @@ def test_the_compiler_s_settings_are_those_of_the_block():
     assert (config.optimize_ddp, config.recompile_limit) == before
 
 
-def test_what_is_differentiated_is_compiled_at_once_and_draws_as_without():
-    """Else dropout would be another than without, and a compiler that fails would end a run in its backward pass."""
-    configs = torch._inductor.config, torch._functorch.config, torch._dynamo.config
-    names = "fallback_random", "force_non_lazy_backward_lowering", "specialize_float"
-    before = [getattr(config, name) for config, name in zip(configs, names, strict=True)]
+def test_the_compiler_s_settings_of_what_is_differentiated_are_those_of_the_block():
+    """Else dropout would be another, a failing compiler would end a run in its backward pass, and more be compiled."""
+
+    def settings():
+        traced = torch._dynamo.config, torch.fx.experimental._config
+        return (
+            torch._inductor.config.fallback_random,
+            torch._functorch.config.force_non_lazy_backward_lowering,
+            *(traced[0].recompile_limit, traced[0].specialize_float, traced[1].use_duck_shape),
+        )
+
+    before = settings()
     with compat.training_compiler_settings(77):
-        assert torch._dynamo.config.recompile_limit == 77
-        assert all(getattr(config, name) for config, name in zip(configs, names, strict=True))
-    assert [getattr(config, name) for config, name in zip(configs, names, strict=True)] == before
+        assert settings() == (True, True, 77, True, False)
+    assert settings() == before
 
 
 def test_a_module_s_call_goes_to_what_stands_in_it_and_no_copy_has_it():

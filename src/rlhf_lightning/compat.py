@@ -199,7 +199,8 @@ def training_compiler_settings(max_sizes: int) -> Iterator[None]:
 
     Random numbers are those that are drawn without it, and a backward pass is compiled with its forward pass, so that
     both are known to compile before anything is computed. Numbers such as an epsilon are constants: left open, each
-    piece of code would be traced twice, for they cannot be tensors after all.
+    piece of code would be traced twice, for they cannot be tensors after all. Sizes that happen to be the same in the
+    first batch are two sizes.
 
     Args:
         max_sizes: that are compiled for before it gives up.
@@ -207,7 +208,8 @@ def training_compiler_settings(max_sizes: int) -> Iterator[None]:
     random = torch._inductor.config.patch(fallback_random=True)
     at_once = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
     constants = torch._dynamo.config.patch(specialize_float=True)
-    with compiler_settings(max_sizes), random, at_once, constants:
+    apart = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+    with compiler_settings(max_sizes), random, at_once, constants, apart:
         yield
 
 

@@ -19,6 +19,7 @@ from rlhf_lightning.forward.numerics import self_test
 from rlhf_lightning.forward.output_layer import cross_entropy_at, logprobs_from_hidden
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.scalar_lm import ScalarLM
+from rlhf_lightning.models.sharing import frozen_twin
 
 IDS = torch.arange(30, 60).reshape(3, 2, 5)  # three micro-batches
 MASK = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
@@ -43,6 +44,22 @@ def autocast():
     """As Lightning's, which keeps no casts."""
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         yield
+
+
+def test_weights_that_two_models_hold_are_cast_once_for_both():
+    model = tiny_causal_lm("llama").requires_grad_(False)
+    twin = frozen_twin(model)
+    kept = CastWeights(model, twin)
+    for _ in range(2):  # the second time the casts are written over
+        with autocast():
+            expected = hidden_states(twin, IDS[0], MASK)
+            with CastsOf(model) as seen, kept.used():
+                found = [hidden_states(each, IDS[0], MASK) for each in (model, twin)]
+        assert torch.equal(found[1], expected)
+        assert set(seen.times.values()) <= {1}
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.1)
 
 
 def gradients(model, loss, once):

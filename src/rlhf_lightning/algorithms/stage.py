@@ -92,8 +92,8 @@ class Stage(LoggedModule):
         finetune: which weights are trained.
         gradient_checkpointing: keep only each block's input for the backward pass and compute the rest again: less
             memory, a third more time, the same gradient.
-        compile: compile the layers of the models once for all layers and batches, by `torch.compile`: meant for GPUs;
-            takes a minute or two at the start. Where it cannot be done, one line says why.
+        compile: compile the layers of the models once for all layers and batches, by `torch.compile`, when the first
+            steps need them: meant for GPUs. Where it cannot be done, one line says why.
         trust_remote_code: allow the model folder to run Python code of its own.
 
     Attributes:

@@ -46,12 +46,13 @@ class CastWeights:
         layers = {layer: None for owner in owners if owner is not None for layer in owner.modules()}
         self._heads = {model.get_output_embeddings() for model in inner}
         self._layers = [] if any(map(is_sharded, models)) else [layer for layer in layers if type(layer) is nn.Linear]
-        self._copies: dict[tuple[nn.Linear, str], Tensor] = {}
+        self._copies: dict[Tensor, Tensor] = {}  # by the weight, which several models may hold
 
     @contextmanager
     def used(self) -> Iterator[None]:
         """Cast the weights as they are now, and let the layers see the casts for the length of a `with` block."""
-        shadows = [shadow for layer in self._layers for shadow in self._shadows(layer)]
+        made: set[Tensor] = set()
+        shadows = [shadow for layer in self._layers for shadow in self._shadows(layer, made)]
         try:
             for layer, name, cast in shadows:
                 vars(layer)[name] = cast
@@ -64,8 +65,8 @@ class CastWeights:
                 if name == _LINKED:
                     layer.__class__ = nn.Linear
 
-    def _shadows(self, layer: nn.Linear) -> Iterator[tuple[nn.Linear, str, Tensor]]:
-        """What a layer sees instead of its own, by the name of the attribute."""
+    def _shadows(self, layer: nn.Linear, made: set[Tensor]) -> Iterator[tuple[nn.Linear, str, Tensor]]:
+        """What a layer sees instead of its own, by the name of the attribute; `made` are weights that were cast."""
         weight, bias = layer._parameters["weight"], layer._parameters["bias"]
         assert weight is not None
         kind = weight.device.type
@@ -73,18 +74,20 @@ class CastWeights:
             return
         dtype = torch.get_autocast_dtype(kind)
         if not (torch.is_grad_enabled() and weight.requires_grad):
-            yield layer, "weight", self._kept(layer, "weight", weight, dtype)
+            yield layer, "weight", self._kept(weight, dtype, made)
             if bias is not None and not (torch.is_grad_enabled() and bias.requires_grad):
-                yield layer, "bias", self._kept(layer, "bias", bias, dtype)
+                yield layer, "bias", self._kept(bias, dtype, made)
             return
         yield layer, PRODUCT_WEIGHT if layer in self._heads else _LINKED, weight.detach().to(dtype)
 
-    def _kept(self, layer: nn.Linear, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        # A graph that is replayed reads the casts where they were at first.
-        kept = self._copies.get((layer, name))
-        if kept is not None and kept.device == weight.device:
-            return kept.copy_(weight.detach())
-        return self._copies.setdefault((layer, name), weight.detach().to(dtype))
+    def _kept(self, weight: Tensor, dtype: torch.dtype, made: set[Tensor]) -> Tensor:
+        kept = self._copies.get(weight)
+        if kept is None or kept.device != weight.device:
+            kept = self._copies[weight] = weight.detach().to(dtype)
+        elif weight not in made:  # a graph that is replayed reads the cast where it was at first
+            kept.copy_(weight.detach())
+        made.add(weight)
+        return kept
 
 
 class _LinkedLinear(nn.Linear):

@@ -264,8 +264,8 @@ class AnsweringStage(Stage):
         Raises:
             NonFiniteError: on every rank, if a score of any rank is NaN or infinite.
         """
-        asked = prompts.prompt_ids, prompts.prompt_mask
-        limits: dict[str, Any] = {"size": self.piece_size, "max_tokens": self.token_budget, "sharing": sharing}
+        sequences = prompts.prompt_ids, prompts.prompt_mask, generation.response_mask
+        cut = partial(cut_responses, *sequences, size=self.piece_size, max_tokens=self.token_budget, sharing=sharing)
         measured = measure(
             prompts,
             generation,
@@ -275,7 +275,7 @@ class AnsweringStage(Stage):
             scorer=self.scorer,
             value=self.value if with_values else None,
             temperature=self.sampling.temperature,
-            pieces=self.cut(lambda n: cut_responses(*asked, generation.response_mask, min_pieces=n, **limits)),
+            pieces=self.cut(lambda least: cut(min_pieces=least)),
             report=partial(report_progress, self, "scoring"),
         )
         answers = {"prompts": prompts, "responses": texts, "scores": measured.scores}

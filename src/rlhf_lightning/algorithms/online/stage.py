@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -151,9 +152,9 @@ class OnlineStage(AnsweringStage):
         Args:
             minibatch: this rank's share.
         """
-        limits: dict[str, Any] = {"size": self.piece_size, "max_tokens": self.token_budget}
-        limits["sharing"] = self._sharing(self.policy, self.value)
-        return self.cut(lambda least: minibatch.micro_batches(min_pieces=least, **limits))
+        size, budget, sharing = self.piece_size, self.token_budget, self._sharing(self.policy, self.value)
+        cut = partial(minibatch.micro_batches, size=size, max_tokens=budget, sharing=sharing)
+        return self.cut(lambda least: cut(min_pieces=least))
 
     def loss_total(self, minibatch: Experience, num_tokens: Tensor) -> Tensor:
         """What the losses of an update are divided by, a scalar.
