@@ -25,12 +25,13 @@ from helpers.models import table_tokenizer
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.generation.engine import Generation, RolloutEngine, TransformersEngine, respond
 from rlhf_lightning.generation.sampling import Sampling, one_seed
+from rlhf_lightning.generation.text_so_far import completes_stop
 from rlhf_lightning.models.eos import eos_ids
 from rlhf_lightning.models.tokenizer import filler_id
 
 
 class Ends(StoppingCriteria):
-    """Where responses end: at an EOS, or when their text contains a stop string."""
+    """Where responses end: at an EOS, or when their text completes a stop string after the least number of tokens."""
 
     def __init__(self, tokenizer, ends, prompt, sampling):
         self.tokenizer, self.ends, self.prompt, self.sampling = tokenizer, ends, prompt, sampling
@@ -38,9 +39,10 @@ class Ends(StoppingCriteria):
 
     def __call__(self, input_ids, scores, **kwargs):
         said = input_ids[:, self.prompt :]
-        texts = self.tokenizer.batch_decode(said)
-        for row, (ids, text) in enumerate(zip(said.tolist(), texts, strict=True)):
-            if row not in self.lengths and (ids[-1] in self.ends or any(s in text for s in self.sampling.stop_strings)):
+        least, stops = self.sampling.min_new_tokens, self.sampling.stop_strings
+        texts = zip(self.tokenizer.batch_decode(said), self.tokenizer.batch_decode(said[:, :least]), strict=True)
+        for row, (ids, both) in enumerate(zip(said.tolist(), texts, strict=True)):
+            if row not in self.lengths and (ids[-1] in self.ends or completes_stop(*both, stops)):
                 self.lengths[row] = len(ids)
         return torch.tensor([row in self.lengths for row in range(len(said))])
 

@@ -137,6 +137,22 @@ def test_a_stop_string_ends_a_response_and_belongs_to_it():
     assert generation.ended.tolist() == [True, True, False]
 
 
+def test_a_stop_string_ends_no_response_before_it_may_end():
+    """As lm-human-preferences cuts a text at the first full stop from its 16th token on."""
+    alternate = [[1.0, 0, 0, 0], [0, 0, 1.0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1.0]]  # after a comes b, after b comes a
+
+    def said(least, stop):
+        sampling = Sampling(temperature=0.0, max_new_tokens=6, min_new_tokens=least, stop_strings=[stop])
+        generation = answer(alternate, [1], sampling)
+        return *decode_responses(table_tokenizer(), generation), generation.ended.item()
+
+    assert said(0, "b") == ("b", True)
+    assert said(1, "b") == said(2, "b") == ("bab", True)
+    assert said(2, "ba") == ("baba", True)
+    assert said(1, "ba") == ("ba", True)  # begun before, complete after
+    assert said(6, "b") == ("bababa", False)
+
+
 @pytest.mark.parametrize("extra", [2, [2], [EOS, 2]])
 def test_every_eos_of_the_generation_config_ends_a_response(extra):
     model, ids = table_lm(CHAIN), torch.tensor([[1], [0]])

@@ -68,8 +68,9 @@ def greedy(
             if len(said) < sampling.min_new_tokens:
                 logits[ends] = float("-inf")
             said.append(int(logits.argmax()))
-            text = tokenizer.decode(said)
-            ended = said[-1] in ends or any(stop in text for stop in sampling.stop_strings)
+            text, begun = tokenizer.decode(said), tokenizer.decode(said[: sampling.min_new_tokens])
+            later = [text.find(stop, max(0, len(begun) - len(stop) + 1)) for stop in sampling.stop_strings]
+            ended = said[-1] in ends or max(later, default=-1) >= 0
         found.append((said, ended))
     return found
 
@@ -138,6 +139,12 @@ def check_stop_strings(make: EngineFactory) -> None:
     stop = tokenizer.decode(longest[3:5])
     stopped = check_greedy(make, Sampling(temperature=0.0, max_new_tokens=8, stop_strings=["no such text", stop]))
     assert stopped != plain
+    # What is complete before the least number of tokens ends nothing; what becomes so with the next one does.
+    settings = {"temperature": 0.0, "max_new_tokens": 8, "stop_strings": [stop]}
+    before, at, after = (check_greedy(make, Sampling(**settings, min_new_tokens=least)) for least in (5, 4, 3))
+    row = plain.index((longest, False))
+    assert (at[row], after[row]) == ((longest[:5], True), (longest[:5], True))
+    assert len(before[row][0]) > 5
 
 
 def check_order(make: EngineFactory) -> None:

@@ -28,6 +28,7 @@ from rlhf_lightning.generation.cache import RolloutCache, attention_by_rows, rol
 from rlhf_lightning.generation.compiled_step import CompiledStep
 from rlhf_lightning.generation.picking import Rules, pick
 from rlhf_lightning.generation.sampling import RandomSource, Sampling, uniforms
+from rlhf_lightning.generation.text_so_far import completes_stop
 from rlhf_lightning.host import alike, on_host, to_device
 from rlhf_lightning.models.eos import eos_ids
 
@@ -278,7 +279,7 @@ class Decoding:
         if record.logprobs is not None and picked.logprobs is not None:
             record.logprobs[rows, step] = picked.logprobs
         self.finished = picked.finished
-        if self.sampling.stop_strings:
+        if self.sampling.stop_strings and step >= self.sampling.min_new_tokens:
             self._look_for_stop_strings(step)
         record.ended[rows] = self.finished
 
@@ -291,7 +292,9 @@ class Decoding:
         tail = max(len(stop.encode()) for stop in stop_strings) + SPARE_TOKENS
         ids = self.record.ids[self.rows[places], max(0, step + 1 - tail) : step + 1]  # [places, up to tail]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=False)
-        found = [any(stop in text for stop in stop_strings) for text in texts]
+        earlier = max(0, self.sampling.min_new_tokens - max(0, step + 1 - tail))  # tokens in which none may end it
+        begun = self.tokenizer.batch_decode(ids[:, :earlier], skip_special_tokens=False) if earlier else [""] * len(ids)
+        found = [completes_stop(*both, stop_strings) for both in zip(texts, begun, strict=True)]
         self.finished[places] = torch.tensor(found, device=ids.device)
 
     def _is_over(self) -> bool:

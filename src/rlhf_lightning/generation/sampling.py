@@ -53,7 +53,7 @@ class Sampling:
         top_p: sample among the most likely tokens that together have this probability; 1 for all.
         max_new_tokens: a response is cut here if it has not ended.
         min_new_tokens: a response may not end before it has this many tokens, the EOS not counted.
-        stop_strings: a response ends as soon as its text contains one of these.
+        stop_strings: a response ends as soon as its text, from `min_new_tokens` on, contains one of these.
     """
 
     temperature: float = 1.0

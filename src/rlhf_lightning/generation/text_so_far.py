@@ -63,3 +63,18 @@ class TextSoFar:
                 break
             count = place
         return count
+
+
+def completes_stop(text: str, begun: str, stop_strings: Sequence[str]) -> bool:
+    """Whether a text completes a stop string after its beginning, into which the string may reach.
+
+    Args:
+        text: of a response.
+        begun: its beginning, in which none may end it.
+        stop_strings: what ends it.
+
+    Example:
+        >>> completes_stop("one. two", "one.", ["."]), completes_stop("one. two", "one.", [". t"])
+        (False, True)
+    """
+    return any(text.find(stop, max(0, len(begun) - len(stop) + 1)) >= 0 for stop in stop_strings)

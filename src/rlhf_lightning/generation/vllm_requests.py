@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.generation.sampling import RandomSource, Sampling, one_seed
-from rlhf_lightning.generation.text_so_far import decode_response
+from rlhf_lightning.generation.text_so_far import completes_stop, decode_response
 from rlhf_lightning.models.eos import eos_ids
 from rlhf_lightning.models.tokenizer import filler_id
 from rlhf_lightning.rng import derive_seed
@@ -149,5 +149,5 @@ def _cut(reply: Reply, sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _holds_stop(ids: list[int], sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -> bool:
-    text = decode_response(tokenizer, ids)
-    return any(stop in text for stop in sampling.stop_strings)
+    begun = decode_response(tokenizer, ids[: sampling.min_new_tokens]) if sampling.min_new_tokens else ""
+    return completes_stop(decode_response(tokenizer, ids), begun, sampling.stop_strings)
