@@ -311,7 +311,7 @@ def test_hooks_of_a_stage_with_several_steps_for_each_batch(here, tmp_path, kind
     assert running.callback_metrics["lr-AdamW/pg1"] == pytest.approx(1e-6)  # half of it is left
 
 
-def test_checkpoints_are_saved_where_the_steps_are_a_multiple(here, tmp_path):
+def test_checkpoints_are_saved_where_the_steps_reach_or_pass_a_multiple(here, tmp_path):
     sizes = {"rollout_batch_size": 2, "minibatch_size": 1, "ppo_epochs": 1, "sampling": Sampling(max_new_tokens=4)}
     data = PromptDataModule("SFT", prompt_rows(8), rollout_batch_size=2, max_prompt_length=40, validation_split=0.0)
     saved = {}
@@ -320,7 +320,7 @@ def test_checkpoints_are_saved_where_the_steps_are_a_multiple(here, tmp_path):
         running = trainer(callbacks=[callback], enable_checkpointing=True)
         running.fit(PPOModule("SFT", share_of_letters, **sizes), copy.copy(data))
         saved[every] = sorted(path.stem for path in (tmp_path / str(every)).iterdir())
-    assert saved == {3: ["step=6"], 4: ["step=4", "step=8"]}
+    assert saved == {3: ["step=4", "step=6"], 4: ["step=4", "step=8"]}
 
 
 def test_callbacks_may_ask_any_stage_for_the_same_things(here):

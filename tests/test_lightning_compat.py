@@ -94,6 +94,23 @@ def test_a_last_checkpoint_is_written_whatever_the_callback_is_set_to_save(tmp_p
     assert callback.save_last is None
 
 
+@pytest.mark.parametrize(("before", "saved"), [(2, ["own.ckpt"]), (3, [])])
+def test_a_checkpoint_callback_saves_where_a_multiple_was_passed(tmp_path, before, saved):
+    """Else a batch of several optimizer steps would pass over what its callback waits for."""
+    callback = pl.callbacks.ModelCheckpoint(tmp_path, "own", every_n_train_steps=3)
+
+    class Watched(BoringModel):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 3:  # after 4 steps
+                for path in tmp_path.iterdir():
+                    path.unlink()  # of the third
+                lightning_compat.save_where_passed(callback, self.trainer, before)
+                assert [path.name for path in tmp_path.iterdir()] == saved
+
+    options = {"logger": False, "enable_progress_bar": False, "max_epochs": 1, "limit_train_batches": 4}
+    pl.Trainer(accelerator="cpu", callbacks=[callback], enable_model_summary=False, **options).fit(Watched())
+
+
 def test_steps_of_the_optimizer_are_counted_from_their_beginning(tmp_path):
     """Else one that failed halfway would look as if nothing had changed."""
     seen = []

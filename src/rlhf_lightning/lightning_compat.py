@@ -98,6 +98,28 @@ def save_last(callback: ModelCheckpoint, trainer: Trainer) -> str:
     return callback.last_model_path
 
 
+def save_where_passed(callback: ModelCheckpoint, trainer: Trainer, before: int) -> None:
+    """Let a checkpoint callback save if the steps of a batch have passed over a multiple of `every_n_train_steps`.
+
+    Where they have reached one it saves by itself.
+
+    Args:
+        callback: of the trainer.
+        trainer: at the end of a training batch.
+        before: optimizer steps at the end of the one before.
+    """
+    every, now = callback._every_n_train_steps, trainer.global_step
+    passed = every > 0 and now // every > before // every and now % every
+    if not passed or callback._should_skip_saving_checkpoint(trainer):
+        return
+    candidates = callback._monitor_candidates(trainer)
+    if callback.monitor is not None and callback.monitor not in candidates:
+        callback._defer_save_until_validation = True  # which measures it
+        return
+    callback._save_topk_checkpoint(trainer, candidates)
+    callback._save_last_checkpoint(trainer, candidates)
+
+
 def last_path(callback: ModelCheckpoint) -> str:
     """Where a checkpoint callback writes its `last`, if nothing is there yet."""
     return callback.format_checkpoint_name({}, callback.CHECKPOINT_NAME_LAST)

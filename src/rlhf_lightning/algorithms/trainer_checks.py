@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,7 @@ from pytorch_lightning.callbacks import (
 )
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.lightning_compat import was_given_checkpoint_io
+from rlhf_lightning.lightning_compat import save_where_passed, was_given_checkpoint_io
 from rlhf_lightning.runs.checkpoint_files import WholeCheckpointIO
 
 _ACCUMULATION = (
@@ -65,10 +64,11 @@ def keep_checkpoints_whole(trainer: pl.Trainer) -> None:
 
 
 def let_checkpoints_save(trainer: pl.Trainer) -> None:
-    """Let `ModelCheckpoint` save by time, and without asking for weights of before the step.
+    """Let `ModelCheckpoint` save by time, and at the end of each batch whose steps reach or pass a multiple.
 
     It has a branch for manual optimisation that never looks at `train_time_interval`, and tells at its first checkpoint
-    to rewrite `training_step`. Its other branch does what is wanted here, too.
+    to rewrite `training_step`. Its other branch does what is wanted here, too, save that `every_n_train_steps` looks
+    for steps that are a multiple: a batch of several steps passes over some.
 
     Args:
         trainer: Lightning's, before it fits.
@@ -76,9 +76,26 @@ def let_checkpoints_save(trainer: pl.Trainer) -> None:
     for callback in trainer.checkpoint_callbacks:
         plain = type(callback).on_train_batch_end is ModelCheckpoint.on_train_batch_end
         if isinstance(callback, ModelCheckpoint) and plain:
-            hook: Any = partial(_save_as_if_automatic, callback)
-            callback.on_train_batch_end = hook  # type: ignore[method-assign]
+            saving = _Saving(callback)
+            vars(callback).update(on_train_start=saving.start, on_train_batch_end=saving.end_batch)
 
 
-def _save_as_if_automatic(callback: ModelCheckpoint, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-    ModelCheckpoint.on_train_batch_end(callback, trainer, SimpleNamespace(automatic_optimization=True), *args)  # type: ignore[arg-type]
+class _Saving:
+    """The hooks of a checkpoint callback, as if optimisation were automatic.
+
+    Args:
+        callback: whose.
+    """
+
+    def __init__(self, callback: ModelCheckpoint) -> None:
+        self.callback, self.steps = callback, 0
+
+    def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        type(self.callback).on_train_start(self.callback, trainer, pl_module)
+        self.steps = trainer.global_step  # a resumed run begins further on
+
+    def end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        automatic: Any = SimpleNamespace(automatic_optimization=True)
+        before, self.steps = self.steps, trainer.global_step
+        ModelCheckpoint.on_train_batch_end(self.callback, trainer, automatic, *args)
+        save_where_passed(self.callback, trainer, before)
