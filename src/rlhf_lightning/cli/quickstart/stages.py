@@ -117,7 +117,7 @@ def train_sft(base: Path, data: ToyPaths, folder: Path, seed: int) -> StageResul
     return _fit(_trainer(folder, [samples], max_epochs=1, val_check_interval=0.25), module, datamodule)
 
 
-def train_reward(sft: Path, data: ToyPaths, folder: Path, seed: int) -> StageResult:
+def train_reward(sft: Path, data: ToyPaths, folder: Path, seed: int, **options: Any) -> StageResult:
     """Learn from noisy preferences which answer is better.
 
     Args:
@@ -125,6 +125,7 @@ def train_reward(sft: Path, data: ToyPaths, folder: Path, seed: int) -> StageRes
         data: the embedded data.
         folder: where the run lives.
         seed: of all random numbers.
+        **options: of `RewardModule`.
     """
     pl.seed_everything(seed, verbose=False)
     module = RewardModule(
@@ -132,13 +133,14 @@ def train_reward(sft: Path, data: ToyPaths, folder: Path, seed: int) -> StageRes
         optimizer=lambda params: torch.optim.AdamW(params, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
         warmup_steps=20,
         micro_batch_size=16,
+        **options,
     )
     datamodule = _pairs(sft, data, seed)
     return _fit(_trainer(folder, [], max_epochs=1, val_check_interval=0.5), module, datamodule)
 
 
 def train_last(
-    algorithm: Algorithm, sft: Path, reward: Path, data: ToyPaths, folder: Path, seed: int
+    algorithm: Algorithm, sft: Path, reward: Path, data: ToyPaths, folder: Path, seed: int, **settings: Any
 ) -> tuple[StageResult, GoldCurve]:
     """Improve the SFT model, against the reward model or, with DPO, from the pairs that it was trained on.
 
@@ -149,6 +151,7 @@ def train_last(
         data: the embedded data.
         folder: where the run lives.
         seed: of all random numbers.
+        **settings: of the module, where they are to differ from those of the quickstart.
 
     Returns:
         The run, and its validations scored by gold, none for DPO.
@@ -157,8 +160,9 @@ def train_last(
     curve = GoldCurve()
     if algorithm == "dpo":
         datamodule = _pairs(sft, data, seed)
-        return _fit(_trainer(folder, [], max_epochs=1, val_check_interval=0.5), _dpo(sft), datamodule), curve
-    module = {"ppo": _ppo, "rloo": _rloo, "grpo": _grpo}[algorithm](str(sft), str(reward))
+        fitted = _trainer(folder, [], max_epochs=1, val_check_interval=0.5)
+        return _fit(fitted, _dpo(sft, **settings), datamodule), curve
+    module = {"ppo": _ppo, "rloo": _rloo, "grpo": _grpo}[algorithm](str(sft), str(reward), **settings)
     prompts = _prompts(sft, data, seed, module.rollout_batch_size)
     options = {"limit_train_batches": 25, "max_epochs": 1, "val_check_interval": 5, "limit_val_batches": 1}
     return _fit(_trainer(folder, [curve], **options), module, prompts), curve
@@ -221,18 +225,19 @@ def _ppo(sft: str, reward: str, lr: float = 2e-4, kl_coef: float = 0.1, **option
     return PPOModule(sft, reward, **settings)
 
 
-def _rloo(sft: str, reward: str) -> OnlineStage:
-    settings: dict[str, Any] = {**_ONLINE, **_GROUPS}
-    return RLOOModule(sft, reward, **settings, optimizer=_adamw(2e-4), kl=KLPenalty(coef=0.1))
+def _rloo(sft: str, reward: str, **options: Any) -> OnlineStage:
+    settings: dict[str, Any] = {**_ONLINE, **_GROUPS, "optimizer": _adamw(2e-4), "kl": KLPenalty(coef=0.1)}
+    return RLOOModule(sft, reward, **settings | options)
 
 
-def _grpo(sft: str, reward: str) -> OnlineStage:
-    settings: dict[str, Any] = {**_ONLINE, **_GROUPS}
-    return GRPOModule(sft, reward, **settings, optimizer=_adamw(2e-4), kl=KLPenalty(coef=0.1, estimator="k3"))
+def _grpo(sft: str, reward: str, **options: Any) -> OnlineStage:
+    settings: dict[str, Any] = {**_ONLINE, **_GROUPS, "optimizer": _adamw(2e-4)}
+    return GRPOModule(sft, reward, **settings | {"kl": KLPenalty(coef=0.1, estimator="k3")} | options)
 
 
-def _dpo(sft: Path) -> DPOModule:
-    return DPOModule(str(sft), beta=0.3, optimizer=_adamw(4e-4), warmup_steps=20, micro_batch_size=16)
+def _dpo(sft: Path, **options: Any) -> DPOModule:
+    settings: dict[str, Any] = {"beta": 0.3, "optimizer": _adamw(4e-4), "warmup_steps": 20, "micro_batch_size": 16}
+    return DPOModule(str(sft), **settings | options)
 
 
 def _pairs(model: Path, data: ToyPaths, seed: int) -> PreferenceDataModule:

@@ -1,0 +1,205 @@
+"""What each technique buys on the quickstart's task: every switch alone beside the default, several seeds.
+
+    python benchmarks/ablations.py                # goes on where it was stopped
+    python benchmarks/ablations.py --only default dual-clip --seeds 1
+    python benchmarks/ablations.py --no-runs --page docs/ablations.md
+
+SFT and the default reward model are made once for each seed; then each switch trains what it changes, the reward model
+or the last stage. A run's numbers go to `result.json` in its folder, and a switch whose settings have changed is run
+again. Models are removed once they are judged, so that all runs take little disk. Judge is the gold score of the toy
+data, on answers to 384 held-out prompts that are drawn with the same random numbers by each model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import time
+import warnings
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from _switches import SWITCHES, Switch
+from measuring import table
+
+from rlhf_lightning.cli.quickstart.report import summarise, win_rate
+from rlhf_lightning.cli.quickstart.stages import answer, gold_accuracy, train_last, train_reward, train_sft
+from rlhf_lightning.cli.quickstart.toy import (
+    ToyPaths,
+    build_toy_tokenizer,
+    toy_paths,
+    toy_texts,
+    write_toy_data,
+    write_toy_model,
+)
+from rlhf_lightning.warning_filters import filter_warnings
+
+BEGIN, END = "<!-- made by `make ablations` -->\n", "<!-- end -->\n"
+Result = dict[str, Any]
+
+
+def base_of(folder: Path, seed: int) -> tuple[ToyPaths, Path, Path, list[dict[str, Any]]]:
+    """Data, SFT model, reward model and the SFT model's answers of a seed, made if they are not there."""
+    data, sft, reward = toy_paths(folder / "data"), folder / "sft" / "export", folder / "reward" / "export"
+    answers = folder / "sft.json"
+    if not answers.is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        data = write_toy_data(folder / "data", seed)
+        base = write_toy_model(folder / "base", build_toy_tokenizer(toy_texts(data)), seed)
+        train_sft(base, data, folder / "sft", seed)
+        train_reward(sft, data, folder / "reward", seed)
+        rows = answer(sft, reward, sft, data.prompts_heldout)
+        answers.write_text(json.dumps(rows), encoding="utf-8")
+    return data, sft, reward, json.loads(answers.read_text(encoding="utf-8"))
+
+
+def run(switch: Switch, seed: int, root: Path) -> Result:
+    """One run of a switch, or its result if it has been run with these settings.
+
+    Args:
+        switch: what is changed.
+        seed: of everything.
+        root: folder of all runs.
+
+    Returns:
+        Win rate over SFT by gold, KL in nats, means of answers, processor seconds of the stages that were trained.
+    """
+    seeded = root / f"seed-{seed}"
+    folder = seeded / "switches" / switch.name
+    path, settings = folder / "result.json", repr((switch.algorithm, switch.settings, switch.reward))
+    if path.is_file():
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+        if result["settings"] == settings:
+            return result
+    shutil.rmtree(folder, ignore_errors=True)
+    data, sft, reward, before = base_of(seeded, seed)
+    started, result = time.process_time(), {"settings": settings}
+    if switch.reward is not None:
+        reward = train_reward(sft, data, folder / "reward", seed, **switch.reward).export
+        result["reward_seconds"] = time.process_time() - started
+        started = time.process_time()
+    last, _ = train_last(switch.algorithm, sft, reward, data, folder / "last", seed, **switch.settings)
+    result["seconds"] = time.process_time() - started
+    after = answer(last.export, reward, sft, data.prompts_heldout)
+    kl = sum(row["kl"] for row in after) / len(after)
+    result |= {"win_rate": win_rate(*([row["gold"] for row in rows] for rows in (after, before)))}
+    result |= {**summarise(after, kl=kl), "reward_accuracy": gold_accuracy(reward, data.preferences_validation)}
+    shutil.rmtree(folder)
+    folder.mkdir()
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def report(results: dict[str, dict[int, Result]]) -> str:
+    """A row for each switch: its win rates and KL by seed, their means, processor time beside the default."""
+    default = results.get("default", {})
+    lines = []
+    for switch in SWITCHES:
+        found = results.get(switch.name, {})
+        if not found:
+            continue
+        wins = [each["win_rate"] for each in found.values()]
+        gains = [
+            100 * (each["win_rate"] - default[seed]["win_rate"]) for seed, each in found.items() if seed in default
+        ]
+        costs = [each["seconds"] / default[seed]["seconds"] for seed, each in found.items() if seed in default]
+        lines.append(
+            [
+                f"`{switch.name}`",
+                switch.what,
+                " ".join(f"{100 * win:.1f}" for win in wins),
+                f"{100 * mean(wins):.1f}",
+                f"{mean(gains):+.1f}" if gains and switch.name != "default" else "",
+                f"{mean(each['kl'] for each in found.values()):.1f}",
+                f"{mean(each['gold_mean'] for each in found.values()):.2f}",
+                f"{mean(costs):.2f}" if costs else "",
+            ]
+        )
+    head = [
+        "switch",
+        "what it sets",
+        "win rate over SFT by seed, %",
+        "mean",
+        "to the default",
+        "KL, nats",
+        "gold",
+        "time",
+    ]
+    return table(head, lines)
+
+
+def picture(results: dict[str, dict[int, Result]], path: Path) -> None:
+    """Win rate over KL, a point for each switch, a line through its seeds' spread."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for switch in SWITCHES:
+        found = [*results.get(switch.name, {}).values()]
+        if not found:
+            continue
+        wins, kl = [100 * each["win_rate"] for each in found], mean(each["kl"] for each in found)
+        special = switch.name == "default"
+        axes.plot([kl, kl], [min(wins), max(wins)], color="black" if special else "0.8", linewidth=1, zorder=1)
+        axes.plot(kl, mean(wins), marker="*" if special else "o", color="black" if special else "tab:blue", zorder=2)
+        axes.annotate(switch.name, (kl, mean(wins)), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="KL to the SFT model (nats per answer)", ylabel="win rate over SFT by gold, % (bar: seeds)")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def write(page: Path, text: str) -> None:
+    """Put a text between the marks of a page."""
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    page.write_text(before + BEGIN + "\n" + text + "\n" + END + rest.split(END)[1], encoding="utf-8")
+
+
+def known(root: Path, seeds: list[int]) -> dict[str, dict[int, Result]]:
+    """Results that are there."""
+    found: dict[str, dict[int, Result]] = {}
+    for switch in SWITCHES:
+        for seed in seeds:
+            path = root / f"seed-{seed}" / "switches" / switch.name / "result.json"
+            if path.is_file():
+                found.setdefault(switch.name, {})[seed] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def main() -> None:
+    """Run what is missing, then print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("runs/ablations"), help="folder of all runs (%(default)s)")
+    parser.add_argument("--only", nargs="*", choices=[each.name for each in SWITCHES], help="names of switches")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("--threads", type=int, default=0, help="of a run (as many as there are cores)")
+    parser.add_argument("--no-runs", action="store_true", help="print what is there")
+    parser.add_argument("--page", type=Path, help="put the table between the marks of this page")
+    parser.add_argument("--picture", type=Path, help="draw the switches here")
+    options = parser.parse_args()
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+    filter_warnings()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if not options.no_runs:
+        for seed in options.seeds:
+            for switch in SWITCHES:
+                if options.only is None or switch.name in options.only:
+                    result = run(switch, seed, options.root)
+                    print(f"seed {seed} {switch.name}: {result['win_rate']:.1%} at {result['kl']:.2f} nats", flush=True)
+    results = known(options.root, options.seeds)
+    print(report(results))
+    if options.page:
+        write(options.page, report(results))
+    if options.picture:
+        picture(results, options.picture)
+
+
+if __name__ == "__main__":
+    main()
