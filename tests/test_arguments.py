@@ -39,9 +39,11 @@ ZERO_MAKES_SENSE = {
     *("warmup_steps", "label_smoothing", "gradient_clip_val", "value_lr", "sft_coef"),
     *("temperature", "top_k", "min_new_tokens", "dropout"),
     *("coef", "missing_eos_penalty", "value_coef", "gamma", "gae_lambda", "tolerance"),
+    *("min_lr_factor", "value_gae_lambda", "value_warmup_iterations", "value_gradient_clip_val", "overlong_penalty"),
 }
-NEGATIVE_MAKES_SENSE = {"above", "below"}
+NEGATIVE_MAKES_SENSE = {"above", "below", "missing_eos_score", "OtherReward.weight"}
 AT_MOST_1 = {"gamma", "gae_lambda", "top_p", "validation_split", "test_split", "label_smoothing", "dropout"}
+AT_MOST_1 |= {"min_lr_factor", "value_gae_lambda"}
 
 
 def takers() -> list[Any]:
@@ -107,9 +109,10 @@ def test_a_word_that_is_none_of_the_known_ones_is_refused(taker, name, wrapped):
 
 @pytest.mark.parametrize(("taker", "name", "wrapped"), NUMBERS)
 def test_a_number_that_makes_no_sense_is_refused(taker, name, wrapped):
-    for value in [math.nan, math.inf, "3", True, *([] if name in NEGATIVE_MAKES_SENSE else [-1])]:
+    negative = bool(NEGATIVE_MAKES_SENSE & {name, f"{taker.__name__}.{name}"})
+    for value in [math.nan, math.inf, "3", True, *([] if negative else [-1])]:
         assert name in refused(taker, name, wrapped, value)
-    if name not in ZERO_MAKES_SENSE | NEGATIVE_MAKES_SENSE:
+    if name not in ZERO_MAKES_SENSE and not negative:
         assert name in refused(taker, name, wrapped, 0)
     if name in AT_MOST_1:
         assert name in refused(taker, name, wrapped, 1.5)

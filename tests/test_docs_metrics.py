@@ -23,6 +23,7 @@ from rlhf_lightning import (
     Evaluate,
     GRPOModule,
     InstructionDataModule,
+    OtherReward,
     PPOModule,
     PreferenceDataModule,
     PromptDataModule,
@@ -39,6 +40,10 @@ RAW = {"train/raw_score", "val/raw_score", "test/raw_score"}
 """What only a reward model has."""
 APART = {"train/mismatch_kl", "train/importance", "train/importance_capped"}
 """What only an engine that draws from a distribution of its own has."""
+OPTIONAL = {"train/updates"} | {
+    f"{task}/score_{name}" for task in ("train", "val", "test") for name in ("main", "NAME")
+}
+"""What a limit of the updates and other rewards add; these take the place of what only a reward model has."""
 STAGES = ("SFT", "Reward model", "DPO", "PPO", "RLOO and GRPO")
 
 
@@ -121,21 +126,31 @@ def test_rloo_and_grpo_log_what_the_page_says(folder, reward_folder, kind, setti
     sizes = {"rollout_batch_size": 8, "samples_per_prompt": 2, "minibatch_size": 16, "ppo_epochs": 2}
     reward = reward_folder if of_a_model else share_of_letters
     module = kind(folder, reward, **sizes | settings, sampling=Sampling(max_new_tokens=4))
-    assert logged(module, prompts(folder, 8)) == documented("RLOO and GRPO") - APART - (set() if of_a_model else RAW)
+    assert logged(module, prompts(folder, 8)) == documented("RLOO and GRPO") - APART - OPTIONAL - (
+        set() if of_a_model else RAW
+    )
 
 
 @pytest.mark.parametrize("of_a_model", [True, False])
 def test_ppo_logs_what_the_page_says(folder, reward_folder, of_a_model):
     sizes = {"rollout_batch_size": 4, "minibatch_size": 4, "ppo_epochs": 1, "sampling": Sampling(max_new_tokens=4)}
     module = PPOModule(folder, reward_folder if of_a_model else share_of_letters, **sizes)
-    assert logged(module, prompts(folder, 4)) == documented("PPO") - APART - (set() if of_a_model else RAW)
+    assert logged(module, prompts(folder, 4)) == documented("PPO") - APART - OPTIONAL - (set() if of_a_model else RAW)
 
 
 @pytest.mark.parametrize(("kind", "section"), [(PPOModule, "PPO"), (RLOOModule, "RLOO and GRPO")])
 def test_an_engine_that_draws_apart_logs_what_the_page_says(folder, reward_folder, kind, section):
     sizes = {"rollout_batch_size": 4, "minibatch_size": 8, "samples_per_prompt": 2, "ppo_epochs": 1}
     module = kind(folder, reward_folder, engine=Apart, **sizes, sampling=Sampling(max_new_tokens=4))
-    assert logged(module, prompts(folder, 4)) == documented(section)
+    assert logged(module, prompts(folder, 4)) == documented(section) - OPTIONAL
+
+
+@pytest.mark.parametrize(("kind", "section"), [(PPOModule, "PPO"), (RLOOModule, "RLOO and GRPO")])
+def test_other_rewards_and_a_limit_of_the_updates_log_what_the_page_says(folder, reward_folder, kind, section):
+    sizes = {"rollout_batch_size": 4, "minibatch_size": 8, "samples_per_prompt": 2, "ppo_epochs": 1}
+    options = {"max_approx_kl": 1.0, "other_rewards": {"NAME": OtherReward(share_of_letters)}}
+    module = kind(folder, reward_folder, **options, **sizes, sampling=Sampling(max_new_tokens=4))
+    assert logged(module, prompts(folder, 4)) == documented(section) - APART - RAW
 
 
 def test_a_held_out_judge_logs_what_the_page_says(folder, reward_folder):

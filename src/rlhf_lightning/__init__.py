@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.generation.vllm_server import VLLMServer as VLLMServer
     from rlhf_lightning.models.causal_lm import load_causal_lm as load_causal_lm
     from rlhf_lightning.models.finetune_settings import FineTune as FineTune
+    from rlhf_lightning.models.other_rewards import OtherReward as OtherReward
     from rlhf_lightning.models.scalar_lm import ScalarLM as ScalarLM
     from rlhf_lightning.models.scalar_lm import load_reward_model as load_reward_model
     from rlhf_lightning.training import DeepSpeedStrategy as DeepSpeedStrategy
@@ -78,6 +79,7 @@ _HOMES = {
     "generation.sampling": ("Sampling",),
     "generation.vllm_engine": ("VLLMEngine",),
     "generation.vllm_server": ("VLLMServer",),
+    "models.other_rewards": ("OtherReward",),
     "models.scalar_lm": ("ScalarLM", "load_reward_model"),
     "algorithms": ("DPOModule", "GRPOModule", "PPOModule", "RLOOModule", "RewardModule", "SFTModule"),
     "algorithms.online.settings": ("KLPenalty", "Objective", "ScoreShaping"),

@@ -32,6 +32,8 @@ class Range:
     Example:
         >>> str(Range(above=0, at_most=1)), Range(above=0, at_most=1).holds(0)
         ('above 0 and at most 1', False)
+        >>> str(Range())
+        'finite'
     """
 
     at_least: float | None = None
@@ -51,7 +53,7 @@ class Range:
 
     def __str__(self) -> str:
         bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
-        return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+        return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None) or "finite"
 
 
 NOT_NEGATIVE = Range(at_least=0)

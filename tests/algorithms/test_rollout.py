@@ -1,6 +1,7 @@
 """A rollout's parts, on models and numbers written by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from rlhf_lightning.algorithms.ppo import build_experience
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.written import WrittenPrompt
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.masked import identity
 from rlhf_lightning.generation.engine import Generation, TransformersEngine, respond
 from rlhf_lightning.generation.sampling import Sampling
@@ -92,7 +94,7 @@ def test_measurements_by_hand():
     assert measurements.entropy.tolist() == expected
     assert measurements.values.tolist() == [[0.5, -1.0], [-1.0, 0.0]]
     assert measurements.scores.tolist() == [4.0, 4.0]  # the EOS of both
-    assert not any(field.requires_grad for field in measurements)
+    assert not any(field.requires_grad for field in measurements[:6])
 
 
 def test_the_kl_of_a_response_is_the_sum_over_its_tokens():
@@ -244,12 +246,24 @@ def test_scores_are_scaled_then_clipped_then_penalised():
     moments = RunningMoments()
     moments.update(torch.tensor([0.0, 4.0]))  # mean 2, standard deviation 2
     scores, ended = torch.tensor([4.0, 8.0, -20.0, 2.0]), torch.tensor([True, False, True, False])
-    raw = ScoreShaping(scaling=False, clip=None)
-    assert torch.equal(shape_scores(scores, ended, moments, raw), scores)
-    scaled = ScoreShaping(scaling=True, clip=None)
-    assert shape_scores(scores, ended, moments, scaled).tolist() == [1.0, 3.0, -11.0, 0.0]
-    everything = ScoreShaping(scaling=True, clip=2.0, missing_eos_penalty=1.0)
-    assert shape_scores(scores, ended, moments, everything).tolist() == [1.0, 1.0, -2.0, -1.0]
+    lengths = torch.tensor([3, 10, 8, 10])
+
+    def shaped(**settings):
+        return shape_scores(scores, ended, lengths, moments, ScoreShaping(**settings), 10)
+
+    raw = {"scaling": False, "clip": None}
+    assert torch.equal(shaped(**raw), scores)
+    assert shaped(clip=None).tolist() == [1.0, 3.0, -11.0, 0.0]
+    assert shaped(clip=2.0, missing_eos_penalty=1.0).tolist() == [1.0, 1.0, -2.0, -1.0]
+    # Set, whatever the score was, not subtracted from it.
+    assert shaped(clip=2.0, missing_eos_score=-3.0).tolist() == [1.0, -3.0, -2.0, -3.0]
+    # The last four tokens before the limit of 10: a response of 8 is half way in, one of 10 at the end.
+    assert shaped(**raw, overlong_buffer=4, overlong_penalty=2.0).tolist() == [4.0, 6.0, -21.0, 0.0]
+
+
+def test_a_cut_response_is_either_fined_or_given_a_score():
+    with pytest.raises(UserError, match=r"^score\.missing_eos_score and score\.missing_eos_penalty both speak of"):
+        ScoreShaping(missing_eos_score=-1.0, missing_eos_penalty=1.0)
 
 
 def by_hand(objective, estimator="k1", rows=(0, 1), reduce=identity):
@@ -263,7 +277,7 @@ def by_hand(objective, estimator="k1", rows=(0, 1), reduce=identity):
     )
     kl, rows = KLPenalty(estimator=estimator), list(rows)
     generation = Generation(*(field[rows] for field in GENERATION[:3]))
-    measurements = Measurements(*(field[rows] for field in measurements))
+    measurements = Measurements(*(field[rows] for field in measurements[:6]))
     shaped = torch.tensor([4.0, 5.0])[rows]
     return build_experience(take(rows), generation, measurements, shaped, kl, 0.5, objective, reduce)
 
@@ -280,6 +294,35 @@ def test_experience_by_hand():
     assert torch.equal(experience.prompt_ids, PROMPTS.prompt_ids)
     assert torch.equal(experience.prompt_mask, PROMPTS.prompt_mask)
     assert all(torch.equal(a, b) for a, b in zip(experience[2:5], GENERATION[:3], strict=True))
+
+
+def test_rewards_of_tokens_are_whitened_with_and_without_their_mean():
+    plain = by_hand(Objective(whiten_advantages=False)).rewards[GENERATION.response_mask]  # -0.5, 4.5, 4
+    mean, std = plain.mean(), plain.std(correction=0)
+    for how, shift in (("scale", mean), ("shift", 0.0)):
+        found = by_hand(Objective(gamma=1.0, gae_lambda=1.0, whiten_advantages=False, whiten_rewards=how))
+        rewards = found.rewards[GENERATION.response_mask]
+        torch.testing.assert_close(rewards, (plain - mean) / std + shift)
+        # Advantages and returns are those of the whitened rewards.
+        torch.testing.assert_close(found.returns[0, 0], rewards[0] + rewards[1])
+        assert found.rewards[1, 1] == 0
+
+
+def test_advantages_and_returns_may_have_lambdas_of_their_own():
+    plain = Objective(gae_lambda=0.5, whiten_advantages=False)
+    same = replace(plain, value_gae_lambda=0.5)
+    assert all(torch.equal(*both) for both in zip(by_hand(plain)[11:14], by_hand(same)[11:14], strict=True))
+    apart = by_hand(replace(plain, value_gae_lambda=1.0))
+    assert torch.equal(apart.advantages, by_hand(plain).advantages)
+    assert apart.returns.tolist() == [[4.0, 4.5], [4.0, 0.0]]  # the sums of the rewards
+    # alpha 1: two tokens have lambda 1/2, one has 0; returns keep gae_lambda.
+    by_length = by_hand(replace(plain, gae_length_alpha=1.0))
+    assert by_length.advantages.tolist() == [[1.75, 2.5], [3.5, 0.0]]
+    assert torch.equal(by_length.returns, by_hand(plain).returns)
+    assert by_hand(replace(plain, gae_lambda=0.9, gae_length_alpha=1.0)).advantages.tolist() == [
+        [1.75, 2.5],
+        [3.5, 0.0],
+    ]
 
 
 def drawn_apart(cap, per_response=False):

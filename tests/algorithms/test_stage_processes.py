@@ -13,12 +13,18 @@ import pytest
 
 from helpers import equality
 from helpers.distributed import run_in_processes
-from helpers.equality import FULL, SOME, STRATEGIES, distance
+from helpers.equality import FULL, SOME, STRATEGIES, Case, distance
 from helpers.stage_runs import STAGES
 from rlhf_lightning import load_causal_lm, load_reward_model
 
 pytestmark = pytest.mark.matrix
-CASES = FULL if os.environ.get("MATRIX") == "full" else SOME
+SWITCHED = [
+    Case("ppo switched", "ddp", False, True),
+    Case("ppo switched", "fsdp2", True, False),
+    Case("ppo trunk switched", "ddp", False, False),
+]
+"""Of which no table is made."""
+CASES = [*(FULL if os.environ.get("MATRIX") == "full" else SOME), *SWITCHED]
 NAMES = [" ".join(map(str, case)) for case in CASES]
 EXPORTED = [case for case in CASES if not case.lora]
 each_case = pytest.mark.parametrize("case", CASES, ids=NAMES)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.functional import gae, kl_estimate, kl_shaped_rewards, masked_whiten
+from rlhf_lightning.functional import gae, kl_estimate, kl_shaped_rewards, length_adaptive_lambda, masked_whiten
 
 NAN = float("nan")
 
@@ -158,3 +158,33 @@ def test_a_better_score_gives_a_better_advantage_to_every_token():
 def test_an_unknown_estimator_is_none_of_the_known_ones():
     with pytest.raises(ValueError, match="estimator 'k4' is none of k1, k2 and k3"):
         kl_estimate(torch.zeros(1, 1), torch.zeros(1, 1), "k4")
+
+
+def test_values_may_have_a_lambda_of_their_own_and_each_response_one():
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    rewards = torch.tensor([[0.0, 1.0, 2.0], [0.0, 4.0, NAN]])
+    values = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 100.0]])
+    # gamma 0.5: deltas 0, 0.5, -1 and 0, 2. Lambda 0.5 in the first row, 0 in the second; 1 for the returns, which are
+    # then the discounted rewards: 0.5 * 1 + 0.25 * 2 = 1, 1 + 1 = 2, 2; and 0.5 * 4 = 2, 4.
+    lambdas = torch.tensor([0.5, 0.0])
+    advantages, returns = gae(rewards, values, mask, gamma=0.5, gae_lambda=lambdas, value_lambda=1.0)
+    assert advantages.tolist() == [[0.0625, 0.25, -1.0], [0.0, 2.0, 0.0]]
+    assert returns.tolist() == [[1.0, 2.0, 2.0], [2.0, 4.0, 0.0]]
+
+
+@given(episodes(), st.floats(0, 1), st.floats(0, 1))
+def test_one_lambda_for_all_is_one_for_each(episode, gamma, lam):
+    rewards, values, lengths = episode
+    mask = mask_of(lengths, rewards.shape[1])
+    apart = gae(rewards, values, mask, gamma, torch.full((len(rewards),), lam), value_lambda=lam)
+    for ours, together in zip(apart, gae(rewards, values, mask, gamma, lam), strict=True):
+        torch.testing.assert_close(ours, together, atol=1e-4, rtol=1e-4)
+
+
+def test_lambda_by_length():
+    mask = mask_of([1, 4, 100], 100)
+    # 1 - 1 / (0.5 * 4) and 1 - 1 / (0.5 * 100); one token looks ahead at nothing.
+    torch.testing.assert_close(length_adaptive_lambda(mask, 0.5), torch.tensor([0.0, 0.5, 0.98]))
+    # The weights of the errors ahead sum to alpha times the length.
+    lam = length_adaptive_lambda(mask, 0.5)[2].item()
+    assert sum(lam**step for step in range(10_000)) == pytest.approx(50, rel=1e-4)

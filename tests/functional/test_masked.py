@@ -106,3 +106,11 @@ def test_two_processes_whiten_as_one(rows):
 def test_last_index_on_either_padding_side():
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 1, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
     assert last_index(mask).tolist() == [2, 1, 2, 1, 0, 0]
+
+
+@given(masked_rows())
+def test_whitening_without_a_shift_leaves_the_mean(rows):
+    values, mask = rows
+    shifted, scaled = masked_whiten(values, mask), masked_whiten(values, mask, shift=False)
+    torch.testing.assert_close(scaled[mask], shifted[mask] + values[mask].mean(), atol=1e-4, rtol=1e-4)
+    assert not scaled[~mask].any()

@@ -62,6 +62,27 @@ def test_at_the_old_policy_the_loss_is_the_policy_gradient():
     }
 
 
+def test_dual_clip_by_hand():
+    # Ratios 5, 5, 2, 0.5 with advantages -1, 1, -1, -1: only the first is above 3 where the advantage is negative.
+    ratios, advantages = torch.tensor([[5.0, 5.0, 2.0, 0.5]]), torch.tensor([[-1.0, 1.0, -1.0, -1.0]])
+    logprobs, mask = ratios.log().requires_grad_(), torch.ones(1, 4, dtype=torch.bool)
+    loss, metrics = ppo_policy_loss(logprobs, torch.zeros(1, 4), advantages, mask, 0.2, dual_clip=3.0)
+    assert loss.item() == pytest.approx(3.0 - 1.2 + 2.0 + 0.8)
+    assert metrics["clip_fraction"].item() == 3.0
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([[0.0, 0.0, 2.0, 0.0]]))
+
+
+@given(columns(3))
+def test_a_dual_clip_that_nothing_reaches_changes_nothing(tensors):
+    (new, old, advantages), mask = tensors
+    plain, bounded = (ppo_policy_loss(new, old, advantages, mask, 0.2, dual_clip=bound) for bound in (None, 1e6))
+    assert torch.equal(plain[0], bounded[0])
+    assert {name: value.item() for name, value in plain[1].items()} == {
+        name: value.item() for name, value in bounded[1].items()
+    }
+
+
 @given(columns(3), st.floats(0.05, 0.9))
 def test_policy_loss_equals_a_loop(tensors, clip):
     (new, old, advantages), mask = tensors

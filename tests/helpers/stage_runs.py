@@ -1,5 +1,6 @@
 """Whole stages on one process or several, told as JSON values; imported on both sides of `helpers.distributed`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rlhf_lightning import (
     HFExport,
     InstructionDataModule,
     KLPenalty,
+    Objective,
     PPOModule,
     PreferenceDataModule,
     PromptDataModule,
@@ -117,6 +119,13 @@ def trunk(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
     return ppo(folder, reward, pieces, value_trunk="policy", **options)
 
 
+def switched(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
+    """The value model first by itself, clipped apart; whitened rewards; two epochs that may end early."""
+    objective = Objective(whiten_rewards="scale", clip_range_high=0.3, dual_clip=2.0, value_gae_lambda=1.0)
+    options |= {"objective": objective, "value_warmup_iterations": 1, "value_gradient_clip_val": 0.05}
+    return ppo(folder, reward, pieces, ppo_epochs=2, max_approx_kl=0.01, optimizer=sgd(2.0), **options)
+
+
 def on_policy(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
     """One step on the whole rollout, whose log-probabilities come from the sampler."""
     options |= {"minibatch_size": BATCH, "micro_batch_size": PIECE if pieces else None}
@@ -161,7 +170,11 @@ STAGES = {
     "rloo": rloo,
     "grpo": grpo,
 }
-MORE = {"sft checkpointing": checkpointing}
+MORE = {
+    "sft checkpointing": checkpointing,
+    "ppo switched": switched,
+    "ppo trunk switched": partial(switched, value_trunk="policy"),
+}
 """Of which no table is made."""
 EPOCHS = {"sft": 2, "reward": 2, "dpo": 2, "ppo on-policy": 2}
 """So that all make five steps or more."""

@@ -50,16 +50,25 @@ def lineage_of(module: Any) -> dict[str, Any]:
     chat, describe = _chat(module), getattr(module.datamodule, "lineage", None)
     written = {"template": None, "plain_format": None} if chat is None else _writing(chat)
     reward = getattr(module, "reward", None)
-    is_function = reward is not None and "reward" not in module.parents
+    functions = {} if reward is None or "reward" in module.parents else {"reward_function": _path_of(reward)}
+    functions |= {
+        f"reward_function {name}": _path_of(other.reward)
+        for name, other in getattr(module, "other_rewards", {}).items()
+        if f"reward {name}" not in module.parents
+    }
     return new_record(
         type(module).__name__,
         {role: known[name] for role, name in module.parents.items()},
         finetune=asdict(module.finetune),
         tokenizer=_tokenizer_hash(module.tokenizer),
         **written,
-        **({"reward_function": as_config(reward=reward)["reward"]} if is_function else {}),
+        **functions,
         data=describe() if callable(describe) else None,
     )
+
+
+def _path_of(reward: Any) -> str:
+    return str(as_config(reward=reward)["reward"])
 
 
 def trained_on(module: Any) -> np.ndarray:
@@ -90,7 +99,7 @@ def check_parents(module: Any) -> None:
         record = None if folder is None else read_record(folder)
         if record is not None:
             _check_base(module, name, record)
-            if role == "reward":
+            if role.split()[0] == "reward":
                 _check_reward(module, name, record)
         if role == "reference":
             _check_writing(module, name, record)
@@ -216,7 +225,8 @@ def check_resumed(module: Any, saved: dict[str, Any] | None) -> None:
     if not is_fitting(module):
         return  # evaluated against whatever the user names
     # Whether there is a reference at all is a setting of its own.
-    compared = {"reward"} & {*then, *now} | {"reference"} & {*then} & {*now}
+    others = {role for role in then if role.startswith("reward ")}  # one that is new or gone is a setting, too
+    compared = {"reward"} & {*then, *now} | ({"reference"} | others) & {*then} & {*now}
     for role in sorted(compared):
         if _other(then.get(role), now.get(role)):
             _refuse_resuming(module, f"the checkpoint was made with the {role}", role, then.get(role), now.get(role))

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning.cli import OptimizerCallable
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -39,6 +40,7 @@ from rlhf_lightning.functional import (
     gae,
     kl_estimate,
     kl_shaped_rewards,
+    length_adaptive_lambda,
     masked_sum,
     masked_whiten,
     ppo_value_loss,
@@ -47,6 +49,7 @@ from rlhf_lightning.functional.masked import Reduce, identity
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.scalar_lm import ScalarLM, response_values
+from rlhf_lightning.training import check_parts_apart
 from rlhf_lightning.training.optim import PPO_ADAMW, Schedule, parameter_groups
 
 
@@ -67,6 +70,10 @@ class PPOModule(OnlineStage):
             halves what is trained.
         optimizer: the optimizer of policy and value model; its learning rate is the policy's.
         value_lr: learning rate of the value model; None for the policy's.
+        value_warmup_iterations: so many iterations first in which only the value model learns (Zheng et al. 2023,
+            PPO-max; Yuan et al. 2025, VAPO). They count in the schedules of the learning rates.
+        value_gradient_clip_val: norm that the gradient of the value model is clipped to by itself, `gradient_clip_val`
+            then being for the policy alone; None clips both together.
         lr_schedule: course of the learning rates after the warm-up, in optimizer steps.
         warmup_steps: optimizer steps of linear warm-up; a number below 1 is a share of all steps.
         objective: clipping, discount and weights of the losses.
@@ -85,6 +92,8 @@ class PPOModule(OnlineStage):
         value_trunk: ValueTrunk = "own",
         optimizer: OptimizerCallable = PPO_ADAMW,
         value_lr: float | None = None,
+        value_warmup_iterations: int = 0,
+        value_gradient_clip_val: float | None = None,
         lr_schedule: Schedule = "linear",
         warmup_steps: float = 0,
         objective: Objective = Objective(),
@@ -103,7 +112,10 @@ class PPOModule(OnlineStage):
         self.value_name_or_path = value_name_or_path
         self.value_trunk: ValueTrunk = value_trunk
         self.value_lr = value_lr
+        self.value_warmup_iterations = value_warmup_iterations
+        self.value_gradient_clip_val = value_gradient_clip_val
         self.objective = objective
+        self._explained_at_first: float | None = None
         self.model_source.check()
 
     @property
@@ -120,6 +132,30 @@ class PPOModule(OnlineStage):
         """Those of the policy, then those of the value model with its own learning rate."""
         value_options = {} if self.value_lr is None else {"lr": self.value_lr}
         return parameter_groups(self.policy) + parameter_groups(self.value, **value_options)
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether only the value model learns in this iteration."""
+        return self.iteration < self.value_warmup_iterations
+
+    @property
+    def resting_parts(self) -> tuple[str, ...]:
+        """The policy, while the value model warms up."""
+        return ("policy",) if self.warms_up else ()
+
+    @property
+    def part_clip_vals(self) -> dict[str, float | None]:
+        """Of policy and value model, if they are clipped apart."""
+        if self.value_gradient_clip_val is None:
+            return {}
+        return {"policy": self.gradient_clip_val, "value": self.value_gradient_clip_val}
+
+    def on_fit_start(self) -> None:
+        """Check that the strategy can treat policy and value model each by itself, where that is asked for."""
+        super().on_fit_start()
+        for name in ("value_warmup_iterations", "value_gradient_clip_val"):
+            if getattr(self, name):
+                check_parts_apart(self.trainer, name)
 
     def experience_of(
         self, prompts: PromptBatch, generation: Generation, measured: Measurements, scores: Tensor
@@ -139,7 +175,18 @@ class PPOModule(OnlineStage):
     def experience_metrics(self, experience: Experience) -> dict[str, Tensor]:
         """As for every algorithm, and how well the values foretold what came."""
         explained = explained_variance(experience, self.reduce, self.objective.gamma)
+        if self.value_warmup_iterations:
+            self._tell_of_warm_up(explained)
         return {**super().experience_metrics(experience), "explained_variance": explained}
+
+    def _tell_of_warm_up(self, explained: Tensor) -> None:
+        if self.iteration == 0:
+            self._explained_at_first = float(explained)
+        if self.iteration == self.value_warmup_iterations and self._explained_at_first is not None:
+            rank_zero_info(
+                f"the value model has warmed up for {self.iteration} iterations: the variance that it explains went "
+                f"from {self._explained_at_first:.2f} to {float(explained):.2f}"
+            )
 
     def losses(self, batch: Experience) -> Iterator[Loss]:
         """Policy loss and weighted value loss."""
@@ -151,12 +198,22 @@ class PPOModule(OnlineStage):
             self.sampling.temperature,
             on_policy=self.on_policy,
             with_entropy=self.measures_late,
+            policy_rests=self.warms_up,
         )
 
     def to_learn(self, minibatch: Experience) -> Tensor:
         """Advantages, and errors of the values by their weight, `[B, R]`."""
         errors = (minibatch.returns - minibatch.values).abs()
-        return minibatch.advantages.abs() + self.objective.value_coef * errors
+        return self.objective.value_coef * errors + (0 if self.warms_up else minibatch.advantages.abs())
+
+    def run_state(self) -> dict[str, Any]:
+        """As for every algorithm, and what is to be told of the value model's warm-up."""
+        return {**super().run_state(), "explained_at_first": self._explained_at_first}
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Go on with what `run_state` has said."""
+        super().load_run_state(state)
+        self._explained_at_first = state.get("explained_at_first")
 
 
 def build_experience(
@@ -184,7 +241,17 @@ def build_experience(
     mask = generation.response_mask  # [B, R]
     penalty = kl_estimate(measured.logprobs, measured.ref_logprobs, kl.estimator)
     rewards = kl_shaped_rewards(shaped_scores, penalty, mask, kl_coef)
-    advantages, returns = gae(rewards, measured.values, mask, objective.gamma, objective.gae_lambda)
+    if objective.whiten_rewards != "no":
+        rewards = masked_whiten(rewards, mask, reduce=reduce, shift=objective.whiten_rewards == "shift")
+    alpha, gae_lambda = objective.gae_length_alpha, objective.gae_lambda
+    advantages, returns = gae(
+        rewards,
+        measured.values,
+        mask,
+        objective.gamma,
+        gae_lambda if alpha is None else length_adaptive_lambda(mask, alpha),
+        gae_lambda if objective.value_gae_lambda is None and alpha is not None else objective.value_gae_lambda,
+    )
     if objective.whiten_advantages:
         advantages = masked_whiten(advantages, mask, reduce=reduce)
     return Experience.of(prompts, generation, measured, rewards=rewards, advantages=advantages, returns=returns)
@@ -198,6 +265,7 @@ def ppo_losses(
     temperature: float,
     on_policy: bool = False,
     with_entropy: bool = False,
+    policy_rests: bool = False,
 ) -> Iterator[Loss]:
     """Policy loss and weighted value loss; computed when asked for, in one piece where both share the trunk.
 
@@ -212,6 +280,7 @@ def ppo_losses(
         on_policy: the policy is still the one that answered, so its own log-probabilities, detached, are the old ones.
             Then `ratio` and `approx_kl` compare them with what was said of the responses in the rollout.
         with_entropy: log the entropy of the predictions, too, which the rollout has not measured.
+        policy_rests: only the value model learns; of the policy is logged what it would have been.
 
     Yields:
         A loss summed over response tokens, a scalar, and sums to be logged.
@@ -219,16 +288,29 @@ def ppo_losses(
     ids, kept, mask = batch.sequences, batch.sequence_mask, batch.response_mask  # [B, P + R], [B, P + R], [B, R]
     trunk = value if isinstance(value, TrunkValue) else None
     logprobs, entropies, values = logprobs_and_values(
-        policy, trunk, ids, kept, mask, temperature, with_entropy=with_entropy, rows=batch.shared
+        policy,
+        trunk,
+        ids,
+        kept,
+        mask,
+        temperature,
+        with_entropy=with_entropy,
+        rows=batch.shared,
+        policy_rests=policy_rests,
     )
-    loss, logged = clipped_policy_loss(logprobs, batch, objective.clip_range, on_policy=on_policy)
+    clip = objective.clip_range, objective.clip_range_high, objective.dual_clip
+    loss, logged = clipped_policy_loss(logprobs, batch, *clip, on_policy=on_policy)
     if with_entropy:
         logged["entropy"] = masked_sum(entropies.detach(), mask)
-    if not isinstance(value, TrunkValue):
+    if policy_rests:
+        loss = torch.zeros_like(loss)
+    elif not isinstance(value, TrunkValue):
         yield loss, logged
+        logged = {}
+    if not isinstance(value, TrunkValue):
         del loss, logprobs, entropies  # the graph is gone before the next one is built
         values = response_values(value, ids, kept, mask, batch.shared)
-        loss, logged = torch.zeros((), device=values.device), {}
+        loss = torch.zeros((), device=values.device)
     value_loss, stats = ppo_value_loss(values, batch.values, batch.returns, mask, objective.value_clip_range)
     logged |= {"value_loss": value_loss.detach(), "value_clip_fraction": stats["clip_fraction"]}
     yield loss + objective.value_coef * value_loss, logged

@@ -31,7 +31,7 @@ from rlhf_lightning.algorithms.lineage import check_parents, is_fitting, lineage
 from rlhf_lightning.algorithms.log_keeper import keep_logs
 from rlhf_lightning.algorithms.logged import LoggedModule
 from rlhf_lightning.algorithms.trainer_checks import check_trainer, keep_checkpoints_whole, let_checkpoints_save
-from rlhf_lightning.arguments import AT_LEAST_1, check_arguments
+from rlhf_lightning.arguments import AT_LEAST_1, SHARE, check_arguments
 from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.forward.casts import cast_once
 from rlhf_lightning.forward.compiled_layers import compiled_layers
@@ -81,6 +81,8 @@ class Stage(LoggedModule):
         model_name_or_path: Hugging Face folder or hub id of the model to start from.
         optimizer: the optimizer; weight decay reaches matrices only.
         lr_schedule: course of the learning rate after the warm-up, in optimizer steps.
+        min_lr_factor: where `cosine` and `linear` end, as a share of the highest learning rate (0.1 in Ouyang et al.
+            2022 and Touvron et al. 2023).
         warmup_steps: optimizer steps of linear warm-up; a number below 1 is a share of all steps.
         micro_batch_size: examples per forward and backward pass; None to count tokens. Splitting changes memory and
             time, not the gradient.
@@ -113,6 +115,7 @@ class Stage(LoggedModule):
         optimizer: OptimizerCallable = ADAMW,
         lr_schedule: Schedule = "cosine",
         warmup_steps: float = 0.03,
+        min_lr_factor: float = 0.0,
         micro_batch_size: int | None = None,
         max_tokens_per_batch: int | Literal["auto"] | None = "auto",
         gradient_clip_val: float | None = 1.0,
@@ -125,7 +128,8 @@ class Stage(LoggedModule):
         filter_warnings()
         _warn_of_other_lightning(type(self).__name__)
         finetune = from_config(FineTune, finetune)
-        check_arguments(Stage, locals(), {"micro_batch_size": AT_LEAST_1, "max_tokens_per_batch": AT_LEAST_1})
+        ranges = {"micro_batch_size": AT_LEAST_1, "max_tokens_per_batch": AT_LEAST_1, "min_lr_factor": SHARE}
+        check_arguments(Stage, locals(), ranges)
         if micro_batch_size is not None and max_tokens_per_batch not in (None, "auto"):
             raise UserError("micro_batch_size and max_tokens_per_batch both limit a forward pass: give one of them")
         self._remember_arguments()
@@ -135,6 +139,7 @@ class Stage(LoggedModule):
         self.optimizer = optimizer_from_config(optimizer)
         self.lr_schedule: Schedule = lr_schedule
         self.warmup_steps = warmup_steps
+        self.min_lr_factor = min_lr_factor
         self.micro_batch_size = micro_batch_size
         self.max_tokens_per_batch: int | Literal["auto"] | None = max_tokens_per_batch
         self.gradient_clip_val = gradient_clip_val
@@ -173,6 +178,16 @@ class Stage(LoggedModule):
     def trained_parts(self) -> dict[str, nn.Module]:
         """What the optimizer moves, by name."""
         return {"model": self.export_model}
+
+    @property
+    def resting_parts(self) -> Sequence[str]:
+        """Names of those among them that a step leaves alone, as if they were frozen."""
+        return ()
+
+    @property
+    def part_clip_vals(self) -> dict[str, float | None]:
+        """The norm that the gradient of each is clipped to by itself; empty to clip all together."""
+        return {}
 
     @property
     def parents(self) -> dict[str, str]:
@@ -279,7 +294,8 @@ class Stage(LoggedModule):
             NonFiniteError: on every rank, with the weights untouched, if a loss or the gradient is not finite.
         """
         parts = self.trained_parts
-        accumulation = GradientAccumulation(self, len(pieces), parts if len(parts) > 1 else None)
+        measured = parts if len(parts) > 1 else None
+        accumulation = GradientAccumulation(self, len(pieces), measured, self.resting_parts, self.part_clip_vals)
         sums: dict[str, Tensor] = {}
 
         def scaled(losses: Iterable[Loss]) -> Iterator[Tensor]:
@@ -387,7 +403,9 @@ class Stage(LoggedModule):
         self.optimizer_steps = total
         optimizer = fuse(make_optimizer(self.optimizer, self.parameter_groups()), trainer)
         optimizer = with_master_weights(optimizer, trainer)
-        scheduler = schedule_learning_rate(optimizer, self.lr_schedule, self.warmup_steps, total)
+        scheduler = schedule_learning_rate(
+            optimizer, self.lr_schedule, self.warmup_steps, total, min_factor=self.min_lr_factor
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:

@@ -1,6 +1,12 @@
 """Pure tensor maths: no state, no logging, nothing in place."""
 
-from rlhf_lightning.functional.advantages import KLEstimator, gae, kl_estimate, kl_shaped_rewards
+from rlhf_lightning.functional.advantages import (
+    KLEstimator,
+    gae,
+    kl_estimate,
+    kl_shaped_rewards,
+    length_adaptive_lambda,
+)
 from rlhf_lightning.functional.agreement import cohen_kappa
 from rlhf_lightning.functional.best_of_n import best_of_n, best_of_n_kl
 from rlhf_lightning.functional.calibration import Reliability, expected_calibration_error, pair_correct, reliability
@@ -57,6 +63,7 @@ __all__ = [
     "kl_estimate",
     "kl_shaped_rewards",
     "last_index",
+    "length_adaptive_lambda",
     "length_controlled_win_rate",
     "linear_cross_entropy_sum",
     "linear_token_logprobs",

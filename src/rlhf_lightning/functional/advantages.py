@@ -71,7 +71,12 @@ def kl_shaped_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef
 
 
 def gae(
-    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float = 1.0, gae_lambda: float = 0.95
+    rewards: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    gamma: float = 1.0,
+    gae_lambda: float | Tensor = 0.95,
+    value_lambda: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation over the response tokens, with nothing after the last one.
 
@@ -83,10 +88,13 @@ def gae(
         values: `values[b, r] = V(x[<P+r])`, the value before token r is chosen, `[B, R]`.
         response_mask: `[B, R]`, bool.
         gamma: discount per token.
-        gae_lambda: weight between one-step (0) and Monte-Carlo (1) advantages.
+        gae_lambda: weight between one-step (0) and Monte-Carlo (1) advantages; a number, or one for each response,
+            `[B]`.
+        value_lambda: the same for the returns (Yuan et al. 2025, VAPO, "decoupled GAE"); None for `gae_lambda`.
 
     Returns:
-        Advantages and returns, both `[B, R]` and 0 after the last token; `returns = advantages + values`.
+        Advantages and returns, both `[B, R]` and 0 after the last token; returns are values plus the advantages by
+        `value_lambda`.
 
     Example:
         >>> mask = torch.tensor([[True, True, False]])
@@ -100,12 +108,38 @@ def gae(
     values = torch.where(response_mask, values, 0)  # [B, R]
     next_values = nn.functional.pad(values[:, 1:], (0, 1))  # [B, R]
     delta = torch.where(response_mask, rewards + gamma * next_values - values, 0)  # [B, R]
-    advantages = _discounted_sums(delta, gamma * gae_lambda)
-    advantages = torch.where(response_mask, advantages, 0)  # [B, R]
-    return advantages, advantages + values
+
+    def summed(weight: float | Tensor) -> Tensor:
+        discount = gamma * weight
+        sums = _discounted_sums(delta, discount.unsqueeze(1) if isinstance(discount, Tensor) else discount)
+        return torch.where(response_mask, sums, 0)  # [B, R]
+
+    advantages = summed(gae_lambda)
+    return advantages, (advantages if value_lambda is None else summed(value_lambda)) + values
 
 
-def _discounted_sums(terms: Tensor, discount: float) -> Tensor:
+def length_adaptive_lambda(response_mask: Tensor, alpha: float) -> Tensor:
+    """A GAE lambda for each response, nearer to 1 the longer it is: `1 - 1 / (alpha * length)`, but not below 0.
+
+    So the weights of the errors ahead, `1 + lambda + lambda^2 + ...`, sum to `alpha * length` (Yuan et al. 2025, VAPO,
+    equation 9; `alpha` 0.05 there).
+
+    Args:
+        response_mask: `[B, R]`, bool.
+        alpha: share of a response that an advantage looks ahead.
+
+    Returns:
+        `[B]`, float32.
+
+    Example:
+        >>> length_adaptive_lambda(torch.tensor([[True] * 4, [True, False, False, False]]), 0.5)
+        tensor([0.5000, 0.0000])
+    """
+    ahead = alpha * response_mask.sum(dim=1).clamp(min=1)  # [B]
+    return (1 - 1 / ahead).clamp(min=0)
+
+
+def _discounted_sums(terms: Tensor, discount: float | Tensor) -> Tensor:
     """`sums[:, r] = terms[:, r] + discount * sums[:, r + 1]`, `[B, R]`.
 
     In log2(R) operations, each of which doubles how far a sum reaches: a loop over R is thousands of launches on a GPU.

@@ -145,6 +145,7 @@ def ppo_policy_loss(
     response_mask: Tensor,
     clip_range: float = 0.2,
     clip_range_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate loss, summed over the response tokens (Schulman et al. 2017, equation 7, negated).
 
@@ -155,6 +156,8 @@ def ppo_policy_loss(
         response_mask: `[B, R]`, bool.
         clip_range: the ratio is clipped to `[1 - clip_range, 1 + clip_range]`.
         clip_range_high: replaces the second of them (Yu et al. 2025, DAPO, section 3.1); None for the same.
+        dual_clip: where the advantage is negative, the ratio counts as this at most (Ye et al. 2020, equation 5); above
+            1. None for no such bound.
 
     Returns:
         The summed loss, a scalar, and sums over tokens of `ratio`, `clip_fraction` and `approx_kl` (the k3 estimate of
@@ -166,11 +169,16 @@ def ppo_policy_loss(
     unclipped = -advantages * ratio
     highest = 1 + (clip_range if clip_range_high is None else clip_range_high)
     clipped = -advantages * ratio.clamp(1 - clip_range, highest)
-    loss = masked_sum(torch.maximum(unclipped, clipped), response_mask)
+    losses, clips = torch.maximum(unclipped, clipped), clipped > unclipped
+    if dual_clip is not None:
+        bound = -advantages * dual_clip
+        bounded = (advantages < 0) & (losses > bound)
+        losses, clips = torch.where(bounded, bound, losses), clips | bounded
+    loss = masked_sum(losses, response_mask)
     with torch.no_grad():
         metrics = {
             "ratio": masked_sum(ratio, response_mask),
-            "clip_fraction": masked_sum((clipped > unclipped).float(), response_mask),
+            "clip_fraction": masked_sum(clips.float(), response_mask),
             "approx_kl": masked_sum(ratio - 1 - log_ratio, response_mask),
         }
     return loss, metrics

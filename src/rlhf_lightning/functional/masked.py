@@ -58,7 +58,9 @@ def masked_moments(values: Tensor, mask: Tensor, reduce: Reduce = identity) -> t
     return count, mean, variance
 
 
-def masked_whiten(values: Tensor, mask: Tensor, eps: float = 1e-8, reduce: Reduce = identity) -> Tensor:
+def masked_whiten(
+    values: Tensor, mask: Tensor, eps: float = 1e-8, reduce: Reduce = identity, shift: bool = True
+) -> Tensor:
     """Shift to mean 0 and scale to unit variance over every entry that counts, on all processes together.
 
     Whitening each row by itself would erase the difference between a good and a bad response, so there is no `dim`.
@@ -68,6 +70,7 @@ def masked_whiten(values: Tensor, mask: Tensor, eps: float = 1e-8, reduce: Reduc
         mask: True where the entry counts, the same shape, bool.
         eps: added to the variance.
         reduce: sums a tensor over all processes.
+        shift: False leaves the mean as it is.
 
     Returns:
         Whitened values, 0 where the mask is False.
@@ -78,7 +81,7 @@ def masked_whiten(values: Tensor, mask: Tensor, eps: float = 1e-8, reduce: Reduc
     """
     _, mean, variance = masked_moments(values, mask, reduce)
     whitened = (values - mean) * torch.rsqrt(variance + eps)
-    return torch.where(mask, whitened, 0)
+    return torch.where(mask, whitened if shift else whitened + mean, 0)
 
 
 def last_index(mask: Tensor) -> Tensor:

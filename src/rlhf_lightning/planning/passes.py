@@ -101,6 +101,7 @@ def models_of(stage: Stage) -> dict[str, nn.Module]:
     if isinstance(stage, AnsweringStage):
         found: dict[str, Any] = {"policy": stage.policy, "value": stage.value, "reference": stage.reference_model}
         found["reward"] = None if isinstance(stage.scorer, FunctionScorer) else stage.scorer.model
+        found |= {f"reward {name}": scorer.model for name, scorer in stage.other_scorers.models.items()}
     elif isinstance(stage, ReferenceStage):
         found = {"policy": stage.policy, "reference": stage.reference_model.model}
     else:
@@ -272,7 +273,7 @@ def _measuring(stage: AnsweringStage, load: Load) -> Iterator[Passed]:
         model.eval()
         with _counting(stage) as live:
             live.begin()
-            said[role](model)
+            said[role.split()[0]](model)
             moments += live.worst()
         ran.append(role)
     if moments:

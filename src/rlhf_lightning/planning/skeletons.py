@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,14 +29,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlhf_lightning.algorithms.hyperparameters import from_config
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapter_folders import adapter_base, is_adapter
 from rlhf_lightning.models.folders import check_model_folder, looks_local, reason_of
+from rlhf_lightning.models.other_rewards import OtherReward
 from rlhf_lightning.models.tokenizer import load_tokenizer
 
 NAMES = ("model_name_or_path", "reference", "value_name_or_path", "reward")
 """Arguments of stages that name a model."""
+OTHERS = "other_rewards"
+"""The argument whose values do."""
 
 
 class Skeletons:
@@ -55,10 +60,10 @@ class Skeletons:
     def __init__(self, arguments: Mapping[str, Any], trust_remote_code: bool = False) -> None:
         self.assumed: list[str] = []
         self._trust = trust_remote_code
-        self._names = {key: arguments[key] for key in NAMES if isinstance(arguments.get(key), str)}
+        self._names = {key: name for key, name in _named(arguments).items() if isinstance(name, str)}
         self._configs: dict[str, tuple[PretrainedConfig, bool]] = {}
         for key, name in self._names.items():
-            if key != "reward" or _means_model(name):
+            if not _is_reward(key) or _means_model(name):
                 self._configs[key] = self._read(key, name)
 
     @property
@@ -97,7 +102,7 @@ class Skeletons:
                 place = next(i for i, other in enumerate(self._names.values()) if other == self._names[key])
                 stand_ins[key] = str(Path(folder, f"{place}-{'scalar' if is_scalar else 'lm'}"))
                 _write(config, stand_ins[key], is_scalar, depth)
-            stage = cls(**{**arguments, **stand_ins})
+            stage = cls(**_with_names(arguments, stand_ins))
             stage.tokenizer = load_tokenizer(stand_ins["model_name_or_path"])
             before = torch.get_default_dtype()
             try:
@@ -110,7 +115,7 @@ class Skeletons:
 
     def _read(self, key: str, name: str) -> tuple[PretrainedConfig, bool]:
         """Config of a model, and whether it is a classifier."""
-        scalar = key in ("reward", "value_name_or_path")
+        scalar = key == "value_name_or_path" or _is_reward(key)
         if scalar and looks_local(name) and not Path(name).expanduser().is_dir():
             self.assumed.append(f"'{name}' is not there yet: taken for a reward model of the policy's size")
             return self._configs["model_name_or_path"][0], True
@@ -124,6 +129,30 @@ class Skeletons:
             raise UserError(f"no config.json could be read of '{name}': {reason_of(e)}") from e
         named = [str(each) for each in getattr(config, "architectures", None) or []]
         return config, scalar or any("SequenceClassification" in each for each in named)
+
+
+def _named(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What the arguments of a stage name, by argument; a reward beside the main one by its own name."""
+    others = {f"{OTHERS}.{name}": other.reward for name, other in _others(arguments).items()}
+    return {key: arguments.get(key) for key in NAMES} | others
+
+
+def _with_names(arguments: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The arguments with other names, by the keys of `_named`."""
+    others = {
+        name: replace(other, reward=names.get(f"{OTHERS}.{name}", other.reward))
+        for name, other in _others(arguments).items()
+    }
+    given = {key: name for key, name in names.items() if not key.startswith(OTHERS)}
+    return {**arguments, **given, **({OTHERS: others} if others else {})}
+
+
+def _others(arguments: Mapping[str, Any]) -> dict[str, OtherReward]:
+    return {name: from_config(OtherReward, other) for name, other in (arguments.get(OTHERS) or {}).items()}
+
+
+def _is_reward(key: str) -> bool:
+    return key == "reward" or key.startswith(OTHERS)
 
 
 def _means_model(reward: str) -> bool:

@@ -8,7 +8,6 @@ Left out: float16 (its loss scaler skips steps, which cannot be told from a loss
 """
 
 from rlhf_lightning.training.accumulation import GradientAccumulation as GradientAccumulation
-from rlhf_lightning.training.accumulation import check_skipping as check_skipping
 from rlhf_lightning.training.accumulation import equally_many as equally_many
 from rlhf_lightning.training.accumulation import forget_gradient as forget_gradient
 from rlhf_lightning.training.accumulation import is_single_device as is_single_device
@@ -21,3 +20,5 @@ from rlhf_lightning.training.ranks import rows_of_all_ranks as rows_of_all_ranks
 from rlhf_lightning.training.rollouts import rollout_weights as rollout_weights
 from rlhf_lightning.training.sharded import consolidated_state_dict as consolidated_state_dict
 from rlhf_lightning.training.sharded import synced as synced
+from rlhf_lightning.training.supported import check_parts_apart as check_parts_apart
+from rlhf_lightning.training.supported import check_skipping as check_skipping

@@ -5,23 +5,25 @@ anything on top: DDP, DeepSpeed and FSDP2 average over ranks, hence each loss is
 DeepSpeed would also divide by the number of micro-batches, which is switched off.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, Protocol, TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from pytorch_lightning.strategies import DeepSpeedStrategy as LightningDeepSpeedStrategy
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_
 
 from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.training.deepspeed import DeepSpeedStrategy
 from rlhf_lightning.training.fsdp2 import FSDP2Strategy
+from rlhf_lightning.training.gradients import clip_gradients, gradient_norm
 from rlhf_lightning.training.optim import clip_value
+from rlhf_lightning.training.supported import refuse_unsupported
 
 PieceT = TypeVar("PieceT")
 
@@ -96,6 +98,10 @@ class GradientAccumulation:
             `gradient_clip_val` (a number, or None for no clipping) bounds the norm of the whole gradient.
         num_micro_batches: how often `backward` will be called before `step`; the same on every rank.
         parts: parts of the module whose gradients are also measured each by itself.
+        resting: names of those that this step leaves alone: their gradients are thrown away, their weights and the
+            optimizer's state of them stay as they are.
+        clip_vals: by the name of a part the norm that its gradient is clipped to by itself, None for no clipping; empty
+            to clip all together.
 
     Attributes:
         part_norms: after `step`, the norm of each part's gradient before clipping, scalars, the same on every rank;
@@ -106,16 +112,23 @@ class GradientAccumulation:
     """
 
     def __init__(
-        self, module: pl.LightningModule, num_micro_batches: int, parts: Mapping[str, nn.Module] | None = None
+        self,
+        module: pl.LightningModule,
+        num_micro_batches: int,
+        parts: Mapping[str, nn.Module] | None = None,
+        resting: Iterable[str] = (),
+        clip_vals: Mapping[str, float | None] = MappingProxyType({}),
     ) -> None:
-        _refuse_unsupported(module.trainer)
+        refuse_unsupported(module.trainer)
         self._module = module
         self._world_size = module.trainer.world_size
         self._left = num_micro_batches
         self._parts = parts or {}
+        self._clip_vals = clip_vals
         self.part_norms: dict[str, Tensor] = {}
         self._loss = torch.zeros((), device=module.device)
         self._backend = _backend(module)
+        self._backend.resting = [p for name in resting for p in self._parts[name].parameters() if p.requires_grad]
 
     @property
     def loss(self) -> Tensor:
@@ -162,10 +175,12 @@ class GradientAccumulation:
         losses = module.all_gather(self.loss).reshape(-1)  # type: ignore[union-attr]  # [world_size]
         norm = self._backend.norm_before_step()
         if norm is not None:
-            self.part_norms = {name: _norm(part.parameters(), module.device) for name, part in self._parts.items()}
+            self.part_norms = {
+                name: gradient_norm(part.parameters(), module.device) for name, part in self._parts.items()
+            }
         _refuse_non_finite(module, losses, norm, context)
         self._loss = losses.sum()
-        norm = self._backend.clip_and_step(norm)
+        norm = self._backend.clip_and_step(norm, self._parts_to_clip())
         if norm is None:
             # DeepSpeed looked at the gradient itself and left the weights alone.
             raise NonFiniteError(_non_finite_message("the gradient is not finite", steps_before, context))
@@ -173,21 +188,14 @@ class GradientAccumulation:
             config.scheduler.step()  # type: ignore[call-arg]
         return norm
 
-
-def check_skipping(trainer: pl.Trainer) -> None:
-    """Refuse to skip steps where a gradient cannot be forgotten.
-
-    Args:
-        trainer: Lightning's, before it trains.
-
-    Raises:
-        UserError: the strategy keeps parts of gradients to itself.
-    """
-    if isinstance(trainer.strategy, LightningDeepSpeedStrategy):
-        raise UserError(
-            "steps cannot be skipped on DeepSpeed, whose engine keeps a gradient to itself: leave out SkipNonFinite; a "
-            "number that is not finite stops the run before the weights change"
-        )
+    def _parts_to_clip(self) -> list[_Clipped] | None:
+        """The parts that are clipped each by itself; None where all are clipped together."""
+        if not self._clip_vals:
+            return None
+        chosen = {name: value for name, value in self._clip_vals.items() if value}  # 0 means no clipping
+        return [
+            _Clipped([*self._parts[name].parameters()], clip, self.part_norms[name]) for name, clip in chosen.items()
+        ]
 
 
 def forget_gradient(module: pl.LightningModule) -> None:
@@ -203,7 +211,17 @@ def _total(losses: Iterator[Tensor]) -> Tensor:
     return torch.stack(list(losses)).sum()
 
 
+class _Clipped(NamedTuple):
+    """Weights whose gradient is clipped by itself, to what, and its norm."""
+
+    parameters: list[nn.Parameter]
+    clip: float
+    norm: Tensor
+
+
 class _Backend(Protocol):
+    resting: list[nn.Parameter]
+
     def takes_parts(self, is_last: bool) -> bool:
         """Whether several backward passes, each of a part of the weights, may make up a micro-batch's gradient."""
 
@@ -212,7 +230,7 @@ class _Backend(Protocol):
     def norm_before_step(self) -> Tensor | None:
         """Gradient norm where the strategy lets it be known before the step, otherwise None."""
 
-    def clip_and_step(self, norm: Tensor | None) -> Tensor | None:
+    def clip_and_step(self, norm: Tensor | None, apart: list[_Clipped] | None) -> Tensor | None:
         """Step and clear the gradient; the norm before clipping, or None if a bad gradient stopped the step."""
 
 
@@ -229,6 +247,7 @@ class _TorchBackend:
     def __init__(self, module: pl.LightningModule) -> None:
         self.module = module
         self.optimizer = _only_optimizer(module)
+        self.resting: list[nn.Parameter] = []
 
     def takes_parts(self, is_last: bool) -> bool:
         # DDP averages nothing until the last backward pass has reached every weight.
@@ -236,16 +255,23 @@ class _TorchBackend:
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         strategy = self.module.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and is_last:
+            loss = loss + sum(0 * p.flatten()[0] for p in self.resting)  # it waits for a gradient of every weight
         with nullcontext() if is_last or not isinstance(strategy, DDPStrategy) else strategy.block_backward_sync():
             self.module.manual_backward(loss)
 
     def norm_before_step(self) -> Tensor:
-        return _norm(self._parameters(), self.module.device)
+        for weight in self.resting:
+            weight.grad = None  # which optimizers pass over
+        return gradient_norm(self._parameters(), self.module.device)
 
-    def clip_and_step(self, norm: Tensor | None) -> Tensor | None:
+    def clip_and_step(self, norm: Tensor | None, apart: list[_Clipped] | None) -> Tensor | None:
         clip = clip_value(self.module)
-        if clip is not None and norm is not None:
-            _clip(self._parameters(), clip, norm)
+        if apart is not None:
+            for part in apart:
+                clip_gradients(*part)
+        elif clip is not None and norm is not None:
+            clip_gradients(self._parameters(), clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -284,6 +310,7 @@ class _DeepSpeedBackend:
         self.module = module
         self.optimizer = _only_optimizer(module)
         self.engine = module.trainer.strategy.deepspeed_engine  # type: ignore[attr-defined]
+        self.resting: list[nn.Parameter] = []
 
     def takes_parts(self, is_last: bool) -> bool:
         return False  # ZeRO counts on every backward pass reaching every weight
@@ -298,9 +325,9 @@ class _DeepSpeedBackend:
 
     def norm_before_step(self) -> Tensor | None:
         whole = not self.engine.zero_optimization() and not self.engine.bfloat16_enabled()
-        return _norm(self.engine.module.parameters(), self.module.device) if whole else None
+        return gradient_norm(self.engine.module.parameters(), self.module.device) if whole else None
 
-    def clip_and_step(self, norm: Tensor | None) -> Tensor | None:
+    def clip_and_step(self, norm: Tensor | None, apart: list[_Clipped] | None) -> Tensor | None:
         self.optimizer.step()  # the engine clips, steps and clears
         if not self.engine.was_step_applied():
             return None
@@ -309,51 +336,11 @@ class _DeepSpeedBackend:
         return norm
 
 
-def _norm(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Norm of the gradients of parameters; where processes hold parts of them, of all parts, and all must call it."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in parts]
-    norm = torch.linalg.vector_norm(torch.stack(norms)).to(device)  # parts may lie in CPU memory
-    meshes = {g.device_mesh for g in gradients if isinstance(g, DTensor)}
-    for mesh in meshes:
-        squares = norm.square()
-        torch.distributed.all_reduce(squares, group=mesh.get_group())
-        norm = squares.sqrt()
-    return norm
-
-
-@torch.no_grad()
-def _clip(parameters: list[nn.Parameter], clip: float, norm: Tensor) -> None:
-    parts = [p for p in parameters if isinstance(p.grad, DTensor)]
-    if not parts:
-        clip_grads_with_norm_(parameters, clip, norm)
-        return
-    factor = (clip / (norm + 1e-6)).clamp(max=1.0)  # as torch does
-    for p in parts:
-        part = p.grad.to_local()  # type: ignore[union-attr]
-        part.mul_(factor.to(part.device))
-
-
 def _only_optimizer(module: pl.LightningModule) -> Any:
     optimizer = module.optimizers()
     if isinstance(optimizer, list):
         raise UserError(f"{type(module).__name__} has {len(optimizer)} optimizers: use one with parameter groups.")
     return optimizer
-
-
-def _refuse_unsupported(trainer: pl.Trainer) -> None:
-    strategy, ours = trainer.strategy, "rlhf_lightning.DeepSpeedStrategy"
-    sharded = "rlhf_lightning.FSDP2Strategy"
-    if trainer.precision in ("16-mixed", "16-true"):
-        raise UserError(f"precision {trainer.precision} is not supported: set trainer.precision to bf16-mixed.")
-    if isinstance(strategy, LightningDeepSpeedStrategy) and not isinstance(strategy, DeepSpeedStrategy):
-        raise UserError(f"Lightning's DeepSpeed strategy loses gradients here: set trainer.strategy to {ours}.")
-    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
-        raise UserError(f"Lightning's ModelParallelStrategy shards nothing here: set trainer.strategy to {sharded}.")
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | DeepSpeedStrategy | FSDP2Strategy):
-        name = type(strategy).__name__
-        raise UserError(f"strategy {name} is not supported: set trainer.strategy to auto, ddp, {ours} or {sharded}.")
 
 
 def _refuse_non_finite(module: pl.LightningModule, losses: Tensor, norm: Tensor | None, context: str) -> None:

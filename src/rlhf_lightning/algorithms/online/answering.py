@@ -10,10 +10,12 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.algorithms.hyperparameters import from_config, made_from_config
 from rlhf_lightning.algorithms.online import checks
+from rlhf_lightning.algorithms.online.controllers import RunningMoments
 from rlhf_lightning.algorithms.online.experience import Measurements
 from rlhf_lightning.algorithms.online.models import FrozenDtype, ModelSource, TrunkValue
 from rlhf_lightning.algorithms.online.rollout import measure, raw_score
@@ -35,8 +37,15 @@ from rlhf_lightning.generation.engine import (
 )
 from rlhf_lightning.generation.sampling import RandomSource, Sampling
 from rlhf_lightning.models.finetune import enable_gradient_checkpointing
+from rlhf_lightning.models.other_rewards import (
+    MAIN,
+    OtherReward,
+    OtherScorers,
+    check_other_rewards,
+    combine_scores,
+)
 from rlhf_lightning.models.reward_functions import RewardFunction
-from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer, find_reward
+from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
 from rlhf_lightning.training import synced
 from rlhf_lightning.training.reporting import report_progress
@@ -62,6 +71,8 @@ class AnsweringStage(Stage):
             longer ends the run with one line; a checkpoint goes on from where it was written.
         rollout_weights: where the strategy shards weights (ZeRO-3, FSDP2): `gathered` holds the policy's whole while
             answers are generated, `layered` gathers each layer for each token; `auto` for whole where the memory is.
+        other_rewards: rewards beside `reward`, by name: models with tokens and templates of their own, and functions.
+            Each is added by its weight, put in the place of all where it says so, or only logged; see `OtherReward`.
         reference: folder or hub id of the frozen model that the KL is taken to; None for `model_name_or_path`. Name the
             SFT model here to evaluate a policy that was trained from it.
         **options: those of `Stage`. An example is a response.
@@ -70,6 +81,7 @@ class AnsweringStage(Stage):
     policy: PreTrainedModel
     reference_model: PreTrainedModel
     scorer: ModelScorer | TextScorer | FunctionScorer
+    other_scorers: OtherScorers
     value: ScalarLM | TrunkValue | None
 
     def __init__(
@@ -84,10 +96,13 @@ class AnsweringStage(Stage):
         frozen_dtype: FrozenDtype = "auto",
         reward_timeout: float | None = None,
         rollout_weights: RolloutWeights = "auto",
+        other_rewards: dict[str, OtherReward] | None = None,
         reference: str | None = None,
         **options: Any,
     ) -> None:
+        other_rewards = {name: from_config(OtherReward, other) for name, other in (other_rewards or {}).items()}
         sampling = from_config(Sampling, sampling)
+        check_other_rewards(other_rewards)
         check_arguments(AnsweringStage, locals(), {"generation_batch_size": AT_LEAST_1, "reward_timeout": POSITIVE})
         super().__init__(model_name_or_path, **options)
         checks.check_temperature(sampling)
@@ -100,11 +115,14 @@ class AnsweringStage(Stage):
         self.frozen_dtype: FrozenDtype = frozen_dtype
         self.reward_timeout = reward_timeout
         self.rollout_weights: RolloutWeights = rollout_weights
+        self.other_rewards = other_rewards
+        self.part_moments = {name: RunningMoments() for name in other_rewards}
         self.reference = reference
         self.rollout_engine: RolloutEngine | None = None
         self._synced_at: int | None = None
         self._compiled_before: tuple[tuple[int, int], str] | None = None
-        self.eval_means = mean_metrics("score", "raw_score", "kl", "eos_rate", "response_length")
+        parts = [f"score_{name}" for name in ((MAIN, *other_rewards) if other_rewards else ())]
+        self.eval_means = mean_metrics("score", "raw_score", *parts, "kl", "eos_rate", "response_length")
 
     # What is loaded.
 
@@ -120,20 +138,22 @@ class AnsweringStage(Stage):
             trust_remote_code=self.trust_remote_code,
             reward_timeout=self.reward_timeout,
             reference=self.reference,
+            others=self.other_rewards,
         )
 
     @property
     def parents(self) -> dict[str, str]:
         """The policy, its reference, and the reward, if that is a model."""
         parents = {**super().parents, "reference": self.reference or self.model_name_or_path}
-        reward = find_reward(self.reward, self.reward_timeout)
-        return parents | ({"reward": reward} if isinstance(reward, str) else {})
+        models = self.model_source.reward_models.items()
+        return parents | {"reward" if name == MAIN else f"reward {name}": folder for name, folder in models}
 
     def load_models(self) -> None:
         """Load the policy, to be trained; reference and reward, frozen; and a value model, if there is one."""
         chat = getattr(self.datamodule, "chat", None)
         models = self.model_source.load(chat if isinstance(chat, ChatEncoder) else ChatEncoder(self.tokenizer))
         self.reference_model, self.scorer, self.value = models.reference, models.scorer, models.value
+        self.other_scorers = models.others
         if self.gradient_checkpointing:
             for model in (models.policy, *([models.value.model] if isinstance(models.value, ScalarLM) else [])):
                 enable_gradient_checkpointing(model)
@@ -171,7 +191,7 @@ class AnsweringStage(Stage):
         checks.check_frozen_dtype(self.trainer.precision, self.frozen_dtype)
         super().on_fit_start()
         prompt_limit = getattr(self.datamodule, "max_prompt_length", None)
-        for part in (self.policy, self.reference_model, self.value, self.scorer):
+        for part in (self.policy, self.reference_model, self.value, self.scorer, *self.other_scorers.models.values()):
             checks.check_context(part, prompt_limit, self.sampling.max_new_tokens)
 
     # Answers.
@@ -277,21 +297,45 @@ class AnsweringStage(Stage):
             temperature=self.sampling.temperature,
             pieces=self.cut(lambda least: cut(min_pieces=least)),
             report=partial(report_progress, self, "scoring"),
+            others=self.other_scorers.by_name(),
         )
-        answers = {"prompts": prompts, "responses": texts, "scores": measured.scores}
-        checks.check_scores(self, measured.scores, prompts.row_ids, answers)
+        for scores in (measured.scores, *measured.others.values()):
+            answers = {"prompts": prompts, "responses": texts, "scores": scores}
+            checks.check_scores(self, scores, prompts.row_ids, answers)
         return measured
+
+    def combined(self, measured: Measurements) -> Measurements:
+        """With one score of the main reward's and the others', and the main one's as `main` among those.
+
+        Args:
+            measured: what all of them say.
+        """
+        if not measured.others:
+            return measured
+        raw = {name: self._raw(name, scores) for name, scores in measured.others.items()}
+        counted = {name: self._counted(name, scores) for name, scores in measured.others.items()}
+        scores = combine_scores(measured.scores, counted, raw, self.other_rewards)
+        return measured._replace(scores=scores, others={MAIN: measured.scores, **measured.others})
+
+    def _raw(self, name: str, scores: Tensor) -> Tensor:
+        return raw_score(self.other_scorers.by_name()[name], scores).get("raw_score", scores)
+
+    def _counted(self, name: str, scores: Tensor) -> Tensor:
+        setting = self.other_rewards[name]
+        scores = self.part_moments[name].scale(scores) if setting.scaling else scores
+        return scores if setting.clip is None else scores.clamp(-setting.clip, setting.clip)
 
     # Evaluation.
 
     def _evaluate(self, prompts: PromptBatch, batch_idx: int, stage: str) -> dict[str, Any]:
         self.check_batch(prompts, PromptBatch, "PromptDataModule")
         generation, texts = self.answer(prompts, self.random_by_row(prompts.row_ids, stage))
-        measured = self.measure_answers(prompts, generation, texts)
+        measured = self.combined(self.measure_answers(prompts, generation, texts))
         counted = prompts.row_ids >= 0
         values = {
             "score": measured.scores,
-            **raw_score(self.scorer, measured.scores),
+            **({} if self.other_rewards else raw_score(self.scorer, measured.scores)),
+            **{f"score_{name}": scores for name, scores in measured.others.items()},
             "kl": measured.kl,
             "eos_rate": generation.ended.float(),
             "response_length": generation.response_mask.sum(dim=1).float(),
@@ -315,11 +359,13 @@ class AnsweringStage(Stage):
 
         Returns:
             For each prompt `row`, `prompt`, `response`, `ended`, `tokens`, `score` and `kl`, the k1 estimate of the KL
-            to the reference in nats.
+            to the reference in nats; with `other_rewards` also `score_main` and `score_NAME` of each.
         """
         self.check_batch(prompts, PromptBatch, "PromptDataModule")
         generation, texts = self.answer(prompts, self.random_by_row(prompts.row_ids, "predict"))
-        measured = self.measure_answers(prompts, generation, texts)
+        measured = self.combined(self.measure_answers(prompts, generation, texts))
         columns = response_rows(prompts, generation, texts), measured.scores.tolist(), measured.kl.tolist()
         rows = [{**row, "score": score, "kl": kl} for row, score, kl in zip(*columns, strict=True)]
+        for name, scores in measured.others.items():
+            rows = [{**row, f"score_{name}": score} for row, score in zip(rows, scores.tolist(), strict=True)]
         return without_blanks(rows)

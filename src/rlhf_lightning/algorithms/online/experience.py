@@ -6,7 +6,8 @@ right; response token r sits at position P + r of the joined sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -33,6 +34,7 @@ class Measurements(NamedTuple):
         values: before each token, `[B, R]`.
         scores: as the reward gives them, a reward model's calibrated, `[B]`.
         importance: weight of each token in the policy loss, `[B, R]`; 1 where the policy itself has drawn it.
+        others: scores by other rewards, by name, each `[B]`.
     """
 
     logprobs: Tensor
@@ -41,6 +43,7 @@ class Measurements(NamedTuple):
     values: Tensor
     scores: Tensor
     importance: Tensor
+    others: Mapping[str, Tensor] = MappingProxyType({})
 
     @property
     def kl(self) -> Tensor:
@@ -107,6 +110,7 @@ class Experience(NamedTuple):
             advantages: `[B, R]`.
             returns: `[B, R]`.
         """
+        said = {name: field for name, field in measured._asdict().items() if name != "others"}
         return cls(
             prompt_ids=prompts.prompt_ids,
             prompt_mask=prompts.prompt_mask,
@@ -117,7 +121,7 @@ class Experience(NamedTuple):
             advantages=advantages,
             returns=returns,
             row_ids=prompts.row_ids,
-            **measured._asdict(),
+            **said,
         )
 
     @property

@@ -15,7 +15,6 @@ from torch import Tensor
 from rlhf_lightning.algorithms.hyperparameters import from_config
 from rlhf_lightning.algorithms.online.experience import Experience, Measurements
 from rlhf_lightning.algorithms.online.losses import clipped_policy_loss
-from rlhf_lightning.algorithms.online.rollout import shape_scores
 from rlhf_lightning.algorithms.online.settings import KLPenalty, ScoreShaping
 from rlhf_lightning.algorithms.online.stage import OnlineStage
 from rlhf_lightning.algorithms.stage import Loss
@@ -128,7 +127,7 @@ class GroupStage(OnlineStage):
 
     def experience_metrics(self, experience: Experience) -> dict[str, Tensor]:
         """As for every algorithm, and the share of prompts whose responses all got one score, as `score` shapes it."""
-        scores = shape_scores(experience.scores, experience.ended, self.score_moments, self.score)
+        scores = self.shaped_scores(experience.scores, experience.ended, experience.response_mask)
         silent = groups_without_signal(scores, self.samples_per_prompt)
         groups = torch.full_like(silent, len(experience.scores) // self.samples_per_prompt)
         silent, groups = sum_over_ranks(self, torch.stack([silent, groups]))

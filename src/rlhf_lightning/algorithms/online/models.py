@@ -10,7 +10,9 @@ Notation: B batch, P padded prompt length, R padded response length, D hidden si
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,7 +29,8 @@ from rlhf_lightning.models.finetune import choose_trained
 from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.folders import check_model_folder, same_model
 from rlhf_lightning.models.lora import add_adapter
-from rlhf_lightning.models.reward_functions import RewardFunction
+from rlhf_lightning.models.other_rewards import MAIN, OtherReward, OtherScorers
+from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction
 from rlhf_lightning.models.rewarding import (
     FunctionScorer,
     ModelScorer,
@@ -78,12 +81,14 @@ class OnlineModels(NamedTuple):
         reference: the policy as it was at first, or the model that was named, frozen.
         value: is trained; None where an algorithm has none.
         scorer: gives responses their scores; frozen, if it is a model.
+        others: give them further scores; frozen likewise.
     """
 
     policy: PreTrainedModel
     reference: PreTrainedModel
     value: ScalarLM | TrunkValue | None
     scorer: ModelScorer | TextScorer | FunctionScorer
+    others: OtherScorers
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ class ModelSource:
         trust_remote_code: allow the folders to run Python code of their own.
         reward_timeout: seconds that one call of a reward function may take; None for no limit.
         reference: folder or hub id of the reference; None for the policy as it is at first.
+        others: rewards beside the main one, by name.
     """
 
     policy: str
@@ -113,6 +119,7 @@ class ModelSource:
     trust_remote_code: bool = False
     reward_timeout: float | None = None
     reference: str | None = None
+    others: Mapping[str, OtherReward] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_arguments(ModelSource, vars(self))
@@ -138,7 +145,25 @@ class ModelSource:
             check_model_folder(name)
         if self.value is not None:
             check_reward_model(self.value)
-        find_reward(self.reward, self.reward_timeout)
+        for reward in self.rewards.values():
+            find_reward(reward, self._timeout(reward))
+
+    @property
+    def rewards(self) -> dict[str, str | RewardFunction]:
+        """All that give scores, by name, the main one first."""
+        return {MAIN: self.reward, **{name: other.reward for name, other in self.others.items()}}
+
+    @property
+    def reward_models(self) -> dict[str, str]:
+        """Folder or hub id of those that are models, by name."""
+        found = {name: find_reward(reward, self._timeout(reward)) for name, reward in self.rewards.items()}
+        return {name: reward for name, reward in found.items() if isinstance(reward, str)}
+
+    def _timeout(self, reward: str | RewardFunction) -> float | None:
+        """The time limit of a reward; models have none, and where all are models it is refused."""
+        functions = [isinstance(find_reward(each), ScoringFunction) for each in self.rewards.values()]
+        is_function = isinstance(find_reward(reward), ScoringFunction)
+        return self.reward_timeout if is_function or not any(functions) else None
 
     def load(self, chat: ChatEncoder) -> OnlineModels:
         """Load all models.
@@ -154,7 +179,8 @@ class ModelSource:
         choose_trained(policy, self.finetune)
         reference = load_reference(policy, self.policy, self.reference, chat.tokenizer, trust, self._nf4)
         value, scorer = self._value_and_scorer(policy, chat)
-        frozen = [model for model in (reference, scorer) if isinstance(model, nn.Module)]
+        others = OtherScorers({name: self._scorer(other.reward, chat) for name, other in self.others.items()})
+        frozen = [model for model in (reference, scorer, *others.models.values()) if isinstance(model, nn.Module)]
         for model in frozen:
             freeze(model)
         if self.frozen_dtype not in ("auto", "nf4"):
@@ -166,7 +192,10 @@ class ModelSource:
                     weight.data = weight.data.to(dtype)
                     never_widen(weight)
         add_adapter(policy, self.finetune)
-        return OnlineModels(policy, reference, value, scorer)
+        return OnlineModels(policy, reference, value, scorer, others)
+
+    def _scorer(self, reward: str | RewardFunction, chat: ChatEncoder) -> ModelScorer | TextScorer | FunctionScorer:
+        return load_scorer(reward, chat, self.trust_remote_code, self._nf4, self._timeout(reward))
 
     @property
     def starts_at_reference(self) -> bool:
@@ -182,7 +211,7 @@ class ModelSource:
             own = load_tokenizer(str(self.reward), trust)
             scorer: ModelScorer | TextScorer | FunctionScorer = model_scorer(frozen, own, chat)
         else:
-            scorer = load_scorer(self.reward, chat, trust, self._nf4, self.reward_timeout)
+            scorer = self._scorer(self.reward, chat)
         if self.value_trunk is None:
             return None, scorer
         if self.value_trunk == "policy":
@@ -225,6 +254,7 @@ def logprobs_and_values(
     temperature: float = 1.0,
     with_entropy: bool = False,
     rows: ResponseRows | None = None,
+    policy_rests: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What policy and value model say of responses; one pass for both where they share the trunk.
 
@@ -237,12 +267,14 @@ def logprobs_and_values(
         temperature: the sampling temperature.
         with_entropy: also compute the entropy of each prediction.
         rows: the same sequences, as they are to go through the models; None for each by itself.
+        policy_rests: leave the policy without a gradient.
 
     Returns:
         Log-probabilities, entropies (0 unless asked for) and values, each `[B, R]`, float32, 0 after the last token.
     """
-    hidden = response_hidden(policy, sequences, sequence_mask, response_mask.shape[1], rows)
-    logprobs, entropies = logprobs_from_hidden(policy, hidden, sequences, response_mask, temperature, with_entropy)
+    with torch.no_grad() if policy_rests else nullcontext():
+        hidden = response_hidden(policy, sequences, sequence_mask, response_mask.shape[1], rows)
+        logprobs, entropies = logprobs_from_hidden(policy, hidden, sequences, response_mask, temperature, with_entropy)
     if isinstance(value, TrunkValue):
         return logprobs, entropies, torch.where(response_mask, value(hidden), 0)
     return logprobs, entropies, values_alone(policy, value, sequences, sequence_mask, response_mask, rows)

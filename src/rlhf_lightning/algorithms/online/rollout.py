@@ -5,8 +5,10 @@ Notation: B batch, P padded prompt length, R padded response length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -84,6 +86,7 @@ def measure(
     temperature: float,
     pieces: Sequence[Piece],
     report: Report | None = None,
+    others: Mapping[str, Scorer] = MappingProxyType({}),
 ) -> Measurements:
     """Log-probabilities, values and scores of responses.
 
@@ -99,10 +102,12 @@ def measure(
         temperature: the sampling temperature.
         pieces: which responses are measured at once; every response is in one of them.
         report: told how many responses are done, counted for each model.
+        others: other rewards, by name, which give each response a score of their own.
     """
     mask = generation.response_mask  # [B, R]
     logprobs, ref_logprobs, entropy, values = torch.zeros((4, *mask.shape), dtype=torch.float32, device=mask.device)
-    scores = torch.zeros(len(texts), dtype=torch.float32, device=mask.device)
+    scorers = [scorer, *others.values()]
+    scores = torch.zeros((len(scorers), len(texts)), dtype=torch.float32, device=mask.device)
 
     def policy_and_value(shown: _Shown) -> None:
         said = _policy_and_value(policy, value, generation, shown, temperature)
@@ -111,23 +116,29 @@ def measure(
     def of_reference(shown: _Shown) -> None:
         ref_logprobs[shown.here], _ = response_logprobs(reference, *shown.joined, temperature, rows=shown.rows)
 
-    def of_reward(shown: _Shown) -> None:
+    def of_reward(number: int, shown: _Shown) -> None:
         responses = _responses(prompts, generation, texts, *shown.joined[:2], shown.which)
-        scores[shown.which] = scorer(responses._replace(shared=shown.rows)).float()
+        scores[number, shown.which] = scorers[number](responses._replace(shared=shown.rows)).float()
 
     asked: list[_Asked] = [([policy] if value is None else [policy, value], policy_and_value)]
     asked.append(([reference], of_reference))
-    asked += [([scorer], of_reward)] if isinstance(scorer, nn.Module) else []
+    for number, each in enumerate(scorers):
+        asked += [([each], partial(of_reward, number))] if isinstance(each, nn.Module) else []
     pairs = [] if generation.logprobs is not None else [(policy, reference)]
     if isinstance(value, ScalarLM) and isinstance(scorer, ModelScorer):
         pairs.append((value.model, scorer.model.model))
     _ask(asked, pairs, [_Shown.of(piece, prompts, generation) for piece in pieces], report)
-    if not isinstance(scorer, nn.Module):
+    functions = [(number, each) for number, each in enumerate(scorers) if not isinstance(each, nn.Module)]
+    if functions:
         every = torch.arange(len(texts), device=mask.device)
         ids = torch.cat([prompts.prompt_ids, generation.response_ids], dim=1)
         kept = torch.cat([prompts.prompt_mask, mask], dim=1)
-        scores = scorer(_responses(prompts, generation, texts, ids, kept, every)).float()
-    return Measurements(logprobs, ref_logprobs, entropy, values, scores, torch.ones_like(logprobs))
+        everything = _responses(prompts, generation, texts, ids, kept, every)
+    for number, each in functions:
+        scores[number] = each(everything).float()
+    main, *rest = scores
+    by_name = dict(zip(others, rest, strict=True))
+    return Measurements(logprobs, ref_logprobs, entropy, values, main, torch.ones_like(logprobs), by_name)
 
 
 _Asked = tuple[list[nn.Module], Callable[[_Shown], None]]
@@ -250,28 +261,39 @@ def _joined(prompts: PromptBatch, generation: Generation, index: Tensor) -> tupl
     return ids, alike(lambda *masks: torch.cat(masks, dim=1), first, rest), rest
 
 
-def shape_scores(scores: Tensor, ended: Tensor, moments: RunningMoments, shaping: ScoreShaping) -> Tensor:
-    """Scale, clip and penalise scores, in this order.
+def shape_scores(
+    scores: Tensor, ended: Tensor, lengths: Tensor, moments: RunningMoments, shaping: ScoreShaping, max_new_tokens: int
+) -> Tensor:
+    """Scale, clip and penalise scores, in the order of `ScoreShaping`.
 
     Args:
         scores: as the reward gives them, `[B]`.
         ended: True where the response ended by itself, `[B]`, bool.
+        lengths: tokens of each response, `[B]`.
         moments: running moments, these scores included.
         shaping: what is to be done.
+        max_new_tokens: limit of a response.
 
     Returns:
         `[B]`.
 
     Example:
-        >>> ended = torch.tensor([True, False])
-        >>> shape_scores(torch.tensor([9.0, 0.5]), ended, RunningMoments(), ScoreShaping(False, 5.0, 1.0))
+        >>> ended, lengths = torch.tensor([True, False]), torch.tensor([2, 8])
+        >>> shaping = ScoreShaping(scaling=False, clip=5.0, missing_eos_penalty=1.0)
+        >>> shape_scores(torch.tensor([9.0, 0.5]), ended, lengths, RunningMoments(), shaping, 8)
         tensor([ 5.0000, -0.5000])
     """
     if shaping.scaling:
         scores = moments.scale(scores)
     if shaping.clip is not None:
         scores = scores.clamp(-shaping.clip, shaping.clip)
-    return scores - shaping.missing_eos_penalty * (~ended)
+    if shaping.missing_eos_score is not None:
+        scores = torch.where(ended, scores, shaping.missing_eos_score)
+    scores = scores - shaping.missing_eos_penalty * (~ended)
+    if (buffer := shaping.overlong_buffer) is not None:
+        into = (lengths - (max_new_tokens - buffer)) / buffer  # [B]
+        scores = scores - shaping.overlong_penalty * into.clamp(0, 1)
+    return scores
 
 
 def experience_metrics(experience: Experience, reduce: Reduce = identity) -> dict[str, Tensor]:

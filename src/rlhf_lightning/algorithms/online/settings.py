@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, SHARE, check_arguments
+from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, SHARE, Range, check_arguments
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional import KLEstimator
 
 
@@ -32,20 +34,34 @@ class KLPenalty:
 
 @dataclass(frozen=True)
 class ScoreShaping:
-    """What happens to scores before they become rewards (PPO-max, Zheng et al. 2023, section 5.3).
+    """What happens to scores before they become rewards (PPO-max, Zheng et al. 2023, section 5.3), in this order.
 
     Args:
         scaling: shift and scale by the running mean and standard deviation of all scores so far.
         clip: then clip to plus or minus this; None for no clipping.
-        missing_eos_penalty: then subtract this for a response that was cut at its limit (1 in Huang et al. 2024).
+        missing_eos_penalty: then subtract this for a response that was cut at its limit.
+        missing_eos_score: or give such a response this in place of its score (-1 in Ziegler et al. 2019 and Huang et
+            al. 2024); None leaves it its score.
+        overlong_buffer: then a response loses more of `overlong_penalty` the further it reaches into its last so many
+            tokens before `max_new_tokens`, all of it at the limit (Yu et al. 2025, DAPO, equation 13); None for no such
+            penalty.
+        overlong_penalty: see there.
     """
 
     scaling: bool = True
     clip: float | None = 5.0
     missing_eos_penalty: float = 0.0
+    missing_eos_score: float | None = None
+    overlong_buffer: int | None = None
+    overlong_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        check_arguments(ScoreShaping, vars(self), {"clip": POSITIVE}, "score.")
+        ranges = {"clip": POSITIVE, "missing_eos_score": Range(), "overlong_buffer": AT_LEAST_1}
+        check_arguments(ScoreShaping, vars(self), ranges, "score.")
+        if self.missing_eos_score is not None and self.missing_eos_penalty:
+            raise UserError(
+                "score.missing_eos_score and score.missing_eos_penalty both speak of responses that were cut: give one"
+            )
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,16 @@ class Objective:
         gamma: discount per token.
         gae_lambda: weight between one-step (0) and Monte-Carlo (1) advantages.
         whiten_advantages: scale advantages to mean 0 and variance 1 over all tokens of the rollout, on all ranks.
+        whiten_rewards: scale the rewards of tokens, KL penalty included, to variance 1 over all tokens of the rollout,
+            on all ranks: `scale` leaves their mean (Ziegler et al. 2019), `shift` makes it 0; `no` leaves them alone.
+        clip_range_high: how far the ratio may move upwards, where that differs (0.28 in Yu et al. 2025, DAPO); None for
+            `clip_range`.
+        dual_clip: what the ratio counts as at most where the advantage is negative (3 in Ye et al. 2020); None for no
+            such bound.
+        value_gae_lambda: `gae_lambda` of the returns that values are trained on (1 in Yuan et al. 2025, VAPO); None for
+            the same.
+        gae_length_alpha: in place of `gae_lambda` for the advantages, `1 - 1 / (alpha * length)` of each response (0.05
+            in VAPO); None for `gae_lambda`.
     """
 
     clip_range: float = 0.2
@@ -67,7 +93,13 @@ class Objective:
     gamma: float = 1.0
     gae_lambda: float = 0.95
     whiten_advantages: bool = True
+    whiten_rewards: Literal["no", "scale", "shift"] = "no"
+    clip_range_high: float | None = None
+    dual_clip: float | None = None
+    value_gae_lambda: float | None = None
+    gae_length_alpha: float | None = None
 
     def __post_init__(self) -> None:
-        ranges = {"clip_range": POSITIVE, "value_clip_range": POSITIVE, "gamma": SHARE, "gae_lambda": SHARE}
-        check_arguments(Objective, vars(self), ranges, "objective.")
+        positive = dict.fromkeys(("clip_range", "clip_range_high", "value_clip_range", "gae_length_alpha"), POSITIVE)
+        shares = dict.fromkeys(("gamma", "gae_lambda", "value_gae_lambda"), SHARE)
+        check_arguments(Objective, vars(self), {**positive, **shares, "dual_clip": Range(above=1)}, "objective.")

@@ -27,7 +27,8 @@ from rlhf_lightning.algorithms.online.settings import KLPenalty, ScoreShaping
 from rlhf_lightning.algorithms.stage import Loss
 from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, check_arguments, check_batch_sizes, per_process
 from rlhf_lightning.batches import PromptBatch, name_rows, repeat_prompts
-from rlhf_lightning.errors import NonFiniteError
+from rlhf_lightning.errors import NonFiniteError, UserError
+from rlhf_lightning.functional import masked_moments
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.host import on_host
 from rlhf_lightning.models.reward_functions import RewardFunction
@@ -37,6 +38,7 @@ from rlhf_lightning.training import sum_over_ranks, world_size
 from rlhf_lightning.training.reporting import log_text, report_progress
 
 _SIZES = ("rollout_batch_size", "samples_per_prompt", "generation_batch_size", "minibatch_size", "ppo_epochs")
+_BOUNDS = ("importance_cap", "max_approx_kl")
 
 
 class OnlineStage(AnsweringStage):
@@ -62,6 +64,9 @@ class OnlineStage(AnsweringStage):
             and where an iteration is one update. Then `entropy` is measured in the updates.
         kl: the penalty that holds the policy near the reference.
         score: what happens to scores before they become rewards.
+        max_approx_kl: end the updates of a rollout after one whose `approx_kl`, nats per token, exceeds this (called
+            target KL by CleanRL and Stable-Baselines3); the schedules of the learning rates count the updates that were
+            made. None for all of them.
         importance_cap: where the engine draws with kernels and weights of its own (vLLM), each token weighs
             `min(pi / q, importance_cap)` in the policy loss, of its probability under the policy and under the engine
             (truncated importance sampling; 2 in Yao et al. 2025); None for no such weights.
@@ -88,10 +93,13 @@ class OnlineStage(AnsweringStage):
         kl: KLPenalty = KLPenalty(),
         score: ScoreShaping = ScoreShaping(),
         importance_cap: float | None = 2.0,
+        max_approx_kl: float | None = None,
         **options: Any,
     ) -> None:
         kl, score = from_config(KLPenalty, kl), from_config(ScoreShaping, score)
-        check_arguments(OnlineStage, locals(), {**dict.fromkeys(_SIZES, AT_LEAST_1), "importance_cap": POSITIVE})
+        check_arguments(
+            OnlineStage, locals(), {**dict.fromkeys(_SIZES, AT_LEAST_1), **dict.fromkeys(_BOUNDS, POSITIVE)}
+        )
         responses = rollout_batch_size * samples_per_prompt
         super().__init__(model_name_or_path, reward, generation_batch_size=generation_batch_size, **options)
         self.responses_per_rollout = responses
@@ -104,6 +112,7 @@ class OnlineStage(AnsweringStage):
         self.kl = kl
         self.score = score
         self.importance_cap = importance_cap
+        self.max_approx_kl = max_approx_kl
         self._check_sizes()
         # One update on the whole rollout: the policy that is updated is the one that answered.
         self.on_policy = ppo_epochs == 1 and minibatch_size == self.responses_per_rollout
@@ -120,6 +129,9 @@ class OnlineStage(AnsweringStage):
         sizes = {"minibatch_size": self.minibatch_size, "micro_batch_size": self.micro_batch_size}
         check_batch_sizes(**rollout, **sizes)
         check_batch_sizes(**rollout, generation_batch_size=self.generation_batch_size)
+        buffer, longest = self.score.overlong_buffer, self.sampling.max_new_tokens
+        if buffer is not None and buffer > longest:
+            raise UserError(f"score.overlong_buffer ({buffer}) must be at most sampling.max_new_tokens ({longest})")
 
     # What an algorithm says of itself.
 
@@ -229,6 +241,8 @@ class OnlineStage(AnsweringStage):
                 share = minibatch.select(slice(self.global_rank, None, world_size(self)))
                 updates.append(self.update(share, is_first=self.iteration == 0 and not updates))
                 report_progress(self, "updating", len(updates), self.steps_per_batch)
+                if self.max_approx_kl is not None and float(updates[-1]["approx_kl"]) > self.max_approx_kl:
+                    break
         except NonFiniteError:
             self.iteration += 1  # its answers are used up, should the run go on without the rest of it
             raise
@@ -236,6 +250,7 @@ class OnlineStage(AnsweringStage):
         loss = means.pop("loss")
         metrics |= means | {"lr": lr[0], "seconds_updating": time.perf_counter() - started}
         metrics |= {} if self.value is None else {"value_lr": lr[-1]}
+        metrics |= {} if self.max_approx_kl is None else {"updates": len(updates)}
         self.log_metrics(metrics, on_bar=("score", "kl", "response_length"), batch_size=self.responses_per_rollout)
         self.iteration += 1
         return loss
@@ -263,13 +278,18 @@ class OnlineStage(AnsweringStage):
         sharing = self._sharing(self.policy, self.reference_model, self.value, self.scorer)
         with self.compiled(self.policy, self.reference_model, self.value, self.scorer):
             measured = self.measure_answers(prompts, generation, texts, with_values=True, sharing=sharing)
+        for name, part in measured.others.items():
+            self.part_moments[name].update(part, self.reduce)
+        measured = self.combined(measured)
         measured, mismatch = weigh_draws(measured, generation, self.importance_cap, self.per_response, self.reduce)
         self.score_moments.update(measured.scores, self.reduce)
-        scores = shape_scores(measured.scores, generation.ended, self.score_moments, self.score)
+        scores = self.shaped_scores(measured.scores, generation.ended, generation.response_mask)
         experience = self.experience_of(prompts, generation, measured, scores)
         metrics: dict[str, Any] = {"kl_coef": self.kl_controller.coef}
         metrics |= self.experience_metrics(experience) | mismatch
-        metrics |= raw_score(self.scorer, metrics["score"])
+        metrics |= {} if self.other_rewards else raw_score(self.scorer, metrics["score"])
+        for name, part in measured.others.items():
+            _, metrics[f"score_{name}"], _ = masked_moments(part, torch.ones_like(generation.ended), self.reduce)
         if self.iteration == 0:
             self._check_first_rollout(measured, metrics)
             checks.warn_mismatch(mismatch, self.sampling)
@@ -279,6 +299,17 @@ class OnlineStage(AnsweringStage):
         sample = f"{prompts.prompts[0]}**{texts[0].strip()}**\n\nscore {float(measured_scores[0]):.3f}"
         log_text(self, "train/sample", sample, self.trainer.global_step)
         return experience, metrics
+
+    def shaped_scores(self, scores: Tensor, ended: Tensor, response_mask: Tensor) -> Tensor:
+        """Scores as they enter the rewards, `[B]`.
+
+        Args:
+            scores: as the reward gives them, `[B]`; the running moments know them.
+            ended: True where the response ended by itself, `[B]`, bool.
+            response_mask: `[B, R]`, bool.
+        """
+        lengths = response_mask.sum(dim=1)
+        return shape_scores(scores, ended, lengths, self.score_moments, self.score, self.sampling.max_new_tokens)
 
     def _sharing(self, *readers: Any) -> list[PreTrainedModel]:
         """The models among what reads responses, if they may share prompts."""
@@ -321,7 +352,8 @@ class OnlineStage(AnsweringStage):
 
     def _check_first_rollout(self, measured: Measurements, metrics: dict[str, Any]) -> None:
         checks.warn_equal_scores(self.score_moments, measured.scores)
-        checks.check_probe(self.scorer, self.frozen_dtype == "nf4")
+        for scorer in (self.scorer, *self.other_scorers.models.values()):
+            checks.check_probe(scorer, self.frozen_dtype == "nf4")
         if self.model_source.starts_at_reference:
             checks.check_fresh_policy(metrics, self._is_exact)
 
@@ -338,6 +370,8 @@ class OnlineStage(AnsweringStage):
         """The KL coefficient, moments of scores, the place in the random numbers, and what decoding is compiled for."""
         moments = {**vars(self.score_moments)}
         state = {"iteration": self.iteration, "kl_coef": self.kl_controller.coef, "score_moments": moments}
+        if self.other_rewards:
+            state["part_moments"] = {name: {**vars(each)} for name, each in self.part_moments.items()}
         compiled = self._compiled_step
         before = self._compiled_before if compiled is None else (compiled.sizes, compiled.complaint)
         return state if before is None else {**state, "compiled_step": list(before[0]), "not_compiled": before[1]}
@@ -348,5 +382,8 @@ class OnlineStage(AnsweringStage):
         if self.kl.target is not None:  # a fixed coefficient is what the settings of this run say
             self.kl_controller.coef = state["kl_coef"]
         self.score_moments = RunningMoments(**state["score_moments"])
+        for name, kept in state.get("part_moments", {}).items():
+            if name in self.part_moments:  # a reward that the run no longer has is gone with its moments
+                self.part_moments[name] = RunningMoments(**kept)
         if (sizes := state.get("compiled_step")) is not None:
             self._compiled_before = tuple(sizes), state.get("not_compiled", "")

@@ -1,0 +1,120 @@
+"""Rewards beside the main one: added to it by their weights, put in its place where they say so, or only logged.
+
+Each reads responses in its own way: a model with its own tokenizer and template, a function text.
+
+Notation: B responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning.arguments import POSITIVE, Range, check_arguments
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.reward_functions import RewardFunction
+from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, Scorer, TextScorer
+
+MAIN = "main"
+"""How the main reward is called in logs."""
+
+
+@dataclass(frozen=True)
+class OtherReward:
+    """A reward beside the main one.
+
+    Args:
+        reward: as for the module: folder or hub id of a reward model, or the import path of a function; from Python
+            also the function.
+        weight: what its score is multiplied by before it is added to that of the main reward; 0 only logs it.
+        scaling: before that, shift and scale it by the running mean and standard deviation of its scores so far.
+        clip: then clip it to plus or minus this; None for no clipping.
+        replaces_below: put this score in the place of all others where the probability that it means, the logistic
+            function of its raw score, is below this (Touvron et al. 2023, Llama 2, section 3.2.3: safety, 0.15). It is
+            not added then, and `weight` must be left 1. None never does.
+    """
+
+    reward: str | RewardFunction
+    weight: float = 1.0
+    scaling: bool = False
+    clip: float | None = None
+    replaces_below: float | None = None
+
+    def __post_init__(self) -> None:
+        ranges = {"weight": Range(), "clip": POSITIVE, "replaces_below": Range(above=0, below=1)}
+        check_arguments(OtherReward, vars(self), ranges, "other_rewards.")
+        if self.replaces_below is not None and self.weight != 1:
+            raise UserError(
+                f"other_rewards.weight ({self.weight}) must be 1 beside replaces_below: the score takes the place of "
+                "the others as it is"
+            )
+
+
+class OtherScorers(nn.Module):
+    """What scores responses beside the main reward, by name.
+
+    Args:
+        scorers: models, which are moved and sharded with the module that this is part of, and functions.
+    """
+
+    def __init__(self, scorers: Mapping[str, ModelScorer | TextScorer | FunctionScorer]) -> None:
+        super().__init__()
+        self.models = nn.ModuleDict({name: each for name, each in scorers.items() if isinstance(each, nn.Module)})
+        self.functions = {name: each for name, each in scorers.items() if not isinstance(each, nn.Module)}
+        self.names = [*scorers]
+
+    def by_name(self) -> dict[str, Scorer]:
+        """All of them, in the order in which they were named."""
+        found: dict[str, Any] = {**dict(self.models.items()), **self.functions}
+        return {name: found[name] for name in self.names}
+
+
+def check_other_rewards(settings: Mapping[str, OtherReward]) -> None:
+    """Refuse names that logs could not hold.
+
+    Args:
+        settings: by name.
+
+    Raises:
+        UserError: names it.
+    """
+    for name in settings:
+        if not name.isidentifier() or name == MAIN:
+            raise UserError(
+                f"other_rewards: '{name}' cannot be the name of a reward: use letters, digits and _, and not '{MAIN}', "
+                "which is how the reward of `reward` is logged"
+            )
+
+
+def combine_scores(
+    main: Tensor, others: Mapping[str, Tensor], raw: Mapping[str, Tensor], settings: Mapping[str, OtherReward]
+) -> Tensor:
+    """One score of several.
+
+    Args:
+        main: of the main reward, `[B]`.
+        others: of the others, scaled and clipped as they are to count, by name, each `[B]`.
+        raw: the same as their rewards gave them, a reward model's before calibration.
+        settings: of the others, by name.
+
+    Returns:
+        The weighted sum; where a score replaces the others, that one, of several the first. `[B]`.
+
+    Example:
+        >>> settings = {"short": OtherReward("f", weight=0.5), "safe": OtherReward("g", replaces_below=0.2)}
+        >>> others = {"short": torch.tensor([2.0, 2.0]), "safe": torch.tensor([3.0, -4.0])}
+        >>> combine_scores(torch.tensor([1.0, 1.0]), others, others, settings)
+        tensor([ 2., -4.])
+    """
+    total = main
+    for name, setting in settings.items():
+        if setting.replaces_below is None and setting.weight:
+            total = total + setting.weight * others[name]
+    for name, setting in reversed([*settings.items()]):
+        if setting.replaces_below is not None:
+            total = torch.where(raw[name].sigmoid() < setting.replaces_below, others[name], total)
+    return total
