@@ -123,7 +123,8 @@ def switched(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
     """The value model first by itself, clipped apart; whitened rewards; two epochs that may end early."""
     objective = Objective(whiten_rewards="scale", clip_range_high=0.3, dual_clip=2.0, value_gae_lambda=1.0)
     options |= {"objective": objective, "value_warmup_iterations": 1, "value_gradient_clip_val": 0.05}
-    return ppo(folder, reward, pieces, ppo_epochs=2, max_approx_kl=0.01, optimizer=sgd(2.0), **options)
+    decaying = partial(torch.optim.SGD, lr=2.0, weight_decay=0.01)  # which would move a policy that rests
+    return ppo(folder, reward, pieces, ppo_epochs=2, max_approx_kl=0.01, optimizer=decaying, **options)
 
 
 def on_policy(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
