@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.algorithms.online.settings import KLPenalty as KLPenalty
     from rlhf_lightning.algorithms.online.settings import Objective as Objective
     from rlhf_lightning.algorithms.online.settings import ScoreShaping as ScoreShaping
+    from rlhf_lightning.callbacks import EMA as EMA
     from rlhf_lightning.callbacks import Evaluate as Evaluate
     from rlhf_lightning.callbacks import HFExport as HFExport
     from rlhf_lightning.callbacks import MetricGuard as MetricGuard
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "callbacks": (
+        "EMA",
         "Evaluate",
         "HFExport",
         "MetricGuard",

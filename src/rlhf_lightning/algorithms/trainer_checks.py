@@ -26,7 +26,7 @@ _CALLBACKS: dict[type, str] = {
     GradientAccumulationScheduler: _ACCUMULATION,
     LearningRateFinder: "it changes the learning rate in automatic optimisation only; compare short runs (max_steps)",
     BatchSizeFinder: "a batch is one optimizer step here, whatever fits; bound memory with max_tokens_per_batch",
-    StochasticWeightAveraging: "it trains one more epoch for its averages; use EMAWeightAveraging of the same package",
+    StochasticWeightAveraging: "it trains one more epoch for its averages; use rlhf_lightning.EMA",
 }
 """Lightning's callbacks that do not go with manual optimisation, and what to do instead."""
 

@@ -1,5 +1,6 @@
 """Everything optional: exports, sample texts, a held-out judge, prediction files, progress, guards."""
 
+from rlhf_lightning.callbacks.ema import EMA
 from rlhf_lightning.callbacks.evaluate import Evaluate
 from rlhf_lightning.callbacks.guards import MetricGuard, SkipNonFinite
 from rlhf_lightning.callbacks.hf_export import HFExport
@@ -12,6 +13,7 @@ from rlhf_lightning.callbacks.stopping import Stopping
 from rlhf_lightning.callbacks.summary import ShortSummary
 
 __all__ = [
+    "EMA",
     "Evaluate",
     "HFExport",
     "MetricGuard",
