@@ -24,7 +24,7 @@ from helpers.stages import (
 )
 from rlhf_lightning import OtherReward, PPOModule, PromptDataModule, RLOOModule, Sampling, ScoreShaping, UserError
 from rlhf_lightning.algorithms.lineage import lineage_of
-from rlhf_lightning.models.other_rewards import combine_scores
+from rlhf_lightning.models.other_rewards import total_scores
 from rlhf_lightning.models.rewarding import ModelScorer, TextScorer
 
 CONSTANT = {"lr_schedule": "constant", "warmup_steps": 0}
@@ -81,7 +81,7 @@ def by_hand(main, **others):
     """Combined scores of one response whose raw scores are those that count."""
     settings = {name: setting for name, (_, setting) in others.items()}
     scores = {name: torch.tensor([score]) for name, (score, _) in others.items()}
-    return combine_scores(torch.tensor([main]), scores, scores, settings).item()
+    return total_scores(torch.tensor([main]), scores, scores, settings).item()
 
 
 def test_combined_scores_by_hand():
@@ -99,7 +99,7 @@ def test_combined_scores_by_hand():
 def test_the_probability_is_that_of_the_raw_score():
     setting = {"safe": OtherReward("f", replaces_below=0.15)}
     main, counted = torch.tensor([1.0, 1.0]), {"safe": torch.tensor([0.3, 0.4])}
-    combined = combine_scores(main, counted, {"safe": torch.tensor([-3.0, 3.0])}, setting)
+    combined = total_scores(main, counted, {"safe": torch.tensor([-3.0, 3.0])}, setting)
     torch.testing.assert_close(combined, torch.tensor([0.3, 1.0]))
 
 

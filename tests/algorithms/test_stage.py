@@ -228,7 +228,7 @@ def test_a_reward_that_cannot_be_imported_is_asked_for(folders, given):
         ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "GradientAccumulationScheduler .*micro_batch_size"),
         ({"callbacks": [LearningRateFinder()]}, "LearningRateFinder does not go with .*compare short runs"),
         ({"callbacks": [BatchSizeFinder()]}, "BatchSizeFinder does not go with .*max_tokens_per_batch"),
-        ({"callbacks": [StochasticWeightAveraging(1e-3)]}, "StochasticWeightAveraging .*use rlhf_lightning\.EMA"),
+        ({"callbacks": [StochasticWeightAveraging(1e-3)]}, r"StochasticWeightAveraging .*use rlhf_lightning\.EMA"),
     ],
 )
 def test_what_manual_optimisation_cannot_do_is_refused_with_what_to_do_instead(folders, settings, message):

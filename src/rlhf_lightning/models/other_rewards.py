@@ -90,7 +90,7 @@ def check_other_rewards(settings: Mapping[str, OtherReward]) -> None:
             )
 
 
-def combine_scores(
+def total_scores(
     main: Tensor, others: Mapping[str, Tensor], raw: Mapping[str, Tensor], settings: Mapping[str, OtherReward]
 ) -> Tensor:
     """One score of several.
@@ -107,7 +107,7 @@ def combine_scores(
     Example:
         >>> settings = {"short": OtherReward("f", weight=0.5), "safe": OtherReward("g", replaces_below=0.2)}
         >>> others = {"short": torch.tensor([2.0, 2.0]), "safe": torch.tensor([3.0, -4.0])}
-        >>> combine_scores(torch.tensor([1.0, 1.0]), others, others, settings)
+        >>> total_scores(torch.tensor([1.0, 1.0]), others, others, settings)
         tensor([ 2., -4.])
     """
     total = main

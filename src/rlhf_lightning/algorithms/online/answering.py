@@ -42,7 +42,7 @@ from rlhf_lightning.models.other_rewards import (
     OtherReward,
     OtherScorers,
     check_other_rewards,
-    combine_scores,
+    total_scores,
 )
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer
@@ -314,7 +314,7 @@ class AnsweringStage(Stage):
             return measured
         raw = {name: self._raw(name, scores) for name, scores in measured.others.items()}
         counted = {name: self._counted(name, scores) for name, scores in measured.others.items()}
-        scores = combine_scores(measured.scores, counted, raw, self.other_rewards)
+        scores = total_scores(measured.scores, counted, raw, self.other_rewards)
         return measured._replace(scores=scores, others={MAIN: measured.scores, **measured.others})
 
     def _raw(self, name: str, scores: Tensor) -> Tensor:
