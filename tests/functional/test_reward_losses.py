@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.functional import divergence_index, pairwise_loss, scores_at_end
+from rlhf_lightning.functional import center_loss, divergence_index, lead_loss, pairwise_loss, scores_at_end
 
 NAN = float("nan")
 EOS, PAD = 2, 0
@@ -189,3 +189,73 @@ def test_an_unknown_kind_is_none_of_the_known_ones():
     ids, mask, scores = torch.zeros(1, 2).long(), torch.ones(1, 2).bool(), torch.zeros(1, 2)
     with pytest.raises(ValueError, match="kind 'last_tokn' is none of last_token, average and per_sample"):
         pairwise_loss(scores, scores, ids, ids, mask, mask, "last_tokn")
+
+
+def test_a_hinge_by_hand():
+    # The leads are those of the first test above: what each lacks of 1; with a margin of 0.5 that much more.
+    pairs = [PAIR, PAIR[::-1]]
+    expected = {
+        "last_token": [1 - (2.0 - 1.0), 1 - (1.0 - 2.0)],
+        "average": [1 - (1.45 - 1.0), 1 - (1.0 - 1.45)],
+        "per_sample": [((1 - -0.1) + (1 - 1.0)) / 2, ((1 - 0.1) + (1 - -1.0)) / 2],
+    }
+    for kind, losses in expected.items():
+        found = pairwise_loss(**batch(pairs, extra=1), kind=kind, objective="hinge")
+        assert found.tolist() == pytest.approx(losses, abs=1e-6)
+        asked = pairwise_loss(**batch(pairs), kind=kind, objective="hinge", margins=torch.tensor([0.5, 0.5]))
+        assert asked.tolist() == pytest.approx([loss + 0.5 for loss in losses], abs=1e-6)
+
+
+def test_a_hinge_has_no_gradient_where_the_lead_is_1():
+    lead = torch.tensor([0.9, 1.5], requires_grad=True)
+    lead_loss(lead, "hinge").sum().backward()
+    assert lead.grad.tolist() == [-1.0, 0.0]
+
+
+def test_smoothed_labels_by_hand():
+    # With e = 0.2 each lead costs 0.8 of what it does, and 0.2 of what it would the other way round.
+    def smoothed(lead):
+        return 0.8 * log_loss(lead) + 0.2 * log_loss(-lead)
+
+    expected = {
+        "last_token": smoothed(1.0),
+        "average": smoothed(1.45 - 1.0),
+        "per_sample": (smoothed(-0.1) + smoothed(1.0)) / 2,
+    }
+    for kind, loss in expected.items():
+        found = pairwise_loss(**batch([PAIR], extra=1), kind=kind, label_smoothing=0.2)
+        assert found.tolist() == pytest.approx([loss], abs=1e-6)
+    asked = pairwise_loss(**batch([PAIR]), label_smoothing=0.2, margins=torch.tensor([0.5]))
+    assert asked.tolist() == pytest.approx([smoothed(0.5)], abs=1e-6)
+
+
+def test_smoothed_labels_want_a_lead_that_is_not_too_large():
+    lead = torch.tensor([math.log(0.9 / 0.1)], requires_grad=True)
+    lead_loss(lead, label_smoothing=0.1).sum().backward()
+    assert lead.grad.item() == pytest.approx(0, abs=1e-7)
+
+
+def test_no_smoothing_is_the_plain_loss_to_the_last_bit():
+    lead = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(lead_loss(lead), -torch.nn.functional.logsigmoid(lead))
+    assert torch.equal(lead_loss(lead, "logistic", 0.0), lead_loss(lead))
+
+
+def test_the_centre_by_hand():
+    scores = torch.tensor([[2.0, -2.0], [1.5, 0.5], [-3.0, 1.0]], requires_grad=True)
+    losses = center_loss(*scores.unbind(dim=1))
+    assert losses.tolist() == [0.0, 4.0, 4.0]
+    losses.sum().backward()
+    assert scores.grad.tolist() == [[0.0, 0.0], [4.0, 4.0], [-4.0, -4.0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "hinge", "label_smoothing": 0.1}, "label_smoothing .0.1. is for logistic, and the objective is"),
+        ({"objective": "square"}, "objective 'square' is none of logistic and hinge"),
+    ],
+)
+def test_what_a_lead_cannot_cost(options, message):
+    with pytest.raises(ValueError, match=message):
+        lead_loss(torch.zeros(1), **options)

@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf_lightning.functional.masked import last_index, masked_sum
 
 RewardLoss = Literal["last_token", "average", "per_sample"]
+RewardObjective = Literal["logistic", "hinge"]
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -87,6 +88,56 @@ def _hold_last(token_scores: Tensor, mask: Tensor) -> Tensor:
     return token_scores.gather(1, torch.minimum(positions, last_index(mask).unsqueeze(1)))
 
 
+def lead_loss(lead: Tensor, objective: RewardObjective = "logistic", label_smoothing: float = 0.0) -> Tensor:
+    """What the lead of a chosen score over a rejected one costs.
+
+    * `logistic`: `-(1 - e) log sigmoid(lead) - e log sigmoid(-lead)`, e being the label smoothing: with 0 that of
+      Bradley and Terry (1952), else for data of which a share e is the wrong way round (Mitchell 2023, "A note on DPO
+      with noisy preferences"). It is least at a lead of `log((1 - e) / e)`.
+    * `hinge`: `max(0, 1 - lead)` (Joachims 2002, ranking by support vectors): pairs that are 1 apart teach nothing.
+
+    Args:
+        lead: any shape, in units of the scores.
+        objective: `logistic` or `hinge`.
+        label_smoothing: e, from 0 to below 0.5; `hinge` knows none.
+
+    Returns:
+        Of the shape of `lead`.
+
+    Example:
+        >>> lead_loss(torch.tensor([-0.5, 0.75, 2.0]), "hinge")
+        tensor([1.5000, 0.2500, 0.0000])
+    """
+    if objective == "hinge":
+        if label_smoothing:
+            raise ValueError(f"label_smoothing ({label_smoothing}) is for logistic, and the objective is hinge")
+        return (1 - lead).clamp(min=0)
+    if objective != "logistic":
+        raise ValueError(f"objective {objective!r} is none of logistic and hinge")
+    right = -F.logsigmoid(lead)
+    return (1 - label_smoothing) * right - label_smoothing * F.logsigmoid(-lead) if label_smoothing else right
+
+
+def center_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """How far the two scores of a pair are from being 0 on average: `(chosen + rejected)^2`.
+
+    A loss of differences leaves open where scores lie; a little of this one settles it (Eisenstein et al. 2023,
+    "Helping or Herding? Reward Model Ensembles Mitigate but do not Eliminate Reward Hacking").
+
+    Args:
+        chosen: score of the chosen side, any shape.
+        rejected: the same of the rejected side.
+
+    Returns:
+        Of that shape.
+
+    Example:
+        >>> center_loss(torch.tensor([2.0, 1.5]), torch.tensor([-2.0, 0.5]))
+        tensor([0., 4.])
+    """
+    return (chosen + rejected) ** 2
+
+
 def pairwise_loss(
     chosen_scores: Tensor,
     rejected_scores: Tensor,
@@ -96,8 +147,10 @@ def pairwise_loss(
     rejected_mask: Tensor,
     kind: RewardLoss = "last_token",
     margins: Tensor | None = None,
+    objective: RewardObjective = "logistic",
+    label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Bradley-Terry loss `-log sigmoid(chosen - rejected - margin)` of each pair.
+    """Bradley-Terry loss `-log sigmoid(chosen - rejected - margin)` of each pair, or another one of that lead.
 
     `last_token` compares the scores at each side's last real token (Stiennon et al. 2020, section 3.4). `average`
     compares the means over each side's real tokens from the first difference on. `per_sample` averages the loss over
@@ -114,6 +167,8 @@ def pairwise_loss(
         kind: `last_token`, `average` or `per_sample`.
         margins: by how much the chosen score must lead, `[B]`, in units of the scores (Touvron et al. 2023, Llama 2,
             section 3.2.2); None for 0. `per_sample` asks for it at every position.
+        objective: what a lead costs, see `lead_loss`.
+        label_smoothing: likewise.
 
     Returns:
         `[B]`, float32.
@@ -124,15 +179,15 @@ def pairwise_loss(
     chosen_scores = chosen_scores.float()
     if kind == "last_token":
         lead = scores_at_end(chosen_scores, chosen_mask) - scores_at_end(rejected_scores, rejected_mask)  # [B]
-        return -F.logsigmoid(lead)
+        return lead_loss(lead, objective, label_smoothing)
     start = divergence_index(chosen_ids, rejected_ids, chosen_mask, rejected_mask)  # [B]
     if kind == "average":
         lead = _mean_from(chosen_scores, chosen_mask, start) - _mean_from(rejected_scores, rejected_mask, start)  # [B]
-        return -F.logsigmoid(lead)
+        return lead_loss(lead, objective, label_smoothing)
     if kind != "per_sample":
         raise ValueError(f"kind {kind!r} is none of last_token, average and per_sample")
     lead = _hold_last(chosen_scores, chosen_mask) - _hold_last(rejected_scores, rejected_mask)  # [B, T]
-    losses = -F.logsigmoid(lead)
+    losses = lead_loss(lead, objective, label_smoothing)
     positions = torch.arange(chosen_mask.shape[1], device=chosen_mask.device)  # [T]
     compared = (positions >= start.unsqueeze(1)) & (chosen_mask | rejected_mask)  # [B, T]
     return torch.where(compared, losses, 0).sum(dim=1) / compared.sum(dim=1)
