@@ -36,7 +36,7 @@ NEEDED = {
 ZERO_MAKES_SENSE = {
     *("seed", "num_workers", "num_examples", "logging_level", "refresh_rate", "stage"),
     *("validation_split", "test_split", "stage_split", "minimum_response_length"),
-    *("warmup_steps", "label_smoothing", "gradient_clip_val", "value_lr", "sft_coef"),
+    *("warmup_steps", "label_smoothing", "gradient_clip_val", "value_lr", "sft_coef", "center_coef", "lm_coef"),
     *("temperature", "top_k", "min_new_tokens", "dropout"),
     *("coef", "missing_eos_penalty", "value_coef", "gamma", "gae_lambda", "tolerance"),
     *("min_lr_factor", "value_gae_lambda", "value_warmup_iterations", "value_gradient_clip_val", "overlong_penalty"),

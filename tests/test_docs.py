@@ -74,9 +74,10 @@ def test_a_command_of_a_page_is_taken(capsys, monkeypatch, page, line):
     assert end.value.code == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("algorithm", ["DPO", "RLOO", "GRPO"])
+@pytest.mark.parametrize("algorithm", ["Reward model", "DPO", "RLOO", "GRPO"])
 def test_options_of_an_algorithm_exist(algorithm):
     (section,) = re.findall(rf"^## {algorithm}\n(.*?)(?=^## )", PAGES["docs/algorithms.md"], re.MULTILINE | re.DOTALL)
+    algorithm = algorithm.removesuffix(" model")
     named = set(re.findall(r"`([a-z_.]+)(?:: [\w.]+)?`", section)) - set(re.findall(r"`[\w/]+\.py: (\w+)`", section))
     known = {name.removeprefix("model.") for name in arguments_of(f"rlhf_lightning.{algorithm}Module", "model")}
     assert len(named & known) > 2

@@ -44,6 +44,9 @@ OPTIONAL = {"train/updates"} | {
     f"{task}/score_{name}" for task in ("train", "val", "test") for name in ("main", "NAME")
 }
 """What a limit of the updates and other rewards add; these take the place of what only a reward model has."""
+TERMS = {"center_coef": {"center_loss"}, "lm_coef": {"nll"}}
+"""What a reward model learns on the side, and what is logged of it."""
+SPLITS = ("train", "val", "test")
 STAGES = ("SFT", "Reward model", "DPO", "PPO", "RLOO and GRPO")
 
 
@@ -105,10 +108,13 @@ def test_sft_logs_what_the_page_says(folder):
     assert logged(SFTModule(folder), data) == documented("SFT")
 
 
-def test_reward_training_logs_what_the_page_says(folder):
+@pytest.mark.parametrize("terms", [(), ("center_coef",), ("lm_coef",), ("center_coef", "lm_coef")], ids=str)
+def test_reward_training_logs_what_the_page_says(folder, terms):
     rows = preference_rows(8)
     data = PreferenceDataModule(folder, rows, validation_data=rows, test_data=rows, batch_size=4, max_length=48)
-    assert logged(RewardModule(folder), data) == documented("Reward model")
+    off = {f"{split}/{name}" for term in TERMS.keys() - {*terms} for name in TERMS[term] for split in SPLITS}
+    off |= set() if terms else {"train/objective"}
+    assert logged(RewardModule(folder, **dict.fromkeys(terms, 0.1)), data) == documented("Reward model") - off
 
 
 @pytest.mark.parametrize("sft_coef", [0.0, 0.5])

@@ -25,7 +25,7 @@ from helpers.stages import (
 )
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import HFExport, PreferenceDataModule, RewardModule, UserError, load_reward_model
-from rlhf_lightning.algorithms.reward import both_sides
+from rlhf_lightning.algorithms.pairs import both_sides
 from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.forward.prefix import sharing_pays
 

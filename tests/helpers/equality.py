@@ -50,14 +50,31 @@ SOME = [
 """Of each stage a case, and of each of a few strategies both of everything."""
 
 
+BESIDE = [
+    Case("reward terms", "zero3", False, True),
+    Case("reward terms", "fsdp2", False, False),
+    Case("reward tied terms", "fsdp2", False, True),
+    Case("reward tied terms", "zero3", True, False),
+    Case("ppo switched", "ddp", False, True),
+    Case("ppo switched", "fsdp2", True, False),
+    Case("ppo trunk switched", "ddp", False, False),
+]
+"""An output layer beside a reward model, of its own or shared with the input embeddings, and switches of PPO: no stages
+of their own."""
+
+
 def prepare(root: Path) -> dict[str, str]:
-    """A language model, another one as DPO's reference, and a reward model."""
+    """A language model, another one as DPO's reference, one with tied embeddings, and a reward model."""
     base = save_llama(root / "llama", layers=1)  # test_strategies.py and test_resume_processes.py have two
     reference = load_causal_lm(base)
     with torch.no_grad():
         for weight in reference.parameters():
             weight.mul_(1.3)
     save_folder(root / "llama-reference", reference, tiny_tokenizer())
+    tied: Any = load_causal_lm(base)
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    save_folder(root / "llama-tied", tied, tiny_tokenizer())
     return {"folder": base, "reward": save_reward_model(root / "reward", base)}
 
 

@@ -78,6 +78,16 @@ def reward(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
     return module, weighed_pairs(folder)
 
 
+def terms(*args: Any, **options: Any) -> Made:
+    """As `reward`, with all that it can learn besides, by an output layer of its own."""
+    return reward(*args, label_smoothing=0.1, center_coef=0.1, lm_coef=0.5, **options)
+
+
+def tied_terms(folder: str, *args: Any, **options: Any) -> Made:
+    """The same by the input embeddings."""
+    return terms(f"{folder}-tied", *args, **options)
+
+
 def dpo(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
     """On weighed pairs, the chosen responses' likelihood included; in pieces of 90 tokens.
 
@@ -173,11 +183,13 @@ STAGES = {
 }
 MORE = {
     "sft checkpointing": checkpointing,
+    "reward terms": terms,
+    "reward tied terms": tied_terms,
     "ppo switched": switched,
     "ppo trunk switched": partial(switched, value_trunk="policy"),
 }
 """Of which no table is made."""
-EPOCHS = {"sft": 2, "reward": 2, "dpo": 2, "ppo on-policy": 2}
+EPOCHS = {"sft": 2, "reward": 2, "reward terms": 2, "reward tied terms": 2, "dpo": 2, "ppo on-policy": 2}
 """So that all make five steps or more."""
 LEFT_OUT = "seconds", "tokens_per_second", "padding_share", "memory_gib"
 """Metrics that depend on the clock and the machine, or on how the examples fall into batches."""
@@ -266,7 +278,7 @@ def run(
         "metrics": exact,
         "steps": fitted.global_step,
         "said": said,
-        "calibration": list(vars(module.scalar.calibration).values())[:2] if stage == "reward" else None,
+        "calibration": list(vars(module.scalar.calibration).values())[:2] if stage.startswith("reward") else None,
     }
 
 

@@ -19,6 +19,8 @@ CASES = [
     ("sft", {"finetune": {"mode": "last_layer"}}, "32-true"),
     ("reward", {"micro_batch_size": 2}, "32-true"),
     ("reward", {"finetune": {"mode": "lora"}, "gradient_checkpointing": True}, "32-true"),
+    ("reward", {"lm_coef": 1.0, "micro_batch_size": 2}, "32-true"),
+    ("reward", {"lm_coef": 1.0, "finetune": {"mode": "lora"}}, "bf16-true"),
     ("dpo", {"micro_batch_size": 2}, "32-true"),
     ("dpo", {"finetune": {"mode": "lora"}}, "32-true"),
     ("ppo", {"micro_batch_size": 2}, "32-true"),

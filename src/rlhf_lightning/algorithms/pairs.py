@@ -51,18 +51,47 @@ class Pairs(NamedTuple):
         rows = share_rows(*on_host(*both_sides(batch)))
         return cls(batch, SharedRows(*(to_device(field, batch.chosen_ids.device) for field in rows)))
 
+    def read(self, model: PreTrainedModel) -> Tensor:
+        """Last hidden states as they are laid out, in one forward pass: `[B, L, D]` of shared rows, else `[2 B, T, D]`.
+
+        Args:
+            model: a language model or a scalar model.
+        """
+        if self.rows is not None:
+            return self.rows.hidden_states(model)
+        ids, mask = both_sides(self.batch)
+        return hidden_states(model, ids.flatten(0, 1), alike(lambda mask: mask.flatten(0, 1), mask))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Give every token of both sides what was computed for it.
+
+        Args:
+            values: of the tokens that `read` speaks of, in its layout, `[..., ...]` or `[..., ..., D]`.
+
+        Returns:
+            `[B, 2, T]` or `[B, 2, T, D]`.
+        """
+        return values.unflatten(0, (-1, 2)) if self.rows is None else self.rows.spread(values)
+
+    def of_chosen(self, hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Hidden states of some tokens of the chosen sides, without a copy of all the others, `[N, D]`.
+
+        Args:
+            hidden: from `read`.
+            rows: number of the pair of each token, `[N]`, int64.
+            columns: place of each token in its sequence, `[N]`, int64.
+        """
+        if self.rows is None:
+            return hidden[2 * rows, columns]
+        return hidden[rows, self.rows.places[rows, 0, columns]]
+
     def hidden_states(self, model: PreTrainedModel) -> Tensor:
         """Last hidden states of chosen and rejected sequences, `[B, 2, T, D]`, in one forward pass.
 
         Args:
             model: a language model or a scalar model.
         """
-        if self.rows is not None:
-            return self.rows.spread(self.rows.hidden_states(model))
-        ids, mask = both_sides(self.batch)
-        flat = alike(lambda mask: mask.flatten(0, 1), mask)
-        hidden: Tensor = hidden_states(model, ids.flatten(0, 1), flat).unflatten(0, ids.shape[:2])
-        return hidden
+        return self.spread(self.read(model))
 
     @property
     def shown(self) -> Tensor:
@@ -184,7 +213,7 @@ class PairStage(Stage):
         counts = torch.stack([pair_weights(batch).sum(), chosen_tokens(batch).sum()])
         # Only pairs of weight 0 sum to 0.
         total, tokens = sum_over_ranks(self, counts).clamp(min=torch.finfo(torch.float32).tiny)
-        self.pairs_per_token = total / tokens
+        self.pairs_per_token = (total / tokens).nan_to_num(posinf=0.0)  # where all responses are empty
         step = self.optimise(pieces, self.losses, total, name_rows(batch.row_ids))
         # The speed is that of the data, the padding that of what was run.
         data, shown = [both_sides(piece.batch)[1] for piece in pieces], [piece.shown for piece in pieces]

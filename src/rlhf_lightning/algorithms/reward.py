@@ -1,40 +1,53 @@
 """Reward modelling: a scalar head on a language model learns which of two responses people prefer.
 
-The loss is the Bradley-Terry negative log-likelihood in three variants (see `functional.pairwise_loss`). At the end the
-raw scores are measured on held-out chosen responses, so that every user of the model sees scores with mean 0 and
+The loss is the Bradley-Terry negative log-likelihood in three variants, or a hinge (see `functional.pairwise_loss`). On
+the side there may be a pull of the scores towards 0, and the language-model loss of the chosen responses. At the end
+the raw scores are measured on held-out chosen responses, so that every user of the model sees scores with mean 0 and
 standard deviation 1 there. A pair may ask for a margin, and a pair of weight 2 counts as two pairs, in the loss and in
-every metric; rankings of more than two responses come as weighted pairs. Left out: a language-model loss on the side.
+every metric; rankings of more than two responses come as weighted pairs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from transformers import PreTrainedModel
 
-from rlhf_lightning.algorithms.pairs import Pairs, PairStage, both_sides, pair_weights
-from rlhf_lightning.arguments import check_arguments
+from rlhf_lightning.algorithms.pairs import (
+    Pairs,
+    PairStage,
+    chosen_tokens,
+    mean_metrics,
+    pair_weights,
+    response_mask,
+)
+from rlhf_lightning.algorithms.stage import Loss
+from rlhf_lightning.arguments import Range, check_arguments
 from rlhf_lightning.batches import PreferenceBatch, ScoringBatch, without_blanks
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.functional import (
     RewardLoss,
+    RewardObjective,
+    center_loss,
     expected_calibration_error,
     pair_correct,
     pairwise_loss,
     reliability,
     scores_at_end,
 )
-from rlhf_lightning.host import alike
+from rlhf_lightning.host import alike, places_of
 from rlhf_lightning.lightning_compat import load_validation_data
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.models.finetune import prepare_for_training
+from rlhf_lightning.models.language_head import LanguageHead, load_language_head
 from rlhf_lightning.models.scalar_lm import (
     Calibration,
     ScalarLM,
@@ -43,6 +56,7 @@ from rlhf_lightning.models.scalar_lm import (
     new_scalar_lm,
 )
 from rlhf_lightning.models.tokenizer import own_pad_token
+from rlhf_lightning.training.optim import parameter_groups
 from rlhf_lightning.training.sharded import widen_now
 
 _PROBE_TOKENS = 64
@@ -115,16 +129,43 @@ class RewardModule(PairStage):
         model_name_or_path: Hugging Face folder or hub id. A language model, usually the export of the SFT stage, gets a
             fresh scalar head; a reward model keeps the head it has.
         loss: which scores of a pair are compared: `last_token`, `average` or `per_sample`.
+        objective: what the lead of the chosen score costs: `logistic` (Bradley-Terry), or `hinge`, for which a lead of
+            1 is enough.
+        label_smoothing: share of pairs that may be the wrong way round, for `logistic` (Mitchell 2023).
+        center_coef: weight of the squared sum of a pair's scores at the last token, which draws them towards 0; 0.01 is
+            usual (Eisenstein et al. 2023).
+        lm_coef: weight of the chosen responses' negative log-likelihood per token, by the output layer of the language
+            model that training starts from (Zheng et al. 2023, with 1). The layer is not exported.
         **options: those of `PairStage` and `Stage`. An example is a pair.
     """
 
     LOGGED = ("accuracy", "chosen_score", "rejected_score", "margin")
     scalar: ScalarLM
+    language_head: LanguageHead | None
 
-    def __init__(self, model_name_or_path: str, *, loss: RewardLoss = "last_token", **options: Any) -> None:
-        check_arguments(RewardModule, locals())
+    def __init__(
+        self,
+        model_name_or_path: str,
+        *,
+        loss: RewardLoss = "last_token",
+        objective: RewardObjective = "logistic",
+        label_smoothing: float = 0.0,
+        center_coef: float = 0.0,
+        lm_coef: float = 0.0,
+        **options: Any,
+    ) -> None:
+        check_arguments(RewardModule, locals(), {"label_smoothing": Range(at_least=0, below=0.5)})
         super().__init__(model_name_or_path, **options)
+        if label_smoothing and objective != "logistic":
+            raise UserError(f"label_smoothing is for logistic, and objective is {objective}: set it to 0")
         self.loss: RewardLoss = loss
+        self.objective: RewardObjective = objective
+        self.label_smoothing = label_smoothing
+        self.center_coef = center_coef
+        self.lm_coef = lm_coef
+        on_the_side = {"center_loss": center_coef, "nll": lm_coef}
+        self.eval_means.update({**mean_metrics(*(name for name, coef in on_the_side.items() if coef))})
+        self.language_head = None
         self._head_is_random = False
         self._calibrated_at: int | None = None
         self.held_out_scores = keep_dtype(HeldOutScores())
@@ -133,6 +174,7 @@ class RewardModule(PairStage):
     def load_models(self) -> None:
         """Load the reward model; its pad token becomes one that is not the EOS."""
         self._head_is_random = not has_reward_head(self.model_name_or_path)
+        head = load_language_head(self.model_name_or_path, self.trust_remote_code) if self.lm_coef else None
         load = new_scalar_lm if self._head_is_random else load_reward_model
         scalar = load(self.model_name_or_path, dropout=self.dropout, trust_remote_code=self.trust_remote_code)
         num_embeddings = scalar.model.get_input_embeddings().num_embeddings
@@ -142,7 +184,9 @@ class RewardModule(PairStage):
             scalar.model.resize_token_embeddings(pad_id + 1)
         scalar.model.config.pad_token_id = pad_id
         prepare_for_training(scalar.model, self.finetune, self.gradient_checkpointing)
-        self.scalar = scalar
+        if head is not None:
+            head.stand_beside(scalar.model, self.finetune)
+        self.scalar, self.language_head = scalar, head
 
     @property
     def export_model(self) -> PreTrainedModel:
@@ -150,24 +194,26 @@ class RewardModule(PairStage):
         model: PreTrainedModel = self.scalar.model
         return model
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The model, and an output layer beside it that is trained."""
+        if self.language_head is None:
+            return super().parameter_groups()
+        return parameter_groups(nn.ModuleList([self.export_model, self.language_head]))
+
     def on_fit_start(self) -> None:
         """Train the head, whether it is fresh or not."""
         super().on_fit_start()
         self._head_is_random = False
 
-    def pair_scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    def pair_scores(self, pairs: Pairs, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Raw per-token scores of chosen and rejected responses, two tensors `[B, T]`, float32, in one forward pass.
 
         Args:
             pairs: B of them.
+            hidden: their last hidden states, from `pairs.read`, if they are there.
         """
-        if pairs.rows is None:
-            ids, mask = both_sides(pairs.batch)  # [B, 2, T]
-            flat = alike(lambda mask: mask.flatten(0, 1), mask)
-            scores = self.scalar.raw(ids.flatten(0, 1), flat).unflatten(0, ids.shape[:2])
-        else:
-            scores = pairs.rows.spread(self.scalar.head(pairs.rows.hidden_states(self.export_model)))
-        chosen, rejected = scores.unbind(dim=1)
+        hidden = pairs.read(self.export_model) if hidden is None else hidden
+        chosen, rejected = pairs.spread(self.scalar.head(hidden)).unbind(dim=1)
         return chosen, rejected
 
     def pair_metrics(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -177,7 +223,8 @@ class RewardModule(PairStage):
             pairs: B of them.
         """
         batch = pairs.batch
-        chosen, rejected = self.pair_scores(pairs)
+        hidden = pairs.read(self.export_model)
+        chosen, rejected = self.pair_scores(pairs, hidden)
         losses = pairwise_loss(
             chosen,
             rejected,
@@ -187,16 +234,50 @@ class RewardModule(PairStage):
             batch.rejected_mask,
             self.loss,
             batch.margins,
+            self.objective,
+            self.label_smoothing,
         )
-        chosen_score = scores_at_end(chosen.detach(), batch.chosen_mask)
-        rejected_score = scores_at_end(rejected.detach(), batch.rejected_mask)
+        ends = scores_at_end(chosen, batch.chosen_mask), scores_at_end(rejected, batch.rejected_mask)
+        chosen_score, rejected_score = (score.detach() for score in ends)
         margin = chosen_score - rejected_score
-        return losses, {
+        logged = {
             "accuracy": pair_correct(margin),
             "chosen_score": chosen_score,
             "rejected_score": rejected_score,
             "margin": margin,
         }
+        if self.center_coef:
+            logged["center_loss"] = center_loss(*ends)
+        if self.language_head is not None:
+            logged["nll"] = self._chosen_nll(self.language_head, pairs, hidden)
+        return losses, logged
+
+    def _chosen_nll(self, head: LanguageHead, pairs: Pairs, hidden: Tensor) -> Tensor:
+        """Negative log-likelihood of each chosen response per token, in nats, `[B]`, from the scores' hidden states."""
+        # Token t is predicted from t - 1, [B, T - 1].
+        counted = alike(lambda mask: mask[:, 0, 1:], response_mask(pairs.batch))
+        rows, columns = places_of(counted).rows, places_of(counted).columns
+        ids = pairs.batch.chosen_ids[:, 1:][rows, columns]  # [N]
+        logprobs = head(pairs.of_chosen(hidden, rows, columns), ids)
+        spread = torch.zeros(counted.shape, dtype=logprobs.dtype, device=ids.device)
+        return -spread.index_put((rows, columns), logprobs).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+
+    def losses(self, pairs: Pairs) -> Iterator[Loss]:
+        """As for all pairs, and what is learnt on the side; the likelihood is a mean over all tokens in the step."""
+        if not self.center_coef and not self.lm_coef:
+            yield from super().losses(pairs)
+            return
+        losses, logged = self.pair_metrics(pairs)
+        weights = pair_weights(pairs.batch)
+        loss = (losses * weights).sum()
+        objective = loss
+        if self.center_coef:
+            objective = objective + self.center_coef * (logged["center_loss"] * weights).sum()
+        if self.lm_coef:
+            nll = (logged["nll"] * chosen_tokens(pairs.batch)).sum()
+            objective = objective + self.lm_coef * nll * self.pairs_per_token
+        sums = {name: (value.detach() * weights).sum() for name, value in logged.items()}
+        yield objective, {"loss": loss.detach(), **sums}
 
     def evaluate(self, batch: PreferenceBatch, task: str) -> dict[str, Tensor]:
         """Also keep the chosen scores, from which the model is calibrated, and log the calibration error."""

@@ -185,17 +185,26 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
 
 
 def _inside_head(model: PreTrainedModel, compute: Callable[[nn.Linear, Tensor], Any], hidden: Tensor) -> Any:
-    """Call `compute(head, hidden)` as the forward of the output layer.
+    """`inside_layer` of a model's output layer."""
+    return inside_layer(model.get_output_embeddings(), compute, hidden)
+
+
+def inside_layer(layer: Any, compute: Callable[[nn.Linear, Tensor], Any], hidden: Tensor) -> Any:
+    """Call `compute(layer, hidden)` as the forward of a linear layer.
 
     ZeRO-3 holds a layer's whole weight only while the layer is called, and for the backward pass of what the call
     returned. All chunks share one call, since its gathering must happen equally often on every rank.
+
+    Args:
+        layer: an `nn.Linear`.
+        compute: takes the layer and the hidden states.
+        hidden: `[N, D]`.
     """
-    head: Any = model.get_output_embeddings()
-    head.forward = lambda rows: compute(head, rows)
+    layer.forward = lambda rows: compute(layer, rows)
     try:
-        return head(hidden)
+        return layer(hidden)
     finally:
-        del head.forward
+        del layer.forward
 
 
 def _by_chunks(

@@ -29,7 +29,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import cache_argument
 from rlhf_lightning.forward.casts import PRODUCT_WEIGHT, cast_once
 from rlhf_lightning.forward.output_layer import logit_scaling, output_logits
-from rlhf_lightning.functional import linear_cross_entropy_sum, linear_token_logprobs, rows_per_chunk
+from rlhf_lightning.functional import LogitScaling, linear_cross_entropy_sum, linear_token_logprobs, rows_per_chunk
 from rlhf_lightning.generation.cache import rollout_cache
 from rlhf_lightning.generation.decoding import PREFILL_TOKENS, PREFILL_TOKENS_ELSEWHERE
 from rlhf_lightning.generation.sampling import draw_tokens
@@ -106,6 +106,7 @@ def models_of(stage: Stage) -> dict[str, nn.Module]:
         found = {"policy": stage.policy, "reference": stage.reference_model.model}
     else:
         found = {"reward" if isinstance(stage, RewardModule) else "model": stage.export_model}
+        found |= {"output layer": stage.language_head} if isinstance(stage, RewardModule) else {}
     found = {role: model.model if isinstance(model, ScalarLM) else model for role, model in found.items()}
     return {role: model for role, model in found.items() if model is not None}
 
@@ -174,9 +175,12 @@ def _head_options(head: Any, load: Load) -> dict[str, Any]:
 
 def _logprobs(model: Any, hidden: Tensor, load: Load, with_entropy: bool = False) -> Tensor:
     """Log-probabilities of what hidden states `[B, T, D]` predict, summed."""
-    rows, head = _chosen(hidden), model.get_output_embeddings()
+    return _logprobs_by(model.get_output_embeddings(), logit_scaling(model), hidden, load, with_entropy)
+
+
+def _logprobs_by(head: Any, scaling: LogitScaling, hidden: Tensor, load: Load, with_entropy: bool = False) -> Tensor:
+    rows = _chosen(hidden)
     ids = torch.zeros(len(rows), dtype=torch.long)
-    scaling = logit_scaling(model)
     options = {"with_entropy": with_entropy, **_head_options(head, load)}
     said, _ = linear_token_logprobs(rows, head.weight, head.bias, ids, scaling, **options)
     return said.sum()
@@ -203,11 +207,17 @@ def _losses(stage: Stage, load: Load) -> Iterator[tuple[str, tuple[str, ...], Te
             del hidden
             yield "updates the value model", ("value",), loss
     elif isinstance(stage, RewardModule):
-        scores = stage.scalar.head(_hidden(stage.export_model, 2 * load.rows, load))
-        yield "learns from pairs", ("reward",), scores.sum()
+        hidden = _hidden(stage.export_model, 2 * load.rows, load)
+        loss = stage.scalar.head(hidden).sum()
+        models: tuple[str, ...] = ("reward",)
+        if (head := stage.language_head) is not None:  # all tokens of the chosen sides may be of their responses
+            loss = loss + _logprobs_by(head.layer, head.scaling, hidden[::2, :-1], load)
+            models = ("reward", "output layer")
+        del hidden
+        yield "learns from pairs", models, loss
     elif isinstance(stage, ReferenceStage):
         loss = _logprobs(stage.policy, _hidden(stage.policy, 2 * load.rows, load)[:, :-1], load)
-        models: tuple[str, ...] = ("policy",)
+        models = ("policy",)
         if (reference := stage.reference_model.model) is not None and not stage.precompute_reference:
             models = ("policy", "reference")
             with torch.no_grad():

@@ -100,8 +100,9 @@ def shard_models(module: pl.LightningModule, sharding: Sharding) -> None:
     """
     models = [model for model in _outermost_models(module) if not isinstance(model.base_model, FSDPModule)]
     shared = _part_company(models)
+    outside = [*_outside(module, models)]
     for model in models:
-        _shard_model(model, sharding)
+        _shard_model(model, sharding, [part for part in outside if _owners_of(model.base_model, part)])
     for first, others in shared:
         weight = first[0]._parameters[first[1]]
         for owner, name in others:
@@ -119,6 +120,14 @@ def _is_left(weight: Tensor) -> bool:
 def _outermost_models(module: nn.Module) -> list[PreTrainedModel]:
     inner = {id(part) for model in module.modules() if isinstance(model, PreTrainedModel) for part in _below(model)}
     return [part for part in module.modules() if isinstance(part, PreTrainedModel) and id(part) not in inner]
+
+
+def _outside(module: nn.Module, models: list[PreTrainedModel]) -> Iterator[nn.Module]:
+    """The modules with weights that stand in no model."""
+    inside = {id(part) for model in models for part in model.modules()}
+    for part in module.modules():
+        if id(part) not in inside and any(True for _ in part.parameters(recurse=False)):
+            yield part
 
 
 def _below(model: nn.Module) -> Iterator[nn.Module]:
@@ -152,14 +161,15 @@ def _part_company(models: list[PreTrainedModel]) -> list[tuple[Place, list[Place
     return shared
 
 
-def _shard_model(model: PreTrainedModel, sharding: Sharding) -> None:
+def _shard_model(model: PreTrainedModel, sharding: Sharding, tied: list[nn.Module]) -> None:
+    """Shard a model, and modules outside of it that hold weights of its backbone, too."""
     base: nn.Module = model.base_model
     trained = any(p.requires_grad for p in model.parameters())
     for block in blocks_of(model):
         sharding.apply(block, trained, sharding.blocks)
         if sharding.blocks.param_dtype is not None:
             _compute_in(block, sharding.blocks.param_dtype, sharding.mesh.device_type)
-    heads = [] if base is model else list(_beside(model, base))
+    heads = [*([] if base is model else _beside(model, base)), *tied]
     for head in heads:
         if owners := _owners_of(base, head):
             _shard_together(owners, head, trained, sharding)
