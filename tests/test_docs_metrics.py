@@ -44,8 +44,8 @@ OPTIONAL = {"train/updates"} | {
     f"{task}/score_{name}" for task in ("train", "val", "test") for name in ("main", "NAME")
 }
 """What a limit of the updates and other rewards add; these take the place of what only a reward model has."""
-TERMS = {"center_coef": {"center_loss"}, "lm_coef": {"nll"}}
-"""What a reward model learns on the side, and what is logged of it."""
+SWITCHES = {"center_coef": (0.1, "center_loss"), "lm_coef": (0.1, "nll"), "num_heads": (2, "head_std")}
+"""Of a reward model: what turns them on, and what is logged of each."""
 SPLITS = ("train", "val", "test")
 STAGES = ("SFT", "Reward model", "DPO", "PPO", "RLOO and GRPO")
 
@@ -108,13 +108,14 @@ def test_sft_logs_what_the_page_says(folder):
     assert logged(SFTModule(folder), data) == documented("SFT")
 
 
-@pytest.mark.parametrize("terms", [(), ("center_coef",), ("lm_coef",), ("center_coef", "lm_coef")], ids=str)
-def test_reward_training_logs_what_the_page_says(folder, terms):
+@pytest.mark.parametrize("on", [(), ("center_coef",), ("lm_coef",), ("num_heads",), tuple(SWITCHES)], ids=str)
+def test_reward_training_logs_what_the_page_says(folder, on):
     rows = preference_rows(8)
     data = PreferenceDataModule(folder, rows, validation_data=rows, test_data=rows, batch_size=4, max_length=48)
-    off = {f"{split}/{name}" for term in TERMS.keys() - {*terms} for name in TERMS[term] for split in SPLITS}
-    off |= set() if terms else {"train/objective"}
-    assert logged(RewardModule(folder, **dict.fromkeys(terms, 0.1)), data) == documented("Reward model") - off
+    off = {f"{split}/{SWITCHES[each][1]}" for each in SWITCHES.keys() - {*on} for split in SPLITS}
+    off |= set() if {"center_coef", "lm_coef"} & {*on} else {"train/objective"}
+    module = RewardModule(folder, **{each: SWITCHES[each][0] for each in on})
+    assert logged(module, data) == documented("Reward model") - off
 
 
 @pytest.mark.parametrize("sft_coef", [0.0, 0.5])

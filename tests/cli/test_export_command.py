@@ -45,6 +45,8 @@ RUNS = {
     "reward-lora": [*REWARD, *LORA],
     "reward-adapter": [*REWARD, *ADAPTER],
     "reward-last": [*REWARD, *LAST_LAYER],
+    "reward-heads": [*REWARD, "--model.num_heads=3", "--model.lm_coef=1"],
+    "reward-heads-adapter": [*REWARD, *ADAPTER, "--model.num_heads=3"],
     "dpo": DPO,
     "dpo-lora": [*DPO, *LORA],
     "rloo": ["--config=rloo.yaml", *GROUPS],

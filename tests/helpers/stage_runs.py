@@ -79,8 +79,8 @@ def reward(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
 
 
 def terms(*args: Any, **options: Any) -> Made:
-    """As `reward`, with all that it can learn besides, by an output layer of its own."""
-    return reward(*args, label_smoothing=0.1, center_coef=0.1, lm_coef=0.5, **options)
+    """As `reward`, with several heads and all that it can learn besides, by an output layer of its own."""
+    return reward(*args, label_smoothing=0.1, center_coef=0.1, lm_coef=0.5, num_heads=2, **options)
 
 
 def tied_terms(folder: str, *args: Any, **options: Any) -> Made:

@@ -16,8 +16,6 @@ import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 from transformers import PreTrainedModel
 
 from rlhf_lightning.algorithms.pairs import (
@@ -28,8 +26,9 @@ from rlhf_lightning.algorithms.pairs import (
     pair_weights,
     response_mask,
 )
+from rlhf_lightning.algorithms.reward_metrics import CalibrationError, HeldOutScores
 from rlhf_lightning.algorithms.stage import Loss
-from rlhf_lightning.arguments import Range, check_arguments
+from rlhf_lightning.arguments import AT_LEAST_1, Range, check_arguments
 from rlhf_lightning.batches import PreferenceBatch, ScoringBatch, without_blanks
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
@@ -37,16 +36,16 @@ from rlhf_lightning.functional import (
     RewardLoss,
     RewardObjective,
     center_loss,
-    expected_calibration_error,
+    disagreement,
     pair_correct,
     pairwise_loss,
-    reliability,
     scores_at_end,
 )
 from rlhf_lightning.host import alike, places_of
 from rlhf_lightning.lightning_compat import load_validation_data
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.models.finetune import prepare_for_training
+from rlhf_lightning.models.heads import new_ensemble
 from rlhf_lightning.models.language_head import LanguageHead, load_language_head
 from rlhf_lightning.models.scalar_lm import (
     Calibration,
@@ -60,63 +59,6 @@ from rlhf_lightning.training.optim import parameter_groups
 from rlhf_lightning.training.sharded import widen_now
 
 _PROBE_TOKENS = 64
-
-
-class CalibrationError(Metric):
-    """Expected calibration error of pairs, over all batches and ranks.
-
-    Args:
-        num_bins: of confidences from 0.5 to 1.
-    """
-
-    totals: Tensor
-
-    def __init__(self, num_bins: int = 10) -> None:
-        super().__init__()
-        self.num_bins = num_bins
-        self.add_state("totals", torch.zeros(num_bins, 3), dist_reduce_fx="sum")
-
-    def update(self, margins: Tensor, weights: Tensor) -> None:
-        """Add pairs.
-
-        Args:
-            margins: raw chosen score less raw rejected score, `[B]`, float32.
-            weights: how much each pair counts, `[B]`, float32.
-        """
-        self.totals = self.totals + (reliability(margins, self.num_bins).sums * weights.view(-1, 1, 1)).sum(dim=0)
-
-    def compute(self) -> Tensor:
-        """The error so far, a scalar."""
-        return expected_calibration_error(self.totals)
-
-
-class HeldOutScores(Metric):
-    """Scores of all batches and ranks.
-
-    Blanks are kept until the end: ranks tell one another only what is of one length.
-    """
-
-    scores: list[Tensor]
-    counted: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("scores", "counted"):
-            self.add_state(name, [], dist_reduce_fx="cat")
-
-    def update(self, scores: Tensor, counted: Tensor) -> None:
-        """Add scores.
-
-        Args:
-            scores: `[B]`.
-            counted: False where they are of blanks, `[B]`, bool.
-        """
-        self.scores.append(scores)
-        self.counted.append(counted)
-
-    def compute(self) -> Tensor:
-        """Those that count, `[N]`."""
-        return dim_zero_cat(self.scores)[dim_zero_cat(self.counted)]
 
 
 class RewardModule(PairStage):
@@ -136,6 +78,9 @@ class RewardModule(PairStage):
             usual (Eisenstein et al. 2023).
         lm_coef: weight of the chosen responses' negative log-likelihood per token, by the output layer of the language
             model that training starts from (Zheng et al. 2023, with 1). The layer is not exported.
+        num_heads: heads on one backbone, each with the loss of its own scores; they start apart, and where they go on
+            to differ, none knows (Coste et al. 2024 take whole models). The score is their mean; PPO can be told to be
+            careful by them (`reward_combination`).
         **options: those of `PairStage` and `Stage`. An example is a pair.
     """
 
@@ -152,9 +97,11 @@ class RewardModule(PairStage):
         label_smoothing: float = 0.0,
         center_coef: float = 0.0,
         lm_coef: float = 0.0,
+        num_heads: int = 1,
         **options: Any,
     ) -> None:
-        check_arguments(RewardModule, locals(), {"label_smoothing": Range(at_least=0, below=0.5)})
+        ranges = {"label_smoothing": Range(at_least=0, below=0.5), "num_heads": AT_LEAST_1}
+        check_arguments(RewardModule, locals(), ranges)
         super().__init__(model_name_or_path, **options)
         if label_smoothing and objective != "logistic":
             raise UserError(f"label_smoothing is for logistic, and objective is {objective}: set it to 0")
@@ -163,8 +110,9 @@ class RewardModule(PairStage):
         self.label_smoothing = label_smoothing
         self.center_coef = center_coef
         self.lm_coef = lm_coef
-        on_the_side = {"center_loss": center_coef, "nll": lm_coef}
-        self.eval_means.update({**mean_metrics(*(name for name, coef in on_the_side.items() if coef))})
+        self.num_heads = num_heads
+        switches = {"center_loss": center_coef, "nll": lm_coef, "head_std": num_heads > 1}
+        self.eval_means.update({**mean_metrics(*(name for name, is_on in switches.items() if is_on))})
         self.language_head = None
         self._head_is_random = False
         self._calibrated_at: int | None = None
@@ -186,7 +134,22 @@ class RewardModule(PairStage):
         prepare_for_training(scalar.model, self.finetune, self.gradient_checkpointing)
         if head is not None:
             head.stand_beside(scalar.model, self.finetune)
+        self._settle_heads(scalar)
         self.scalar, self.language_head = scalar, head
+
+    def _settle_heads(self, scalar: ScalarLM) -> None:
+        """Let the model have as many heads as are asked for, those of its folder, or fresh ones around its own."""
+        if self.num_heads == 1:
+            scalar.ensemble = None
+        elif scalar.ensemble is None:
+            scalar.ensemble = new_ensemble(scalar.model.score, self.num_heads)
+        elif scalar.ensemble.num_heads != self.num_heads:
+            raise UserError(
+                f"num_heads is {self.num_heads}, and '{self.model_name_or_path}' has {scalar.ensemble.num_heads}: "
+                "go on with as many, or with 1, their mean"
+            )
+        else:
+            scalar.ensemble.requires_grad_(True)
 
     @property
     def export_model(self) -> PreTrainedModel:
@@ -195,10 +158,9 @@ class RewardModule(PairStage):
         return model
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The model, and an output layer beside it that is trained."""
-        if self.language_head is None:
-            return super().parameter_groups()
-        return parameter_groups(nn.ModuleList([self.export_model, self.language_head]))
+        """The model, its heads, and an output layer beside it that is trained."""
+        parts = [part for part in (self.scalar, self.language_head) if part is not None]
+        return parameter_groups(nn.ModuleList(parts))
 
     def on_fit_start(self) -> None:
         """Train the head, whether it is fresh or not."""
@@ -224,8 +186,40 @@ class RewardModule(PairStage):
         """
         batch = pairs.batch
         hidden = pairs.read(self.export_model)
-        chosen, rejected = self.pair_scores(pairs, hidden)
-        losses = pairwise_loss(
+        losses, (chosen, rejected), logged = self._judged(pairs, hidden)
+        ends = scores_at_end(chosen, batch.chosen_mask), scores_at_end(rejected, batch.rejected_mask)
+        chosen_score, rejected_score = (score.detach() for score in ends)
+        margin = chosen_score - rejected_score
+        logged |= {
+            "accuracy": pair_correct(margin),
+            "chosen_score": chosen_score,
+            "rejected_score": rejected_score,
+            "margin": margin,
+        }
+        if self.center_coef:
+            logged["center_loss"] = center_loss(*ends)
+        if self.language_head is not None:
+            logged["nll"] = self._chosen_nll(self.language_head, pairs, hidden)
+        return losses, logged
+
+    def _judged(self, pairs: Pairs, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, Tensor]]:
+        """Losses `[B]`, per-token scores of both sides, each `[B, T]`, and how far several heads differ.
+
+        Each head has a loss of its own; the scores are their mean.
+        """
+        if self.num_heads == 1:
+            scores = self.pair_scores(pairs, hidden)
+            return self._pair_losses(pairs.batch, *scores), scores, {}
+        of_heads = pairs.spread(self.scalar.heads(hidden))  # [B, 2, T, K]
+        losses = [self._pair_losses(pairs.batch, *head.unbind(dim=1)) for head in of_heads.unbind(dim=3)]
+        chosen, rejected = of_heads.mean(dim=3).unbind(dim=1)
+        ends = [scores_at_end(head, pairs.batch.chosen_mask) for head in of_heads[:, 0].detach().unbind(dim=2)]
+        logged = {"head_std": disagreement(torch.stack(ends, dim=1))}
+        return torch.stack(losses).mean(dim=0), (chosen, rejected), logged
+
+    def _pair_losses(self, batch: PreferenceBatch, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """Loss of each pair by the scores of one head, `[B, T]` both: `[B]`."""
+        return pairwise_loss(
             chosen,
             rejected,
             batch.chosen_ids,
@@ -237,20 +231,6 @@ class RewardModule(PairStage):
             self.objective,
             self.label_smoothing,
         )
-        ends = scores_at_end(chosen, batch.chosen_mask), scores_at_end(rejected, batch.rejected_mask)
-        chosen_score, rejected_score = (score.detach() for score in ends)
-        margin = chosen_score - rejected_score
-        logged = {
-            "accuracy": pair_correct(margin),
-            "chosen_score": chosen_score,
-            "rejected_score": rejected_score,
-            "margin": margin,
-        }
-        if self.center_coef:
-            logged["center_loss"] = center_loss(*ends)
-        if self.language_head is not None:
-            logged["nll"] = self._chosen_nll(self.language_head, pairs, hidden)
-        return losses, logged
 
     def _chosen_nll(self, head: LanguageHead, pairs: Pairs, hidden: Tensor) -> Tensor:
         """Negative log-likelihood of each chosen response per token, in nats, `[B]`, from the scores' hidden states."""

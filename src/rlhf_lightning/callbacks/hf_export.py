@@ -23,6 +23,7 @@ from rlhf_lightning.callbacks.model_folder import write_around
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapter_folders import is_adapter
+from rlhf_lightning.models.heads import exported_heads, write_heads
 from rlhf_lightning.models.rendering import RENDERING, rendering_of
 from rlhf_lightning.models.saving import MAX_SHARD_SIZE, check_shard_size, whole_weights
 from rlhf_lightning.models.written_folders import AdapterFolder, ModelFolder
@@ -142,9 +143,12 @@ class HFExport(Callback):
         else:
             written = ModelFolder(model, dtype, self.max_shard_size)
         weights = whole_weights(model, written.groups)
+        heads = exported_heads(pl_module.scalar.ensemble) if isinstance(pl_module, RewardModule) else None
 
         def write(new: Path) -> None:
             written.write(new, weights, pl_module.tokenizer)
+            if heads is not None:
+                write_heads(new, heads, dtype)
             write_around(new, pl_module.tokenizer, *_around(trainer, pl_module))
 
         try:

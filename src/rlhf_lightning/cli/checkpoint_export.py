@@ -35,6 +35,7 @@ from rlhf_lightning.models import rendering
 from rlhf_lightning.models.adapter_folders import adapter_base, is_adapter
 from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.folders import looks_local
+from rlhf_lightning.models.heads import write_heads
 from rlhf_lightning.models.stored import stored_dtype
 from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.models.written_folders import AdapterFolder, ModelFolder
@@ -55,6 +56,9 @@ _PLACES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(_POLICY, (SFTModule, "policy.")),
 }
 """What loads the model that a stage exports, and what the names of its weights begin with in the stage."""
+
+HEADS = "scalar.ensemble.layer.weight"
+"""Name of what a reward model's several heads are, in its stage."""
 
 
 class Checkpoint(NamedTuple):
@@ -201,6 +205,8 @@ def export_checkpoint(
 
     def write(new: Path) -> None:
         written.write(new, weights, stage.tokenizer)
+        if HEADS in checkpoint.weights.tensors and not checkpoint.is_value:
+            write_heads(new, checkpoint.weights.read(HEADS), dtype)
         told = _told(checkpoint, stage, new)
         write_around(new, stage.tokenizer, told, checkpoint.lineage, _trained_on(checkpoint))
 

@@ -10,6 +10,7 @@ from rlhf_lightning.functional.advantages import (
 from rlhf_lightning.functional.agreement import cohen_kappa
 from rlhf_lightning.functional.best_of_n import best_of_n, best_of_n_kl
 from rlhf_lightning.functional.calibration import Reliability, expected_calibration_error, pair_correct, reliability
+from rlhf_lightning.functional.ensemble import ScoreCombination, combine_scores, disagreement
 from rlhf_lightning.functional.groups import Baseline, group_advantages, groups_without_signal
 from rlhf_lightning.functional.importance import truncated_importance
 from rlhf_lightning.functional.intervals import bootstrap_interval, mean_ratio
@@ -49,6 +50,7 @@ __all__ = [
     "Reliability",
     "RewardLoss",
     "RewardObjective",
+    "ScoreCombination",
     "best_of_credit",
     "best_of_n",
     "best_of_n_kl",
@@ -56,7 +58,9 @@ __all__ = [
     "bradley_terry",
     "center_loss",
     "cohen_kappa",
+    "combine_scores",
     "cross_entropy_sum",
+    "disagreement",
     "divergence_index",
     "dpo_loss",
     "entropy",

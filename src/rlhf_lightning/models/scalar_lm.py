@@ -20,7 +20,7 @@ from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.compat import has_unmerged_adapter
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import ResponseRows, hidden_states, response_hidden
-from rlhf_lightning.functional import scores_at_end
+from rlhf_lightning.functional import ScoreCombination, combine_scores, scores_at_end
 from rlhf_lightning.models.adapter_folders import (
     CALIBRATION_FILE,
     adapter_base,
@@ -33,6 +33,7 @@ from rlhf_lightning.models.causal_lm import disable_dropout, load_causal_lm, tra
 from rlhf_lightning.models.dtypes import keep_tables
 from rlhf_lightning.models.folders import architectures, check_model_folder, read_config, reason_of, say_trusted
 from rlhf_lightning.models.fused_lora import fuse_adapters
+from rlhf_lightning.models.heads import HeadEnsemble, linear_in_float32, load_ensemble
 from rlhf_lightning.models.peft_library import (
     PeftConfig,
     cast_adapter_dtype,
@@ -70,33 +71,6 @@ class Calibration:
     probe_score: float = 0.0
 
 
-def linear_in_float32(layer: Any, inputs: Tensor) -> Tensor:
-    """Call a small linear layer in float32, for outputs that are differences of large numbers.
-
-    A score of 5 in bfloat16 is one of 4.97, 5 and 5.03, so that a pair's two scores often tie.
-
-    Args:
-        layer: an `nn.Linear` of any precision.
-        inputs: `[..., D]`, of any precision; under autocast too.
-
-    Returns:
-        `[..., N]`, float32.
-    """
-
-    def forward(rows: Tensor) -> Tensor:
-        bias = None if layer.bias is None else layer.bias.float()
-        return nn.functional.linear(rows.float(), layer.weight.float(), bias)
-
-    # As the layer's own forward: under ZeRO-3 its weight is there only while it is called.
-    layer.forward = forward
-    try:
-        with torch.autocast(inputs.device.type, enabled=False):
-            outputs: Tensor = layer(inputs)
-            return outputs
-    finally:
-        del layer.forward
-
-
 class ScalarLM(nn.Module):
     """One calibrated scalar per token: `(raw - mean) / std`.
 
@@ -106,11 +80,19 @@ class ScalarLM(nn.Module):
 
     Args:
         model: a Hugging Face sequence classifier with one label and a head named `score`.
+        ensemble: several heads, the mean of which that one is.
+
+    Attributes:
+        combination: what `scores` makes of those of several heads.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    ensemble: HeadEnsemble | None
+
+    def __init__(self, model: PreTrainedModel, ensemble: HeadEnsemble | None = None) -> None:
         super().__init__()
         self.model: Any = model
+        self.ensemble = ensemble
+        self.combination: ScoreCombination = "mean"
 
     @property
     def calibration(self) -> Calibration:
@@ -134,6 +116,15 @@ class ScalarLM(nn.Module):
         """Raw scalar from hidden states: `[..., D]` to `[...]`, float32."""
         return linear_in_float32(self.model.score, hidden).squeeze(-1)
 
+    def heads(self, hidden: Tensor) -> Tensor:
+        """Raw scalars of all heads, `[..., D]` to `[..., K]`, float32; K is 1 without an ensemble."""
+        mean = self.head(hidden).unsqueeze(-1)
+        return mean if self.ensemble is None else mean + self.ensemble(hidden)
+
+    def combined(self, hidden: Tensor) -> Tensor:
+        """One raw scalar of all heads, as `combination` says: `[..., D]` to `[...]`, float32."""
+        return self.head(hidden) if self.combination == "mean" else combine_scores(self.heads(hidden), self.combination)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Calibrated scalar of every token, `[B, T]`, float32; arguments as for `raw`."""
         return self.calibrate(self.raw(input_ids, attention_mask))
@@ -144,7 +135,7 @@ class ScalarLM(nn.Module):
         return (raw - calibration.mean) / calibration.std
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor, rows: ResponseRows | None = None) -> Tensor:
-        """Calibrated score of each sequence, read at its last real token, `[B]`, float32.
+        """Calibrated score of each sequence, read at its last real token, of several heads combined, `[B]`, float32.
 
         Args:
             input_ids: as for `raw`.
@@ -152,8 +143,11 @@ class ScalarLM(nn.Module):
             rows: the same sequences, as they are to go through the model; None for each by itself.
         """
         if rows is not None:
-            return self.calibrate(self.head(rows.last_hidden(self.model)))
-        return scores_at_end(self(input_ids, attention_mask), attention_mask)
+            return self.calibrate(self.combined(rows.last_hidden(self.model)))
+        if self.combination == "mean":
+            return scores_at_end(self(input_ids, attention_mask), attention_mask)
+        hidden = hidden_states(self.model, input_ids, attention_mask)
+        return scores_at_end(self.calibrate(self.combined(hidden)), attention_mask)
 
     @torch.no_grad()
     def probe_error(self) -> float:
@@ -296,7 +290,7 @@ def _untrained(name: str) -> UserError:
 def load_reward_model(
     name_or_path: str | os.PathLike[str], dropout: bool = False, trust_remote_code: bool = False, nf4: bool = False
 ) -> ScalarLM:
-    """Load a trained reward model with its calibration; never one whose head is random.
+    """Load a trained reward model with its calibration and its heads; never one whose head is random.
 
     Args:
         name_or_path: folder or hub id of a sequence classifier with one label, or folder of a PEFT adapter with a head,
@@ -312,6 +306,7 @@ def load_reward_model(
     scalar, missing = _load(name, dropout, trust_remote_code, nf4)
     if any(key.startswith("score.") for key in missing):
         raise _untrained(name)
+    scalar.ensemble = load_ensemble(name, scalar.model.score)
     return scalar
 
 
@@ -367,7 +362,7 @@ def attach_reward_adapter(
     with torch.no_grad():
         untyped.score.weight.copy_(head)
     untyped.score.requires_grad_(trainable)
-    scalar = ScalarLM(model)
+    scalar = ScalarLM(model, load_ensemble(name, untyped.score))
     _restore_records(model.config, name)
     return scalar
 

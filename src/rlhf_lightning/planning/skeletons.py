@@ -102,7 +102,9 @@ class Skeletons:
                 place = next(i for i, other in enumerate(self._names.values()) if other == self._names[key])
                 stand_ins[key] = str(Path(folder, f"{place}-{'scalar' if is_scalar else 'lm'}"))
                 _write(config, stand_ins[key], is_scalar, depth)
-            stage = cls(**_with_names(arguments, stand_ins))
+            # Several heads weigh next to nothing, and a stand-in has none.
+            given = {name: value for name, value in arguments.items() if name != "reward_combination"}
+            stage = cls(**_with_names(given, stand_ins))
             stage.tokenizer = load_tokenizer(stand_ins["model_name_or_path"])
             before = torch.get_default_dtype()
             try:

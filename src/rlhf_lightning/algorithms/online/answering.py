@@ -26,6 +26,7 @@ from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, check_arguments
 from rlhf_lightning.batches import PromptBatch, without_blanks
 from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.functional import ScoreCombination
 from rlhf_lightning.generation.compiled_step import CompiledStep, compiling_pays
 from rlhf_lightning.generation.engine import (
     EngineFactory,
@@ -69,6 +70,9 @@ class AnsweringStage(Stage):
             needs bitsandbytes).
         reward_timeout: seconds that a reward function may take over one rollout; None for no limit. One that takes
             longer ends the run with one line; a checkpoint goes on from where it was written.
+        reward_combination: what a response is worth by a reward model with several heads (`num_heads`): the `mean` of
+            their scores, the lowest of them (`min`), or `mean_minus_std`, by which the policy gains nothing where they
+            differ (Coste et al. 2024).
         rollout_weights: where the strategy shards weights (ZeRO-3, FSDP2): `gathered` holds the policy's whole while
             answers are generated, `layered` gathers each layer for each token; `auto` for whole where the memory is.
         other_rewards: rewards beside `reward`, by name: models with tokens and templates of their own, and functions.
@@ -95,6 +99,7 @@ class AnsweringStage(Stage):
         compile_decoding: bool | Literal["auto"] = "auto",
         frozen_dtype: FrozenDtype = "auto",
         reward_timeout: float | None = None,
+        reward_combination: ScoreCombination = "mean",
         rollout_weights: RolloutWeights = "auto",
         other_rewards: dict[str, OtherReward] | None = None,
         reference: str | None = None,
@@ -114,6 +119,7 @@ class AnsweringStage(Stage):
         self.compile_decoding: bool | Literal["auto"] = compile_decoding
         self.frozen_dtype: FrozenDtype = frozen_dtype
         self.reward_timeout = reward_timeout
+        self.reward_combination: ScoreCombination = reward_combination
         self.rollout_weights: RolloutWeights = rollout_weights
         self.other_rewards = other_rewards
         self.part_moments = {name: RunningMoments() for name in other_rewards}
@@ -139,6 +145,7 @@ class AnsweringStage(Stage):
             reward_timeout=self.reward_timeout,
             reference=self.reference,
             others=self.other_rewards,
+            reward_combination=self.reward_combination,
         )
 
     @property

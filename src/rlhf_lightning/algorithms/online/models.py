@@ -24,10 +24,12 @@ from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import ResponseRows, response_hidden
 from rlhf_lightning.forward.output_layer import logprobs_from_hidden
+from rlhf_lightning.functional import ScoreCombination
 from rlhf_lightning.models.causal_lm import freeze, load_causal_lm
 from rlhf_lightning.models.finetune import choose_trained
 from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.folders import check_model_folder, same_model
+from rlhf_lightning.models.heads import has_heads, linear_in_float32
 from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.other_rewards import MAIN, OtherReward, OtherScorers
 from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction
@@ -43,7 +45,6 @@ from rlhf_lightning.models.scalar_lm import (
     ScalarLM,
     attach_reward_adapter,
     check_reward_model,
-    linear_in_float32,
     load_reward_model,
     new_scalar_lm,
     response_values,
@@ -108,6 +109,7 @@ class ModelSource:
         reward_timeout: seconds that one call of a reward function may take; None for no limit.
         reference: folder or hub id of the reference; None for the policy as it is at first.
         others: rewards beside the main one, by name.
+        reward_combination: what becomes of the scores of a reward model with several heads.
     """
 
     policy: str
@@ -120,6 +122,7 @@ class ModelSource:
     reward_timeout: float | None = None
     reference: str | None = None
     others: Mapping[str, OtherReward] = field(default_factory=dict)
+    reward_combination: ScoreCombination = "mean"
 
     def __post_init__(self) -> None:
         check_arguments(ModelSource, vars(self))
@@ -147,6 +150,13 @@ class ModelSource:
             check_reward_model(self.value)
         for reward in self.rewards.values():
             find_reward(reward, self._timeout(reward))
+        found = find_reward(self.reward, self._timeout(self.reward))
+        if self.reward_combination != "mean" and not (isinstance(found, str) and has_heads(found)):
+            what = f"'{found}' has one" if isinstance(found, str) else "reward is a function"
+            raise UserError(
+                f"reward_combination {self.reward_combination} is for a reward model with several heads, and {what}: "
+                "set it to mean, or train one with num_heads"
+            )
 
     @property
     def rewards(self) -> dict[str, str | RewardFunction]:
@@ -180,6 +190,10 @@ class ModelSource:
         reference = load_reference(policy, self.policy, self.reference, chat.tokenizer, trust, self._nf4)
         value, scorer = self._value_and_scorer(policy, chat)
         others = OtherScorers({name: self._scorer(other.reward, chat) for name, other in self.others.items()})
+        if isinstance(value, ScalarLM):
+            value.ensemble = None  # it goes on from their mean
+        if not isinstance(scorer, FunctionScorer):
+            scorer.model.combination = self.reward_combination
         frozen = [model for model in (reference, scorer, *others.models.values()) if isinstance(model, nn.Module)]
         for model in frozen:
             freeze(model)
@@ -229,7 +243,9 @@ class ModelSource:
             value = new_scalar_lm(self.policy, head="zero", trust_remote_code=trust)
         choose_trained(value.model, self.finetune)
         if not isinstance(scorer, FunctionScorer) and value is scorer.model:
+            ensemble, value.ensemble = value.ensemble, None
             scorer.model = copied_or_shared(value) or load_reward_model(str(self.reward), trust_remote_code=trust)
+            scorer.model.ensemble = ensemble
         add_adapter(value.model, self.finetune, "value")
         return value, scorer
 
