@@ -11,14 +11,17 @@ from rlhf_lightning.cli.stages import OneLineParser, user_error
 from rlhf_lightning.warning_filters import filter_warnings
 
 
-def run_function(function: Callable[..., Any], command: str, options: Sequence[str], usage: str) -> Any:
-    """Call a function with the options of its command; those it demands are words without a name.
+def run_function(
+    function: Callable[..., Any], command: str, options: Sequence[str], usage: str, positional: bool = True
+) -> Any:
+    """Call a function with the options of its command.
 
     Args:
         function: with annotations and Google-style docstring.
         command: after `rlhf`.
         options: the words after the command, recipes resolved.
         usage: of what follows the command.
+        positional: the arguments that it demands are words without a name.
 
     Raises:
         UserError: something the user can fix.
@@ -28,7 +31,7 @@ def run_function(function: Callable[..., Any], command: str, options: Sequence[s
         return auto_cli(
             function,
             args=list(options),
-            as_positional=True,
+            as_positional=positional,
             parser_class=OneLineParser,
             config_help="A YAML file of options; later ones win.",
             prog=f"rlhf {command}",

@@ -26,6 +26,7 @@ from rlhf_lightning.evaluation.statistics import result
 from rlhf_lightning.evaluation.task import Bench, Progress, Task, files_of, name_of
 from rlhf_lightning.functional import GaoForm, best_of_n, best_of_n_kl, fit_gao, kl_estimate
 from rlhf_lightning.generation.sampling import Sampling
+from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.rewarding import find_reward
 from rlhf_lightning.models.tokenizer import same_tokenizer
 
@@ -105,7 +106,7 @@ class BestOfN(Task):
             ]
 
         key = self._key(base, bench, self.samples)
-        said = self.each_row(base, key, rows, self._pieces(rows, bench), ask, bench, lines)
+        said = self.each_row(base, key, rows, pieces_of_several(rows, self.samples, bench), ask, bench, lines)
         table = {name: torch.tensor([line[name] for line in said]) for name in self._rewards(bench)}
         results, curves = [], []
         for name, values in table.items():
@@ -144,26 +145,65 @@ class BestOfN(Task):
 
     def _scores(self, rows: Sequence[TextRow], answers: list[list[Answer]], bench: Bench) -> dict[str, Tensor]:
         """What each reward says of the answers, `[B, N]`."""
-        flat = [(row, one) for row, said in zip(rows, answers, strict=True) for one in said]
-        prompts, texts = [row.written for row, _ in flat], [one.text for _, one in flat]
-        ended, numbers = [one.ended for _, one in flat], [row.row for row, _ in flat]
-        scores = {}
-        for name, reward in self._rewards(bench).items():
-            found = bench.judge(reward).scores(prompts, texts, ended, numbers, bench.max_tokens)
-            if not bool(torch.isfinite(found).all()):
-                row = flat[int((~torch.isfinite(found)).nonzero()[0])][0].row
-                raise UserError(f"{name_of(reward)} gives row {row} a score that is not finite; look at the reward")
-            scores[name] = found.reshape(len(rows), -1)
-        return scores
-
-    def _pieces(self, rows: Sequence[TextRow], bench: Bench) -> list[list[int]]:
-        """Places of rows that are answered together, each several times."""
-        size = max(1, bench.batch_size // self.samples)
-        return [piece[i : i + size] for piece in prompt_pieces(rows, bench) for i in range(0, len(piece), size)]
+        said = [
+            Scored(row.row, row.written, one.text, one.ended)
+            for row, each in zip(rows, answers, strict=True)
+            for one in each
+        ]
+        return {
+            name: scores_of(reward, said, bench).reshape(len(rows), -1) for name, reward in self._rewards(bench).items()
+        }
 
     def _key(self, model: str, bench: Bench, *more: Any) -> str:
         rewards = {name: files_of(reward) for name, reward in self._rewards(bench).items()}
         return key_of_settings(self.name, files_of(model), bench.sampling, bench.seed, bench.dtype, rewards, more)
+
+
+class Scored(NamedTuple):
+    """An answer that is to be scored.
+
+    Attributes:
+        row: number of its prompt.
+        prompt: what was answered.
+        response: what was said.
+        ended: whether it ended by itself.
+    """
+
+    row: int
+    prompt: WrittenPrompt
+    response: str
+    ended: bool
+
+
+def scores_of(reward: str | RewardFunction, answers: Sequence[Scored], bench: Bench) -> Tensor:
+    """What a reward says of answers, `[B]`, float32.
+
+    Args:
+        reward: one of the bench's judges.
+        answers: B of them.
+        bench: loads it, and says how much is read at once.
+
+    Raises:
+        UserError: a score that is not finite.
+    """
+    rows, prompts, responses, ended = ([*column] for column in zip(*answers, strict=True))
+    found = bench.judge(reward).scores(prompts, responses, ended, rows, bench.max_tokens)
+    if not bool(torch.isfinite(found).all()):
+        row = rows[int((~torch.isfinite(found)).nonzero()[0])]
+        raise UserError(f"{name_of(reward)} gives row {row} a score that is not finite; look at the reward")
+    return found
+
+
+def pieces_of_several(rows: Sequence[TextRow], samples: int, bench: Bench) -> list[list[int]]:
+    """Places of rows that are answered together, each several times.
+
+    Args:
+        rows: all of them.
+        samples: answers to each.
+        bench: says how many answers at once.
+    """
+    size = max(1, bench.batch_size // samples)
+    return [piece[i : i + size] for piece in prompt_pieces(rows, bench) for i in range(0, len(piece), size)]
 
 
 class Drawing(NamedTuple):

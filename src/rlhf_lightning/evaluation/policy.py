@@ -56,14 +56,15 @@ class Answer(NamedTuple):
 
 
 class Policy:
-    """A language model that is asked, and never trained.
+    """A language model that is asked.
 
     Args:
-        model: frozen here.
+        model: frozen here, unless it is in training.
         tokenizer: its own.
         name: as results name it.
         chat: writes dialogues as it reads them; None to find out from the model's config and tokenizer.
         batch_size: prompts answered at once.
+        in_training: leave the model as it is; it is asked between two steps.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class Policy:
         name: str = "",
         chat: ChatEncoder | None = None,
         batch_size: int = 32,
+        in_training: bool = False,
     ) -> None:
-        freeze(model)
+        if not in_training:
+            freeze(model)
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.chat = chat or policy_chat(model, tokenizer)
         self.spacing = Spacing.of(self.chat)
@@ -190,6 +193,7 @@ class Policy:
         *,
         with_logprobs: bool = False,
         on_token: Callable[[int], None] | None = None,
+        synced: bool = False,
     ) -> list[Answer]:
         """Answer prompts, those of similar length together.
 
@@ -199,6 +203,7 @@ class Policy:
             random: see `row_generators`, which lets a response depend on nothing but its own prompt and place.
             with_logprobs: also keep the log-probability of each token.
             on_token: told how many tokens are done, of `max_new_tokens` for each batch.
+            synced: every process runs the same number of forwards (ZeRO-3, FSDP2).
         """
         batch = self.read(prompts, sampling.max_new_tokens)
         generation = self.engine.generate(
@@ -208,6 +213,7 @@ class Policy:
             generator=random,
             on_token=on_token,
             with_logprobs=with_logprobs,
+            synced=synced,
         )
         return self._answers(prompts, batch, generation, decode_responses(self.tokenizer, generation))
 
@@ -266,6 +272,17 @@ class Policy:
             )
             for i in range(len(prompts))
         ]
+
+    def as_taught(self, written: WrittenPrompt, answer: Answer) -> str:
+        """An answer as a row writes it, so that training on the row teaches the tokens that were drawn.
+
+        A text that is no dialogue is continued to the letter, so the space between the two belongs to the answer.
+
+        Args:
+            written: what was answered.
+            answer: to it.
+        """
+        return answer.raw if written.continues and not self.spacing.always else answer.text
 
     def row_generators(self, seed: int, places: Iterable[Sequence[int | str]]) -> list[torch.Generator]:
         """A source of random numbers for each prompt, on the policy's device.

@@ -169,24 +169,34 @@ class Lines:
 
     Args:
         folder: made where it is missing.
+        name: of the file.
+        writer: the command that writes it, for messages.
 
     Attributes:
         contents: a hash of what each row says, by its number; rows of other data have the same numbers.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.path = Path(folder) / LINES
+    def __init__(self, folder: str | Path, name: str = LINES, writer: str = "rlhf evaluate") -> None:
+        self.path = Path(folder) / name
         self.contents: dict[int, str] = {}
         self._made: dict[tuple[str, str, int], dict[str, Any]] = {}
         before = self.path.read_bytes() if self.path.is_file() else b""
         self._before = {_place(line): line for line in _lines_of(before)}
         if before.count(b"\n") > 1 and not self._before:
-            raise _foreign(self.path)
+            raise _foreign(self.path, writer)
         self._gap = "" if before.endswith(b"\n") or not before else "\n"  # behind a line that was cut off
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.path.parent} cannot be made ({error.strerror}); name another folder") from error
+
+    def before(self, metric: str) -> list[dict[str, Any]]:
+        """Lines of a metric that the file held when it was opened, whatever their key.
+
+        Args:
+            metric: which.
+        """
+        return [line for place, line in self._before.items() if place[0] == metric]
 
     def made_before(self, metric: str, model: str, key: str) -> dict[int, dict[str, Any]]:
         """Lines that need not be made again, by their row.
@@ -236,8 +246,8 @@ def _check_ours(path: Path) -> None:
         raise _foreign(path)
 
 
-def _foreign(path: Path) -> UserError:
-    return UserError(f"{path} is not what `rlhf evaluate` writes; name another folder, or move it away")
+def _foreign(path: Path, writer: str = "rlhf evaluate") -> UserError:
+    return UserError(f"{path} is not what `{writer}` writes; name another folder, or move it away")
 
 
 def key_of_settings(*said: Any) -> str:

@@ -51,6 +51,8 @@ class Bench:
         trust_remote_code: allow folders to run Python code of their own.
         seed: of all that is drawn.
         report: told of the progress.
+        device: where they run; None for the first GPU if there is one, else the CPU.
+        timeout: seconds that one call of a reward function may take; None for no limit.
     """
 
     policies: Sequence[str] = ()
@@ -63,6 +65,8 @@ class Bench:
     trust_remote_code: bool = False
     seed: int = 42
     report: Report = no_report
+    device: str | None = None
+    timeout: float | None = None
     _loaded: dict[tuple[str, Any], Policy | Judge] = field(default_factory=dict)
 
     def policy(self, name: str) -> Policy:
@@ -74,8 +78,7 @@ class Bench:
         Raises:
             UserError: there is none.
         """
-        options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
-        return self._keep("policy", name, lambda: Policy.load(name, batch_size=self.batch_size, **options))
+        return self._keep("policy", name, lambda: Policy.load(name, batch_size=self.batch_size, **self._loading))
 
     def judge(self, reward: str | RewardFunction) -> Judge:
         """A reward model or function; the two that were asked for last are kept.
@@ -86,8 +89,11 @@ class Bench:
         Raises:
             UserError: there is none.
         """
-        options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
-        return self._keep("judge", reward, lambda: Judge.load(reward, **options))
+        return self._keep("judge", reward, lambda: Judge.load(reward, timeout=self.timeout, **self._loading))
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "device": self.device, "trust_remote_code": self.trust_remote_code}
 
     def _keep(self, kind: str, name: Any, load: Callable[[], Any]) -> Any:
         model = self._loaded.pop((kind, name), None)
@@ -177,31 +183,18 @@ class Task(ABC):
         bench: Bench,
         lines: Lines,
     ) -> list[dict[str, Any]]:
-        """The lines of all rows, in their order: those made before, and the others, asked for piece by piece.
-
-        A piece is made whole or not at all, so that one that is made after a stop is the piece it would have been.
+        """The lines of all rows under the task's name, see `each_row`.
 
         Args:
             model: whose lines they are.
             key: of their settings.
             rows: all of them.
-            pieces: places of the rows that are asked about together; each place stands in one.
-            ask: gives what is to be written of the rows of a piece, in its order.
+            pieces: places of the rows that are asked about together.
+            ask: gives what is to be written of the rows of a piece.
             bench: whose progress is told.
             lines: where they are kept.
         """
-        known = lines.made_before(self.name, model, key)
-        told = bench.report(f"{self.name} of {model}", len(rows))
-        done = 0
-        for piece in pieces:
-            if not all(rows[place].row in known for place in piece):
-                said = ask(piece, lambda part, before=done: told(before + part))  # type: ignore[misc]
-                about = {"metric": self.name, "model": model}
-                made = [{**about, "row": rows[i].row, "key": key, **one} for i, one in zip(piece, said, strict=True)]
-                known.update({line["row"]: line for line in lines.add(made)})
-            done += len(piece)
-            told(done)
-        return [known[row.row] for row in rows]
+        return each_row(self.name, model, key, rows, pieces, ask, bench, lines)
 
     def key(self, model: Any, *more: Any) -> str:
         """Hash of what decides the lines of one model: the task with its options, the model's files, and more.
@@ -212,6 +205,44 @@ class Task(ABC):
         """
         options: dict[str, Any] = asdict(self) if is_dataclass(self) else {}
         return key_of_settings(self.name, options, files_of(model), *[files_of(each) for each in more])
+
+
+def each_row(
+    name: str,
+    model: str,
+    key: str,
+    rows: Sequence[TextRow],
+    pieces: Iterable[list[int]],
+    ask: Ask,
+    bench: Bench,
+    lines: Lines,
+) -> list[dict[str, Any]]:
+    """The lines of all rows, in their order: those made before, and the others, asked for piece by piece.
+
+    A piece is made whole or not at all, so that one that is made after a stop is the piece it would have been.
+
+    Args:
+        name: what is made.
+        model: whose lines they are.
+        key: of their settings.
+        rows: all of them.
+        pieces: places of the rows that are asked about together; each place stands in one.
+        ask: gives what is to be written of the rows of a piece, in its order.
+        bench: whose progress is told.
+        lines: where they are kept.
+    """
+    known = lines.made_before(name, model, key)
+    told = bench.report(f"{name} of {model}", len(rows))
+    done = 0
+    for piece in pieces:
+        if not all(rows[place].row in known for place in piece):
+            said = ask(piece, lambda part, before=done: told(before + part))  # type: ignore[misc]
+            about = {"metric": name, "model": model}
+            made = [{**about, "row": rows[i].row, "key": key, **one} for i, one in zip(piece, said, strict=True)]
+            known.update({line["row"]: line for line in lines.add(made)})
+        done += len(piece)
+        told(done)
+    return [known[row.row] for row in rows]
 
 
 def name_of(model: Any) -> str:
