@@ -28,6 +28,7 @@ COMMANDS = {
     "plan": "plan",
     "generate": "generate",
     "score": "score",
+    "sample": "sample",
     "export": "export",
     "chat": "chat",
     "env": "env",
@@ -57,6 +58,7 @@ commands:
   generate     what a model answers to a prompt, or to all prompts of a file
   chat         talk to models in the browser or the terminal, and say which answers are better
   score        what a reward model says of the answers in a file
+  sample       the best of several answers to each prompt, by a reward: rows for the next fine-tuning
   export       the model in a checkpoint of a run as a Hugging Face folder
   env          versions and devices, to paste into a bug report
   completion   what makes Tab complete commands, recipes and options: `rlhf completion bash`
