@@ -1,10 +1,11 @@
-"""docs/rejection.md: its loop of sampling and fine-tuning runs as it stands there."""
+"""docs/rejection.md: its loop of sampling and fine-tuning runs as it stands there, and so does its recipe."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from helpers.signatures import parameters
 from helpers.stages import save_reward_model
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import load_causal_lm
+from rlhf_lightning.callbacks import KeepBestByReward
 from rlhf_lightning.cli.sample import sample
 
 PAGE = (Path(__file__).parents[1] / "docs" / "rejection.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 (LOOP,) = [text.splitlines() for kind, text in BLOCKS if kind == "bash"]
+(RECIPE,) = [text for kind, text in BLOCKS if kind == "yaml"]
 SMALL = {
     "sample": ["--k=4", "--max_new_tokens=8", "--unfinished=keep"],
     "fit": [
@@ -61,7 +64,19 @@ def test_each_round_asks_the_model_of_the_round_before(working):
         assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_recipe_keeps_the_best_model(working):
+    (working / "best.yaml").write_text(RECIPE)
+    shutil.rmtree(working / "runs" / "sft1")
+    line = re.findall(r"rlhf fit .*", RECIPE)[0].replace("...", LOOP[1].partition("sft.yaml")[2])
+    ended = run(*shlex.split(line)[1:], *SMALL["fit"], "--trainer.val_check_interval=1", cwd=working)
+    assert ended.returncode == 0, ended.stderr
+    assert "the reward liked best 'runs/sft1/best_by_reward': val/reward_score" in ended.stderr
+    for name in ("best_by_reward", "export"):
+        load_causal_lm(working / "runs" / "sft1" / name)
+
+
 def test_what_the_page_names_exists():
     named = set(re.findall(r"`--(\w+)[ `]", PAGE))
     assert len(named) > 7
     assert named <= {*parameters(sample), "tasks"}
+    assert {"reward", "num_prompts", "data", "sampling"} <= set(parameters(KeepBestByReward))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.callbacks import EMA as EMA
     from rlhf_lightning.callbacks import Evaluate as Evaluate
     from rlhf_lightning.callbacks import HFExport as HFExport
+    from rlhf_lightning.callbacks import KeepBestByReward as KeepBestByReward
     from rlhf_lightning.callbacks import MetricGuard as MetricGuard
     from rlhf_lightning.callbacks import OverOptimisation as OverOptimisation
     from rlhf_lightning.callbacks import PredictionWriter as PredictionWriter
@@ -54,6 +55,7 @@ _HOMES = {
         "EMA",
         "Evaluate",
         "HFExport",
+        "KeepBestByReward",
         "MetricGuard",
         "OverOptimisation",
         "PredictionWriter",

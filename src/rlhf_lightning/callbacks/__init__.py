@@ -1,5 +1,6 @@
 """Everything optional: exports, sample texts, a held-out judge, prediction files, progress, guards."""
 
+from rlhf_lightning.callbacks.best_by_reward import KeepBestByReward
 from rlhf_lightning.callbacks.ema import EMA
 from rlhf_lightning.callbacks.evaluate import Evaluate
 from rlhf_lightning.callbacks.guards import MetricGuard, SkipNonFinite
@@ -16,6 +17,7 @@ __all__ = [
     "EMA",
     "Evaluate",
     "HFExport",
+    "KeepBestByReward",
     "MetricGuard",
     "OverOptimisation",
     "PredictionWriter",

@@ -161,7 +161,7 @@ class Evaluate(Callback):
             measured = pl_module.measure_answers(prompts, generation, texts)
         report_progress(pl_module, "judging", 0, 1)
         written = prompts.written or [WrittenPrompt(prompt) for prompt in prompts.prompts]
-        spacing = Spacing.of(_chat(trainer, pl_module))
+        spacing = Spacing.of(chat_of(trainer, pl_module))
         said = [spacing.content(*answer) for answer in zip(written, texts, strict=True)]
         rows = prompts.row_ids.tolist()
         with forked_rng(pl_module.device, "judge"):  # a function may draw random numbers
@@ -202,7 +202,7 @@ class Evaluate(Callback):
             count = min(self.num_prompts, len(dataset))
             places = [i * len(dataset) // count for i in range(count)]  # from all over, where sources stand in order
         else:
-            chat, filler = _chat(trainer, pl_module), filler_id(pl_module.tokenizer)  # type: ignore[arg-type]
+            chat, filler = chat_of(trainer, pl_module), filler_id(pl_module.tokenizer)  # type: ignore[arg-type]
             encoded = [chat.encode_prompt(prompt) for prompt in self.prompts]
             dataset = [
                 EncodedPrompt(ids, text, row, WrittenPrompt(prompt))
@@ -232,7 +232,12 @@ def _held_out(trainer: pl.Trainer) -> tuple[Any, Any]:
     return loader.dataset, loader.collate_fn
 
 
-def _chat(trainer: pl.Trainer, pl_module: Any) -> ChatEncoder:
-    """What writes dialogues as the policy reads them."""
+def chat_of(trainer: pl.Trainer, pl_module: Any) -> ChatEncoder:
+    """What writes dialogues as the policy reads them.
+
+    Args:
+        trainer: whose data module may have it.
+        pl_module: has the tokenizer.
+    """
     chat = getattr(getattr(trainer, "datamodule", None), "chat", None)
     return chat if isinstance(chat, ChatEncoder) else ChatEncoder(pl_module.tokenizer)
