@@ -166,6 +166,19 @@ def test_a_checkpoint_without_the_layer_is_refused_by_a_run_that_trains_it(folde
         run(folders["untied"], tmp_path / "run.ckpt")
 
 
+def test_a_pad_token_that_the_embeddings_got_is_never_said(folders, monkeypatch):
+    monkeypatch.setattr("rlhf_lightning.algorithms.reward.own_pad_token", lambda tokenizer, rows: rows)
+    folder = folders["tied"]
+    (batch,) = batches(folder, 8, 8)
+    module, log = train(folder, [batch], lr=0.0, lm_coef=1.0)
+    layer = module.language_head.layer
+    assert len(layer.weight) == AutoModelForCausalLM.from_pretrained(folder).config.vocab_size + 1
+    said = [sum(said) / len(said) for _, _, said in by_hand(folder, module, batch)]
+    assert log.series("train/nll") == pytest.approx([-sum(said) / 8], abs=1e-5)
+    module.language_head(torch.randn(3, layer.in_features), torch.tensor([5, 6, 7])).sum().backward()
+    assert layer.weight.grad[-1].abs().max() == 0
+
+
 @pytest.mark.parametrize("family", ["gemma2", "phi", "opt-350m-like", "gpt-j", "gpt2"])
 def test_the_layer_does_what_the_model_does_to_its_logits(tmp_path, family):
     tokenizer = tiny_tokenizer()

@@ -29,7 +29,7 @@ CONSTANT: dict[str, Any] = {"lr_schedule": "constant", "warmup_steps": 0, "gradi
 
 
 def save_language_models(root: Path) -> dict[str, str]:
-    """Two whose output layer is one of its own, or the input embeddings, to which a pad token has to be added."""
+    """Two whose output layer is one of its own, or the input embeddings."""
     tokenizer = tiny_tokenizer(pad="eos")
     model: Any = AutoModelForCausalLM.from_pretrained(save_llama(root / "source", tokenizer))
     model.config.tie_word_embeddings = True
