@@ -175,7 +175,10 @@ def test_nested_settings_of_ppo_are_overridden_one_by_one(capsys):
     options += " --model.objective.gamma 0.9"
     model = printed_config(capsys, "--config", "ppo.yaml", *options.split())["model"]["init_args"]
     assert model["kl"] == {"coef": 0.1, "target": 6.0, "horizon": 10_000, "estimator": "k1"}
-    assert model["score"] == {"scaling": True, "clip": None, "missing_eos_penalty": 1.0}
+    assert {name: value for name, value in model["score"].items() if value is not None} == {
+        **{"scaling": True, "missing_eos_penalty": 1.0},
+        "overlong_penalty": 1.0,  # which counts beside overlong_buffer alone
+    }
     assert model["objective"]["value_clip_range"] is None
     assert model["objective"]["gamma"] == 0.9
     assert model["objective"]["gae_lambda"] == 0.95
@@ -186,4 +189,4 @@ def test_a_recipe_opens_by_saying_what_it_is_and_how_it_is_run(recipe):
     text = (RECIPES / recipe).read_text()
     header = text[: text.index("\n", text.index("# Hardware"))]
     assert all(line.startswith("#") for line in header.splitlines())
-    assert any(f"rlhf {command} --config" in header for command in ("fit", "prepare", "evaluate"))
+    assert any(f"rlhf {command} --config" in header for command in ("fit", "prepare", "evaluate", "pipeline"))

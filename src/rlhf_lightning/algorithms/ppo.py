@@ -70,10 +70,10 @@ class PPOModule(OnlineStage):
             halves what is trained.
         optimizer: the optimizer of policy and value model; its learning rate is the policy's.
         value_lr: learning rate of the value model; None for the policy's.
-        value_warmup_iterations: so many iterations first in which only the value model learns (Zheng et al. 2023,
-            PPO-max; Yuan et al. 2025, VAPO). They count in the schedules of the learning rates.
-        value_gradient_clip_val: norm that the gradient of the value model is clipped to by itself, `gradient_clip_val`
-            then being for the policy alone; None clips both together.
+        value_warmup_iterations: first iterations, in which only the value model learns. They count in the schedules of
+            the learning rates (Zheng et al. 2023, PPO-max; Yuan et al. 2025, VAPO).
+        value_gradient_clip_val: norm the value model's gradient is clipped to by itself. `gradient_clip_val` is then
+            for the policy alone; None clips both together.
         lr_schedule: course of the learning rates after the warm-up, in optimizer steps.
         warmup_steps: optimizer steps of linear warm-up; a number below 1 is a share of all steps.
         objective: clipping, discount and weights of the losses.

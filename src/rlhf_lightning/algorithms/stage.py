@@ -81,8 +81,8 @@ class Stage(LoggedModule):
         model_name_or_path: Hugging Face folder or hub id of the model to start from.
         optimizer: the optimizer; weight decay reaches matrices only.
         lr_schedule: course of the learning rate after the warm-up, in optimizer steps.
-        min_lr_factor: where `cosine` and `linear` end, as a share of the highest learning rate (0.1 in Ouyang et al.
-            2022 and Touvron et al. 2023).
+        min_lr_factor: where `cosine` and `linear` end, as a share of the highest rate. 0.1 in Ouyang et al. 2022 and
+            Touvron et al. 2023.
         warmup_steps: optimizer steps of linear warm-up; a number below 1 is a share of all steps.
         micro_batch_size: examples per forward and backward pass; None to count tokens. Splitting changes memory and
             time, not the gradient.

@@ -22,6 +22,7 @@ from rlhf_lightning.runs.secrets import without_secrets
 STAGE_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = {
     "quickstart": "quickstart",
+    "pipeline": "pipeline",
     "prepare": "prepare",
     "evaluate": "evaluate",
     "report": "report",
@@ -36,7 +37,7 @@ COMMANDS = {
 }
 """Commands beside the stages, and the module of `cli` whose `main` is given the words after them."""
 
-AT_ONCE = ("report", "env", "completion")
+AT_ONCE = ("pipeline", "report", "env", "completion")
 """Those that need no PyTorch."""
 
 OVERVIEW = """\
@@ -47,6 +48,7 @@ model, PPO, RLOO, GRPO, DPO.
 
 commands:
   quickstart   train a tiny model through all stages in a few minutes; needs no data and no network
+  pipeline     run stages one after the other by one YAML file; what is unchanged is left alone
   prepare      turn data into token ids once, for all stages, and report what was kept, cut and dropped
   fit          train one stage
   plan         what memory a stage takes on each GPU, and what to change if it does not fit; loads nothing

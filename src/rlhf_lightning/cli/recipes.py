@@ -20,6 +20,9 @@ _PACKAGE = Path(__file__).parents[1]
 RECIPES = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parents[1] / "configs") if folder.is_dir())
 """The recipes: inside the installed package, or at the top of a checkout."""
 
+_OTHERS = {"data.yaml", "evaluate.yaml", "pipeline.yaml"}
+"""Those of other commands than the stages'."""
+
 
 def recipe_names() -> list[str]:
     """Every recipe of the package, as it is named on the command line."""
@@ -28,7 +31,7 @@ def recipe_names() -> list[str]:
 
 def stage_recipes() -> list[str]:
     """Those of an algorithm."""
-    return [name for name in recipe_names() if "/" not in name and name not in ("data.yaml", "evaluate.yaml")]
+    return [name for name in recipe_names() if "/" not in name and name not in _OTHERS]
 
 
 def find_recipe(name: str) -> str:

@@ -70,13 +70,13 @@ class AnsweringStage(Stage):
             needs bitsandbytes).
         reward_timeout: seconds that a reward function may take over one rollout; None for no limit. One that takes
             longer ends the run with one line; a checkpoint goes on from where it was written.
-        reward_combination: what a response is worth by a reward model with several heads (`num_heads`): the `mean` of
-            their scores, the lowest of them (`min`), or `mean_minus_std`, by which the policy gains nothing where they
-            differ (Coste et al. 2024).
+        reward_combination: what becomes of the scores of a reward model's several heads. The `mean` of them, the lowest
+            (`min`), or `mean_minus_std`, by which the policy gains nothing where the heads (`num_heads`) differ (Coste
+            et al. 2024).
         rollout_weights: where the strategy shards weights (ZeRO-3, FSDP2): `gathered` holds the policy's whole while
             answers are generated, `layered` gathers each layer for each token; `auto` for whole where the memory is.
-        other_rewards: rewards beside `reward`, by name: models with tokens and templates of their own, and functions.
-            Each is added by its weight, put in the place of all where it says so, or only logged; see `OtherReward`.
+        other_rewards: rewards beside `reward`, by name. Models with tokens and templates of their own, and functions:
+            each is added by its weight, put in the place of all where it says so, or only logged; see `OtherReward`.
         reference: folder or hub id of the frozen model that the KL is taken to; None for `model_name_or_path`. Name the
             SFT model here to evaluate a policy that was trained from it.
         **options: those of `Stage`. An example is a response.

@@ -40,11 +40,10 @@ class ScoreShaping:
         scaling: shift and scale by the running mean and standard deviation of all scores so far.
         clip: then clip to plus or minus this; None for no clipping.
         missing_eos_penalty: then subtract this for a response that was cut at its limit.
-        missing_eos_score: or give such a response this in place of its score (-1 in Ziegler et al. 2019 and Huang et
-            al. 2024); None leaves it its score.
-        overlong_buffer: then a response loses more of `overlong_penalty` the further it reaches into its last so many
-            tokens before `max_new_tokens`, all of it at the limit (Yu et al. 2025, DAPO, equation 13); None for no such
-            penalty.
+        missing_eos_score: or give such a response this in place of its score. -1 in Ziegler et al. 2019 and Huang et
+            al. 2024; None leaves it its score.
+        overlong_buffer: then fine a response that reaches into so many tokens before the limit. The further, the more,
+            all of `overlong_penalty` at `max_new_tokens` (Yu et al. 2025, DAPO, equation 13); None for no such fine.
         overlong_penalty: see there.
     """
 
@@ -75,16 +74,17 @@ class Objective:
         gamma: discount per token.
         gae_lambda: weight between one-step (0) and Monte-Carlo (1) advantages.
         whiten_advantages: scale advantages to mean 0 and variance 1 over all tokens of the rollout, on all ranks.
-        whiten_rewards: scale the rewards of tokens, KL penalty included, to variance 1 over all tokens of the rollout,
-            on all ranks: `scale` leaves their mean (Ziegler et al. 2019), `shift` makes it 0; `no` leaves them alone.
-        clip_range_high: how far the ratio may move upwards, where that differs (0.28 in Yu et al. 2025, DAPO); None for
+        whiten_rewards: scale the rewards of tokens to variance 1. The KL penalty is among them, and it is over all
+            tokens of the rollout, on all ranks: `scale` leaves their mean (Ziegler et al. 2019), `shift` makes it 0;
+            `no` leaves them alone.
+        clip_range_high: how far the ratio may move upwards, where that differs. 0.28 in Yu et al. 2025, DAPO; None for
             `clip_range`.
-        dual_clip: what the ratio counts as at most where the advantage is negative (3 in Ye et al. 2020); None for no
-            such bound.
-        value_gae_lambda: `gae_lambda` of the returns that values are trained on (1 in Yuan et al. 2025, VAPO); None for
+        dual_clip: most that the ratio counts as where the advantage is negative. 3 in Ye et al. 2020; None for no
+            bound.
+        value_gae_lambda: `gae_lambda` of the returns that values are trained on. 1 in Yuan et al. 2025, VAPO; None for
             the same.
-        gae_length_alpha: in place of `gae_lambda` for the advantages, `1 - 1 / (alpha * length)` of each response (0.05
-            in VAPO); None for `gae_lambda`.
+        gae_length_alpha: gives each response a lambda by its length for the advantages. `1 - 1 / (alpha * length)` in
+            place of `gae_lambda`, 0.05 in VAPO; None for `gae_lambda`.
     """
 
     clip_range: float = 0.2

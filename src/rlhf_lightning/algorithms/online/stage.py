@@ -64,7 +64,7 @@ class OnlineStage(AnsweringStage):
             and where an iteration is one update. Then `entropy` is measured in the updates.
         kl: the penalty that holds the policy near the reference.
         score: what happens to scores before they become rewards.
-        max_approx_kl: end the updates of a rollout after one whose `approx_kl`, nats per token, exceeds this (called
+        max_approx_kl: end the updates of a rollout after one whose `approx_kl` is above this. In nats per token (called
             target KL by CleanRL and Stable-Baselines3); the schedules of the learning rates count the updates that were
             made. None for all of them.
         importance_cap: where the engine draws with kernels and weights of its own (vLLM), each token weighs

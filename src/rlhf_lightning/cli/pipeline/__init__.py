@@ -1,0 +1,111 @@
+"""`rlhf pipeline`: one stage after the other by one YAML file, each a command of `rlhf` of its own.
+
+A step that has ended is left alone for as long as its settings and what it began with are what they were; one that was
+stopped goes on. So the same command may be given at any time. What a step is replaced by goes beside it, not over it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf_lightning.cli.pipeline.record import Record, place_beside
+from rlhf_lightning.cli.pipeline.steps import Pipeline, Step, read_pipeline
+from rlhf_lightning.errors import UserError
+
+
+def main(args: Sequence[str]) -> None:
+    """Entry point of `rlhf pipeline`.
+
+    Args:
+        args: the words after `pipeline`, the file first.
+
+    Raises:
+        UserError: something the user can fix.
+    """
+    parser = argparse.ArgumentParser(
+        prog="rlhf pipeline",
+        description="Run the steps of a YAML file one after the other: fit, sample, prepare and evaluate. Steps that "
+        "have ended and whose settings and inputs are what they were are left alone; one that was stopped goes on.",
+    )
+    config = "the pipeline, such as pipeline.yaml; of several later ones win"
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help=config)
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a value of the file, such as data=pairs.jsonl; may be given several times",
+    )
+    parser.add_argument("--out", type=Path, help="folder of all steps, in place of that of the file")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be done, and why, and do nothing")
+    parsed = parser.parse_args(args)
+    pipeline = read_pipeline(parsed.config, parsed.set, parsed.out)
+    pipeline.check()
+    if parsed.dry_run:
+        _say(pipeline)
+        return
+    for number, step in enumerate(pipeline.steps, 1):
+        _run(pipeline, step, f"{number}/{len(pipeline.steps)} {step.name}")
+    _report(pipeline)
+
+
+def _say(pipeline: Pipeline) -> None:
+    known = True  # what a step that is yet to run will leave behind is not
+    for step in pipeline.steps:
+        record = Record(pipeline, step)
+        why = record.why_again() or (None if known else "what it begins with is made anew")
+        known = why is None
+        print(f"{step.name}: {'unchanged' if why is None else why}\n  {pipeline.shown(step)}")
+
+
+def _run(pipeline: Pipeline, step: Step, title: str) -> None:
+    record = Record(pipeline, step)
+    why = record.why_again()
+    if why is None:
+        print(f"{title}: unchanged, left alone", flush=True)
+        return
+    folder = pipeline.folder(step)
+    if not record.goes_on() and folder.exists() and any(folder.iterdir()):
+        beside = place_beside(folder)
+        folder.rename(beside)
+        print(f"{title}: what was there is in '{beside}'", flush=True)
+    print(f"{title}: {why}\n  {pipeline.shown(step)}", flush=True)
+    record.begin()
+    code = _call(pipeline.words(step))
+    if code:
+        then = "goes on from here" if code in (130, 143) else "tries it again, once it is mended"
+        print(f"{title}: ended with code {code}; the same command {then}", file=sys.stderr)
+        sys.exit(code)
+    made = pipeline.result(step)
+    if not made.exists():
+        raise UserError(f"step '{step.name}' has left no '{made}': its recipe needs the callback HFExport")
+    record.end()
+
+
+def _call(words: Sequence[str]) -> int:
+    """Run a command of `rlhf`, which has the terminal, and saves before it ends when it is told to stop."""
+    with subprocess.Popen([sys.executable, "-m", "rlhf_lightning", *words]) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            while True:
+                with contextlib.suppress(KeyboardInterrupt):  # of which the terminal has told the step, too
+                    code = process.wait()
+                    return code if code >= 0 else 128 - code
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _report(pipeline: Pipeline) -> None:
+    runs = [pipeline.folder(step) for step in pipeline.steps if step.run == "fit"]
+    page = pipeline.out / "report.html"
+    if runs and (code := _call(["report", *map(str, runs), "--out", str(page)])):
+        sys.exit(code)
+    for step in pipeline.steps:
+        print(f"{step.name:12} {os.path.relpath(pipeline.result(step))}")

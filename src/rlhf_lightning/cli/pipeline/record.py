@@ -1,0 +1,110 @@
+"""What is known of a step that was run: with what settings, on what, and whether it has ended."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_lightning.runs.whole_files import write_whole
+
+if TYPE_CHECKING:
+    from rlhf_lightning.cli.pipeline.steps import Pipeline, Step
+
+_BLOCK, _SAMPLE = 1 << 20, 1 << 12
+_WEIGHTS = {".safetensors", ".bin"}
+
+
+class Record:
+    """The record of a step, in a file beside its folder.
+
+    Args:
+        pipeline: all steps.
+        step: this one.
+    """
+
+    def __init__(self, pipeline: Pipeline, step: Step) -> None:
+        self._pipeline, self._step = pipeline, step
+        self._path = pipeline.out / f".{step.name}.step.json"
+        self._before = _read(self._path)
+
+    def why_again(self) -> str | None:
+        """Why the step is to be run; None if there is nothing to do."""
+        if not self._before:
+            return "to be run"
+        if not self._before.get("ended"):
+            return "goes on" if self.goes_on() else "begins anew, as its settings or inputs have changed"
+        result = self._pipeline.result(self._step)
+        if not result.exists():
+            return f"'{result}' is gone"
+        now, before = self._now(), self._before["of"]
+        changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        return f"{changed[0]} has changed" if changed else None
+
+    def goes_on(self) -> bool:
+        """Whether a step that was begun has the settings and inputs of now."""
+        return bool(self._before) and not self._before.get("ended") and self._before["of"] == self._now()
+
+    def begin(self) -> None:
+        """Note that the step runs."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._write(ended=False)
+
+    def end(self) -> None:
+        """Note that it has ended."""
+        self._write(ended=True)
+
+    def _write(self, ended: bool) -> None:
+        write_whole(self._path, json.dumps({"ended": ended, "of": self._now()}, indent=2) + "\n")
+
+    def _now(self) -> dict[str, str]:
+        """Its command, its config files, and what it reads from this disk, by name."""
+        words = [word for word in self._pipeline.words(self._step) if not word.startswith("--config=")]
+        found = {"its command": _hash(json.dumps(words))}
+        for config in self._step.configs:
+            found[f"config '{config}'"] = _hash(Path(config).read_text(encoding="utf-8"))
+        named = self._pipeline.named
+        for name in sorted(self._step.inputs):
+            path = Path(str(named[name])).expanduser()
+            if path.exists():
+                found[f"'{path}'"] = _hash_of(path)
+        return found
+
+
+def place_beside(folder: Path) -> Path:
+    """Where a folder goes whose place is needed: `NAME.1`, `NAME.2` and so on."""
+    number = 1
+    while folder.with_name(f"{folder.name}.{number}").exists():
+        number += 1
+    return folder.with_name(f"{folder.name}.{number}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        said: Any = json.loads(path.read_text(encoding="utf-8"))
+        return said if isinstance(said, dict) and isinstance(said.get("of"), dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _hash_of(path: Path) -> str:
+    """Of a file's content, or of all files in a folder, of large weights a part."""
+    digest = hashlib.sha256()
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    for file in files:
+        digest.update(file.relative_to(path).as_posix().encode() if file != path else b"")
+        with file.open("rb") as opened:
+            size = file.stat().st_size
+            if file.suffix in _WEIGHTS and size > _BLOCK:
+                for start in range(0, size, _BLOCK):  # training changes every tensor: some of each block tells
+                    opened.seek(start)
+                    digest.update(opened.read(_SAMPLE))
+                continue
+            while block := opened.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()[:32]

@@ -1,0 +1,310 @@
+"""`rlhf pipeline`: steps run in order, what is unchanged is left alone, what was stopped goes on, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from helpers.cli_runs import command, environment, save_model, save_pairs
+from rlhf_lightning.cli import pipeline
+from rlhf_lightning.cli.main import main
+from rlhf_lightning.errors import UserError
+
+SFT: dict[str, Any] = {
+    "config": "sft.yaml",
+    "options": {"model.model_name_or_path": "{model}", "data": {"data": "{data}"}},
+}
+REWARD: dict[str, Any] = {
+    "config": "reward.yaml",
+    "options": {"model.model_name_or_path": "{sft}", "data.data": "{data}"},
+}
+SAMPLE: dict[str, Any] = {
+    "run": "sample",
+    "options": {"policy": "{sft}", "reward": "{reward}", "data": "{data}", "k": 2},
+}
+VALUES = {"model": "model", "data": "pairs.jsonl"}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with what the first step begins with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    return tmp_path
+
+
+def write(name: str = "p.yaml", **said: Any) -> str:
+    Path(name).write_text(yaml.safe_dump(said, sort_keys=False))
+    return name
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Commands that steps gave, each of which leaves what such a command leaves."""
+    commands: list[list[str]] = []
+
+    def call(words: list[str]) -> int:
+        commands.append(list(words))
+        options = dict(word.removeprefix("--").split("=", 1) for word in words[1:] if "=" in word)
+        if words[0] == "fit":
+            export = Path(options["trainer.default_root_dir"]) / "export"
+            export.mkdir(parents=True, exist_ok=True)
+            model = options["model.model_name_or_path"]
+            read = [file.read_text() for file in sorted(Path(model).rglob("*")) if file.is_file()]
+            (export / "weights").write_text(json.dumps([words, read]))
+        elif words[0] == "sample":
+            Path(options["out"]).parent.mkdir(parents=True, exist_ok=True)
+            Path(options["out"]).write_text("{}\n")
+        return 0
+
+    monkeypatch.setattr(pipeline, "_call", call)
+    return commands
+
+
+def run(*words: str) -> None:
+    main(["pipeline", *words])
+
+
+def steps_of(commands: list[list[str]]) -> list[str]:
+    """What was run, the report left out."""
+    folders = (next(w for w in words if w.startswith(("--trainer.default_root_dir=", "--out="))) for words in commands
+               if words[0] != "report")  # fmt: skip
+    return [Path(folder.partition("=")[2]).name.replace("rows.jsonl", "rows") for folder in folders]
+
+
+def test_steps_are_given_values_and_what_earlier_ones_left(here: Path, called: list[list[str]]) -> None:
+    write(out="runs/all", values=VALUES, steps={"sft": SFT, "reward": REWARD, "best": SAMPLE})
+    run("--config", "p.yaml")
+    sft, reward, best, report = called
+    assert sft[0] == "fit"
+    assert sft[1].endswith("sft.yaml")
+    assert sft[2:] == [
+        "--model.model_name_or_path=model",
+        "--data.data=pairs.jsonl",
+        "--trainer.default_root_dir=runs/all/sft",
+        "--ckpt_path=auto",
+    ]
+    assert "--model.model_name_or_path=runs/all/sft/export" in reward
+    assert best == ["sample", "--policy=runs/all/sft/export", "--reward=runs/all/reward/export", "--data=pairs.jsonl",
+                    "--k=2", "--out=runs/all/best/rows.jsonl"]  # fmt: skip
+    assert report == ["report", "runs/all/sft", "runs/all/reward", "--out", "runs/all/report.html"]
+
+
+def test_what_is_unchanged_is_left_alone_and_what_follows_a_change_is_made_anew(
+    here: Path, called: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = {"sft": SFT, "reward": REWARD, "best": SAMPLE}
+    write(values=VALUES, steps=steps)
+    run("--config", "p.yaml")
+    called.clear()
+    capsys.readouterr()
+    run("--config", "p.yaml")
+    assert steps_of(called) == []
+    assert capsys.readouterr().out.count("unchanged, left alone") == 3
+
+    # An option of the second: the first stays, the third reads other scores.
+    changed = {**REWARD, "options": {**REWARD["options"], "model.loss": "average"}}
+    write(values=VALUES, steps={**steps, "reward": changed})
+    run("--config", "p.yaml")
+    assert steps_of(called) == ["reward", "rows"]
+    assert "its command has changed" in capsys.readouterr().out
+    assert (here / "runs/pipeline/reward.1/export/weights").is_file()  # nothing is lost
+    called.clear()
+
+    # The data of all of them.
+    Path("pairs.jsonl").write_text("{}\n{}\n")
+    run("--config", "p.yaml")
+    assert steps_of(called) == ["sft", "reward", "rows"]
+    assert "'pairs.jsonl' has changed" in capsys.readouterr().out
+    called.clear()
+
+    # A recipe, and an export that somebody has removed.
+    Path("own.yaml").write_text((pipeline.steps.Path(pipeline.steps.find_recipe("sft.yaml"))).read_text())
+    write(values=VALUES, steps={**steps, "sft": {**SFT, "config": "own.yaml"}, "reward": changed})
+    run("--config", "p.yaml")
+    called.clear()
+    Path("own.yaml").write_text(Path("own.yaml").read_text() + "\n# another word\n")
+    run("--config", "p.yaml")
+    assert steps_of(called)[0] == "sft"
+    called.clear()
+    (here / "runs/pipeline/best/rows.jsonl").unlink()
+    run("--config", "p.yaml")
+    assert steps_of(called) == ["rows"]
+
+
+def test_a_step_that_failed_ends_the_run_with_its_code_and_is_tried_again(
+    here: Path, called: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(values=VALUES, steps={"sft": SFT, "reward": REWARD})
+    working = pipeline._call
+    monkeypatch.setattr(pipeline, "_call", lambda words: 2 if "reward" in words[1] else working(words))
+    with pytest.raises(SystemExit) as end:
+        run("--config", "p.yaml")
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said == "2/2 reward: ended with code 2; the same command tries it again, once it is mended\n"
+    monkeypatch.setattr(pipeline, "_call", working)
+    called.clear()
+    run("--config", "p.yaml")
+    assert steps_of(called) == ["reward"]
+    assert not (here / "runs/pipeline/reward.1").exists()
+
+
+def test_a_step_that_was_stopped_goes_on_only_with_what_it_had_begun_with(
+    here: Path, called: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(values=VALUES, steps={"sft": SFT})
+    working = pipeline._call
+
+    def stopped(words: list[str]) -> int:
+        (here / "runs/pipeline/sft").mkdir(parents=True, exist_ok=True)
+        (here / "runs/pipeline/sft/last.ckpt").write_text("half")
+        return 143
+
+    for options, kept in ({}, "sft"), ({"model.loss_x": None}, "sft.1"):
+        monkeypatch.setattr(pipeline, "_call", stopped)
+        with pytest.raises(SystemExit):
+            run("--config", "p.yaml")
+        monkeypatch.setattr(pipeline, "_call", working)
+        if options:
+            write(values=VALUES, steps={"sft": {**SFT, "options": {**SFT["options"], "seed_everything": 7}}})
+        run("--config", "p.yaml")
+        assert (here / f"runs/pipeline/{kept}/last.ckpt").is_file()
+        (here / "runs/pipeline/.sft.step.json").unlink()
+        (here / f"runs/pipeline/{kept}/last.ckpt").unlink()
+        subprocess.run(["rm", "-r", "runs"], check=True)
+
+
+def test_later_files_and_words_win(here: Path, called: list[list[str]]) -> None:
+    write(out="a", values={"model": None, "data": "pairs.jsonl"}, steps={"sft": SFT})
+    write("more.yaml", out="b", steps={"reward": REWARD})
+    run("--config", "p.yaml", "--config", "more.yaml", "--set", "model=model", "--out", "c")
+    assert steps_of(called) == ["sft", "reward"]
+    assert "--trainer.default_root_dir=c/sft" in called[0]
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(
+    here: Path, called: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("--config", "pipeline.yaml", "--set", "model=model", "--set", "data=pairs.jsonl", "--dry_run")
+    said = capsys.readouterr().out
+    assert not called
+    assert not (here / "runs").exists()
+    names = [line.split(":")[0] for line in said.splitlines() if not line.startswith(" ")]
+    assert names == ["sft", "reward", "ppo", "evaluation"]
+    assert "rlhf evaluate" in said
+
+
+def one(values: Any = VALUES, **changes: Any) -> dict[str, Any]:
+    """A file whose only step is changed."""
+    return {"values": values, "steps": {"sft": {**SFT, **changes}}}
+
+
+WRONG: list[tuple[dict[str, Any], list[str], str]] = [
+    (one({**VALUES, "data": None}), [], "the value 'data' is not set: pass --set data=..."),
+    (one(), ["--set", "data"], "--set takes NAME=VALUE, such as data=pairs.jsonl, not 'data'"),
+    (
+        one({"model": "model", "dta": "x"}),
+        [],
+        "step 'sft': '{data}' is neither a value nor an earlier step; did you mean '{dta}'?",
+    ),
+    (
+        {"values": VALUES, "steps": {"reward": REWARD, "sft": SFT}},
+        [],
+        "step 'reward': '{sft}' is what a later step makes, or this one; put that step before it",
+    ),
+    (one(config="sfd.yaml"), [], "config 'sfd.yaml' is neither in the working folder"),
+    (one(runs="fit"), [], "step 'sft': 'runs' is unknown; use config, options, run"),
+    (one(run="fits"), [], "step 'sft': run 'fits' is unknown; use fit, prepare, sample, evaluate"),
+    (one(options={**SFT["options"], "model.los": 1}), [], "step 'sft': unknown key 'model.los'"),
+    (one(options=["model"]), [], "step 'sft': options must hold 'name: value' lines"),
+    ({"values": VALUES, "steps": {}}, [], "'p.yaml' has no steps"),
+    ({"values": VALUES, "steps": {"data": SFT}}, [], "'data' is the name of a value and of a step"),
+    ({"values": VALUES, "steps": {"a b": SFT}}, [], "step 'a b': use letters, digits and _"),
+    ({"step": {}}, [], "'p.yaml': 'step' is unknown; use out, steps, values"),
+    ({"steps": [SFT]}, [], "'p.yaml': steps must hold 'name: ...' lines"),
+]
+
+
+@pytest.mark.parametrize(("said", "words", "message"), WRONG)
+def test_what_is_wrong_is_said_before_anything_runs(
+    here: Path, called: list[list[str]], capsys: pytest.CaptureFixture[str], said: Any, words: list[str], message: str
+) -> None:
+    write(**said)
+    with pytest.raises(SystemExit) as end:
+        run("--config", "p.yaml", *words)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not called
+
+
+def test_no_file_is_named(here: Path) -> None:
+    with pytest.raises(UserError, match="--config names no file"):
+        pipeline.read_pipeline([], [], None)
+
+
+SHORT = {
+    "data.validation_split": 0.25,
+    "trainer": {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False},
+    "report": False,
+}
+
+
+@pytest.mark.launched
+def test_a_whole_pipeline_is_stopped_goes_on_and_is_then_left_alone(tmp_path: Path) -> None:
+    """SFT, reward model, the best of two answers, and SFT on those, by real commands."""
+    save_model(tmp_path / "model")
+    save_pairs(tmp_path / "pairs.jsonl", 24)
+    texts = {"data.max_length": 64, "data.batch_size": 4}
+    sft = {**SFT["options"], **texts, **SHORT, "model.sampling.max_new_tokens": 4}
+    again = {**sft, "model.model_name_or_path": "{sft}", "data": {"data": "{best}"}}
+    steps = {
+        "sft": {"config": "sft.yaml", "options": sft},
+        "reward": {"config": "reward.yaml", "options": {**REWARD["options"], **texts, **SHORT}},
+        "best": {
+            **SAMPLE,
+            "options": {**SAMPLE["options"], "max_new_tokens": 4, "unfinished": "keep", "device": "cpu"},
+        },
+        "second": {"config": "sft.yaml", "options": again},
+    }
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({"values": VALUES, "steps": steps}, sort_keys=False))
+    words = command("pipeline", "--config", "p.yaml")
+    options: dict[str, Any] = {"cwd": tmp_path, "text": True, "env": environment()}
+    reward = tmp_path / "runs/pipeline/reward"
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **options
+    ) as first:
+        deadline = time.monotonic() + 300
+        while not (reward / "config.yaml").exists() and first.poll() is None and time.monotonic() < deadline:
+            os.sched_yield()
+        os.killpg(first.pid, signal.SIGINT)  # as Ctrl-C does
+        said = first.communicate(timeout=300)[0]
+    assert first.returncode == 130, said
+    assert "the same command goes on from here" in said
+    assert (tmp_path / "runs/pipeline/sft/export/config.json").is_file()
+
+    second = subprocess.run(words, capture_output=True, timeout=600, check=False, **options)
+    assert second.returncode == 0, second.stderr
+    assert "1/4 sft: unchanged, left alone" in second.stdout
+    rows = (tmp_path / "runs/pipeline/best/rows.jsonl").read_text().splitlines()
+    assert len(rows) == 24
+    assert (tmp_path / "runs/pipeline/second/export/config.json").is_file()
+    assert (tmp_path / "runs/pipeline/report.html").is_file()
+    assert not list((tmp_path / "runs/pipeline").glob("*.1"))
+
+    third = subprocess.run(words, capture_output=True, timeout=600, check=False, **options)
+    assert third.returncode == 0, third.stderr
+    assert third.stdout.count("unchanged, left alone") == 4
