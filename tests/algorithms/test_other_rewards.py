@@ -22,7 +22,16 @@ from helpers.stages import (
     trainer,
     weights,
 )
-from rlhf_lightning import OtherReward, PPOModule, PromptDataModule, RLOOModule, Sampling, ScoreShaping, UserError
+from rlhf_lightning import (
+    Evaluate,
+    OtherReward,
+    PPOModule,
+    PromptDataModule,
+    RLOOModule,
+    Sampling,
+    ScoreShaping,
+    UserError,
+)
 from rlhf_lightning.algorithms.lineage import lineage_of
 from rlhf_lightning.models.other_rewards import total_scores
 from rlhf_lightning.models.rewarding import ModelScorer, TextScorer
@@ -247,3 +256,13 @@ def test_the_record_of_an_export_names_every_reward(folder, reward_folder):
     assert record["models"]["reward model"]["name"] == reward_folder
     assert record["reward_function"].endswith("share_of_letters")
     assert record["reward_function length"].endswith("test_other_rewards.length")
+
+
+def test_a_held_out_judge_is_compared_with_the_score_that_is_trained_on(folder):
+    """The weighted sum: here twice the share of letters."""
+    evaluate = Evaluate(share_of_letters)
+    module = make(folder, other_rewards={"again": OtherReward(share_of_letters)})
+    run(module, 1, callbacks=[evaluate])
+    for judged in evaluate.points:
+        assert judged.proxy_score == pytest.approx(2 * judged.score, rel=1e-5)
+        assert judged.score > 0

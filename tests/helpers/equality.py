@@ -55,6 +55,7 @@ BESIDE = [
     Case("reward terms", "fsdp2", False, False),
     Case("reward tied terms", "fsdp2", False, True),
     Case("reward tied terms", "zero3", True, False),
+    Case("ppo others", "zero3", False, True),
     Case("ppo switched", "ddp", False, True),
     Case("ppo switched", "fsdp2", True, False),
     Case("ppo trunk switched", "ddp", False, False),

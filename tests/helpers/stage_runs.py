@@ -133,8 +133,14 @@ def switched(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
     """The value model first by itself, clipped apart; whitened rewards; two epochs that may end early."""
     objective = Objective(whiten_rewards="scale", clip_range_high=0.3, dual_clip=2.0, value_gae_lambda=1.0)
     options |= {"objective": objective, "value_warmup_iterations": 1, "value_gradient_clip_val": 0.05}
+    options |= {"other_rewards": {"again": {"reward": reward, "weight": 0.5, "scaling": True}}}
     decaying = partial(torch.optim.SGD, lr=2.0, weight_decay=0.01)  # which would move a policy that rests
     return ppo(folder, reward, pieces, ppo_epochs=2, max_approx_kl=0.01, optimizer=decaying, **options)
+
+
+def others(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
+    """Two reward models."""
+    return ppo(folder, reward, pieces, other_rewards={"again": {"reward": reward, "scaling": True}}, **options)
 
 
 def on_policy(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
@@ -185,6 +191,7 @@ MORE = {
     "sft checkpointing": checkpointing,
     "reward terms": terms,
     "reward tied terms": tied_terms,
+    "ppo others": others,
     "ppo switched": switched,
     "ppo trunk switched": partial(switched, value_trunk="policy"),
 }
