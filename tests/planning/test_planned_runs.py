@@ -252,3 +252,12 @@ def test_a_plan_of_a_tiny_model_with_weights_is_that_of_its_config_alone(tmp_pat
         if file.name != "config.json":
             file.unlink()
     assert planned("sft", arguments("sft", *models)).parts == with_weights.parts
+
+
+def test_a_reward_model_that_learns_what_was_chosen_has_an_output_layer_and_logits(lm):
+    """Of the chosen sides: two pairs of 32 tokens, each of which but the first may be of a response."""
+    without, learning = (plan(request(lm, "reward", micro_batch_size=2, lm_coef=coef)) for coef in (0.0, 1.0))
+    assert [(role.name, role.trained) for role in learning.roles[1:]] == [("output layer", 512 * 64)]
+    assert lying(learning) == lying(without)  # of the reward model itself
+    assert without.parts[0].logits == 0
+    assert 1 <= learning.parts[0].logits / (2 * 31 * 512 * 4) <= 3
