@@ -142,6 +142,22 @@ def test_what_is_unchanged_is_left_alone_and_what_follows_a_change_is_made_anew(
     assert steps_of(called) == ["rows"]
 
 
+def test_files_that_options_name_themselves_are_looked_at_too(here: Path, called: list[list[str]]) -> None:
+    """And texts that are no paths are not."""
+    options = {
+        "model.model_name_or_path": "model",
+        "data.data": ["pairs.jsonl"],
+        "data.plain_format.user": "\n" + "a" * 999,
+    }
+    write(steps={"sft": {"config": "sft.yaml", "options": options}})
+    for expected in (["sft"], [], ["sft"]):
+        called.clear()
+        run("--config", "p.yaml")
+        assert steps_of(called) == expected
+        if not expected:
+            Path("pairs.jsonl").write_text("{}\n{}\n{}\n")
+
+
 def test_a_step_that_failed_ends_the_run_with_its_code_and_is_tried_again(
     here: Path, called: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

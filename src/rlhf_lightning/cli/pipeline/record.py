@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -64,11 +65,11 @@ class Record:
         found = {"its command": _hash(json.dumps(words))}
         for config in self._step.configs:
             found[f"config '{config}'"] = _hash(Path(config).read_text(encoding="utf-8"))
-        named = self._pipeline.named
-        for name in sorted(self._step.inputs):
-            path = Path(str(named[name])).expanduser()
-            if path.exists():
-                found[f"'{path}'"] = _hash_of(path)
+        for text in sorted(set(self._pipeline.inputs(self._step))):
+            path = Path(text).expanduser()
+            with contextlib.suppress(OSError, ValueError):  # a text that no path can be
+                if path.exists():
+                    found[f"'{path}'"] = _hash_of(path)
         return found
 
 

@@ -41,8 +41,8 @@ class Step:
 
     @property
     def inputs(self) -> set[str]:
-        """Names that its options and config files ask for."""
-        return {name for value in self.options.values() for name in _names_in(value)}
+        """Names that its options ask for."""
+        return {name for value in self.options.values() for text in _texts_in(value) for name in _NAMED.findall(text)}
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,15 @@ class Pipeline:
     def named(self) -> dict[str, Any]:
         """What each name stands for."""
         return {**self.values, **{step.name: str(self.result(step)) for step in self.steps}}
+
+    def inputs(self, step: Step) -> Iterator[str]:
+        """All texts among the options of a step, some of which are paths.
+
+        Args:
+            step: one of the pipeline's.
+        """
+        for value in step.options.values():
+            yield from _texts_in(_filled(value, self.named))
 
     def words(self, step: Step) -> list[str]:
         """The command of a step, after `rlhf`.
@@ -177,12 +186,12 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield name, value
 
 
-def _names_in(value: Any) -> Iterator[str]:
+def _texts_in(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        yield from _NAMED.findall(value)
+        yield value
     elif isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
-            yield from _names_in(each)
+            yield from _texts_in(each)
 
 
 def _filled(value: Any, named: Mapping[str, Any]) -> Any:
