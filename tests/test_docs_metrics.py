@@ -19,6 +19,7 @@ from helpers.stages import (
     trainer,
 )
 from rlhf_lightning import (
+    Blend,
     DPOModule,
     Evaluate,
     GRPOModule,
@@ -31,6 +32,7 @@ from rlhf_lightning import (
     RLOOModule,
     Sampling,
     SFTModule,
+    Table,
 )
 from rlhf_lightning.generation.engine import Generation, TransformersEngine
 
@@ -43,7 +45,8 @@ APART = {"train/mismatch_kl", "train/importance", "train/importance_capped"}
 OPTIONAL = {"train/updates"} | {
     f"{task}/score_{name}" for task in ("train", "val", "test") for name in ("main", "NAME")
 }
-"""What a limit of the updates and other rewards add; these take the place of what only a reward model has."""
+OPTIONAL |= {"train/score_from_NAME", "train/kl_from_NAME"}
+"""What a limit of the updates, several sources and other rewards add, these in the place of `RAW`."""
 SWITCHES = {"center_coef": (0.1, "center_loss"), "lm_coef": (0.1, "nll"), "num_heads": (2, "head_std")}
 """Of a reward model: what turns them on, and what is logged of each."""
 SPLITS = ("train", "val", "test")
@@ -153,11 +156,14 @@ def test_an_engine_that_draws_apart_logs_what_the_page_says(folder, reward_folde
 
 
 @pytest.mark.parametrize(("kind", "section"), [(PPOModule, "PPO"), (RLOOModule, "RLOO and GRPO")])
-def test_other_rewards_and_a_limit_of_the_updates_log_what_the_page_says(folder, reward_folder, kind, section):
+def test_other_rewards_sources_and_a_limit_of_the_updates_log_what_the_page_says(folder, reward_folder, kind, section):
     sizes = {"rollout_batch_size": 4, "minibatch_size": 8, "samples_per_prompt": 2, "ppo_epochs": 1}
+    data = prompts(folder, 4)
+    data.data = Blend([Table(prompt_rows(4), name="NAME"), Table([{"prompt": str(i)} for i in range(4)], name="other")])
     options = {"max_approx_kl": 1.0, "other_rewards": {"NAME": OtherReward(share_of_letters)}}
     module = kind(folder, reward_folder, **options, **sizes, sampling=Sampling(max_new_tokens=4))
-    assert logged(module, prompts(folder, 4)) == documented(section) - APART - RAW
+    found = {name.replace("from_other", "from_NAME") for name in logged(module, data)}
+    assert found == documented(section) - APART - RAW
 
 
 def test_a_held_out_judge_logs_what_the_page_says(folder, reward_folder):

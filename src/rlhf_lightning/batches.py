@@ -60,6 +60,18 @@ class PreferenceBatch(NamedTuple):
     prompt_lengths: Tensor | None = None
 
 
+class Sources(NamedTuple):
+    """Where the prompts of a batch come from.
+
+    Attributes:
+        names: of all sources of the data, the same in every batch.
+        numbers: of each prompt's source among them, `[B]`, int64.
+    """
+
+    names: list[str]
+    numbers: Tensor
+
+
 class PromptBatch(NamedTuple):
     """Prompts to answer, padded on the left.
 
@@ -70,6 +82,7 @@ class PromptBatch(NamedTuple):
         row_ids: number of each prompt's row in its source, `[B]`, int64.
         written: each prompt as its row wrote it, whole; what rewards are given. None where that is not known: they are
             then given `prompts`.
+        sources: where each prompt comes from, if the data are a blend; None for one source.
     """
 
     prompt_ids: Tensor
@@ -77,6 +90,7 @@ class PromptBatch(NamedTuple):
     prompts: list[str]
     row_ids: Tensor
     written: list[WrittenPrompt] | None = None
+    sources: Sources | None = None
 
 
 class ScoringBatch(NamedTuple):
@@ -265,4 +279,5 @@ def repeat_prompts(batch: PromptBatch, times: int) -> PromptBatch:
         prompts=[batch.prompts[i] for i in order],
         row_ids=_rows(batch.row_ids, there),
         written=None if batch.written is None else [batch.written[i] for i in order],
+        sources=None if batch.sources is None else batch.sources._replace(numbers=batch.sources.numbers[there]),
     )

@@ -162,6 +162,7 @@ class TextDataModule(ResumableDataModule, ABC):
         self._prepared: PreparedFolder | None = None
         self._parts: dict[str, TokenTable] | None = None
         self._weights: list[float] = []
+        self.source_names: list[str] = []  # of a blend; there after `setup`, but not of streams
         self._train: Sequence[Any] = ()
         self._predict: Sequence[Any] | None = None
 
@@ -316,6 +317,7 @@ class TextDataModule(ResumableDataModule, ABC):
         self.counts.update(said_of_rows(sources))
         self.counts.update({part: len(table) for part, table in self._parts.items() if part != "test" or len(table)})
         self._weights = sources["data"]["source_weights"]
+        self.source_names = list(sources["data"]["source_names"])
         say_prepared(type(self).__name__, folder.manifest, self.counts)
 
     def _folder(self) -> PreparedFolder:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_lightning.batches import InstructionBatch, PreferenceBatch, PromptBatch, ScoringBatch
+from rlhf_lightning.batches import InstructionBatch, PreferenceBatch, PromptBatch, ScoringBatch, Sources
 from rlhf_lightning.chat.written import WrittenPrompt
 
 LossOn = Literal["response", "turns", "all"]
@@ -57,12 +57,13 @@ class EncodedPair(NamedTuple):
 
 
 class EncodedPrompt(NamedTuple):
-    """A prompt's ids, its text without special tokens, and how its row wrote it, where that is known."""
+    """A prompt's ids, its text without special tokens, how its row wrote it, where that is known, and its source."""
 
     ids: Ids
     text: str
     row_id: int
     written: WrittenPrompt | None = None
+    source: int = 0
 
 
 class EncodedSequence(NamedTuple):
@@ -176,12 +177,19 @@ def collate_pairs(examples: Sequence[EncodedPair], filler: int) -> PreferenceBat
     )
 
 
-def collate_prompts(examples: Sequence[EncodedPrompt], filler: int) -> PromptBatch:
-    """Prompts, padded on the left."""
+def collate_prompts(
+    examples: Sequence[EncodedPrompt], filler: int, source_names: Sequence[str] | None = None
+) -> PromptBatch:
+    """Prompts, padded on the left, and where there are several sources, those that they come from."""
     ids, mask = pad([example.ids for example in examples], filler, "left")
     written = [example.written for example in examples if example.written is not None]
     all_written = written if len(written) == len(examples) else None
-    return PromptBatch(ids, mask, [example.text for example in examples], _row_ids(examples), all_written)
+    sources = None
+    if source_names is not None:
+        numbers = torch.tensor([example.source for example in examples], dtype=torch.int64)
+        sources = Sources(list(source_names), numbers)
+    texts = [example.text for example in examples]
+    return PromptBatch(ids, mask, texts, _row_ids(examples), all_written, sources)
 
 
 def collate_sequences(examples: Sequence[EncodedSequence], filler: int) -> ScoringBatch:

@@ -73,7 +73,15 @@ class PromptDataModule(TextDataModule):
             )
 
     def _collate(self) -> Callable[[list[EncodedPrompt]], PromptBatch]:
-        return partial(collate_decoded, chat=self.chat, filler=self._filler)
+        return partial(collate_decoded, **self._decoding)
+
+    @property
+    def _decoding(self) -> dict[str, Any]:
+        return {"chat": self.chat, "filler": self._filler}
+
+    def _collate_train(self) -> Callable[[list[EncodedPrompt]], PromptBatch]:
+        several = len(self.source_names) > 1
+        return partial(collate_decoded, **self._decoding, source_names=self.source_names if several else None)
 
     def _predict_need(self) -> Need:
         return "prompts"
@@ -88,7 +96,10 @@ class PromptDataModule(TextDataModule):
         return self._collate()
 
 
-def collate_decoded(prompts: list[EncodedPrompt], chat: ChatEncoder, filler: int) -> PromptBatch:
+def collate_decoded(
+    prompts: list[EncodedPrompt], chat: ChatEncoder, filler: int, source_names: Sequence[str] | None = None
+) -> PromptBatch:
     """Prompts as they come from a prepared folder, without their text, which is made of their ids."""
     texts = chat.decode([prompt.ids for prompt in prompts])
-    return collate_prompts([prompt._replace(text=text) for prompt, text in zip(prompts, texts, strict=True)], filler)
+    named = [prompt._replace(text=text) for prompt, text in zip(prompts, texts, strict=True)]
+    return collate_prompts(named, filler, source_names)

@@ -22,7 +22,13 @@ from rlhf_lightning.algorithms.online import checks
 from rlhf_lightning.algorithms.online.answering import AnsweringStage
 from rlhf_lightning.algorithms.online.controllers import KLController, RunningMoments
 from rlhf_lightning.algorithms.online.experience import Experience, Measurements
-from rlhf_lightning.algorithms.online.rollout import experience_metrics, raw_score, shape_scores, weigh_draws
+from rlhf_lightning.algorithms.online.rollout import (
+    experience_metrics,
+    metrics_by_source,
+    raw_score,
+    shape_scores,
+    weigh_draws,
+)
 from rlhf_lightning.algorithms.online.settings import KLPenalty, ScoreShaping
 from rlhf_lightning.algorithms.stage import Loss
 from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, check_arguments, check_batch_sizes, per_process
@@ -290,6 +296,8 @@ class OnlineStage(AnsweringStage):
         metrics |= {} if self.other_rewards else raw_score(self.scorer, metrics["score"])
         for name, part in measured.others.items():
             _, metrics[f"score_{name}"], _ = masked_moments(part, torch.ones_like(generation.ended), self.reduce)
+        if prompts.sources is not None:
+            metrics |= metrics_by_source(prompts.sources, measured.scores, measured.kl, self.reduce)
         if self.iteration == 0:
             self._check_first_rollout(measured, metrics)
             checks.warn_mismatch(mismatch, self.sampling)

@@ -48,7 +48,7 @@ class ExampleMaker:
             if self._came_before(asked):
                 known = DUPLICATE
             else:
-                examples["prompts"] = [EncodedPrompt(asked, "", row.row_id, written_prompt(row))]
+                examples["prompts"] = [EncodedPrompt(asked, "", row.row_id, written_prompt(row), row.source)]
         if not examples:
             self._reader.drop_kept(known or lost, item, ids)
             return examples

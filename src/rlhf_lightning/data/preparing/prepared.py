@@ -167,7 +167,8 @@ class TokenTable(Sequence[Any]):
             return EncodedExample(np.concatenate([prompt, response]), len(prompt), row_id, turns.copy())
         if self.need == "prompts":
             batch, i = self._place(row)
-            return EncodedPrompt(prompt.copy(), "", row_id, from_json(self._written[batch][i].as_py()))
+            written = from_json(self._written[batch][i].as_py())
+            return EncodedPrompt(prompt.copy(), "", row_id, written, int(self.sources[row]))
         chosen, rejected = (np.concatenate([prompt, response]) for response in others)
         assert self.margins is not None
         assert self.weights is not None
