@@ -45,7 +45,7 @@ APART = {"train/mismatch_kl", "train/importance", "train/importance_capped"}
 OPTIONAL = {"train/updates"} | {
     f"{task}/score_{name}" for task in ("train", "val", "test") for name in ("main", "NAME")
 }
-OPTIONAL |= {"train/score_from_NAME", "train/kl_from_NAME"}
+OPTIONAL |= {"train/score_from_NAME", "train/kl_from_NAME", "train/ptx_loss"}
 """What a limit of the updates, several sources and other rewards add, these in the place of `RAW`."""
 SWITCHES = {"center_coef": (0.1, "center_loss"), "lm_coef": (0.1, "nll"), "num_heads": (2, "head_std")}
 """Of a reward model: what turns them on, and what is logged of each."""
@@ -163,7 +163,14 @@ def test_other_rewards_sources_and_a_limit_of_the_updates_log_what_the_page_says
     options = {"max_approx_kl": 1.0, "other_rewards": {"NAME": OtherReward(share_of_letters)}}
     module = kind(folder, reward_folder, **options, **sizes, sampling=Sampling(max_new_tokens=4))
     found = {name.replace("from_other", "from_NAME") for name in logged(module, data)}
-    assert found == documented(section) - APART - RAW
+    assert found == documented(section) - APART - RAW - {"train/ptx_loss"}
+
+
+def test_ppo_beside_text_logs_what_the_page_says(folder):
+    sizes = {"rollout_batch_size": 4, "minibatch_size": 4, "ppo_epochs": 1, "sampling": Sampling(max_new_tokens=4)}
+    text = InstructionDataModule(folder, instruction_rows(8), validation_split=0.0, batch_size=4, max_length=48)
+    module = PPOModule(folder, share_of_letters, pretraining=text, **sizes)
+    assert logged(module, prompts(folder, 4)) == documented("PPO") - APART - RAW - OPTIONAL | {"train/ptx_loss"}
 
 
 def test_a_held_out_judge_logs_what_the_page_says(folder, reward_folder):

@@ -129,17 +129,24 @@ def trunk(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
     return ppo(folder, reward, pieces, value_trunk="policy", **options)
 
 
+def going_on(folder: str, count: int = BATCH) -> InstructionDataModule:
+    """Data for a policy to go on learning, of which an epoch is not whole batches."""
+    return InstructionDataModule(folder, instruction_rows(11), validation_split=0.0, batch_size=count, max_length=48)
+
+
 def switched(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
     """The value model first by itself, clipped apart; whitened rewards; two epochs that may end early."""
     objective = Objective(whiten_rewards="scale", clip_range_high=0.3, dual_clip=2.0, value_gae_lambda=1.0)
     options |= {"objective": objective, "value_warmup_iterations": 1, "value_gradient_clip_val": 0.05}
     options |= {"other_rewards": {"again": {"reward": reward, "weight": 0.5, "scaling": True}}}
+    options |= {"pretraining": going_on(folder), "pretraining_coef": 0.2}
     decaying = partial(torch.optim.SGD, lr=2.0, weight_decay=0.01)  # which would move a policy that rests
     return ppo(folder, reward, pieces, ppo_epochs=2, max_approx_kl=0.01, optimizer=decaying, **options)
 
 
 def others(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
-    """Two reward models."""
+    """Two reward models, and text to go on learning."""
+    options |= {"pretraining": going_on(folder), "pretraining_coef": 0.2}
     return ppo(folder, reward, pieces, other_rewards={"again": {"reward": reward, "scaling": True}}, **options)
 
 

@@ -4,7 +4,7 @@ One batch of the loader is one iteration: answer the prompts (rollout), turn sco
 token and those into advantages (GAE), then improve policy and value on minibatches of that experience
 (`OnlineStage.training_step`). Equations and their sources: docs/ppo.md.
 
-Left out, on purpose: an entropy bonus (Zheng et al. 2023 advise against it), a pretraining loss on the side.
+Left out, on purpose: an entropy bonus (Zheng et al. 2023 advise against it).
 
 Notation: B batch, R padded response length.
 """
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import OptimizerCallable
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
@@ -30,12 +31,14 @@ from rlhf_lightning.algorithms.online.models import (
     ValueTrunk,
     logprobs_and_values,
 )
+from rlhf_lightning.algorithms.online.pretraining import PretrainingData, pretraining_loss
 from rlhf_lightning.algorithms.online.rollout import explained_variance
 from rlhf_lightning.algorithms.online.settings import KLPenalty, Objective
 from rlhf_lightning.algorithms.online.stage import OnlineStage
 from rlhf_lightning.algorithms.stage import Loss
 from rlhf_lightning.arguments import check_arguments
-from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.batches import InstructionBatch, PromptBatch, micro_batches
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional import (
     gae,
     kl_estimate,
@@ -49,7 +52,7 @@ from rlhf_lightning.functional.masked import Reduce, identity
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.scalar_lm import ScalarLM, response_values
-from rlhf_lightning.training import check_parts_apart
+from rlhf_lightning.training import check_parts_apart, sum_over_ranks
 from rlhf_lightning.training.optim import PPO_ADAMW, Schedule, parameter_groups
 
 
@@ -75,13 +78,18 @@ class PPOModule(OnlineStage):
         value_gradient_clip_val: norm the value model's gradient is clipped to by itself. `gradient_clip_val` is then
             for the policy alone; None clips both together.
         lr_schedule: course of the learning rates after the warm-up, in optimizer steps.
-        warmup_steps: optimizer steps of linear warm-up; a number below 1 is a share of all steps.
+        warmup_steps: optimizer steps of linear warm-up. A number below 1 is a share of all steps.
         objective: clipping, discount and weights of the losses.
+        pretraining: data that the policy goes on learning meanwhile. A batch in each optimizer step, of an
+            `InstructionDataModule` of the policy's tokens, often with `loss_on: all`; in Ouyang et al. 2022 (PPO-ptx)
+            with 8 examples for each response of a minibatch. None for none.
+        pretraining_coef: weight of their mean negative log-likelihood per token. 27.8 in Ouyang et al. 2022.
         **options: those of `OnlineStage` and `Stage`; `finetune` is for policy and value model, and with `lora` all
             models on one base share it.
     """
 
     value: ScalarLM | TrunkValue
+    _pretraining_scale: Tensor
 
     def __init__(
         self,
@@ -97,10 +105,14 @@ class PPOModule(OnlineStage):
         lr_schedule: Schedule = "linear",
         warmup_steps: float = 0,
         objective: Objective = Objective(),
+        pretraining: pl.LightningDataModule | None = None,
+        pretraining_coef: float = 27.8,
         **options: Any,
     ) -> None:
         objective = from_config(Objective, objective)
         check_arguments(PPOModule, locals())
+        if isinstance(pretraining, str):  # what a checkpoint holds of it
+            raise UserError(f"pretraining was '{pretraining}': pass pretraining to load_from_checkpoint")
         super().__init__(
             model_name_or_path,
             reward,
@@ -116,6 +128,8 @@ class PPOModule(OnlineStage):
         self.value_gradient_clip_val = value_gradient_clip_val
         self.objective = objective
         self._explained_at_first: float | None = None
+        self.pretraining = None if pretraining is None else PretrainingData(pretraining)
+        self.pretraining_coef = pretraining_coef
         self.model_source.check()
 
     @property
@@ -156,6 +170,8 @@ class PPOModule(OnlineStage):
         for name in ("value_warmup_iterations", "value_gradient_clip_val"):
             if getattr(self, name):
                 check_parts_apart(self.trainer, name)
+        if self.pretraining is not None:
+            self.pretraining.begin(self)
 
     def experience_of(
         self, prompts: PromptBatch, generation: Generation, measured: Measurements, scores: Tensor
@@ -188,8 +204,28 @@ class PPOModule(OnlineStage):
                 f"from {self._explained_at_first:.2f} to {float(explained):.2f}"
             )
 
-    def losses(self, batch: Experience) -> Iterator[Loss]:
-        """Policy loss and weighted value loss."""
+    def pieces(self, minibatch: Experience) -> list[Any]:
+        """Those of the responses, after those of a batch to go on learning, if there is one."""
+        pieces = super().pieces(minibatch)
+        if self.pretraining is None or self.warms_up:
+            return pieces
+        batch: InstructionBatch = self.trainer.strategy.batch_to_device(self.pretraining.next())
+        self.check_batch(batch, InstructionBatch, "InstructionDataModule")
+        counts = torch.stack([minibatch.response_mask.sum(), batch.loss_mask.sum()])
+        responses, targets = sum_over_ranks(self, counts)
+        self._pretraining_scale = responses / targets.clamp(min=1)
+        size, budget = self.piece_size, self.token_budget
+        # First, for DDP waits in the last backward pass for a gradient of every weight, the value model's too.
+        return [*self.cut(lambda least: micro_batches(batch, size, budget, least)), *pieces]
+
+    def losses(self, batch: Any) -> Iterator[Loss]:
+        """Policy loss and weighted value loss; of a batch to go on learning, its loss."""
+        if isinstance(batch, InstructionBatch):
+            yield pretraining_loss(self.policy, batch, self._pretraining_scale, self.pretraining_coef)
+            return
+        yield from self._ppo_losses(batch)
+
+    def _ppo_losses(self, batch: Experience) -> Iterator[Loss]:
         return ppo_losses(
             self.policy,
             self.value,
@@ -207,13 +243,16 @@ class PPOModule(OnlineStage):
         return self.objective.value_coef * errors + (0 if self.warms_up else minibatch.advantages.abs())
 
     def run_state(self) -> dict[str, Any]:
-        """As for every algorithm, and what is to be told of the value model's warm-up."""
-        return {**super().run_state(), "explained_at_first": self._explained_at_first}
+        """As for every algorithm, what is to be told of the value model's warm-up, and the place in further data."""
+        state = {**super().run_state(), "explained_at_first": self._explained_at_first}
+        return state if self.pretraining is None else {**state, "pretraining": self.pretraining.state()}
 
     def load_run_state(self, state: dict[str, Any]) -> None:
         """Go on with what `run_state` has said."""
         super().load_run_state(state)
         self._explained_at_first = state.get("explained_at_first")
+        if self.pretraining is not None and "pretraining" in state:
+            self.pretraining.load(state["pretraining"])
 
 
 def build_experience(

@@ -68,7 +68,7 @@ class AnsweringStage(Stage):
             `auto` compiles it on CUDA in runs that are long enough for it.
         frozen_dtype: what frozen weights are held in; `auto` for that of the policy, `nf4` for four bits (LoRA only;
             needs bitsandbytes).
-        reward_timeout: seconds that a reward function may take over one rollout; None for no limit. One that takes
+        reward_timeout: seconds that a reward function may take over one rollout. None for no limit; one that takes
             longer ends the run with one line; a checkpoint goes on from where it was written.
         reward_combination: what becomes of the scores of a reward model's several heads. The `mean` of them, the lowest
             (`min`), or `mean_minus_std`, by which the policy gains nothing where the heads (`num_heads`) differ (Coste
