@@ -50,7 +50,7 @@ def test_a_step_is_taken_with_its_values(recipe: str, step: Step, capsys: Any, m
 
 
 @pytest.mark.launched
-@pytest.mark.parametrize("recipe", PAPERS)
+@pytest.mark.parametrize("recipe", ["papers/instructgpt.yaml", "papers/llama2.yaml"])  # they have all kinds of step
 def test_a_paper_s_recipe_runs(recipe: str, tmp_path: Path) -> None:
     """All its steps, on a model of a few thousand weights, each cut short."""
     save_model(tmp_path / "model")

@@ -19,6 +19,7 @@ RESULTS = {"fit": "export", "prepare": "", "sample": "rows.jsonl", "evaluate": "
 """The commands that a step may run, and what each leaves in its folder for those after it."""
 _OUT = {"fit": "trainer.default_root_dir", "prepare": "out", "sample": "out", "evaluate": "out"}
 _NAMED = re.compile(r"\{(\w+)\}")
+_GROUPS = {"model", "data", "trainer"}
 _KEYS = {"out", "values", "steps"}
 _STEP_KEYS = {"run", "config", "options"}
 
@@ -176,14 +177,13 @@ def _step(name: str, said: Any) -> Step:
     return Step(str(name), run, tuple(find_recipe(config) for config in configs), dict(_flat(options)))
 
 
-def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Options by their names with dots; what stands below a class stays with it."""
+def _flat(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Options by their names; those of the model, the data and the trainer may stand below these words."""
     for key, value in options.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value and "class_path" not in value:
-            yield from _flat(value, f"{name}.")
+        if key in _GROUPS and isinstance(value, dict):
+            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
         else:
-            yield name, value
+            yield str(key), value
 
 
 def _texts_in(value: Any) -> Iterator[str]:
