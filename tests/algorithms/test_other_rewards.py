@@ -66,6 +66,10 @@ def length(prompts, responses):
     return [float(len(response)) for response in responses]
 
 
+def letters(prompts, responses):
+    return share_of_letters(prompts, responses)
+
+
 def nothing(prompts, responses):
     return [0.0 for _ in responses]
 
@@ -260,9 +264,10 @@ def test_the_record_of_an_export_names_every_reward(folder, reward_folder):
 
 def test_a_held_out_judge_is_compared_with_the_score_that_is_trained_on(folder):
     """The weighted sum: here twice the share of letters."""
-    evaluate = Evaluate(share_of_letters)
-    module = make(folder, other_rewards={"again": OtherReward(share_of_letters)})
+    evaluate = Evaluate(share_of_letters, prompts=["bake bread", "small salt", "water"])
+    module = make(folder, letters, other_rewards={"again": OtherReward(letters)})
     run(module, 1, callbacks=[evaluate])
+    assert evaluate.points
     for judged in evaluate.points:
         assert judged.proxy_score == pytest.approx(2 * judged.score, rel=1e-5)
         assert judged.score > 0

@@ -65,6 +65,7 @@ def test_a_paper_s_recipe_runs(recipe: str, tmp_path: Path) -> None:
         "data.validation_split": 0.25,
         "trainer.max_steps": 2,
         "trainer.max_epochs": -1,
+        "trainer.val_check_interval": 1,
         "trainer.accelerator": "cpu",
         "trainer.enable_progress_bar": False,
         "report": False,
@@ -77,7 +78,8 @@ def test_a_paper_s_recipe_runs(recipe: str, tmp_path: Path) -> None:
             options |= {**run, **sizes[recipes]}
             if recipes == "ppo":
                 options["model.sampling"] = {**options.get("model.sampling", {}), "max_new_tokens": 4}
-                options["trainer.val_check_interval"] = 1
+                if text := options.get("model.pretraining"):
+                    options["model.pretraining"] = {**text, "init_args": {**text["init_args"], "max_length": 64}}
         else:
             options |= {"k": 2, "max_new_tokens": 4, "unfinished": "keep"}
         steps[step.name] = {"run": step.run, "config": list(step.configs), "options": options}

@@ -31,7 +31,7 @@ from rlhf_lightning.algorithms.online.models import (
     ValueTrunk,
     logprobs_and_values,
 )
-from rlhf_lightning.algorithms.online.pretraining import PretrainingData, pretraining_loss
+from rlhf_lightning.algorithms.online.pretraining import BesideText, PretrainingData, pretraining_loss
 from rlhf_lightning.algorithms.online.rollout import explained_variance
 from rlhf_lightning.algorithms.online.settings import KLPenalty, Objective
 from rlhf_lightning.algorithms.online.stage import OnlineStage
@@ -205,7 +205,7 @@ class PPOModule(OnlineStage):
             )
 
     def pieces(self, minibatch: Experience) -> list[Any]:
-        """Those of the responses, after those of a batch to go on learning, if there is one."""
+        """Those of the responses, with those of a batch to go on learning shared out among them, if there is one."""
         pieces = super().pieces(minibatch)
         if self.pretraining is None or self.warms_up:
             return pieces
@@ -215,15 +215,17 @@ class PPOModule(OnlineStage):
         responses, targets = sum_over_ranks(self, counts)
         self._pretraining_scale = responses / targets.clamp(min=1)
         size, budget = self.piece_size, self.token_budget
-        # First, for DDP waits in the last backward pass for a gradient of every weight, the value model's too.
-        return [*self.cut(lambda least: micro_batches(batch, size, budget, least)), *pieces]
+        texts = self.cut(lambda least: micro_batches(batch, size, budget, least))
+        return [BesideText(piece, texts[number :: len(pieces)]) for number, piece in enumerate(pieces)]
 
     def losses(self, batch: Any) -> Iterator[Loss]:
-        """Policy loss and weighted value loss; of a batch to go on learning, its loss."""
-        if isinstance(batch, InstructionBatch):
-            yield pretraining_loss(self.policy, batch, self._pretraining_scale, self.pretraining_coef)
+        """Policy loss and weighted value loss, and those of the text beside them."""
+        if not isinstance(batch, BesideText):
+            yield from self._ppo_losses(batch)
             return
-        yield from self._ppo_losses(batch)
+        for text in batch.texts:
+            yield pretraining_loss(self.policy, text, self._pretraining_scale, self.pretraining_coef)
+        yield from self._ppo_losses(batch.experience)
 
     def _ppo_losses(self, batch: Experience) -> Iterator[Loss]:
         return ppo_losses(

@@ -8,12 +8,13 @@ Notation: B batch, T padded length.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_lightning.algorithms.online.experience import Experience
 from rlhf_lightning.algorithms.stage import Loss
 from rlhf_lightning.batches import InstructionBatch
 from rlhf_lightning.errors import UserError
@@ -93,6 +94,21 @@ class PretrainingData:
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a place that `state` gave; before `begin`."""
         self.place, self._order = (state["place"][0], state["place"][1]), state["order"]
+
+
+class BesideText(NamedTuple):
+    """A micro-batch of responses and micro-batches of text that are learned beside it.
+
+    In one piece, for DeepSpeed, and DDP in the last one, count on every backward pass to reach every weight, the value
+    model's too, which text alone would not.
+
+    Attributes:
+        experience: responses.
+        texts: none, one or several.
+    """
+
+    experience: Experience
+    texts: list[InstructionBatch]
 
 
 def pretraining_loss(policy: PreTrainedModel, batch: InstructionBatch, scale: Tensor, coef: float) -> Loss:
