@@ -228,6 +228,8 @@ def one(values: Any = VALUES, **changes: Any) -> dict[str, Any]:
 
 WRONG: list[tuple[dict[str, Any], list[str], str]] = [
     (one({**VALUES, "data": None}), [], "the value 'data' is not set: pass --set data=..."),
+    (one(), ["--set", "dat=x"], "--set dat: the pipeline has no value of that name; did you mean data?"),
+    (one(), ["--set", "other=x"], "--set other: the pipeline has no value of that name; it has model, data"),
     (one(), ["--set", "data"], "--set takes NAME=VALUE, such as data=pairs.jsonl, not 'data'"),
     (
         one({"model": "model", "dta": "x"}),
@@ -240,14 +242,14 @@ WRONG: list[tuple[dict[str, Any], list[str], str]] = [
         "step 'reward': '{sft}' is what a later step makes, or this one; put that step before it",
     ),
     (one(config="sfd.yaml"), [], "config 'sfd.yaml' is neither in the working folder"),
-    (one(runs="fit"), [], "step 'sft': 'runs' is unknown; use config, options, run"),
+    (one(runs="fit"), [], "step 'sft': 'runs' is unknown; it may hold config, options, run"),
     (one(run="fits"), [], "step 'sft': run 'fits' is unknown; use fit, prepare, sample, evaluate"),
     (one(options={**SFT["options"], "model.los": 1}), [], "step 'sft': unknown key 'model.los'"),
     (one(options=["model"]), [], "step 'sft': options must hold 'name: value' lines"),
     ({"values": VALUES, "steps": {}}, [], "'p.yaml' has no steps"),
     ({"values": VALUES, "steps": {"data": SFT}}, [], "'data' is the name of a value and of a step"),
     ({"values": VALUES, "steps": {"a b": SFT}}, [], "step 'a b': use letters, digits and _"),
-    ({"step": {}}, [], "'p.yaml': 'step' is unknown; use out, steps, values"),
+    ({"step": {}}, [], "pipeline 'p.yaml': 'step' is unknown; it may hold out, steps, values"),
     ({"steps": [SFT]}, [], "'p.yaml': steps must hold 'name: ...' lines"),
 ]
 

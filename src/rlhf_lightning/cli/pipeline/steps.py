@@ -137,13 +137,19 @@ def read_pipeline(configs: Sequence[str], given: Sequence[str], out: Path | None
     merged: dict[str, Any] = {"values": {}, "steps": {}}
     for config in configs:
         said = read_config(find_recipe(config))
-        _refuse_unknown(said, _KEYS, f"'{config}'")
+        _refuse_unknown(said, _KEYS, f"pipeline '{config}'")
         for key in ("values", "steps"):
             if not isinstance(said.get(key) or {}, dict):
                 raise UserError(f"'{config}': {key} must hold 'name: ...' lines")
             merged[key] |= said.get(key) or {}
         merged["out"] = said.get("out", merged.get("out"))
-    values = merged["values"] | dict(map(_assignment, given))
+    assigned = dict(map(_assignment, given))
+    for name in assigned:
+        if name not in merged["values"]:
+            close = difflib.get_close_matches(name, merged["values"], 1)
+            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(merged['values']) or 'none'}"
+            raise UserError(f"--set {name}: the pipeline has no value of that name; {hint}")
+    values = merged["values"] | assigned
     if unset := [name for name, value in values.items() if value is None]:
         raise UserError(f"the value '{unset[0]}' is not set: pass --set {unset[0]}=...")
     steps = tuple(_step(name, said or {}) for name, said in merged["steps"].items())
@@ -215,4 +221,4 @@ def _unknown(name: str, before: set[str], steps: Sequence[str]) -> str:
 
 def _refuse_unknown(said: Mapping[str, Any], known: set[str], where: str) -> None:
     if unknown := [key for key in said if key not in known]:
-        raise UserError(f"{where}: '{unknown[0]}' is unknown; use {', '.join(sorted(known))}")
+        raise UserError(f"{where}: '{unknown[0]}' is unknown; it may hold {', '.join(sorted(known))}")
