@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test fuzz test-numbers test-numbers-anyway test-exports test-vllm test-slow equality torture lint types format bench bench-arguments clean
+.PHONY: demo test fuzz test-numbers test-numbers-anyway test-exports test-vllm test-slow equality ablations torture lint types format bench bench-arguments clean
 
 demo: $(READY)
 	$(BIN)/rlhf quickstart
@@ -51,6 +51,12 @@ torture: $(READY)
 test-slow: $(READY)
 	MATRIX=full $(PYTEST) -m "matrix or launched or long" \
 		$(addprefix tests/,algorithms callbacks cli data forward generation planning training)
+
+# Every switch alone on the quickstart's task, hours on two cores; it goes on where it was stopped, unless runs/ablations is
+# removed. SEEDS=1 for a first look.
+SEEDS ?= 1 2 3
+ablations: $(READY)
+	$(BIN)/python benchmarks/ablations.py --seeds $(SEEDS) --page docs/ablations.md
 
 equality: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m helpers.equality docs/distributed.md
