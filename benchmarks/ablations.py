@@ -94,8 +94,8 @@ def run(switch: Switch, seed: int, root: Path) -> Result:
     return result
 
 
-def report(results: dict[str, dict[int, Result]]) -> str:
-    """A row for each switch: its win rates and KL by seed, their means, processor time beside the default."""
+def report(results: dict[str, dict[int, Result]], times: bool = False) -> str:
+    """A row for each switch: its win rates and KL by seed, their means, and with `times` its processor time."""
     default = results.get("default", {})
     lines = []
     for switch in SWITCHES:
@@ -116,7 +116,7 @@ def report(results: dict[str, dict[int, Result]]) -> str:
                 f"{mean(gains):+.1f}" if gains and switch.name != "default" else "",
                 f"{mean(each['kl'] for each in found.values()):.1f}",
                 f"{mean(each['gold_mean'] for each in found.values()):.2f}",
-                f"{mean(costs):.2f}" if costs else "",
+                *([f"{mean(costs):.2f}" if costs else ""] if times else []),
             ]
         )
     head = [
@@ -127,7 +127,7 @@ def report(results: dict[str, dict[int, Result]]) -> str:
         "to the default",
         "KL, nats",
         "gold",
-        "time",
+        *(["time"] if times else []),
     ]
     return table(head, lines)
 
@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--threads", type=int, default=0, help="of a run (as many as there are cores)")
     parser.add_argument("--no-runs", action="store_true", help="print what is there")
+    parser.add_argument("--times", action="store_true", help="processor time beside the default's: of quiet machines")
     parser.add_argument("--page", type=Path, help="put the table between the marks of this page")
     parser.add_argument("--picture", type=Path, help="draw the switches here")
     options = parser.parse_args()
@@ -194,9 +195,10 @@ def main() -> None:
                     result = run(switch, seed, options.root)
                     print(f"seed {seed} {switch.name}: {result['win_rate']:.1%} at {result['kl']:.2f} nats", flush=True)
     results = known(options.root, options.seeds)
-    print(report(results))
+    text = report(results, options.times)
+    print(text)
     if options.page:
-        write(options.page, report(results))
+        write(options.page, text)
     if options.picture:
         picture(results, options.picture)
 
