@@ -173,6 +173,12 @@ def test_other_data_are_refused(folder, kind):
         run(module)
 
 
+def test_packed_rows_are_refused(folder):
+    """Whose examples some models would let see each other."""
+    with pytest.raises(UserError, match="pretraining takes no packed rows"):
+        run(make(folder, text(folder, packing=True)))
+
+
 def test_a_checkpoint_that_knows_its_text_by_name_only_asks_for_it(folder):
     with pytest.raises(UserError, match="pass pretraining to load_from_checkpoint"):
         make(folder, "rlhf_lightning.data.instruction.InstructionDataModule.<instance>")

@@ -148,11 +148,9 @@ class ModelSource:
             check_model_folder(name)
         if self.value is not None:
             check_reward_model(self.value)
-        for reward in self.rewards.values():
-            find_reward(reward, self._timeout(reward))
-        found = find_reward(self.reward, self._timeout(self.reward))
-        if self.reward_combination != "mean" and not (isinstance(found, str) and has_heads(found)):
-            what = f"'{found}' has one" if isinstance(found, str) else "reward is a function"
+        found = self.reward_models.get(MAIN)  # looks for all of them
+        if self.reward_combination != "mean" and not (found and has_heads(found)):
+            what = f"'{found}' has one" if found else "reward is a function"
             raise UserError(
                 f"reward_combination {self.reward_combination} is for a reward model with several heads, and {what}: "
                 "set it to mean, or train one with num_heads"

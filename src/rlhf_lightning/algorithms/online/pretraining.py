@@ -49,6 +49,10 @@ class PretrainingData:
         Raises:
             UserError: they are no such data, of other tokens, or others than those of the checkpoint.
         """
+        if getattr(self.data, "packing", False):  # which not every model keeps apart, as SFT would find out
+            raise UserError(
+                "pretraining takes no packed rows: set packing to false, micro-batches fill up by themselves"
+            )
         self.data.prepare_data()
         self.data.setup("fit")
         theirs = getattr(self.data, "tokenizer", None)
