@@ -205,7 +205,7 @@ def test_judgements_by_keyboard_are_there_after_a_reload(address, page, judgemen
     assert {kept.pair.first, kept.pair.second} == set(shown)
     assert (kept.pair.first if kept.choice == "first" else kept.pair.second) == shown[0]
     judge(opened, "Ann", "how do i repair a chain?", "4")
-    opened.reload()
+    page.reload()
     opened.get_by_role("tab", name="Judge").click()
     expect(said).to_contain_text("2 judgements in all, 2 by Ann")
     expect(said.locator("tbody tr").first).to_contain_text("both bad")

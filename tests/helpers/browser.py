@@ -45,6 +45,12 @@ class WatchedPage:
         else:
             route.continue_()
 
+    def reload(self) -> None:
+        """Load it again. Gradio cuts its own streams off as a page goes and catches nothing: no error of the page."""
+        before = len(self.errors)
+        self.page.reload()
+        self.errors[before:] = [error for error in self.errors[before:] if not error.startswith("AbortError: ")]
+
     def show(self, width: int, height: int = 900, colors: Literal["light", "dark"] = "light") -> None:
         """Give the window a size in CSS pixels, and the reader a taste."""
         self.page.set_viewport_size({"width": width, "height": height})

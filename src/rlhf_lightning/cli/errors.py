@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from rlhf_lightning.cli.recipes import recipe_names
+from rlhf_lightning.cli.recipes import recipe_list, recipe_names
 from rlhf_lightning.cli.spelling import nearest
 from rlhf_lightning.compat import parser_actions
 
@@ -171,7 +171,7 @@ def one_line(message: str, known_keys: Iterable[str] = ()) -> str:
         names = required[1].split(", ")
         return f"{' and '.join(names)} missing; pass {' and '.join(f'--{name}' for name in names)}"
     if "arguments are required: " in message:
-        return f"nothing says which model and data to use; pass --config with a recipe ({', '.join(recipe_names())})"
+        return f"nothing says which model and data to use; pass --config with a recipe ({recipe_list()})"
     if missing := re.search(r"""(?:Key|Option) ["']([\w.]+)["'] is required""", message):
         name = f"{path}.{missing[1]}" if path else missing[1]
         return f"{name} is missing; pass --{name}"

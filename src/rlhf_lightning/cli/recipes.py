@@ -34,6 +34,15 @@ def stage_recipes() -> list[str]:
     return [name for name in recipe_names() if "/" not in name and name not in _OTHERS]
 
 
+def recipe_list() -> str:
+    """Every recipe for a message of one line: those of a folder share its name."""
+    folders: dict[str, list[str]] = {}
+    for path in map(Path, recipe_names()):
+        folders.setdefault("" if path.parent == Path() else f"{path.parent.as_posix()}/", []).append(path.stem)
+    alone = [f"{stem}.yaml" for stem in folders.pop("", [])]
+    return ", ".join(alone + [f"{folder}{{{','.join(stems)}}}.yaml" for folder, stems in folders.items()])
+
+
 def find_recipe(name: str) -> str:
     """Path of a config file: as given from the working folder, else among the package's recipes.
 
@@ -51,7 +60,7 @@ def find_recipe(name: str) -> str:
     close = [n for n in names if Path(n).stem == Path(stem).name] or difflib.get_close_matches(f"{stem}.yaml", names, 1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     name = name if len(name) < 300 else name[:300] + " ..."
-    raise UserError(f"config '{name}' is neither in the working folder nor a recipe ({', '.join(names)}){hint}")
+    raise UserError(f"config '{name}' is neither in the working folder nor a recipe ({recipe_list()}){hint}")
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -119,7 +128,7 @@ def resolve_recipes(args: Sequence[str]) -> list[str]:
             continue
         value = value if equals else next(words, "")
         if not value:
-            raise UserError(f"{name} names no file; pass a recipe ({', '.join(recipe_names())})")
+            raise UserError(f"{name} names no file; pass a recipe ({recipe_list()})")
         path = find_recipe(value)
         read_config(path)
         configs.append(f"--config={path}")
