@@ -243,7 +243,7 @@ WRONG: list[tuple[dict[str, Any], list[str], str]] = [
     ),
     (one(config="sfd.yaml"), [], "config 'sfd.yaml' is neither in the working folder"),
     (one(runs="fit"), [], "step 'sft': 'runs' is unknown; it may hold config, options, run"),
-    (one(run="fits"), [], "step 'sft': run 'fits' is unknown; use fit, prepare, sample, evaluate"),
+    (one(run="fits"), [], "step 'sft': run 'fits' is unknown; use fit, toy, prepare, sample, evaluate"),
     (one(options={**SFT["options"], "model.los": 1}), [], "step 'sft': unknown key 'model.los'"),
     (one(options=["model"]), [], "step 'sft': options must hold 'name: value' lines"),
     ({"values": VALUES, "steps": {}}, [], "'p.yaml' has no steps"),

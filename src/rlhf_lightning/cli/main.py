@@ -22,6 +22,7 @@ from rlhf_lightning.runs.secrets import without_secrets
 STAGE_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = {
     "quickstart": "quickstart",
+    "toy": "toy",
     "pipeline": "pipeline",
     "prepare": "prepare",
     "evaluate": "evaluate",
@@ -48,6 +49,7 @@ model, PPO, RLOO, GRPO, DPO.
 
 commands:
   quickstart   train a tiny model through all stages in a few minutes; needs no data and no network
+  toy          write the quickstart's data and random model, to try anything on
   pipeline     run stages one after the other by one YAML file; what is unchanged is left alone
   prepare      turn data into token ids once, for all stages, and report what was kept, cut and dropped
   fit          train one stage

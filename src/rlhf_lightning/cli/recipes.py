@@ -20,7 +20,7 @@ _PACKAGE = Path(__file__).parents[1]
 RECIPES = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parents[1] / "configs") if folder.is_dir())
 """The recipes: inside the installed package, or at the top of a checkout."""
 
-_OTHERS = {"data.yaml", "evaluate.yaml", "pipeline.yaml"}
+_OTHERS = {"data.yaml", "evaluate.yaml", "pipeline.yaml", "quickstart.yaml"}
 """Those of other commands than the stages'."""
 
 

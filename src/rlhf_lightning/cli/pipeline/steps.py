@@ -15,9 +15,9 @@ from rlhf_lightning.cli.recipes import find_recipe, read_config, resolve_recipes
 from rlhf_lightning.cli.spelling import check_keys, check_words
 from rlhf_lightning.errors import UserError
 
-RESULTS = {"fit": "export", "prepare": "", "sample": "rows.jsonl", "evaluate": "evaluation.json"}
+RESULTS = {"fit": "export", "toy": "", "prepare": "", "sample": "rows.jsonl", "evaluate": "evaluation.json"}
 """The commands that a step may run, and what each leaves in its folder for those after it."""
-_OUT = {"fit": "trainer.default_root_dir", "prepare": "out", "sample": "out", "evaluate": "out"}
+_OUT = {"fit": "trainer.default_root_dir", "toy": "out", "prepare": "out", "sample": "out", "evaluate": "out"}
 _NAMED = re.compile(r"\{(\w+)\}")
 _GROUPS = {"model", "data", "trainer"}
 _KEYS = {"out", "values", "steps"}

@@ -1,27 +1,33 @@
-"""The stages on the embedded data, through the modules, data modules and Trainer that users get."""
+"""The stages on the embedded data, through the modules, data modules and Trainer that users get.
+
+Their settings are those of the pipeline `configs/quickstart.yaml` and of the recipes that its steps name: what is here
+is done by commands with `rlhf pipeline --config quickstart.yaml`.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
-from rlhf_lightning.algorithms import DPOModule, GRPOModule, PPOModule, RewardModule, RLOOModule, SFTModule
-from rlhf_lightning.algorithms.online.settings import KLPenalty, ScoreShaping
-from rlhf_lightning.algorithms.online.stage import OnlineStage
+from rlhf_lightning.algorithms import PPOModule, RewardModule
 from rlhf_lightning.callbacks import Evaluate, HFExport, SampleTexts, StageProgressBar
 from rlhf_lightning.callbacks.evaluate import Judged
+from rlhf_lightning.cli.errors import find_class
+from rlhf_lightning.cli.pipeline.steps import read_pipeline
 from rlhf_lightning.cli.quickstart.toy import ToyPaths, gold_score
-from rlhf_lightning.data import InstructionDataModule, PreferenceDataModule, PromptDataModule
+from rlhf_lightning.cli.recipes import read_config
+from rlhf_lightning.data import PreferenceDataModule, PromptDataModule
 from rlhf_lightning.generation.sampling import Sampling
 
 SAMPLING = Sampling(temperature=0.7, max_new_tokens=72)
 MAX_LENGTH = 160
+_PARTS = ("model", "data", "trainer")
 
 Algorithm = Literal["ppo", "rloo", "grpo", "dpo"]
 
@@ -70,18 +76,65 @@ class GoldCurve(Callback):
             logger.log_metrics({"judge/score": gold, "judge/kl": kl}, step=pl_module.iteration)
 
 
-def _trainer(folder: Path, callbacks: list[Callback], **options: Any) -> pl.Trainer:
+class Settings(NamedTuple):
+    """What a step of the pipeline sets, on top of its recipe.
+
+    Attributes:
+        classes: of module and data module, by `model` and `data`.
+        model: arguments of the module.
+        data: arguments of the data module.
+        trainer: arguments of the Trainer.
+    """
+
+    classes: dict[str, Any]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    trainer: dict[str, Any]
+
+
+def settings_of(name: str, seed: int, *others: str) -> Settings:
+    """Settings of a stage.
+
+    Args:
+        name: of the step.
+        seed: of all random numbers.
+        *others: recipes that are stacked on `quickstart.yaml`.
+    """
+    pipeline = read_pipeline(["quickstart.yaml", *others], [f"seed={seed}"], None)
+    (step,) = (step for step in pipeline.steps if step.name == name)
+    said = read_config(step.configs[0])
+    parts: dict[str, dict[str, Any]] = {part: said[part].get("init_args", said[part]) for part in _PARTS}
+    for key, value in step.options.items():
+        part, _, argument = key.partition(".")
+        if argument:
+            parts[part] = merged(parts[part], {argument: seed if value == "{seed}" else value})
+    for ours in ("default_root_dir", "callbacks"):
+        parts["trainer"].pop(ours)
+    return Settings({part: find_class(said[part]["class_path"]) for part in ("model", "data")}, **parts)
+
+
+def merged(settings: Any, changes: Any) -> Any:
+    """Settings with changes, group by group, as later options of the command line go over those of a recipe.
+
+    Example:
+        >>> merged({"lr": 1, "kl": {"coef": 0.1, "target": 6}}, {"kl": {"coef": 0.2}})
+        {'lr': 1, 'kl': {'coef': 0.2, 'target': 6}}
+    """
+    if not isinstance(settings, dict) or not isinstance(changes, dict):
+        return changes
+    both = {name: merged(settings.get(name), value) for name, value in changes.items()}
+    return {**settings, **both}
+
+
+def _trainer(folder: Path, callbacks: list[Callback], settings: dict[str, Any]) -> pl.Trainer:
     tensorboard = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
     return pl.Trainer(
         default_root_dir=folder,
-        accelerator="cpu",
         logger=[CSVLogger(folder, name="", version=""), tensorboard],
         callbacks=[StageProgressBar(leave=True), HFExport(), *callbacks],
         enable_checkpointing=False,
         enable_model_summary=False,
-        log_every_n_steps=1,
-        num_sanity_val_steps=0,
-        **options,
+        **settings,
     )
 
 
@@ -102,19 +155,9 @@ def train_sft(base: Path, data: ToyPaths, folder: Path, seed: int) -> StageResul
         folder: where the run lives.
         seed: of all random numbers.
     """
-    pl.seed_everything(seed, verbose=False)
-    module = SFTModule(
-        str(base),
-        optimizer=lambda params: torch.optim.AdamW(params, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-        warmup_steps=20,
-        micro_batch_size=16,
-        sampling=SAMPLING,
-    )
-    datamodule = InstructionDataModule(
-        str(base), data.sft, max_length=MAX_LENGTH, validation_split=0.02, batch_size=32, eval_batch_size=128, seed=seed
-    )
+    settings = settings_of("sft", seed)
     samples = SampleTexts(["\n\nHuman: How do I repair my old bicycle?\n\nAssistant:"])
-    return _fit(_trainer(folder, [samples], max_epochs=1, val_check_interval=0.25), module, datamodule)
+    return _run(settings, {"model_name_or_path": base}, {"data": data.sft}, folder, seed, [samples])
 
 
 def train_reward(sft: Path, data: ToyPaths, folder: Path, seed: int, **options: Any) -> StageResult:
@@ -127,16 +170,8 @@ def train_reward(sft: Path, data: ToyPaths, folder: Path, seed: int, **options: 
         seed: of all random numbers.
         **options: of `RewardModule`.
     """
-    pl.seed_everything(seed, verbose=False)
-    module = RewardModule(
-        str(sft),
-        optimizer=lambda params: torch.optim.AdamW(params, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-        warmup_steps=20,
-        micro_batch_size=16,
-        **options,
-    )
-    datamodule = _pairs(sft, data, seed)
-    return _fit(_trainer(folder, [], max_epochs=1, val_check_interval=0.5), module, datamodule)
+    settings = settings_of("reward", seed)
+    return _run(settings, {"model_name_or_path": sft, **options}, _pairs(data), folder, seed)
 
 
 def train_last(
@@ -156,16 +191,13 @@ def train_last(
     Returns:
         The run, and its validations scored by gold, none for DPO.
     """
-    pl.seed_everything(seed, verbose=False)
     curve = GoldCurve()
+    others = () if algorithm == "ppo" else (f"quickstart/{algorithm}.yaml",)
+    chosen = settings_of("policy", seed, *others)
     if algorithm == "dpo":
-        datamodule = _pairs(sft, data, seed)
-        fitted = _trainer(folder, [], max_epochs=1, val_check_interval=0.5)
-        return _fit(fitted, _dpo(sft, **settings), datamodule), curve
-    module = {"ppo": _ppo, "rloo": _rloo, "grpo": _grpo}[algorithm](str(sft), str(reward), **settings)
-    prompts = _prompts(sft, data, seed, module.rollout_batch_size)
-    options = {"limit_train_batches": 25, "max_epochs": 1, "val_check_interval": 5, "limit_val_batches": 1}
-    return _fit(_trainer(folder, [curve], **options), module, prompts), curve
+        return _run(chosen, {"model_name_or_path": sft, **settings}, _pairs(data), folder, seed), curve
+    models = {"model_name_or_path": sft, "reward": reward}
+    return _run(chosen, {**models, **settings}, _prompts(data), folder, seed, [curve]), curve
 
 
 def train_hard(
@@ -185,11 +217,18 @@ def train_hard(
     Returns:
         What the reward model and gold said, of one policy after the other.
     """
-    pl.seed_everything(seed, verbose=False)
-    module = _ppo(str(sft), str(reward), lr=4e-4, kl_coef=kl_coef, lr_schedule="constant")
+    settings = settings_of("policy", seed)
+    limits = {"limit_train_batches": iterations, "limit_val_batches": 0}
+    settings = settings._replace(trainer=merged(settings.trainer, limits))
+    changes = {
+        "model_name_or_path": sft,
+        "reward": reward,
+        "optimizer": {"init_args": {"lr": 4e-4}},
+        "kl": {"coef": kl_coef},
+        "lr_schedule": "constant",
+    }
     evaluate = Evaluate(gold, every_n_iterations=2, num_prompts=128)
-    options = {"limit_train_batches": iterations, "max_epochs": 1, "limit_val_batches": 0}
-    _fit(_trainer(folder, [evaluate], **options), module, _prompts(sft, data, seed, module.rollout_batch_size))
+    _run(settings, changes, _prompts(data), folder, seed, [evaluate])
     return evaluate.points
 
 
@@ -198,58 +237,35 @@ def gold(prompts: list[str], responses: list[str]) -> list[float]:
     return [gold_score(*answer) for answer in zip(prompts, responses, strict=True)]
 
 
-def _prompts(sft: Path, data: ToyPaths, seed: int, rollout_batch_size: int) -> PromptDataModule:
-    return PromptDataModule(
-        str(sft),
-        data.prompts,
-        validation_data=data.prompts_heldout,
-        max_prompt_length=MAX_LENGTH - SAMPLING.max_new_tokens,
-        rollout_batch_size=rollout_batch_size,
-        eval_batch_size=128,
-        seed=seed,
-    )
+def _run(
+    settings: Settings,
+    model: dict[str, Any],
+    data: dict[str, Any],
+    folder: Path,
+    seed: int,
+    callbacks: Sequence[Callback] = (),
+) -> StageResult:
+    """Train a stage with the settings of its step, changed by arguments of its module and of its data module."""
+    pl.seed_everything(seed, verbose=False)
+    arguments = merged(settings.model, {name: _plain(value) for name, value in model.items()})
+    module = settings.classes["model"](**arguments)
+    links = {"tokenizer": arguments["model_name_or_path"]}
+    if "rollout_batch_size" in arguments:
+        links["rollout_batch_size"] = arguments["rollout_batch_size"]
+    datamodule = settings.classes["data"](**merged(settings.data, {**links, **data}))
+    return _fit(_trainer(folder, [*callbacks], settings.trainer), module, datamodule)
 
 
-def _adamw(lr: float) -> Any:
-    return lambda params: torch.optim.AdamW(params, lr=lr, eps=1e-5, weight_decay=0.0, fused=True)
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
-_ONLINE: dict[str, Any] = {"sampling": SAMPLING, "micro_batch_size": 16, "ppo_epochs": 2, "minibatch_size": 32}
-_GROUP_SCORE = ScoreShaping(scaling=False, clip=None, missing_eos_penalty=1.0)
-_GROUPS: dict[str, Any] = {"rollout_batch_size": 16, "samples_per_prompt": 4, "score": _GROUP_SCORE}
+def _pairs(data: ToyPaths) -> dict[str, Any]:
+    return {"data": data.preferences, "validation_data": data.preferences_validation}
 
 
-def _ppo(sft: str, reward: str, lr: float = 2e-4, kl_coef: float = 0.1, **options: Any) -> OnlineStage:
-    settings: dict[str, Any] = {**_ONLINE, "rollout_batch_size": 64, "score": ScoreShaping(missing_eos_penalty=1.0)}
-    settings |= {"optimizer": _adamw(lr), "value_lr": 3e-4, "kl": KLPenalty(coef=kl_coef), **options}
-    return PPOModule(sft, reward, **settings)
-
-
-def _rloo(sft: str, reward: str, **options: Any) -> OnlineStage:
-    settings: dict[str, Any] = {**_ONLINE, **_GROUPS, "optimizer": _adamw(2e-4), "kl": KLPenalty(coef=0.1)}
-    return RLOOModule(sft, reward, **settings | options)
-
-
-def _grpo(sft: str, reward: str, **options: Any) -> OnlineStage:
-    settings: dict[str, Any] = {**_ONLINE, **_GROUPS, "optimizer": _adamw(2e-4)}
-    return GRPOModule(sft, reward, **settings | {"kl": KLPenalty(coef=0.1, estimator="k3")} | options)
-
-
-def _dpo(sft: Path, **options: Any) -> DPOModule:
-    settings: dict[str, Any] = {"beta": 0.3, "optimizer": _adamw(4e-4), "warmup_steps": 20, "micro_batch_size": 16}
-    return DPOModule(str(sft), **settings | options)
-
-
-def _pairs(model: Path, data: ToyPaths, seed: int) -> PreferenceDataModule:
-    return PreferenceDataModule(
-        str(model),
-        data.preferences,
-        validation_data=data.preferences_validation,
-        max_length=MAX_LENGTH,
-        batch_size=32,
-        eval_batch_size=64,
-        seed=seed,
-    )
+def _prompts(data: ToyPaths) -> dict[str, Any]:
+    return {"data": data.prompts, "validation_data": data.prompts_heldout}
 
 
 def answer(policy: Path, reward: Path, reference: Path, prompts: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,108 @@
+"""`quickstart.yaml`: the quickstart as commands, with the settings that it has when it runs them by itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from rlhf_lightning.cli.main import main
+from rlhf_lightning.cli.pipeline.steps import read_pipeline
+from rlhf_lightning.cli.quickstart.stages import SAMPLING, Settings, settings_of
+from rlhf_lightning.cli.quickstart.toy import toy_paths, write_toy_data
+from rlhf_lightning.cli.toy import write_toy
+from rlhf_lightning.errors import UserError
+
+OTHERS = ("rloo", "grpo", "dpo")
+STAGES = [("sft",), ("reward",), ("policy",), *(("policy", f"quickstart/{name}.yaml") for name in OTHERS)]
+
+
+@pytest.mark.parametrize("stage", STAGES, ids="-".join)
+def test_a_stage_has_the_settings_of_its_command(
+    stage: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, *others = stage
+    monkeypatch.chdir(tmp_path)
+    for before in ("sft", "reward"):  # modules look whether what they begin with is there
+        folder = tmp_path / "runs" / "quickstart_pipeline" / before / "export"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    settings = settings_of(name, 5, *others)
+    pipeline = read_pipeline(["quickstart.yaml", *others], ["seed=5"], None)
+    (step,) = (step for step in pipeline.steps if step.name == name)
+    monkeypatch.setattr("sys.argv", ["rlhf"])
+    with pytest.raises(SystemExit) as end:
+        main([*pipeline.words(step), "--print_config"])
+    assert end.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["seed_everything"] == 5
+    ours, theirs = hyperparameters(settings), printed["model"]["init_args"]
+    optimizer, command_s = settings.model["optimizer"], theirs.pop("optimizer")
+    assert optimizer["class_path"] == command_s["class_path"] == "torch.optim.AdamW"
+    given = optimizer["init_args"]
+    assert {key: command_s["init_args"][key] for key in given} == given
+    assert ours == theirs
+    for part in ("data", "trainer"):
+        said, mine = printed[part].get("init_args", printed[part]), getattr(settings, part)
+        paths = {key for key, value in mine.items() if isinstance(value, str) and "{" in value}
+        assert {key: said[key] for key in mine if key not in paths} == {
+            key: value for key, value in mine.items() if key not in paths
+        }
+
+
+def hyperparameters(settings: Settings) -> dict[str, Any]:
+    """Those of the module that is built, as a config writes them."""
+    named = {"{toy}/model": "toy/model", "{sft}": "sft/export", "{reward}": "reward/export"}
+    arguments = {
+        key: f"runs/quickstart_pipeline/{named[value]}" if isinstance(value, str) and value in named else value
+        for key, value in settings.model.items()
+    }
+    module = settings.classes["model"](**arguments)
+    given = {name: value for name, value in module.hparams.items() if name != "optimizer"}
+    groups = {name: asdict(getattr(module, name)) for name in ("kl", "score", "sampling") if hasattr(module, name)}
+    none = {name: None for name, value in given.items() if value == {}}
+    return given | none | {name: group for name, group in groups.items() if name in given}
+
+
+def test_what_answers_in_the_end_samples_as_training_does() -> None:
+    sampling = settings_of("policy", 1).model["sampling"]
+    assert {name: getattr(SAMPLING, name) for name in sampling} == sampling
+
+
+@pytest.mark.parametrize("algorithm", OTHERS)
+def test_another_algorithm_takes_the_place_of_ppo(algorithm: str) -> None:
+    pipeline = read_pipeline(["quickstart.yaml", f"quickstart/{algorithm}.yaml"], [], None)
+    pipeline.check()
+    assert [step.name for step in pipeline.steps] == ["toy", "sft", "reward", "policy", "evaluation"]
+    assert Path(pipeline.steps[3].configs[0]).name == f"{algorithm}.yaml"
+
+
+def test_toy_data_are_those_of_the_quickstart_and_the_model_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"num_sft": 60, "num_pairs": 10, "num_prompts": 10, "num_heldout": 5}
+    monkeypatch.setattr(
+        "rlhf_lightning.cli.toy.write_toy_data", lambda folder, seed: write_toy_data(folder, seed, **sizes)
+    )
+    main(["toy", "--out", str(tmp_path / "made"), "--seed", "3"])
+    written = write_toy_data(tmp_path / "data", 3, **sizes)
+    for made, expected in zip(toy_paths(tmp_path / "made"), written, strict=True):
+        assert made.read_bytes() == expected.read_bytes()
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == str(tmp_path / "made" / "model")
+    assert AutoModelForCausalLM.from_pretrained(said[-1]).num_parameters() > 500_000
+    before = json.loads(Path(said[0]).read_text().splitlines()[0])
+    main(["toy", "--out", str(tmp_path / "made"), "--seed", "4"])  # its own files are replaced
+    assert json.loads(Path(said[0]).read_text().splitlines()[0]) != before
+
+
+def test_toy_data_replace_nothing_of_others(tmp_path: Path) -> None:
+    (tmp_path / "diary.txt").touch()
+    with pytest.raises(UserError, match="holds no toy data; choose another --out"):
+        write_toy(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["diary.txt"]
