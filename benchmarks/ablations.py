@@ -133,24 +133,32 @@ def report(results: dict[str, dict[int, Result]], times: bool = False) -> str:
 
 
 def picture(results: dict[str, dict[int, Result]], path: Path) -> None:
-    """Win rate over KL, a point for each switch, a line through its seeds' spread."""
+    """Win rates of all switches, a row for each, the best on top: a dot for each seed, a bar at their mean."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    def mean_win(name: str) -> float:
+        return mean(100 * each["win_rate"] for each in results[name].values())
+
+    names = sorted((each.name for each in SWITCHES if each.name in results), key=mean_win)
+    figure = Figure(figsize=(8, 1.2 + 0.24 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for switch in SWITCHES:
-        found = [*results.get(switch.name, {}).values()]
-        if not found:
-            continue
-        wins, kl = [100 * each["win_rate"] for each in found], mean(each["kl"] for each in found)
-        special = switch.name == "default"
-        axes.plot([kl, kl], [min(wins), max(wins)], color="black" if special else "0.8", linewidth=1, zorder=1)
-        axes.plot(kl, mean(wins), marker="*" if special else "o", color="black" if special else "tab:blue", zorder=2)
-        axes.annotate(switch.name, (kl, mean(wins)), xytext=(4, 3), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="KL to the SFT model (nats per answer)", ylabel="win rate over SFT by gold, % (bar: seeds)")
-    axes.grid(alpha=0.3)
+    if "default" in results:
+        axes.axvline(mean_win("default"), color="0.6", linewidth=1, zorder=0)
+    for row, name in enumerate(names):
+        found = results[name]
+        for number, seed in enumerate(sorted(found)):
+            label = f"seed {seed}" if name == "default" else None
+            axes.plot(100 * found[seed]["win_rate"], row, "o", ms=4, color=f"C{number}", alpha=0.7, label=label)
+        axes.plot(mean_win(name), row, "|", ms=12, mew=2, color="black")
+        kl = mean(each["kl"] for each in found.values())
+        axes.annotate(f"{kl:.1f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    axes.annotate("KL", (1.01, len(names)), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set(ylim=(-0.7, len(names) - 0.3), xlabel="win rate over SFT by gold, % (bar: mean; line: the default's)")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
