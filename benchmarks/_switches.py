@@ -85,6 +85,8 @@ SWITCHES = [
     switch("strong-kl", kl={"coef": 0.2}),
     switch("faster", optimizer={"init_args": {"lr": 3e-4}}),
     switch("faster-weak-kl", optimizer={"init_args": {"lr": 3e-4}}, kl={"coef": 0.07}),
+    switch("whitened-constant", objective={"whiten_rewards": "scale"}, lr_schedule="constant"),
+    switch("whitened-monte-carlo", objective={"whiten_rewards": "scale", "gae_lambda": 1.0}),
     reward("hinge", objective="hinge"),
     reward("smoothed-labels", label_smoothing=0.1),
     reward("centred", center_coef=0.01),
