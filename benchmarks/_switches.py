@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from rlhf_lightning.cli.pipeline.steps import read_pipeline
 from rlhf_lightning.cli.quickstart.stages import Algorithm
+from rlhf_lightning.cli.recipes import find_recipe, read_config
 
 
 class Switch(NamedTuple):
@@ -56,6 +58,35 @@ def score(name: str, **settings: Any) -> Switch:
     return switch(name, score=settings)
 
 
+PAPERS = ("stiennon2020", "instructgpt", "bai2022", "llama2", "ppo_max", "n_plus")
+_OF_PPO = {
+    "kl",
+    "score",
+    "objective",
+    "lr_schedule",
+    "min_lr_factor",
+    "ppo_epochs",
+    "value_trunk",
+    "value_warmup_iterations",
+}
+_OF_REWARD = {"loss", "objective", "lm_coef", "center_coef", "num_heads"}
+
+
+def paper(name: str) -> Switch:
+    """PPO and reward model as in a paper's recipe, with rates, sizes and sampling of the quickstart, and one reward."""
+    values = read_config(find_recipe(f"papers/{name}.yaml"))["values"]
+    pipeline = read_pipeline([f"papers/{name}.yaml"], [f"{value}=x" for value in values], None)
+    options = {step.name: step.options for step in pipeline.steps}
+
+    def kept(step: str, names: set[str]) -> dict[str, Any]:
+        given = {key.removeprefix("model."): value for key, value in options[step].items()}
+        return {key: value for key, value in given.items() if key in names}
+
+    learnt = kept("helpful" if name == "llama2" else "reward", _OF_REWARD)
+    own = {key: value for key, value in learnt.items() if (key, value) != ("loss", "last_token")}
+    return Switch(f"paper-{name}", f"of `papers/{name}.yaml`", kept("ppo", _OF_PPO), own or None)
+
+
 SWITCHES = [
     Switch("default", "the quickstart"),
     switch("value-warm-up", value_warmup_iterations=3),
@@ -99,6 +130,7 @@ SWITCHES = [
         {"reward_combination": "mean_minus_std"},
         {"num_heads": 4},
     ),
+    *map(paper, PAPERS),
     Switch("rloo", "RLOO (`quickstart/rloo.yaml`)", algorithm="rloo"),
     Switch("grpo", "GRPO (`quickstart/grpo.yaml`)", algorithm="grpo"),
     Switch("dpo", "DPO (`quickstart/dpo.yaml`)", algorithm="dpo"),
