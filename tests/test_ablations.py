@@ -1,0 +1,78 @@
+"""`benchmarks/ablations.py`: switches that the modules take, and the table and picture that are made of results."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+
+from rlhf_lightning import RewardModule
+from rlhf_lightning.cli.quickstart.stages import merged, settings_of
+from rlhf_lightning.models.heads import HEADS_FILE
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a script of the folder as a module."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+def test_every_switch_is_taken_by_its_modules_and_changes_them(bench: Any, tmp_path: Path) -> None:
+    for name in ("sft", "reward"):  # modules look whether what they begin with is there
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "reward" / HEADS_FILE).touch()
+    models = {"model_name_or_path": str(tmp_path / "sft"), "reward": str(tmp_path / "reward")}
+    switches, built = bench("_switches").SWITCHES, {}
+    for switch in switches:
+        others = () if switch.algorithm == "ppo" else (f"quickstart/{switch.algorithm}.yaml",)
+        settings = settings_of("policy", 1, *others)
+        arguments = merged(settings.model, {**models, **switch.settings})
+        if switch.algorithm == "dpo":
+            arguments.pop("reward")
+        of_reward = RewardModule(models["model_name_or_path"], **switch.reward or {}).hparams
+        built[switch.name] = repr((dict(settings.classes["model"](**arguments).hparams), dict(of_reward)))
+    assert len(built) == len(switches), "a name twice"
+    assert len(set(built.values())) == len(built)
+
+
+def results(bench: Any) -> dict[str, dict[int, dict[str, Any]]]:
+    def one(win: float, kl: float) -> dict[str, Any]:
+        return {"win_rate": win, "kl": kl, "gold_mean": 2.0, "seconds": 10.0}
+
+    return {"default": {1: one(0.84, 2.5), 2: one(0.88, 2.7)}, "four-epochs": {1: one(0.86, 3.0), 2: one(0.88, 3.4)}}
+
+
+def test_the_table_has_each_seed_the_mean_and_what_is_gained(bench: Any) -> None:
+    rows = [line for line in bench("ablations").report(results(bench)).splitlines() if "four-epochs" in line]
+    assert [cell.strip() for cell in rows[0].split("|")[1:-1]] == [
+        "`four-epochs`",
+        "`ppo_epochs: 4`",
+        "86.0 88.0",
+        "87.0",
+        "+1.0",
+        "3.2",
+        "2.00",
+    ]
+
+
+def test_the_picture_has_a_row_for_each_switch(bench: Any, tmp_path: Path) -> None:
+    few, many = tmp_path / "few.png", tmp_path / "many.png"
+    found = results(bench)
+    bench("ablations").picture(found, few)
+    bench("ablations").picture(found | {"one-epoch": found["default"], "dpo": found["default"]}, many)
+    assert imread(many).shape[0] > imread(few).shape[0] > 100
+    assert imread(few).std() > 0.05
+
+
+def test_results_go_between_the_marks_of_a_page(bench: Any, tmp_path: Path) -> None:
+    script, page = bench("ablations"), tmp_path / "page.md"
+    page.write_text(f"before\n{script.BEGIN}old\n{script.END}after\n")
+    script.write(page, "new")
+    assert page.read_text() == f"before\n{script.BEGIN}\nnew\n{script.END}after\n"
