@@ -60,6 +60,30 @@ class PreferenceBatch(NamedTuple):
     prompt_lengths: Tensor | None = None
 
 
+class RankingBatch(NamedTuple):
+    """Prompts, each with all its responses, of which pairs are compared; padded on the right to one length T.
+
+    Attributes:
+        input_ids: prompt and each of K responses, every one of them once, `[B, K, T]`, int64.
+        attention_mask: True for real tokens, `[B, K, T]`, bool; nowhere for what a prompt of fewer responses lacks.
+        pairs: which of the K is chosen and which rejected in each pair, `[B, M, 2]`, int64; -1 for what a prompt of
+            fewer than M pairs, of which each has one at least, lacks.
+        row_ids: number of each prompt's row in its source, `[B]`, int64.
+        margins: by how much the chosen score must lead, `[B, M]`, float32, in units of the raw score; None for 0.
+        weights: how much each pair counts in the loss, `[B, M]`, float32, not negative; None where the pairs of a
+            prompt count alike and 1 together.
+        prompt_lengths: tokens of the prompt that its responses follow, `[B]`, int64; None where that is not known.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    pairs: Tensor
+    row_ids: Tensor
+    margins: Tensor | None = None
+    weights: Tensor | None = None
+    prompt_lengths: Tensor | None = None
+
+
 class Sources(NamedTuple):
     """Where the prompts of a batch come from.
 
@@ -113,11 +137,15 @@ class ScoringBatch(NamedTuple):
     row_ids: Tensor
 
 
-TrainBatchT = TypeVar("TrainBatchT", InstructionBatch, PreferenceBatch)
+TrainBatchT = TypeVar("TrainBatchT", bound=InstructionBatch | PreferenceBatch | RankingBatch)
 
 
 def length_sorted_pieces(
-    lengths: Tensor, size: int | None, max_tokens: int | None, min_pieces: int = 1
+    lengths: Tensor,
+    size: int | None,
+    max_tokens: int | None,
+    min_pieces: int = 1,
+    sequences: Tensor | None = None,
 ) -> list[Tensor]:
     """Cut rows into pieces of similar length, longest first.
 
@@ -128,6 +156,7 @@ def length_sorted_pieces(
         max_tokens: rows times width of a piece at most, save that a row wider than that goes alone; None for no such
             limit.
         min_pieces: pieces at least, at most N; the largest are halved until there are as many.
+        sequences: how many sequences of that width each row is, `[N]`, int64; None for one.
 
     Returns:
         Indices of the rows of each piece, int64, on the device of `lengths`.
@@ -138,35 +167,39 @@ def length_sorted_pieces(
         [[1], [3, 2], [0]]
     """
     parts = on_host(lengths)[0].reshape(len(lengths), -1)
-    order = parts.sum(dim=1).argsort(descending=True, stable=True)
-    widths = parts[order].tolist()
-    counts = _greedy_counts(widths, size, max_tokens)
+    of_rows = torch.ones(len(parts), dtype=torch.int64) if sequences is None else on_host(sequences)[0]
+    order = (parts.sum(dim=1) * of_rows).argsort(descending=True, stable=True)
+    widths, numbers = parts[order].tolist(), of_rows[order].tolist()
+    counts = _greedy_counts(widths, numbers, size, max_tokens)
     while len(counts) < min_pieces:
-        _halve_largest(counts, widths)
+        _halve_largest(counts, widths, numbers)
     return [to_device(rows, lengths.device) for rows in order.split(counts)]
 
 
-def _greedy_counts(widths: list[list[int]], size: int | None, max_tokens: int | None) -> list[int]:
+def _greedy_counts(widths: list[list[int]], numbers: list[int], size: int | None, max_tokens: int | None) -> list[int]:
     """Rows of each piece when each takes as many of the next rows as it may."""
     counts: list[int] = []
     piece: list[int] = []  # width of each part
-    for row in widths:
+    sequences = 0  # of the piece
+    for row, number in zip(widths, numbers, strict=True):
         wider = list(map(max, piece, row)) if piece else row
         full = not counts or counts[-1] == size
-        if full or (max_tokens is not None and (counts[-1] + 1) * sum(wider) > max_tokens):
+        if full or (max_tokens is not None and (sequences + number) * sum(wider) > max_tokens):
             counts.append(1)
-            piece = row
+            piece, sequences = row, number
         else:
             counts[-1] += 1
-            piece = wider
+            piece, sequences = wider, sequences + number
     return counts
 
 
-def _halve_largest(counts: list[int], widths: list[list[int]]) -> None:
+def _halve_largest(counts: list[int], widths: list[list[int]], numbers: list[int]) -> None:
     """Replace the piece of most tokens that has several rows by its two halves."""
     starts = [sum(counts[:i]) for i in range(len(counts))]
     tokens = [
-        count * sum(map(max, zip(*widths[start : start + count], strict=True))) if count > 1 else -1
+        sum(numbers[start : start + count]) * sum(map(max, zip(*widths[start : start + count], strict=True)))
+        if count > 1
+        else -1
         for start, count in zip(starts, counts, strict=True)
     ]
     largest = tokens.index(max(tokens))
@@ -176,8 +209,8 @@ def _halve_largest(counts: list[int], widths: list[list[int]]) -> None:
     counts[largest : largest + 1] = [count - count // 2, count // 2]
 
 
-def _places(batch: InstructionBatch | PreferenceBatch) -> int:
-    if isinstance(batch, InstructionBatch):
+def _places(batch: InstructionBatch | PreferenceBatch | RankingBatch) -> int:
+    if isinstance(batch, InstructionBatch | RankingBatch):
         return batch.input_ids.numel()
     return batch.chosen_ids.numel() + batch.rejected_ids.numel()
 
@@ -195,12 +228,12 @@ def micro_batches(
     over tokens or pairs is the same whichever way the batch is cut.
 
     Args:
-        batch: padded on the right; a packed row stays whole.
+        batch: padded on the right; a packed row stays whole, and so does a prompt with all its responses.
         size: rows in a piece at most; None for no such limit.
         max_tokens: tokens of a piece at most, padding included, as in `length_sorted_pieces`; None for no such limit.
         min_pieces: pieces at least, at most the number of rows.
         lengths: tokens the model is shown for each row, `[B]`, int64; None for what is usual: a preference row is shown
-            as two sequences as wide as the longer.
+            as two sequences as wide as the longer, a ranking as one of each response.
 
     Returns:
         The batch itself, uncut, where no limit is below it.
@@ -214,19 +247,33 @@ def micro_batches(
     """
     if size is None and min_pieces == 1 and (max_tokens is None or _places(batch) <= max_tokens):
         return [batch]
-    if isinstance(batch, InstructionBatch):
-        longest = on_host(batch.attention_mask)[0].sum(dim=1)  # [B]
-    else:
-        longest = torch.maximum(*(mask.sum(dim=1) for mask in on_host(batch.chosen_mask, batch.rejected_mask)))
-    if lengths is None:
-        lengths = longest if isinstance(batch, InstructionBatch) else 2 * longest
+    longest, sequences = _shown(batch)
+    wide = (longest, sequences) if lengths is None else (on_host(lengths)[0], None)
     pieces: list[Any] = []
-    for index in length_sorted_pieces(on_host(lengths)[0], size, max_tokens, min_pieces):
+    for index in length_sorted_pieces(wide[0], size, max_tokens, min_pieces, wide[1]):
         width, there = int(longest[index].max()), to_device(index, batch.row_ids.device)
         rows = {name: _rows(field, there) for name, field in batch._asdict().items() if field is not None}
-        per_token = {name for name, field in rows.items() if name != "row_ids" and field.dim() == 2}
-        pieces.append(type(batch)(**rows | {name: _columns(rows[name], width) for name in per_token}))
+        pieces.append(type(batch)(**rows | {name: _columns(rows[name], width) for name in _per_token(batch, rows)}))
     return pieces
+
+
+def _shown(batch: InstructionBatch | PreferenceBatch | RankingBatch) -> tuple[Tensor, Tensor]:
+    """Tokens of the longest sequence of each row, and how many sequences it is, both `[B]`, in the host's memory."""
+    if isinstance(batch, InstructionBatch):
+        longest = on_host(batch.attention_mask)[0].sum(dim=1)
+        return longest, torch.ones_like(longest)
+    if isinstance(batch, RankingBatch):
+        tokens = on_host(batch.attention_mask)[0].sum(dim=2)  # [B, K]
+        return tokens.amax(dim=1), (tokens > 0).sum(dim=1)
+    longest = torch.maximum(*(mask.sum(dim=1) for mask in on_host(batch.chosen_mask, batch.rejected_mask)))
+    return longest, torch.full_like(longest, 2)
+
+
+def _per_token(batch: Any, rows: dict[str, Tensor]) -> set[str]:
+    """Names of the fields whose last dimension is T."""
+    if isinstance(batch, RankingBatch):
+        return {"input_ids", "attention_mask"}
+    return {name for name, field in rows.items() if name != "row_ids" and field.dim() == 2}
 
 
 def _rows(field: Tensor, index: Tensor) -> Tensor:
@@ -234,7 +281,7 @@ def _rows(field: Tensor, index: Tensor) -> Tensor:
 
 
 def _columns(field: Tensor, width: int) -> Tensor:
-    return alike(lambda field: field[:, :width], field)
+    return alike(lambda field: field[..., :width], field)
 
 
 def name_rows(row_ids: Tensor) -> str:

@@ -1,6 +1,7 @@
 """What algorithms that learn from pairs share: reward modelling and DPO.
 
-Notation: B pairs, T padded length. Both sides of a pair go through the model together, and what both begin with, the
+Notation: B pairs, T padded length; S sequences, which of pairs are both sides of each, of rankings each response once.
+Both sides of a pair go through the model together, and so do all responses of a ranking; what they begin with, the
 prompt and often more, is run only once where the model can.
 """
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
+from rlhf_lightning.algorithms.rankings import Responses, pairs_of, responses_of
 from rlhf_lightning.algorithms.stage import Loss, Stage
 from rlhf_lightning.arguments import check_arguments
-from rlhf_lightning.batches import PreferenceBatch, micro_batches, name_rows
+from rlhf_lightning.batches import PreferenceBatch, RankingBatch, micro_batches, name_rows
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import hidden_states
 from rlhf_lightning.forward.output_layer import token_logprobs_at
@@ -32,35 +34,82 @@ class Pairs(NamedTuple):
 
     Attributes:
         batch: the pairs.
-        rows: the same as rows that share their beginning; None to run both sides apart.
+        rows: the same as rows that share their beginning; None to run all sequences apart.
+        responses: of rankings, where each stands once; None where each pair has two sequences of its own.
     """
 
     batch: PreferenceBatch
     rows: SharedRows | None = None
+    responses: Responses | None = None
 
     @classmethod
-    def of(cls, batch: PreferenceBatch, shared: bool) -> Pairs:
-        """Lay pairs out.
+    def of(cls, batch: PreferenceBatch | RankingBatch, shared: bool) -> Pairs:
+        """Lay pairs, or all pairs of rankings, out.
 
         Args:
             batch: the pairs.
-            shared: run what both sides begin with only once.
+            shared: run what both sides, or all responses of a ranking, begin with only once.
         """
-        if not shared:
-            return cls(batch)
-        rows = share_rows(*on_host(*both_sides(batch)))
-        return cls(batch, SharedRows(*(to_device(field, batch.chosen_ids.device) for field in rows)))
+        rows = share_rows(*on_host(*sequences_of(batch))) if shared else None
+        if rows is not None:
+            rows = SharedRows(*(to_device(field, batch.row_ids.device) for field in rows))
+        if not isinstance(batch, RankingBatch):
+            return cls(batch, rows)
+        responses = responses_of(batch)
+        return cls(pairs_of(batch, responses), rows, responses)
+
+    @property
+    def sequences(self) -> tuple[Tensor, Tensor]:
+        """Ids and mask of what the model reads, both `[S, T]`."""
+        if self.responses is not None:
+            return self.responses.ids, self.responses.mask
+        ids, mask = both_sides(self.batch)
+        return ids.flatten(0, 1), alike(lambda mask: mask.flatten(0, 1), mask)
+
+    def response_mask(self) -> Tensor:
+        """True for the tokens of the response of each sequence, the prompt not among them, `[S, T]`, bool."""
+        if self.responses is None:
+            return alike(lambda mask: mask.flatten(0, 1), response_mask(self.batch))
+        if self.responses.prompt_lengths is None:
+            raise _unknown_prompts("RankingBatch")
+        return alike(_after_prompt, self.responses.mask, self.responses.prompt_lengths)
 
     def read(self, model: PreTrainedModel) -> Tensor:
-        """Last hidden states as they are laid out, in one forward pass: `[B, L, D]` of shared rows, else `[2 B, T, D]`.
+        """Last hidden states as they are laid out, in one forward pass: `[R, L, D]` of R shared rows, else `[S, T, D]`.
 
         Args:
             model: a language model or a scalar model.
         """
-        if self.rows is not None:
-            return self.rows.hidden_states(model)
-        ids, mask = both_sides(self.batch)
-        return hidden_states(model, ids.flatten(0, 1), alike(lambda mask: mask.flatten(0, 1), mask))
+        return hidden_states(model, *self.sequences) if self.rows is None else self.rows.hidden_states(model)
+
+    def of_sequences(self, values: Tensor) -> Tensor:
+        """Give every token of all sequences what was computed for it.
+
+        Args:
+            values: of the tokens that `read` speaks of, in its layout, `[..., ...]` or `[..., ..., D]`.
+
+        Returns:
+            `[S, T]` or `[S, T, D]`.
+        """
+        if self.rows is None:
+            return values
+        spread = self.rows.spread(values).flatten(0, 1)
+        return spread if self.responses is None else spread.index_select(0, self.responses.places)
+
+    def of_pairs(self, values: Tensor) -> Tensor:
+        """Give both sides of every pair what is known of their sequences.
+
+        Args:
+            values: `[S, ...]`.
+
+        Returns:
+            `[B, 2, ...]`.
+        """
+        if self.responses is None:
+            pairs: Tensor = values.unflatten(0, (-1, 2))
+            return pairs
+        sides = self.responses.sides
+        return values.index_select(0, sides.flatten()).view(*sides.shape, *values.shape[1:])
 
     def spread(self, values: Tensor) -> Tensor:
         """Give every token of both sides what was computed for it.
@@ -71,19 +120,41 @@ class Pairs(NamedTuple):
         Returns:
             `[B, 2, T]` or `[B, 2, T, D]`.
         """
-        return values.unflatten(0, (-1, 2)) if self.rows is None else self.rows.spread(values)
+        return self.of_pairs(self.of_sequences(values))
+
+    def chosen_responses(self) -> tuple[Tensor, Tensor]:
+        """Ids of the C sequences that are chosen in some pair, and a mask of their responses, both `[C, T]`."""
+        if self.responses is None:
+            return self.batch.chosen_ids, alike(lambda mask: mask[:, 0], response_mask(self.batch))
+        chosen = self.responses.chosen
+        return self.responses.ids[chosen], alike(lambda mask, chosen: mask[chosen], self.response_mask(), chosen)
 
     def of_chosen(self, hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Hidden states of some tokens of the chosen sides, without a copy of all the others, `[N, D]`.
+        """Hidden states of some tokens of these sequences, without a copy of all the others, `[N, D]`.
 
         Args:
             hidden: from `read`.
-            rows: number of the pair of each token, `[N]`, int64.
+            rows: number of the sequence of each token, `[N]`, int64.
             columns: place of each token in its sequence, `[N]`, int64.
         """
+        if self.responses is None:
+            return hidden[2 * rows, columns] if self.rows is None else hidden[rows, self.rows.places[rows, 0, columns]]
+        chosen = self.responses.chosen[rows]
         if self.rows is None:
-            return hidden[2 * rows, columns]
-        return hidden[rows, self.rows.places[rows, 0, columns]]
+            return hidden[chosen, columns]
+        place = self.responses.places[chosen]  # among B * K
+        return hidden[place // self.rows.places.shape[1], self.rows.places.flatten(0, 1)[place, columns]]
+
+    def of_chosen_pairs(self, values: Tensor) -> Tensor:
+        """Give every pair what is known of its chosen sequence.
+
+        Args:
+            values: of those that `chosen_responses` names, `[C]`.
+
+        Returns:
+            `[B]`.
+        """
+        return values if self.responses is None else values[self.responses.chosen_of]
 
     def hidden_states(self, model: PreTrainedModel) -> Tensor:
         """Last hidden states of chosen and rejected sequences, `[B, 2, T, D]`, in one forward pass.
@@ -94,9 +165,14 @@ class Pairs(NamedTuple):
         return self.spread(self.read(model))
 
     @property
+    def data(self) -> Tensor:
+        """Mask of the sequences as the data hold them, any shape, bool."""
+        return both_sides(self.batch)[1] if self.responses is None else self.responses.mask
+
+    @property
     def shown(self) -> Tensor:
         """Mask of what the model is really shown, any shape, bool."""
-        return both_sides(self.batch)[1] if self.rows is None else self.rows.mask
+        return self.data if self.rows is None else self.rows.mask
 
 
 def pair_weights(batch: PreferenceBatch) -> Tensor:
@@ -104,6 +180,16 @@ def pair_weights(batch: PreferenceBatch) -> Tensor:
     if batch.weights is None:
         return torch.ones(len(batch.row_ids), dtype=torch.float32, device=batch.row_ids.device)
     return batch.weights.float()  # the Trainer gives batches the type of the weights
+
+
+def as_pairs(batch: PreferenceBatch | RankingBatch) -> PreferenceBatch:
+    """The pairs of a batch, of rankings all of them."""
+    return pairs_of(batch) if isinstance(batch, RankingBatch) else batch
+
+
+def sequences_of(batch: PreferenceBatch | RankingBatch) -> tuple[Tensor, Tensor]:
+    """Ids and mask of what belongs together, `[G, K, T]` both: both sides of a pair, or all responses to a prompt."""
+    return (batch.input_ids, batch.attention_mask) if isinstance(batch, RankingBatch) else both_sides(batch)
 
 
 def both_sides(batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
@@ -123,12 +209,18 @@ def response_mask(batch: PreferenceBatch) -> Tensor:
         UserError: the batch does not say how long its prompts are.
     """
     if batch.prompt_lengths is None:
-        raise UserError("the batches do not say how long their prompts are: set PreferenceBatch.prompt_lengths, [B]")
+        raise _unknown_prompts("PreferenceBatch")
+    return alike(_after_prompt, both_sides(batch)[1], batch.prompt_lengths)
 
-    def answered(mask: Tensor, lengths: Tensor) -> Tensor:
-        return mask & (torch.arange(mask.shape[2], device=mask.device) >= lengths.view(-1, 1, 1))
 
-    return alike(answered, both_sides(batch)[1], batch.prompt_lengths)
+def _after_prompt(mask: Tensor, lengths: Tensor) -> Tensor:
+    """A mask `[B, T]` or `[B, 2, T]` without the prompts of these lengths, `[B]`."""
+    begins = lengths.view(-1, *(1,) * (mask.dim() - 1))
+    return mask & (torch.arange(mask.shape[-1], device=mask.device) >= begins)
+
+
+def _unknown_prompts(kind: str) -> UserError:
+    return UserError(f"the batches do not say how long their prompts are: set {kind}.prompt_lengths, [B]")
 
 
 def chosen_tokens(batch: PreferenceBatch) -> Tensor:
@@ -145,15 +237,15 @@ def response_logprobs(model: PreTrainedModel, pairs: Pairs) -> tuple[Tensor, Ten
         model: a language model.
         pairs: B of them.
     """
-    # Rows of both sides, one after the other, [2 B, T - 1]; token t is predicted from t - 1.
-    ids = both_sides(pairs.batch)[0].flatten(0, 1)[:, 1:]
-    counted = alike(lambda mask: mask.flatten(0, 1)[:, 1:], response_mask(pairs.batch))
+    # Token t is predicted from t - 1, [S, T - 1].
+    ids = pairs.sequences[0][:, 1:]
+    counted = alike(lambda mask: mask[:, 1:], pairs.response_mask())
     where = places_of(counted).rows, places_of(counted).columns
-    hidden = pairs.hidden_states(model).flatten(0, 1)[:, :-1][where]  # [N, D]
+    hidden = pairs.of_sequences(pairs.read(model))[:, :-1][where]  # [N, D]
     logprobs, _ = token_logprobs_at(model, hidden, ids[where], temperature=1.0, with_entropy=False)
     spread = torch.zeros(counted.shape, dtype=logprobs.dtype, device=ids.device).index_put(where, logprobs)
     # An empty response has log-probability 0.
-    return spread.sum(dim=1).view(-1, 2), counted.sum(dim=1).view(-1, 2).clamp(min=1)
+    return pairs.of_pairs(spread.sum(dim=1)), pairs.of_pairs(counted.sum(dim=1)).clamp(min=1)
 
 
 class PairStage(Stage):
@@ -166,7 +258,7 @@ class PairStage(Stage):
         prefix_sharing: run what both responses of a pair begin with, the prompt and often more, only once. The results
             are the same to rounding; a model or attention kernel that cannot do it says so and runs both apart.
         dropout: keep the dropout that the model's config asks for; by default it is off.
-        **options: those of `Stage`. An example is a pair.
+        **options: those of `Stage`. An example is a pair, or a prompt with all pairs of its responses.
 
     Attributes:
         pairs_per_token: pairs of an optimizer step, by the tokens of their chosen responses, each pair as often as it
@@ -204,57 +296,67 @@ class PairStage(Stage):
         weights = pair_weights(pairs.batch)
         yield (losses * weights).sum(), {name: (value * weights).sum() for name, value in logged.items()}
 
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: PreferenceBatch | RankingBatch, batch_idx: int) -> Tensor:
         """One optimizer step on one batch; returns its loss, detached, for callbacks."""
-        self.check_batch(batch, PreferenceBatch, "PreferenceDataModule")
+        self.check_pairs(batch)
         started, lr = time.perf_counter(), self.learning_rates()[0]
         _read(batch)
-        pieces = self._pieces(batch)
-        counts = torch.stack([pair_weights(batch).sum(), chosen_tokens(batch).sum()])
+        pieces, pairs = self._pieces(batch), as_pairs(batch)
+        counts = torch.stack([pair_weights(pairs).sum(), chosen_tokens(pairs).sum()])
         # Only pairs of weight 0 sum to 0.
         total, tokens = sum_over_ranks(self, counts).clamp(min=torch.finfo(torch.float32).tiny)
         self.pairs_per_token = (total / tokens).nan_to_num(posinf=0.0)  # where all responses are empty
         step = self.optimise(pieces, self.losses, total, name_rows(batch.row_ids))
         # The speed is that of the data, the padding that of what was run.
-        data, shown = [both_sides(piece.batch)[1] for piece in pieces], [piece.shown for piece in pieces]
         metrics: dict[str, Any] = {"objective": step.loss} if "loss" in step.means else {"loss": step.loss}
         metrics |= {**step.means, "lr": lr, "grad_norm": step.grad_norm}
-        metrics |= self.throughput(data, started, shown)
+        metrics |= self.throughput([piece.data for piece in pieces], started, [piece.shown for piece in pieces])
         self.log_metrics(metrics, on_bar="loss", batch_size=len(batch.row_ids))
         return step.loss
 
-    def _pieces(self, batch: PreferenceBatch) -> list[Pairs]:
+    def check_pairs(self, batch: Any) -> None:
+        """Refuse a batch of another kind of data."""
+        self.check_batch(
+            batch, RankingBatch if isinstance(batch, RankingBatch) else PreferenceBatch, "PreferenceDataModule"
+        )
+
+    def _pieces(self, batch: PreferenceBatch | RankingBatch) -> list[Pairs]:
         """Micro-batches, laid out before the first forward pass, so that none waits for lengths from the device."""
         shares = self._shares(batch)
-        lengths = shared_lengths(*on_host(*both_sides(batch))) if shares else None
+        lengths = shared_lengths(*on_host(*sequences_of(batch))) if shares else None
         size, max_tokens = self.micro_batch_size, self.token_budget
         pieces = self.cut(lambda least: micro_batches(batch, size, max_tokens, least, lengths))
         return [Pairs.of(piece, shares) for piece in pieces]
 
-    def _shares(self, batch: PreferenceBatch) -> bool:
+    def _shares(self, batch: PreferenceBatch | RankingBatch) -> bool:
         if not self.prefix_sharing:
             return False
-        ids, mask = on_host(*both_sides(batch))
+        ids, mask = on_host(*sequences_of(batch))
         pays = [sharing_pays(model, ids, mask) for model in self.readers]  # each process asks for all
         return all(pays)
+
+    def laid_out(self, batch: PreferenceBatch | RankingBatch) -> Pairs:
+        """A whole batch in one piece."""
+        return Pairs.of(batch, self._shares(batch))
 
     @property
     def readers(self) -> list[PreTrainedModel]:
         """The models that read the pairs."""
         return [self.export_model]
 
-    def evaluate(self, batch: PreferenceBatch, task: str) -> dict[str, Tensor]:
+    def evaluate(self, batch: PreferenceBatch | RankingBatch, task: str) -> dict[str, Tensor]:
         """Log means over a validation or test set; what is known of this batch's pairs, each `[B]`.
 
         Args:
-            batch: pairs.
+            batch: pairs, or rankings of which all pairs are meant.
             task: `val` or `test`.
         """
-        self.check_batch(batch, PreferenceBatch, "PreferenceDataModule")
-        losses, logged = self.pair_metrics(Pairs.of(batch, self._shares(batch)))
+        self.check_pairs(batch)
+        pairs = self.laid_out(batch)
+        losses, logged = self.pair_metrics(pairs)
         for name, value in {"loss": losses, **logged}.items():
             metric: Any = self.eval_means[name]
-            metric.update(value, pair_weights(batch))
+            metric.update(value, pair_weights(pairs.batch))
             on_bar = name in ("loss", "accuracy")
             self.log(f"{task}/{name}", metric, prog_bar=on_bar, batch_size=len(batch.row_ids))
         return logged
@@ -275,19 +377,22 @@ class PairStage(Stage):
         """Overridden by algorithms that say something of single sequences; see `setup`."""
         raise NotImplementedError
 
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: PreferenceBatch | RankingBatch, batch_idx: int) -> None:
         """Means over the whole validation set."""
         self.evaluate(batch, "val")
 
-    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+    def test_step(self, batch: PreferenceBatch | RankingBatch, batch_idx: int) -> None:
         """Means over the whole test set."""
         self.evaluate(batch, "test")
 
 
-def _read(batch: PreferenceBatch) -> None:
+def _read(batch: PreferenceBatch | RankingBatch) -> None:
     """Read all that the layout of micro-batches depends on, and all that a step reads until its losses are there."""
-    read = batch.chosen_ids, batch.chosen_mask, batch.rejected_ids, batch.rejected_mask, batch.row_ids
-    on_host(*read, *(() if batch.prompt_lengths is None else (batch.prompt_lengths,)))
+    if isinstance(batch, RankingBatch):
+        read = [batch.input_ids, batch.attention_mask, batch.pairs]
+    else:
+        read = [batch.chosen_ids, batch.chosen_mask, batch.rejected_ids, batch.rejected_mask]
+    on_host(*read, batch.row_ids, *([] if batch.prompt_lengths is None else [batch.prompt_lengths]))
 
 
 def mean_metrics(*names: str) -> nn.ModuleDict:

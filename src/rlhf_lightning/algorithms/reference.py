@@ -93,12 +93,17 @@ class Reference(nn.Module):
         """What the model says of all pairs of a loader's data, each process measuring its share."""
         rows: list[tuple[tuple[int, int], list[float]]] = []
         for batch in _every_batch(stage, loader):
-            rows += zip(_keys(batch), self(Pairs(batch)).double().tolist(), strict=True)
+            pairs = Pairs.of(batch, shared=False)
+            rows += zip(_keys(pairs.batch), self(pairs).double().tolist(), strict=True)
         # Keys are whole numbers of 60 bits, which no float holds: they and the values travel apart.
         keys = torch.tensor([key for key, _ in rows], dtype=torch.int64, device=stage.device)
         values = torch.tensor([pair for _, pair in rows], dtype=torch.float64, device=stage.device)
         if world_size(stage) > 1:
-            keys, values = (stage.all_gather(each).flatten(0, 1) for each in (keys, values))  # type: ignore[union-attr]
+            # Of rankings a process may have more pairs than another: the last again, as all send equally many.
+            most = int(stage.all_gather(torch.tensor(len(rows), device=stage.device)).max())  # type: ignore[union-attr]
+            filled = torch.arange(most, device=stage.device).clamp(max=len(rows) - 1)
+            gathered = (stage.all_gather(each[filled]) for each in (keys, values))
+            keys, values = (each.flatten(0, 1) for each in gathered)  # type: ignore[union-attr]
         return dict(zip(map(tuple, keys.tolist()), map(tuple, values.tolist()), strict=True))
 
     def _looked_up(self, batch: PreferenceBatch) -> Tensor:
@@ -134,7 +139,7 @@ def _every_batch(stage: Stage, loader: Any) -> Iterator[PreferenceBatch]:
     rows = [row % count for row in range(stage.global_rank, -(-count // world) * world, world)]
     size = loader.batch_size or (None if loader.batch_sampler is None else loader.batch_sampler.batch_size)
     batches = DataLoader(loader.dataset, batch_size=size, sampler=rows, collate_fn=loader.collate_fn)
-    rank_zero_info(f"the reference reads {count:,} pairs, once")
+    rank_zero_info(f"the reference reads {count:,} examples, once")
     for batch in batches:
         yield stage.trainer.strategy.batch_to_device(batch)
 

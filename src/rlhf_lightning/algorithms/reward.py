@@ -4,7 +4,7 @@ The loss is the Bradley-Terry negative log-likelihood in three variants, or a hi
 the side there may be a pull of the scores towards 0, and the language-model loss of the chosen responses. At the end
 the raw scores are measured on held-out chosen responses, so that every user of the model sees scores with mean 0 and
 standard deviation 1 there. A pair may ask for a margin, and a pair of weight 2 counts as two pairs, in the loss and in
-every metric; rankings of more than two responses come as weighted pairs.
+every metric; rankings of more than two responses come as weighted pairs, or whole.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from transformers import PreTrainedModel
 from rlhf_lightning.algorithms.pairs import (
     Pairs,
     PairStage,
+    as_pairs,
     chosen_tokens,
     mean_metrics,
     pair_weights,
-    response_mask,
 )
 from rlhf_lightning.algorithms.reward_metrics import CalibrationError, HeldOutScores
 from rlhf_lightning.algorithms.stage import Loss
 from rlhf_lightning.arguments import AT_LEAST_1, Range, check_arguments
-from rlhf_lightning.batches import PreferenceBatch, ScoringBatch, without_blanks
+from rlhf_lightning.batches import PreferenceBatch, RankingBatch, ScoringBatch, without_blanks
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.functional import (
@@ -64,8 +64,8 @@ _PROBE_TOKENS = 64
 class RewardModule(PairStage):
     """Trains a reward model on pairs.
 
-    Expects batches like `PreferenceBatch`. `docs/metrics.md` lists what is logged under `train/`, `val/` and `test/`.
-    `predict` scores sequences (`ScoringBatch`).
+    Expects batches like `PreferenceBatch` or `RankingBatch`. `docs/metrics.md` lists what is logged under `train/`,
+    `val/` and `test/`. `predict` scores sequences (`ScoringBatch`).
 
     Args:
         model_name_or_path: Hugging Face folder or hub id. A language model, usually the export of the SFT stage, gets a
@@ -234,13 +234,15 @@ class RewardModule(PairStage):
 
     def _chosen_nll(self, head: LanguageHead, pairs: Pairs, hidden: Tensor) -> Tensor:
         """Negative log-likelihood of each chosen response per token, in nats, `[B]`, from the scores' hidden states."""
-        # Token t is predicted from t - 1, [B, T - 1].
-        counted = alike(lambda mask: mask[:, 0, 1:], response_mask(pairs.batch))
+        # Token t is predicted from t - 1, [C, T - 1].
+        chosen_ids, answered = pairs.chosen_responses()  # [C, T]
+        counted = alike(lambda mask: mask[:, 1:], answered)
         rows, columns = places_of(counted).rows, places_of(counted).columns
-        ids = pairs.batch.chosen_ids[:, 1:][rows, columns]  # [N]
+        ids = chosen_ids[:, 1:][rows, columns]  # [N]
         logprobs = head(pairs.of_chosen(hidden, rows, columns), ids)
         spread = torch.zeros(counted.shape, dtype=logprobs.dtype, device=ids.device)
-        return -spread.index_put((rows, columns), logprobs).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+        nll = -spread.index_put((rows, columns), logprobs).sum(dim=1) / counted.sum(dim=1).clamp(min=1)  # [C]
+        return pairs.of_chosen_pairs(nll)
 
     def losses(self, pairs: Pairs) -> Iterator[Loss]:
         """As for all pairs, and what is learnt on the side; the likelihood is a mean over all tokens in the step."""
@@ -259,13 +261,13 @@ class RewardModule(PairStage):
         sums = {name: (value.detach() * weights).sum() for name, value in logged.items()}
         yield objective, {"loss": loss.detach(), **sums}
 
-    def evaluate(self, batch: PreferenceBatch, task: str) -> dict[str, Tensor]:
+    def evaluate(self, batch: PreferenceBatch | RankingBatch, task: str) -> dict[str, Tensor]:
         """Also keep the chosen scores, from which the model is calibrated, and log the calibration error."""
-        logged = super().evaluate(batch, task)
-        self.calibration_error.update(logged["margin"], pair_weights(batch))
+        logged, pairs = super().evaluate(batch, task), as_pairs(batch)
+        self.calibration_error.update(logged["margin"], pair_weights(pairs))
         error: Any = self.calibration_error
         self.log(f"{task}/calibration_error", error, batch_size=len(batch.row_ids))
-        self.held_out_scores.update(logged["chosen_score"], batch.row_ids >= 0)
+        self.held_out_scores.update(logged["chosen_score"], pairs.row_ids >= 0)
         return logged
 
     def _refuse_random_head(self) -> None:
@@ -286,7 +288,7 @@ class RewardModule(PairStage):
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self._calibrate()
 
-    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+    def test_step(self, batch: PreferenceBatch | RankingBatch, batch_idx: int) -> None:
         """Means over the whole test set; refuse to test a head that nobody trained."""
         self._refuse_random_head()
         super().test_step(batch, batch_idx)
@@ -306,17 +308,23 @@ class RewardModule(PairStage):
         with evaluation_mode(self.export_model), self.trainer.precision_plugin.forward_context():
             for batch in loader:
                 on_device = self.trainer.strategy.batch_to_device(batch)
-                chosen = self.scalar.raw(on_device.chosen_ids, on_device.chosen_mask)
-                scores = scores_at_end(chosen, on_device.chosen_mask)
-                self.held_out_scores.update(scores, on_device.row_ids >= 0)
+                self.held_out_scores.update(*self._chosen_scores(on_device))
             self._calibrate()
+
+    def _chosen_scores(self, batch: PreferenceBatch | RankingBatch) -> tuple[Tensor, Tensor]:
+        """Raw score of the chosen side of each pair, and whether it is none of a blank, both `[B]`."""
+        if not isinstance(batch, RankingBatch):
+            chosen = self.scalar.raw(batch.chosen_ids, batch.chosen_mask)
+            return scores_at_end(chosen, batch.chosen_mask), batch.row_ids >= 0
+        pairs = self.laid_out(batch)
+        return scores_at_end(self.pair_scores(pairs)[0], pairs.batch.chosen_mask), pairs.batch.row_ids >= 0
 
     def _calibrate(self) -> None:
         """Measure the held-out scores that were collected, and remember one sequence as a probe."""
         scores = self.held_out_scores.compute().double().reshape(-1)  # one alone comes without a dimension
         std = float(scores.std(correction=0)) if len(scores) > 1 else 0.0
         loader = self.trainer.val_dataloaders
-        example = self.trainer.strategy.batch_to_device(next(iter(loader)))  # type: ignore[arg-type]
+        example = as_pairs(self.trainer.strategy.batch_to_device(next(iter(loader))))  # type: ignore[arg-type]
         ids = example.chosen_ids[:1, : int(example.chosen_mask[0].sum())][:, :_PROBE_TOKENS]
         mask = torch.ones_like(ids, dtype=torch.bool)
         probe_score = float(scores_at_end(self.scalar.raw(ids, mask), mask))

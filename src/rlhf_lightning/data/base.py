@@ -28,6 +28,7 @@ from rlhf_lightning.data.preparing.manifest import PARTS, Part
 from rlhf_lightning.data.preparing.preparation import Preparation, read_all
 from rlhf_lightning.data.preparing.prepared import PreparedFolder, TokenTable
 from rlhf_lightning.data.preparing.summary import said_of_rows, say_prepared
+from rlhf_lightning.data.rankings import RankingTable
 from rlhf_lightning.data.resuming import ResumableDataModule
 from rlhf_lightning.data.rows import Need, Row
 from rlhf_lightning.data.sampler import LateLoader, ResumableSampler
@@ -160,7 +161,7 @@ class TextDataModule(ResumableDataModule, ABC):
         self._tokenizer_source = tokenizer
         self._chat: ChatEncoder | None = None
         self._prepared: PreparedFolder | None = None
-        self._parts: dict[str, TokenTable] | None = None
+        self._parts: dict[str, TokenTable | RankingTable] | None = None
         self._weights: list[float] = []
         self.source_names: list[str] = []  # of a blend; there after `setup`, but not of streams
         self._train: Sequence[Any] = ()
@@ -309,10 +310,10 @@ class TextDataModule(ResumableDataModule, ABC):
         if self._parts is not None:
             return
         if self._streamed:
-            self._parts = self._evaluation_tables()
+            self._parts = {part: self._examples(table) for part, table in self._evaluation_tables().items()}
             return
         folder = self._prepared = self._folder()
-        self._parts = {part: folder.part(self.need, part) for part in PARTS}
+        self._parts = {part: self._examples(folder.part(self.need, part)) for part in PARTS}
         sources = folder.manifest["sources"]
         self.counts.update(said_of_rows(sources))
         self.counts.update({part: len(table) for part, table in self._parts.items() if part != "test" or len(table)})
@@ -360,7 +361,8 @@ class TextDataModule(ResumableDataModule, ABC):
             rank_zero_info(f"{size}: {share} on each of {world} processes (up to version 0.1 it counted per process)")
         shares: dict[str, Any] = {"num_replicas": world, "rank": rank, "seed": self.seed, "drop_last": self.drop_last}
         if self._streamed:
-            self._sampler = StreamedExamples(self._preparation(), self.need, batch_size=self.batch_size, **shares)
+            shares |= {"batch_size": self.batch_size, "whole_rankings": self.whole_rankings}
+            self._sampler = StreamedExamples(self._preparation(), self.need, **shares)
             return
         assert self._parts is not None
         table = self._parts["train"]
@@ -370,6 +372,7 @@ class TextDataModule(ResumableDataModule, ABC):
         groups: np.ndarray | None = table.sources if weights else None
         self._train = table
         if self.packing:
+            assert isinstance(table, TokenTable)
             packed = PackedTable(table, table.total_lengths, self.limits.max_length, groups)
             self._train, groups = packed, packed.groups
             rank_zero_info(f"{type(self).__name__}: {len(packed)} packed rows, {packed.filled:.1%} filled")
@@ -396,6 +399,10 @@ class TextDataModule(ResumableDataModule, ABC):
         self._predict = examples
 
     # Small things
+
+    def _examples(self, table: TokenTable) -> TokenTable | RankingTable:
+        """What batches are made of, of one part."""
+        return RankingTable(table) if self.whole_rankings else table
 
     def _check_test(self) -> None:
         if not self._part("test"):

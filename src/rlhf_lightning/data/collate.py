@@ -13,7 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_lightning.batches import InstructionBatch, PreferenceBatch, PromptBatch, ScoringBatch, Sources
+from rlhf_lightning.batches import (
+    InstructionBatch,
+    PreferenceBatch,
+    PromptBatch,
+    RankingBatch,
+    ScoringBatch,
+    Sources,
+)
 from rlhf_lightning.chat.written import WrittenPrompt
 
 LossOn = Literal["response", "turns", "all"]
@@ -54,6 +61,26 @@ class EncodedPair(NamedTuple):
     row_id: int
     margin: float = 0.0
     weight: float = 1.0
+
+
+class EncodedRanking(NamedTuple):
+    """All responses to one prompt, and the pairs of them that are compared.
+
+    Attributes:
+        sequences: prompt and each response, each once.
+        pairs: which of them is chosen and which rejected, of each pair; one at least.
+        prompt_length: how many ids of each are the prompt.
+        row_id: number of the row in its source.
+        margins: of each pair, as in `EncodedPair`.
+        weights: likewise.
+    """
+
+    sequences: Sequence[Ids]
+    pairs: Sequence[tuple[int, int]]
+    prompt_length: int
+    row_id: int
+    margins: Sequence[float]
+    weights: Sequence[float]
 
 
 class EncodedPrompt(NamedTuple):
@@ -177,6 +204,33 @@ def collate_pairs(examples: Sequence[EncodedPair], filler: int) -> PreferenceBat
     )
 
 
+def collate_rankings(examples: Sequence[EncodedRanking], filler: int) -> RankingBatch:
+    """Rankings, all sequences padded on the right to the longest, all prompts to the most responses and pairs."""
+    shape = len(examples), max(len(example.sequences) for example in examples)
+    width = max(len(ids) for example in examples for ids in example.sequences)
+    input_ids = torch.full((*shape, width), filler, dtype=torch.int64)
+    mask = torch.zeros((*shape, width), dtype=torch.bool)
+    most = max(len(example.pairs) for example in examples)
+    pairs = torch.full((shape[0], most, 2), -1, dtype=torch.int64)
+    margins, weights = torch.zeros(shape[0], most), torch.zeros(shape[0], most)
+    for row, example in enumerate(examples):
+        ids, real = pad(example.sequences, filler, "right", width)
+        input_ids[row, : len(ids)], mask[row, : len(ids)] = ids, real
+        there = slice(len(example.pairs))
+        pairs[row, there] = torch.tensor(example.pairs)
+        margins[row, there] = torch.tensor(example.margins, dtype=torch.float32)
+        weights[row, there] = torch.tensor(example.weights, dtype=torch.float32) * (example.row_id >= 0)
+    return RankingBatch(
+        input_ids=input_ids,
+        attention_mask=mask,
+        pairs=pairs,
+        row_ids=_row_ids(examples),
+        margins=margins,
+        weights=weights,
+        prompt_lengths=torch.tensor([example.prompt_length for example in examples], dtype=torch.int64),
+    )
+
+
 def collate_prompts(
     examples: Sequence[EncodedPrompt], filler: int, source_names: Sequence[str] | None = None
 ) -> PromptBatch:
@@ -200,6 +254,10 @@ def collate_sequences(examples: Sequence[EncodedSequence], filler: int) -> Scori
 
 
 def _row_ids(
-    examples: Sequence[EncodedExample] | Sequence[EncodedPair] | Sequence[EncodedPrompt] | Sequence[EncodedSequence],
+    examples: Sequence[EncodedExample]
+    | Sequence[EncodedPair]
+    | Sequence[EncodedRanking]
+    | Sequence[EncodedPrompt]
+    | Sequence[EncodedSequence],
 ) -> Tensor:
     return torch.tensor([example.row_id for example in examples], dtype=torch.int64)

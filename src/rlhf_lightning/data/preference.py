@@ -5,9 +5,17 @@ from functools import partial
 from typing import Any
 
 from rlhf_lightning.arguments import check_arguments
-from rlhf_lightning.batches import PreferenceBatch, ScoringBatch
+from rlhf_lightning.batches import PreferenceBatch, RankingBatch, ScoringBatch
 from rlhf_lightning.data.base import TextDataModule
-from rlhf_lightning.data.collate import EncodedPair, EncodedSequence, collate_pairs, collate_sequences
+from rlhf_lightning.data.collate import (
+    EncodedPair,
+    EncodedRanking,
+    EncodedSequence,
+    Ids,
+    collate_pairs,
+    collate_rankings,
+    collate_sequences,
+)
 from rlhf_lightning.data.encode import EncodedRow, scored_sequence
 from rlhf_lightning.data.limits import RANGES
 from rlhf_lightning.data.preparing.prepared import Derived
@@ -18,7 +26,7 @@ _SIDES = ("chosen", "rejected")
 
 
 class PreferenceDataModule(TextDataModule):
-    """Preference pairs: `PreferenceBatch` for training, `ScoringBatch` for prediction.
+    """Preference pairs: `PreferenceBatch` or `RankingBatch` for training, `ScoringBatch` for prediction.
 
     Rows may be `prompt`, `chosen` and `rejected`, `chosen` and `rejected` as whole dialogues, rankings of several
     responses, or any other form that `docs/data.md` shows. A ranking becomes all its pairs, which together weigh as
@@ -27,7 +35,9 @@ class PreferenceDataModule(TextDataModule):
 
     Args:
         args: those of `TextDataModule`, in its order.
-        length_grouped: make training batches of pairs of similar length.
+        length_grouped: make training batches of pairs, or of rankings, whose longest sides are of similar length.
+        whole_rankings: all pairs of a row are one example, which `batch_size` counts, and each of its responses goes
+            through the model once (Ouyang et al. 2022, section 3.5); otherwise its pairs are shuffled apart.
         kwargs: the other arguments of `TextDataModule`.
 
     Raises:
@@ -40,14 +50,16 @@ class PreferenceDataModule(TextDataModule):
         self,
         *args: Any,
         length_grouped: bool = False,
+        whole_rankings: bool = False,
         **kwargs: Any,
     ) -> None:
         check_arguments(PreferenceDataModule, locals(), RANGES)
         super().__init__(*args, **kwargs)
         self.length_grouped = length_grouped
+        self.whole_rankings = whole_rankings
 
-    def _collate(self) -> Callable[[list[EncodedPair]], PreferenceBatch]:
-        return partial(collate_pairs, filler=self._filler)
+    def _collate(self) -> Callable[[list[Any]], PreferenceBatch | RankingBatch]:
+        return partial(collate_rankings if self.whole_rankings else collate_pairs, filler=self._filler)
 
     def _predict_need(self) -> Need:
         assert self.predict_data is not None
@@ -55,14 +67,23 @@ class PreferenceDataModule(TextDataModule):
         return "preference" if rows.has("preference") else "finetune"
 
     def _predict_examples(self, row: Row, encoded: EncodedRow) -> list[EncodedSequence]:
-        roles = _SIDES if len(encoded.responses) == len(_SIDES) else ("response",) * len(encoded.responses)
+        return self._scored(encoded.prompt, encoded.responses, row.row_id)
+
+    def _scored(self, prompt: Ids, responses: Sequence[Ids], row_id: int) -> list[EncodedSequence]:
+        roles = _SIDES if len(responses) == len(_SIDES) else ("response",) * len(responses)
         return [
-            scored_sequence(encoded.prompt, response, role, row.row_id, self.chat)
-            for role, response in zip(roles, encoded.responses, strict=True)
+            scored_sequence(prompt, response, role, row_id, self.chat)
+            for role, response in zip(roles, responses, strict=True)
         ]
 
     def _predict_validation(self) -> Sequence[EncodedSequence]:
+        if self.whole_rankings:
+            return [sequence for ranking in self._part("validation") for sequence in self._ranked(ranking)]
         return Derived(self._part("validation"), self._sides, each=len(_SIDES))
+
+    def _ranked(self, ranking: EncodedRanking) -> list[EncodedSequence]:
+        sequences, length = ranking.sequences, ranking.prompt_length
+        return self._scored(sequences[0][:length], [ids[length:] for ids in sequences], ranking.row_id)
 
     def _sides(self, pair: EncodedPair) -> list[EncodedSequence]:
         return [

@@ -30,6 +30,7 @@ class ResumableDataModule(pl.LightningDataModule):
     Attributes:
         batch_size: examples in a training batch, on all processes together.
         packing: whether examples share rows.
+        whole_rankings: whether all pairs of a row are one example.
         place: the epoch of the running fit, from 0, and how many batches of it are used up.
         ended: all of them are, but the hooks of the epoch's end are yet to run.
         done: what has come after the last batch: nothing (`batch`), the validation, or the hooks of an epoch's end,
@@ -39,6 +40,7 @@ class ResumableDataModule(pl.LightningDataModule):
     batch_size: int
     batch_size_name = "batch_size"
     packing = False
+    whole_rankings = False
     ended: bool
     done: Literal["batch", "validation", "epoch"]
 

@@ -22,6 +22,7 @@ from rlhf_lightning.data.preparing.examples import ExampleMaker
 from rlhf_lightning.data.preparing.filters import Splits
 from rlhf_lightning.data.preparing.preparation import Preparation
 from rlhf_lightning.data.preparing.prepared import TokenTable
+from rlhf_lightning.data.rankings import ranking_of
 from rlhf_lightning.data.rows import Need
 from rlhf_lightning.data.shares import blank
 from rlhf_lightning.errors import UserError
@@ -42,6 +43,7 @@ class StreamedExamples(IterableDataset[Any]):
         rank: this process.
         seed: of the shuffle.
         drop_last: leave out what does not fill a batch. Otherwise blanks make up for it where it does not divide.
+        whole_rankings: make one example of all pairs of a row.
 
     Attributes:
         epoch: the one being read.
@@ -56,7 +58,9 @@ class StreamedExamples(IterableDataset[Any]):
         rank: int,
         seed: int,
         drop_last: bool,
+        whole_rankings: bool = False,
     ) -> None:
+        self._whole_rankings = whole_rankings
         self._preparation, self._need, self._batch_size = preparation, need, batch_size
         self.num_replicas, self._rank, self._seed, self._drop_last = num_replicas, rank, seed, drop_last
         self.epoch = 0
@@ -90,7 +94,8 @@ class StreamedExamples(IterableDataset[Any]):
 
     def order(self) -> dict[str, Any]:
         """Settings that, with the epoch, fix the order; plain values, for a checkpoint."""
-        return {"seed": self._seed, "streamed data": self._preparation.key()}
+        whole = {"whole rankings": True} if self._whole_rankings else {}
+        return {"seed": self._seed, "streamed data": self._preparation.key()} | whole
 
     def __iter__(self) -> Iterator[Any]:
         """The examples left in this epoch, for this process."""
@@ -109,7 +114,8 @@ class StreamedExamples(IterableDataset[Any]):
         reader, rows = self._preparation.stream(self.epoch)
         maker = ExampleMaker(reader, self._preparation.filters.remove_same_responses)
         for item, ids in rows:
-            yield from maker.examples(item, ids).get(self._need, ())
+            made = maker.examples(item, ids).get(self._need, [])
+            yield from [ranking_of(made)] if self._whole_rankings and made else made
         reader.check()
         reader.check_enough()
         self._check_unchanged()

@@ -190,7 +190,7 @@ def sharing_pays(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> bool:
     shared, longest = shared_lengths(ids, mask), mask.sum(dim=2).amax(dim=1)  # [B], [B]
     if exceeds_sliding_window(model, ids.shape[2], shared.max()):
         return False
-    apart = ids.shape[1] * cost(model, longest, longest**2)  # [B]
+    apart = mask.any(dim=2).sum(dim=1) * cost(model, longest, longest**2)  # [B]
     return bool(cost(model, shared, shared**2).sum() < apart.sum())
 
 
