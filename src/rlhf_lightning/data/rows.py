@@ -29,6 +29,8 @@ class Row(NamedTuple):
         suffix: what follows `prompt` in the text the model sees (`prompt + suffix`). It is never cut, and the prompt
             before it is cut at the end of a paragraph instead of from the left.
         margin: by how much the best response was preferred, in the units of its source; 0 where that is not said.
+        tie_margin: the margin of responses that rank equal, of which then neither is to lead by more; None where such
+            make no pair.
         weight: how much the row counts, > 0.
         source: number of the source in its blend.
         row_id: number of the row in the whole source, from 0.
@@ -42,6 +44,7 @@ class Row(NamedTuple):
     ranks: tuple[float, ...] = ()
     suffix: str = ""
     margin: float = 0.0
+    tie_margin: float | None = None
     weight: float = 1.0
     source: int = 0
     row_id: int = 0

@@ -71,20 +71,24 @@ def ranked_pairs(row: Row, ids: EncodedRow, remove_same: bool) -> list[EncodedPa
     """All pairs of a ranking, which together count as much as one row (Ouyang et al. 2022, section 3.5).
 
     Args:
-        row: its ranks and weight; ties make no pair.
+        row: its ranks and weight. Ties make no pair; with a `tie_margin`, two of half the weight, one either way round.
         ids: with each response at the rank of the same number.
         remove_same: leave out pairs of equal ids.
     """
     ranks, responses = row.ranks or range(len(ids.responses)), ids.responses
-    pairs = []
+    pairs: list[tuple[int, int, float, float]] = []  # better, worse, margin, share
     for a, b in combinations(range(len(responses)), 2):
-        same = remove_same and np.array_equal(responses[a], responses[b])
-        if ranks[a] != ranks[b] and not same:
-            pairs.append((a, b) if ranks[a] < ranks[b] else (b, a))
+        if remove_same and np.array_equal(responses[a], responses[b]):
+            continue
+        if ranks[a] != ranks[b]:
+            pairs.append((*((a, b) if ranks[a] < ranks[b] else (b, a)), row.margin, 1.0))
+        elif row.tie_margin is not None:
+            pairs += [(a, b, row.tie_margin, 0.5), (b, a, row.tie_margin, 0.5)]
     wholes = [np.concatenate([ids.prompt, response]) for response in responses]
+    count = sum(share for *_, share in pairs)
     return [
-        EncodedPair(wholes[better], wholes[worse], len(ids.prompt), row.row_id, row.margin, row.weight / len(pairs))
-        for better, worse in pairs
+        EncodedPair(wholes[better], wholes[worse], len(ids.prompt), row.row_id, margin, row.weight * share / count)
+        for better, worse, margin, share in pairs
     ]
 
 

@@ -13,10 +13,12 @@ from rlhf_lightning.errors import UserError
 CHOICE = ("output_1", "output_2", "preference")
 BESIDE = ("system", "history", "tools")
 NUMBERS = ("margin", "weight")
+TIE_MARGIN = "tie_margin"
+"""A number, too, but of rankings alone."""
 NAMES = (
     *("prompt", "response", "chosen", "rejected", "messages"),
     *("conversations", "instruction", "input", "output", "completion"),
-    *("label", "responses", "ranks", "scores", *NUMBERS, *BESIDE),
+    *("label", "responses", "ranks", "scores", *NUMBERS, TIE_MARGIN, *BESIDE),
     *(*CHOICE, "text"),
 )
 _SPELLINGS = {"system": "system_prompt", "tools": "functions"}
@@ -45,7 +47,7 @@ class Columns:
         self._theirs = {ours: ours for ours in NAMES if ours in free} | dict(names)
         self._theirs |= {o: other for o, other in _SPELLINGS.items() if o not in self._theirs and other in free}
         # What a row may hold or not is read also where the first rows, which say the columns, do not hold it.
-        optional = (name for name in (*NUMBERS, *BESIDE, "input") if name not in names.values())
+        optional = (name for name in (*NUMBERS, TIE_MARGIN, *BESIDE, "input") if name not in names.values())
         self._optional = {name: name for name in optional} | self._theirs
         self.used = frozenset(self._optional[name] for name in self._names_read() if name in self._optional)
 
@@ -108,7 +110,7 @@ class Columns:
         if self.has("chosen"):
             names += ["chosen", "rejected"]
         elif self.ranked:
-            names += self.ranking_names
+            names += [*self.ranking_names, TIE_MARGIN]
         return [name for name in names if name]
 
     @cached_property

@@ -20,7 +20,7 @@ The answer, or the answers, in one of these:
 
 Or `text` alone, a whole text that is taught from its first token to its last.
 
-`margin` and `weight` are optional numbers. What else a row holds is in its `unused`.
+`margin`, `weight` and, of rankings, `tie_margin` are optional numbers. What else a row holds is in its `unused`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from rlhf_lightning.chat.messages import Response, exact_text
 from rlhf_lightning.data.rows import BadRowError, DroppedRow, LabelledRow, Need, Row, check_text
-from rlhf_lightning.data.sources.columns import BESIDE, CHOICE, NUMBERS, Columns
+from rlhf_lightning.data.sources.columns import BESIDE, CHOICE, NUMBERS, TIE_MARGIN, Columns
 from rlhf_lightning.data.sources.fields import (
     is_nothing,
     read_flag,
@@ -214,6 +214,9 @@ class RowForm:
             raise DroppedRow(SAME)
         kept = sorted(first.values())  # of responses that say the same the best ranked stays
         row = self._row(raw, self._asked(raw), *(responses[i] for i in kept))
+        of_ties = self._columns.beside(raw, TIE_MARGIN)
+        if of_ties is not None:
+            row = row._replace(tie_margin=read_number(of_ties, self._columns.name(TIE_MARGIN)))
         return row._replace(ranks=tuple(ranks[i] for i in kept))
 
     def _last_turn(self, raw: RawRow) -> Row:

@@ -16,7 +16,7 @@ from rlhf_lightning.data.sources.raw_rows import RawRow, RawRows
 from rlhf_lightning.data.sources.row_forms import SAME, RowForm
 from rlhf_lightning.errors import UserError
 
-_PARSER = 3
+_PARSER = 4
 """Raised with every change of what a row is parsed to, so that nothing prepared before is taken for current."""
 
 
