@@ -55,13 +55,17 @@ BESIDE = [
     Case("reward terms", "fsdp2", False, False),
     Case("reward tied terms", "fsdp2", False, True),
     Case("reward tied terms", "zero3", True, False),
+    Case("reward rankings", "ddp", False, True),
+    Case("reward rankings", "zero3", True, False),
+    Case("dpo rankings", "ddp", True, True),
+    Case("dpo rankings", "fsdp2", False, False),
     Case("ppo others", "zero3", False, True),
     Case("ppo switched", "ddp", False, True),
     Case("ppo switched", "fsdp2", True, False),
     Case("ppo trunk switched", "ddp", False, False),
 ]
-"""An output layer beside a reward model, of its own or shared with the input embeddings, and switches of PPO: no stages
-of their own."""
+"""An output layer beside a reward model, of its own or shared with the input embeddings, whole rankings, and switches of
+PPO: no stages of their own."""
 
 
 def prepare(root: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning.strategies import Strategy
 
 from helpers.guard_runs import run_with_skips
+from helpers.rankings import ranking_rows
 from helpers.stages import MemoryLogger, instruction_rows, preference_rows, prompt_rows, sgd, trainer
 from rlhf_lightning import (
     DeepSpeedStrategy,
@@ -97,6 +98,24 @@ def dpo(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
     options |= {"reference": other if Path(other).is_dir() else None, "precompute_reference": pieces}
     options |= {"sft_coef": 0.3, "max_tokens_per_batch": 90 if pieces else None}
     return DPOModule(folder, optimizer=sgd(0.5), **CONSTANT, **options), weighed_pairs(folder)
+
+
+def rankings(folder: str) -> PreferenceDataModule:
+    """Whole rankings, so that processes have unequally many pairs, with ties, margins and weights."""
+    rows = ranking_rows([2 + i * i % 5 for i in range(EXAMPLES)], ties=True)
+    return PreferenceDataModule(
+        folder, rows, validation_data=rows[:VALIDATED], batch_size=BATCH, max_length=48, whole_rankings=True
+    )
+
+
+def reward_rankings(folder: str, *args: Any, **options: Any) -> Made:
+    """As `reward terms`, of whole rankings."""
+    return terms(folder, *args, **options)[0], rankings(folder)
+
+
+def dpo_rankings(folder: str, *args: Any, **options: Any) -> Made:
+    """As `dpo`, of whole rankings."""
+    return dpo(folder, *args, **options)[0], rankings(folder)
 
 
 def prompts(folder: str) -> PromptDataModule:
@@ -198,12 +217,15 @@ MORE = {
     "sft checkpointing": checkpointing,
     "reward terms": terms,
     "reward tied terms": tied_terms,
+    "reward rankings": reward_rankings,
+    "dpo rankings": dpo_rankings,
     "ppo others": others,
     "ppo switched": switched,
     "ppo trunk switched": partial(switched, value_trunk="policy"),
 }
 """Of which no table is made."""
 EPOCHS = {"sft": 2, "reward": 2, "reward terms": 2, "reward tied terms": 2, "dpo": 2, "ppo on-policy": 2}
+EPOCHS |= {"reward rankings": 2, "dpo rankings": 2}
 """So that all make five steps or more."""
 LEFT_OUT = "seconds", "tokens_per_second", "padding_share", "memory_gib"
 """Metrics that depend on the clock and the machine, or on how the examples fall into batches."""
