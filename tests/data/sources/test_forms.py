@@ -248,6 +248,16 @@ def test_margin_and_weight_are_read_where_they_are_given():
     assert read(named, "preference", {"margin": "gap"}).margin == 3
 
 
+def test_ties_have_a_margin_where_a_ranking_gives_one():
+    row = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1], "tie_margin": "0.5"}
+    assert read(row, "preference") == Row("p", ("a", "b"), (1, 1), tie_margin=0.5)
+    assert read(row | {"tie_margin": 0}, "preference").tie_margin == 0
+    assert read(row | {"tie_margin": None}, "preference").tie_margin is None
+    assert bad(row | {"tie_margin": "much"}, "preference") == "tie_margin is not a number"
+    pair = {"prompt": "p", "chosen": "r", "rejected": "x", "tie_margin": 2}
+    assert read(pair, "preference").unused == ("column 'tie_margin'",)  # it has no ties
+
+
 @pytest.mark.parametrize(
     ("numbers", "reason"),
     [
