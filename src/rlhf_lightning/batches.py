@@ -6,6 +6,8 @@ from lengths, never from comparing ids with the pad id, so models whose pad toke
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -94,6 +96,32 @@ class Sources(NamedTuple):
 
     names: list[str]
     numbers: Tensor
+
+    def are_among(self, names: Sequence[str]) -> Tensor:
+        """Which prompts come from some sources, `[B]`, bool.
+
+        Args:
+            names: of the sources, as they are or as logs have them; those that are none of these have no prompts.
+        """
+        both = zip(self.names, log_names(self.names), strict=True)
+        wanted = [number for number, called in enumerate(both) if {*called} & {*names}]
+        return torch.isin(self.numbers, to_device(torch.tensor(wanted, dtype=torch.int64), self.numbers.device))
+
+
+def log_names(names: Sequence[str]) -> list[str]:
+    """Names that logs can hold, no two alike: of files without folders and endings where that tells them apart.
+
+    Args:
+        names: any texts.
+
+    Example:
+        >>> log_names(["data/helpful.jsonl", "openai/summarize-tldr"]), log_names(["a/x.csv", "b/x.csv", "b x.csv"])
+        (['helpful', 'summarize_tldr'], ['a_x_csv', 'b_x_csv', 'b_x_csv_2'])
+    """
+    short = [name.rpartition("/")[2].partition(".")[0] for name in names]
+    names = names if len(set(short)) < len(names) else short
+    plain = [re.sub(r"\W+", "_", name).strip("_") or "source" for name in names]
+    return [name if (again := plain[:i].count(name)) == 0 else f"{name}_{again + 1}" for i, name in enumerate(plain)]
 
 
 class PromptBatch(NamedTuple):

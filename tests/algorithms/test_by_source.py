@@ -7,8 +7,8 @@ import torch
 
 from helpers.stages import adamw, disturb_random_numbers, fit, prompt_rows, save_llama, share_of_letters
 from rlhf_lightning import Blend, GRPOModule, PPOModule, PromptDataModule, Sampling, Table
-from rlhf_lightning.algorithms.online.rollout import log_names, metrics_by_source
-from rlhf_lightning.batches import Sources, repeat_prompts
+from rlhf_lightning.algorithms.online.rollout import metrics_by_source
+from rlhf_lightning.batches import Sources, log_names, repeat_prompts
 
 NAMES = ["hh", "tldr", "none"]
 SOURCES = Sources(NAMES, torch.tensor([0, 1, 0]))
@@ -67,9 +67,9 @@ def test_a_rollout_is_told_apart_by_the_sources_of_its_prompts(folder, files, ki
     seen = []
     measure = module.combined
 
-    def listening(measured):
+    def listening(measured, sources):
         seen.append(measured)
-        return measure(measured)
+        return measure(measured, sources)
 
     batches = []
     rollout = module.rollout

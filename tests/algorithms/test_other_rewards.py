@@ -162,8 +162,8 @@ def test_scores_are_scaled_by_all_scores_of_their_own_reward_and_then_clipped(fo
     seen = []
     combined = module.combined
 
-    def listening(measured):
-        made = combined(measured)
+    def listening(measured, sources):
+        made = combined(measured, sources)
         seen.append((measured.others["length"], made.scores))
         return made
 
@@ -222,6 +222,12 @@ def test_reward_models_beside_the_main_one_stay_out_of_checkpoints_and_never_cha
         ({"a": {"reward": "nowhere"}}, r"reward 'nowhere' is neither a reward model folder nor the import path"),
         ({"a": {"reward": length, "replaces_below": 0.1, "weight": 2.0}}, r"other_rewards\.weight \(2\.0\) must be 1"),
         ({"a": {"reward": length, "replaces_below": 1.0}}, r"other_rewards\.replaces_below \(1\.0\) must be above 0"),
+        (
+            {"a": {"reward": length, "replaces_for": ["x"], "weight": 0.0}},
+            r"weight \(0\.0\) must be 1 beside replaces_for",
+        ),
+        ({"a": {"reward": length, "replaces_for": []}}, r"other_rewards\.replaces_for names no source"),
+        ({"a": {"reward": length, "replaces_for": "x"}}, r"other_rewards\.replaces_for \('x'\) must be a list"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(folder, others, message):

@@ -158,7 +158,7 @@ class Evaluate(Callback):
         prompts, counted = self._asked
         with trainer.precision_plugin.forward_context():
             generation, texts = pl_module.answer(prompts, pl_module.random_by_row(prompts.row_ids, "judge"))
-            measured = pl_module.combined(pl_module.measure_answers(prompts, generation, texts))
+            measured = pl_module.combined(pl_module.measure_answers(prompts, generation, texts), prompts.sources)
         report_progress(pl_module, "judging", 0, 1)
         written = prompts.written or [WrittenPrompt(prompt) for prompt in prompts.prompts]
         spacing = Spacing.of(chat_of(trainer, pl_module))

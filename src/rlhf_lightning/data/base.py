@@ -164,6 +164,7 @@ class TextDataModule(ResumableDataModule, ABC):
         self._parts: dict[str, TokenTable | RankingTable] | None = None
         self._weights: list[float] = []
         self.source_names: list[str] = []  # of a blend; there after `setup`, but not of streams
+        self._names_by_role: dict[str, list[str]] = {}  # likewise
         self._train: Sequence[Any] = ()
         self._predict: Sequence[Any] | None = None
 
@@ -175,6 +176,10 @@ class TextDataModule(ResumableDataModule, ABC):
 
     def _collate_train(self) -> Callable[[list[Any]], Any]:
         """The same for training."""
+        return self._collate()
+
+    def _collate_part(self, part: Part) -> Callable[[list[Any]], Any]:
+        """The same for what is evaluated on."""
         return self._collate()
 
     @abstractmethod
@@ -251,7 +256,8 @@ class TextDataModule(ResumableDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Validation batches; an empty list, which Lightning skips, where nothing is held out."""
-        return self._eval_loader(self._part("validation"), self._collate()) if self._part("validation") else []
+        validation = self._part("validation")
+        return self._eval_loader(validation, self._collate_part("validation")) if validation else []
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Batches of the test part.
@@ -260,7 +266,7 @@ class TextDataModule(ResumableDataModule, ABC):
             UserError: there is none.
         """
         self._check_test()
-        return self._eval_loader(self._part("test"), self._collate())
+        return self._eval_loader(self._part("test"), self._collate_part("test"))
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches of `predict_data`, or of what is held out for validation."""
@@ -318,7 +324,8 @@ class TextDataModule(ResumableDataModule, ABC):
         self.counts.update(said_of_rows(sources))
         self.counts.update({part: len(table) for part, table in self._parts.items() if part != "test" or len(table)})
         self._weights = sources["data"]["source_weights"]
-        self.source_names = list(sources["data"]["source_names"])
+        self._names_by_role = self._names_by_role or {role: said["source_names"] for role, said in sources.items()}
+        self.source_names = self._names_by_role["data"]
         say_prepared(type(self).__name__, folder.manifest, self.counts)
 
     def _folder(self) -> PreparedFolder:
@@ -326,7 +333,9 @@ class TextDataModule(ResumableDataModule, ABC):
         if self.data is None:
             raise UserError("there is no data to train on; pass `data`, a file, a folder or a hub id")
         if not holds_tokens(self.data):
-            folder = find_or_build(self._preparation(), self.cache_dir)
+            preparation = self._preparation()
+            folder = find_or_build(preparation, self.cache_dir)
+            self._names_by_role = preparation.source_names  # tokens in the cache may be those of a source renamed since
             check_ids(self.tokenizer, lambda: folder.largest_id(self.need))
             return folder
         for name in ("validation_data", "test_data"):

@@ -11,6 +11,7 @@ from rlhf_lightning.data.base import TextDataModule
 from rlhf_lightning.data.collate import EncodedPrompt, collate_prompts
 from rlhf_lightning.data.encode import EncodedRow, written_prompt
 from rlhf_lightning.data.limits import RANGES
+from rlhf_lightning.data.preparing.manifest import Part
 from rlhf_lightning.data.rows import Need, Row
 from rlhf_lightning.errors import UserError
 
@@ -75,6 +76,15 @@ class PromptDataModule(TextDataModule):
     def _collate(self) -> Callable[[list[EncodedPrompt]], PromptBatch]:
         return partial(collate_decoded, **self._decoding)
 
+    def _collate_part(self, part: Part) -> Callable[[list[EncodedPrompt]], PromptBatch]:
+        """Of what is evaluated on beside a blend, which is of the blend or has sources of its own."""
+        names = self.source_names
+        if len(names) < 2:
+            return self._collate()
+        others = self._names_by_role.get(f"{part}_data", names)
+        is_own_split = others == [f"{name} {part}" for name in names]
+        return partial(collate_decoded, **self._decoding, source_names=names if is_own_split else others)
+
     @property
     def _decoding(self) -> dict[str, Any]:
         return {"chat": self.chat, "filler": self._filler}
@@ -93,7 +103,7 @@ class PromptDataModule(TextDataModule):
         return self._part("validation")
 
     def _collate_predict(self) -> Callable[[list[EncodedPrompt]], PromptBatch]:
-        return self._collate()
+        return self._collate_part("validation") if self.predict_data is None else self._collate()
 
 
 def collate_decoded(

@@ -7,14 +7,16 @@ Notation: B responses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.arguments import POSITIVE, Range, check_arguments
+from rlhf_lightning.batches import Sources, log_names
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, Scorer, TextScorer
@@ -36,6 +38,9 @@ class OtherReward:
         replaces_below: put this score in the place of all others where the probability that it means, the logistic
             function of its raw score, is below this (Touvron et al. 2023, Llama 2, section 3.2.3: safety, 0.15). It is
             not added then, and `weight` must be left 1. None never does.
+        replaces_for: put it there for all prompts of these sources of a blend, too, whatever it says (Llama 2, as
+            above: prompts about safety); named as the data name them, or as `train/score_from_NAME` does. None for no
+            source.
     """
 
     reward: str | RewardFunction
@@ -43,15 +48,24 @@ class OtherReward:
     scaling: bool = False
     clip: float | None = None
     replaces_below: float | None = None
+    replaces_for: list[str] | None = None
+
+    @property
+    def replaces(self) -> bool:
+        """Whether it may take the place of the others, and so is not added to them."""
+        return self.replaces_below is not None or self.replaces_for is not None
 
     def __post_init__(self) -> None:
         ranges = {"weight": Range(), "clip": POSITIVE, "replaces_below": Range(above=0, below=1)}
         check_arguments(OtherReward, vars(self), ranges, "other_rewards.")
-        if self.replaces_below is not None and self.weight != 1:
+        if self.replaces and self.weight != 1:
+            which = "replaces_below" if self.replaces_for is None else "replaces_for"
             raise UserError(
-                f"other_rewards.weight ({self.weight}) must be 1 beside replaces_below: the score takes the place of "
+                f"other_rewards.weight ({self.weight}) must be 1 beside {which}: the score takes the place of "
                 "the others as it is"
             )
+        if self.replaces_for == []:
+            raise UserError("other_rewards.replaces_for names no source; name one, or leave it out")
 
 
 class OtherScorers(nn.Module):
@@ -90,8 +104,38 @@ def check_other_rewards(settings: Mapping[str, OtherReward]) -> None:
             )
 
 
+def check_sources(settings: Mapping[str, OtherReward], names: Sequence[str] | None) -> None:
+    """See that the sources that rewards ask for are among those of the data.
+
+    Args:
+        settings: of the rewards, by name.
+        names: of the sources; None where prompts do not say where they come from.
+
+    Raises:
+        UserError: they are not, or there are no several sources.
+    """
+    for name, setting in settings.items():
+        where, called = f"other_rewards.{name}.replaces_for", log_names(names or [])
+        if setting.replaces_for is None:
+            continue
+        if len(called) < 2:
+            raise UserError(
+                f"{where} asks which source a prompt comes from, and the data have one alone, or do not say it: give "
+                "an rlhf_lightning.Blend that is not streamed, or leave it out"
+            )
+        for wanted in setting.replaces_for:
+            if wanted not in {*called, *(names or [])}:
+                close = get_close_matches(wanted, called, n=1)
+                hint = f"; did you mean '{close[0]}'?" if close else ""
+                raise UserError(f"{where}: '{wanted}' is no source of the data, which are {', '.join(called)}{hint}")
+
+
 def total_scores(
-    main: Tensor, others: Mapping[str, Tensor], raw: Mapping[str, Tensor], settings: Mapping[str, OtherReward]
+    main: Tensor,
+    others: Mapping[str, Tensor],
+    raw: Mapping[str, Tensor],
+    settings: Mapping[str, OtherReward],
+    sources: Sources | None = None,
 ) -> Tensor:
     """One score of several.
 
@@ -100,6 +144,7 @@ def total_scores(
         others: of the others, scaled and clipped as they are to count, by name, each `[B]`.
         raw: the same as their rewards gave them, a reward model's before calibration.
         settings: of the others, by name.
+        sources: where the prompts come from; None where that is not known, so that none replaces by it.
 
     Returns:
         The weighted sum; where a score replaces the others, that one, of several the first. `[B]`.
@@ -112,9 +157,19 @@ def total_scores(
     """
     total = main
     for name, setting in settings.items():
-        if setting.replaces_below is None and setting.weight:
+        if not setting.replaces and setting.weight:
             total = total + setting.weight * others[name]
     for name, setting in reversed([*settings.items()]):
-        if setting.replaces_below is not None:
-            total = torch.where(raw[name].sigmoid() < setting.replaces_below, others[name], total)
+        if setting.replaces:
+            total = torch.where(_takes_over(setting, raw[name], sources), others[name], total)
     return total
+
+
+def _takes_over(setting: OtherReward, raw: Tensor, sources: Sources | None) -> Tensor:
+    """Where a score takes the place of the others: either reason suffices. `[B]`, bool."""
+    low, asked = torch.zeros_like(raw, dtype=torch.bool), torch.zeros_like(raw, dtype=torch.bool)
+    if setting.replaces_below is not None:
+        low = raw.sigmoid() < setting.replaces_below
+    if setting.replaces_for is not None and sources is not None:
+        asked = sources.are_among(setting.replaces_for)
+    return low | asked

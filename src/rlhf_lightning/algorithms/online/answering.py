@@ -10,12 +10,11 @@ from typing import Any, Literal
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lightning.algorithms.hyperparameters import from_config, made_from_config
 from rlhf_lightning.algorithms.online import checks
-from rlhf_lightning.algorithms.online.controllers import RunningMoments
+from rlhf_lightning.algorithms.online.combining import RewardCombination
 from rlhf_lightning.algorithms.online.experience import Measurements
 from rlhf_lightning.algorithms.online.models import FrozenDtype, ModelSource, TrunkValue
 from rlhf_lightning.algorithms.online.rollout import measure, raw_score
@@ -24,7 +23,7 @@ from rlhf_lightning.algorithms.pairs import mean_metrics
 from rlhf_lightning.algorithms.reference import warn_own_reference
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, check_arguments
-from rlhf_lightning.batches import PromptBatch, without_blanks
+from rlhf_lightning.batches import PromptBatch, Sources, without_blanks
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.functional import ScoreCombination
 from rlhf_lightning.generation.compiled_step import CompiledStep, compiling_pays
@@ -43,7 +42,7 @@ from rlhf_lightning.models.other_rewards import (
     OtherReward,
     OtherScorers,
     check_other_rewards,
-    total_scores,
+    check_sources,
 )
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer
@@ -122,7 +121,7 @@ class AnsweringStage(Stage):
         self.reward_combination: ScoreCombination = reward_combination
         self.rollout_weights: RolloutWeights = rollout_weights
         self.other_rewards = other_rewards
-        self.part_moments = {name: RunningMoments() for name in other_rewards}
+        self.combination = RewardCombination(other_rewards)
         self.reference = reference
         self.rollout_engine: RolloutEngine | None = None
         self._synced_at: int | None = None
@@ -182,8 +181,11 @@ class AnsweringStage(Stage):
         return self.generation_batch_size
 
     def setup(self, stage: str) -> None:
-        """Say where an evaluation would compare a policy with itself."""
+        """See that rewards know the sources of the data; say where an evaluation would compare a policy with itself."""
         self._synced_at = None  # each run counts its steps from where it begins, and may bring other weights
+        sources = getattr(self.datamodule, "source_names", None)
+        if stage == "fit" and sources is not None:
+            check_sources(self.other_rewards, sources)
         if stage != "fit" and self.reference is None and not self.trainer.ckpt_path:
             warn_own_reference(self.model_name_or_path)
 
@@ -311,33 +313,21 @@ class AnsweringStage(Stage):
             checks.check_scores(self, scores, prompts.row_ids, answers)
         return measured
 
-    def combined(self, measured: Measurements) -> Measurements:
+    def combined(self, measured: Measurements, sources: Sources | None = None) -> Measurements:
         """With one score of the main reward's and the others', and the main one's as `main` among those.
 
         Args:
             measured: what all of them say.
+            sources: where the prompts come from; None where that is not known.
         """
-        if not measured.others:
-            return measured
-        raw = {name: self._raw(name, scores) for name, scores in measured.others.items()}
-        counted = {name: self._counted(name, scores) for name, scores in measured.others.items()}
-        scores = total_scores(measured.scores, counted, raw, self.other_rewards)
-        return measured._replace(scores=scores, others={MAIN: measured.scores, **measured.others})
-
-    def _raw(self, name: str, scores: Tensor) -> Tensor:
-        return raw_score(self.other_scorers.by_name()[name], scores).get("raw_score", scores)
-
-    def _counted(self, name: str, scores: Tensor) -> Tensor:
-        setting = self.other_rewards[name]
-        scores = self.part_moments[name].scale(scores) if setting.scaling else scores
-        return scores if setting.clip is None else scores.clamp(-setting.clip, setting.clip)
+        return self.combination.of(measured, self.other_scorers.by_name(), sources)
 
     # Evaluation.
 
     def _evaluate(self, prompts: PromptBatch, batch_idx: int, stage: str) -> dict[str, Any]:
         self.check_batch(prompts, PromptBatch, "PromptDataModule")
         generation, texts = self.answer(prompts, self.random_by_row(prompts.row_ids, stage))
-        measured = self.combined(self.measure_answers(prompts, generation, texts))
+        measured = self.combined(self.measure_answers(prompts, generation, texts), prompts.sources)
         counted = prompts.row_ids >= 0
         values = {
             "score": measured.scores,
@@ -370,7 +360,7 @@ class AnsweringStage(Stage):
         """
         self.check_batch(prompts, PromptBatch, "PromptDataModule")
         generation, texts = self.answer(prompts, self.random_by_row(prompts.row_ids, "predict"))
-        measured = self.combined(self.measure_answers(prompts, generation, texts))
+        measured = self.combined(self.measure_answers(prompts, generation, texts), prompts.sources)
         columns = response_rows(prompts, generation, texts), measured.scores.tolist(), measured.kl.tolist()
         rows = [{**row, "score": score, "kl": kl} for row, score, kl in zip(*columns, strict=True)]
         for name, scores in measured.others.items():

@@ -5,7 +5,6 @@ Notation: B batch, P padded prompt length, R padded response length.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -21,7 +20,7 @@ from rlhf_lightning.algorithms.online.experience import Experience, Measurements
 from rlhf_lightning.algorithms.online.models import TrunkValue, logprobs_and_values, values_alone
 from rlhf_lightning.algorithms.online.settings import ScoreShaping
 from rlhf_lightning.algorithms.online.sharing import Piece
-from rlhf_lightning.batches import PromptBatch, Sources
+from rlhf_lightning.batches import PromptBatch, Sources, log_names
 from rlhf_lightning.forward.casts import cast_once
 from rlhf_lightning.forward.common_trunk import common_trunk, have_common_trunk
 from rlhf_lightning.forward.hidden import response_logprobs
@@ -357,22 +356,6 @@ def metrics_by_source(sources: Sources, scores: Tensor, kl: Tensor, reduce: Redu
             found[f"score_from_{name}"] = (score[number] / counts[number]).float()
             found[f"kl_from_{name}"] = (total_kl[number] / counts[number]).float()
     return found
-
-
-def log_names(names: Sequence[str]) -> list[str]:
-    """Names that logs can hold, no two alike: of files without folders and endings where that tells them apart.
-
-    Args:
-        names: any texts.
-
-    Example:
-        >>> log_names(["data/helpful.jsonl", "openai/summarize-tldr"]), log_names(["a/x.csv", "b/x.csv", "b x.csv"])
-        (['helpful', 'summarize_tldr'], ['a_x_csv', 'b_x_csv', 'b_x_csv_2'])
-    """
-    short = [name.rpartition("/")[2].partition(".")[0] for name in names]
-    names = names if len(set(short)) < len(names) else short
-    plain = [re.sub(r"\W+", "_", name).strip("_") or "source" for name in names]
-    return [name if (again := plain[:i].count(name)) == 0 else f"{name}_{again + 1}" for i, name in enumerate(plain)]
 
 
 def explained_variance(experience: Experience, reduce: Reduce = identity, gamma: float = 1.0) -> Tensor:

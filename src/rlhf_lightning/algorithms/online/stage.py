@@ -37,6 +37,7 @@ from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.functional import masked_moments
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.host import on_host
+from rlhf_lightning.models.other_rewards import check_sources
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.rewarding import ModelScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
@@ -275,6 +276,7 @@ class OnlineStage(AnsweringStage):
             NonFiniteError: on every rank, if a score of any rank is NaN or infinite.
         """
         started = time.perf_counter()
+        check_sources(self.other_rewards, None if prompts.sources is None else prompts.sources.names)
         on_host(prompts.row_ids, prompts.prompt_mask)  # at once, for all that asks for them
         samples = self.samples_per_prompt
         random = self.random_by_row(prompts.row_ids, "rollout", self.iteration, samples=samples, together=True)
@@ -284,9 +286,8 @@ class OnlineStage(AnsweringStage):
         sharing = self._sharing(self.policy, self.reference_model, self.value, self.scorer)
         with self.compiled(self.policy, self.reference_model, self.value, self.scorer):
             measured = self.measure_answers(prompts, generation, texts, with_values=True, sharing=sharing)
-        for name, part in measured.others.items():
-            self.part_moments[name].update(part, self.reduce)
-        measured = self.combined(measured)
+        self.combination.update(measured, self.reduce)
+        measured = self.combined(measured, prompts.sources)
         measured, mismatch = weigh_draws(measured, generation, self.importance_cap, self.per_response, self.reduce)
         self.score_moments.update(measured.scores, self.reduce)
         scores = self.shaped_scores(measured.scores, generation.ended, generation.response_mask)
@@ -379,7 +380,7 @@ class OnlineStage(AnsweringStage):
         moments = {**vars(self.score_moments)}
         state = {"iteration": self.iteration, "kl_coef": self.kl_controller.coef, "score_moments": moments}
         if self.other_rewards:
-            state["part_moments"] = {name: {**vars(each)} for name, each in self.part_moments.items()}
+            state["part_moments"] = self.combination.state()
         compiled = self._compiled_step
         before = self._compiled_before if compiled is None else (compiled.sizes, compiled.complaint)
         return state if before is None else {**state, "compiled_step": list(before[0]), "not_compiled": before[1]}
@@ -390,8 +391,6 @@ class OnlineStage(AnsweringStage):
         if self.kl.target is not None:  # a fixed coefficient is what the settings of this run say
             self.kl_controller.coef = state["kl_coef"]
         self.score_moments = RunningMoments(**state["score_moments"])
-        for name, kept in state.get("part_moments", {}).items():
-            if name in self.part_moments:  # a reward that the run no longer has is gone with its moments
-                self.part_moments[name] = RunningMoments(**kept)
+        self.combination.load(state.get("part_moments", {}))
         if (sizes := state.get("compiled_step")) is not None:
             self._compiled_before = tuple(sizes), state.get("not_compiled", "")

@@ -137,6 +137,11 @@ class Preparation:
         """How often an epoch sees the rows of each source of `data`."""
         return self._rows["data"].source_weights
 
+    @property
+    def source_names(self) -> dict[str, list[str]]:
+        """Names of the sources of what is read, by its role; the tokens do not depend on them."""
+        return {role: list(rows.source_names) for role, rows in self._rows.items()}
+
     @cached_property
     def _opened(self) -> dict[str, Rows]:
         """`data` by its parts."""
