@@ -23,9 +23,9 @@ from helpers.engine_contract import (
 )
 from helpers.models import table_tokenizer
 from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.chat.text_so_far import completes_stop
 from rlhf_lightning.generation.engine import Generation, RolloutEngine, TransformersEngine, respond
 from rlhf_lightning.generation.sampling import Sampling, one_seed
-from rlhf_lightning.generation.text_so_far import completes_stop
 from rlhf_lightning.models.eos import eos_ids
 from rlhf_lightning.models.tokenizer import filler_id
 

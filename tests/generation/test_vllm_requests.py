@@ -14,10 +14,10 @@ from helpers.answers import model_of
 from helpers.models import table_tokenizer
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import VLLMEngine, VLLMServer
+from rlhf_lightning.chat.text_so_far import decode_response
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine_weights import PolicyWeights
 from rlhf_lightning.generation.sampling import Sampling
-from rlhf_lightning.generation.text_so_far import decode_response
 from rlhf_lightning.generation.vllm_requests import Reply, generation_of, requests_of, sampling_fields
 from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.lora import add_adapter, lora_layers

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from rlhf_lightning.batches import length_sorted_pieces
 from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.chat.text_so_far import TextSoFar
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.data.collate import pad
 from rlhf_lightning.evaluation.policy import Dtype, default_device, dtype_on
-from rlhf_lightning.generation.text_so_far import TextSoFar
 from rlhf_lightning.models.causal_lm import freeze
 from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction
 from rlhf_lightning.models.rewarding import TextScorer, find_reward, reward_chat

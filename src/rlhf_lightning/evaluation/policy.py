@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lightning.batches import PromptBatch, length_sorted_pieces
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.spacing import Spacing
+from rlhf_lightning.chat.text_so_far import TextSoFar
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.data.collate import EncodedPrompt, collate_prompts, pad
 from rlhf_lightning.data.limits import cut_prompt
@@ -26,7 +27,6 @@ from rlhf_lightning.forward.capacity import context_length
 from rlhf_lightning.forward.hidden import response_logprobs
 from rlhf_lightning.generation.engine import Generation, TransformersEngine, decode_responses
 from rlhf_lightning.generation.sampling import RandomSource, Sampling
-from rlhf_lightning.generation.text_so_far import TextSoFar
 from rlhf_lightning.models.causal_lm import freeze, load_causal_lm
 from rlhf_lightning.models.rendering import policy_chat, recorded_chat
 from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer

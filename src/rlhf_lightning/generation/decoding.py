@@ -17,6 +17,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lightning.chat.text_so_far import completes_stop
 from rlhf_lightning.compat import SDPA, attention_kernel, takes_attention_functions
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import attends, cache_argument, position_ids, takes_positions
@@ -28,7 +29,6 @@ from rlhf_lightning.generation.cache import RolloutCache, attention_by_rows, rol
 from rlhf_lightning.generation.compiled_step import CompiledStep
 from rlhf_lightning.generation.picking import Rules, pick
 from rlhf_lightning.generation.sampling import RandomSource, Sampling, uniforms
-from rlhf_lightning.generation.text_so_far import completes_stop
 from rlhf_lightning.host import alike, on_host, to_device
 from rlhf_lightning.models.eos import eos_ids
 

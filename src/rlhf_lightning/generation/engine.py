@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.chat.text_so_far import decode_response
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.forward.casts import CastWeights
@@ -35,7 +36,6 @@ from rlhf_lightning.generation.decoding import Decoding, Record, supports_cache
 from rlhf_lightning.generation.half_weights import HalfWeights
 from rlhf_lightning.generation.sampling import RandomSource, Sampling
 from rlhf_lightning.generation.skinny_gemm import skinny_gemm
-from rlhf_lightning.generation.text_so_far import decode_response
 from rlhf_lightning.host import alike, on_host, to_device
 from rlhf_lightning.models.merging import merged_adapters
 from rlhf_lightning.models.tokenizer import filler_id

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lightning.chat.text_so_far import completes_stop, decode_response
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.generation.sampling import RandomSource, Sampling, one_seed
-from rlhf_lightning.generation.text_so_far import completes_stop, decode_response
 from rlhf_lightning.models.eos import eos_ids
 from rlhf_lightning.models.tokenizer import filler_id
 from rlhf_lightning.rng import derive_seed

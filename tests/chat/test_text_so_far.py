@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.templates import shelf_tokenizer
 from helpers.tokenizers import Slow, tiny_tokenizer
-from rlhf_lightning.generation.text_so_far import TextSoFar, decode_response
+from rlhf_lightning.chat.text_so_far import TextSoFar, decode_response
 
 
 def single_bytes() -> PreTrainedTokenizerFast:
