@@ -9,7 +9,7 @@ from torch import nn
 
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.models.rendering import rendering_of
-from rlhf_lightning.models.rewarding import ModelScorer, TextScorer
+from rlhf_lightning.models.rewarding import shared_scalar
 from rlhf_lightning.models.scalar_lm import ScalarLM
 
 FROZEN = "frozen_dtype"
@@ -48,8 +48,6 @@ def _frozen_dtypes(model: nn.Module) -> dict[str, Any]:
 
 
 def _value_record(module: Any, value: ScalarLM) -> dict[str, Any]:
-    scorer = module.scorer
-    reads_the_same = isinstance(scorer, ModelScorer) or (isinstance(scorer, TextScorer) and scorer.same_ids)
     beside = "default" in getattr(value.model, "peft_config", {})  # where the reward model's own adapter is trained
-    began_as = "value" if "value" in module.parents else "reward" if reads_the_same or beside else "model"
+    began_as = "value" if "value" in module.parents else "reward" if shared_scalar(module.scorer) or beside else "model"
     return {BEGAN_AS: began_as, BESIDE: beside, **_frozen_dtypes(value.model)}

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from threading import Event
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -83,6 +83,7 @@ class Models:
             nearly twice as fast.
         device: where they run; see `Policy.load`.
         trust_remote_code: allow folders to run Python code of their own.
+        reward_weights: what the labels of a reward model count; None where it has one.
 
     Attributes:
         choices: what may be asked, the exports of a run one by one.
@@ -99,6 +100,7 @@ class Models:
         dtype: Dtype = "auto",
         device: str | None = None,
         trust_remote_code: bool = False,
+        reward_weights: dict[str, float] | None = None,
     ) -> None:
         self.choices = list(dict.fromkeys(folder for name in names for folder in model_folders(name)))
         self._dtype, self._device, self._trust = dtype, device, trust_remote_code
@@ -106,7 +108,8 @@ class Models:
         self._worker = ThreadPoolExecutor(1, "models")
         self.judge: Judge | None = None
         if reward is not None:
-            self.judge = Judge.load(reward, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+            self.judge = Judge.load(reward, weights=reward_weights, **options)
 
     def load(self, model: str) -> Policy:
         """A model, loaded if it is not yet, and made ready to answer at once.

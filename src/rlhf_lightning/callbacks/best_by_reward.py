@@ -16,7 +16,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from rlhf_lightning.algorithms.online.checks import check_scores
-from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, check_arguments
+from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, Range, check_arguments
 from rlhf_lightning.callbacks.evaluate import chat_of
 from rlhf_lightning.callbacks.hf_export import HFExport
 from rlhf_lightning.chat.messages import exact_text
@@ -69,6 +69,8 @@ class KeepBestByReward(Callback):
         reward_timeout: seconds that one call of a function may take; None for no limit.
         dirpath: where the best model goes, a Hugging Face folder as `HFExport` writes it; by default `best_by_reward`
             in the trainer's `default_root_dir`.
+        reward_weights: what the raw logit of each label of a reward model counts, by its name or number; needed where
+            it has several.
 
     Attributes:
         best: the best model so far, also before a run was resumed.
@@ -83,11 +85,14 @@ class KeepBestByReward(Callback):
         batch_size: int = 32,
         reward_timeout: float | None = None,
         dirpath: str | None = None,
+        reward_weights: dict[str, float] | None = None,
     ) -> None:
         ranges = {"num_prompts": AT_LEAST_1, "batch_size": AT_LEAST_1, "reward_timeout": POSITIVE}
+        ranges["reward_weights"] = Range()
         check_arguments(KeepBestByReward, locals(), ranges)
         self.reward, self.num_prompts, self.data = reward, num_prompts, data
         self.sampling, self.batch_size, self.reward_timeout = sampling, batch_size, reward_timeout
+        self.reward_weights = reward_weights
         self.dirpath = dirpath
         self.best: Best | None = None
         self._judge: Judge | None = None
@@ -111,6 +116,7 @@ class KeepBestByReward(Callback):
                 device=device,
                 trust_remote_code=getattr(pl_module, "trust_remote_code", False),
                 timeout=self.reward_timeout,
+                weights=self.reward_weights,
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

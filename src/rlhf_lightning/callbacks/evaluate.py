@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_lightning.algorithms.online.checks import check_scores
 from rlhf_lightning.algorithms.online.stage import OnlineStage
-from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, check_arguments
+from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, Range, check_arguments
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.spacing import Spacing
@@ -75,6 +75,8 @@ class Evaluate(Callback):
         prompts: prompts to answer in place of those, as in the data: plain text, or a dialogue in Human and Assistant
             turns.
         judge_timeout: seconds that one call of a function may take; None for no limit.
+        judge_weights: what the raw logit of each label of a reward model counts, by its name or number; needed where it
+            has several.
 
     Attributes:
         points: what was found so far, also before a run was resumed.
@@ -87,8 +89,10 @@ class Evaluate(Callback):
         num_prompts: int = 64,
         prompts: list[str] | None = None,
         judge_timeout: float | None = None,
+        judge_weights: dict[str, float] | None = None,
     ) -> None:
         ranges = {"every_n_iterations": AT_LEAST_1, "num_prompts": AT_LEAST_1, "judge_timeout": POSITIVE}
+        ranges["judge_weights"] = Range()
         check_arguments(Evaluate, locals(), ranges)
         if prompts is not None and not prompts:
             raise UserError("Evaluate: prompts is empty; give at least one, or leave it out")
@@ -97,6 +101,7 @@ class Evaluate(Callback):
         self.num_prompts = num_prompts
         self.prompts = prompts
         self.judge_timeout = judge_timeout
+        self.judge_weights = judge_weights
         self.points: list[Judged] = []
         self._judge: Judge | None = None
         self._asked: tuple[PromptBatch, Tensor] | None = None
@@ -111,7 +116,7 @@ class Evaluate(Callback):
             return
         if not isinstance(pl_module, OnlineStage):
             raise UserError(f"Evaluate: {type(pl_module).__name__} answers no prompts; leave the callback out")
-        if self.judge == pl_module.reward:
+        if (self.judge, self.judge_weights) == (pl_module.reward, pl_module.reward_weights):
             raise UserError(
                 f"Evaluate: the judge, {self.judge}, is the reward that training uses, whose opinion train/score and "
                 "val/score already are; name another one"
@@ -123,6 +128,7 @@ class Evaluate(Callback):
                 device=device,
                 trust_remote_code=pl_module.trust_remote_code,
                 timeout=self.judge_timeout,
+                weights=self.judge_weights,
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

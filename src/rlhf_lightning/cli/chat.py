@@ -36,6 +36,7 @@ def _parser() -> OneLineParser:
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="folder, hub id, or a run: its export and those of its checkpoints")
     add("--reward", help="folder of a reward model, or import path of a function, that scores the answers")
+    add("--reward_weights", type=dict[str, float], help="what each label of the reward model counts, such as {good: 1}")
     add("--terminal", action="store_true", help="talk in the terminal, without a page")
     add("--temperature", type=float, default=0.7, help="the logits are divided by it; 0 takes the most likely token")
     add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens of this probability; 1 for all")
@@ -87,6 +88,7 @@ def main(options: Sequence[str]) -> None:
         dtype=given.dtype,
         device=given.device,
         trust_remote_code=given.trust_remote_code,
+        reward_weights=given.reward_weights,
     )
     if given.max_new_tokens is None:
         sampling = replace(sampling, max_new_tokens=models.load(models.choices[0]).ample_response)

@@ -220,7 +220,8 @@ def _load_stage(checkpoint: Checkpoint, trust_remote_code: bool) -> Stage:
     """The stage with its model and tokenizer as it had them, the weights those of its base."""
     if checkpoint.is_value:
         beside = checkpoint.said[BESIDE]
-        stage: Any = ValueStage(checkpoint.base, beside, checkpoint.finetune, trust_remote_code)
+        weights = checkpoint.settings.get("reward_weights") if checkpoint.role == "reward" else None
+        stage: Any = ValueStage(checkpoint.base, beside, checkpoint.finetune, trust_remote_code, weights)
     else:
         kind, _ = _PLACES[checkpoint.state["stage"]]
         stage = kind(checkpoint.base, finetune=checkpoint.finetune, trust_remote_code=trust_remote_code)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from rlhf_lightning.arguments import AT_LEAST_1, check_arguments
+from rlhf_lightning.arguments import AT_LEAST_1, Range, check_arguments
 from rlhf_lightning.cli.evaluate import reporting
 from rlhf_lightning.cli.functions import run_function
 from rlhf_lightning.data.sources import DataSource
@@ -55,6 +55,7 @@ def sample(
     device: str | None = None,
     trust_remote_code: bool = False,
     timeout: float | None = None,
+    reward_weights: dict[str, float] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Draw k answers to each prompt, and write the best by a reward as lines of JSON that the stages read.
@@ -86,18 +87,19 @@ def sample(
         device: cpu, cuda, cuda:1 and so on; by default the first GPU if there is one.
         trust_remote_code: run Python code that comes with the models.
         timeout: seconds that one call of a reward function may take; null for no limit.
+        reward_weights: what the raw logit of each label of a reward model counts, by its name or number.
         overwrite: replace OUT, and begin anew where OUT.partial was begun with other settings.
 
     Raises:
         UserError: something the user can fix.
     """
-    check_arguments(sample, locals(), {"batch_size": AT_LEAST_1})
+    check_arguments(sample, locals(), {"batch_size": AT_LEAST_1, "reward_weights": Range()})
     rejection = Rejection(k, keep, unfinished, label, system, system_kept)
     sampling = Sampling(temperature, top_k, top_p, 1 if max_new_tokens is None else max_new_tokens)
     if temperature == 0 and k > 1:
         raise UserError(f"temperature 0 draws the same answer {k} times; set it above 0, or k to 1")
     check_model_folder(policy)
-    find_reward(reward, timeout)
+    find_reward(reward, timeout, reward_weights)
     target, partial = _places(out, overwrite)
     rows = read_rows(data, "prompts", part=part, columns=columns, num_samples=num_samples)
     bench = Bench(
@@ -110,6 +112,7 @@ def sample(
         trust_remote_code=trust_remote_code,
         timeout=timeout,
         seed=seed,
+        reward_weights={} if reward_weights is None else {reward: reward_weights},
     )
     drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
     settings = json.loads(json.dumps(settings_of_rows(rejection, bench, rows, **drawn)))

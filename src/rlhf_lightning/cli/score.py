@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_lightning.arguments import check_arguments
+from rlhf_lightning.arguments import Range, check_arguments
 from rlhf_lightning.cli.functions import run_function
 from rlhf_lightning.cli.generate import write_line, written_to
 from rlhf_lightning.data.sources import DataSource, as_source
@@ -32,6 +32,7 @@ def score(
     device: str | None = None,
     trust_remote_code: bool = False,
     timeout: float | None = None,
+    reward_weights: dict[str, float] | None = None,
 ) -> None:
     """Score the answers of a file as lines of JSON, and say the mean; of pairs also how many are ordered as their rows.
 
@@ -46,18 +47,27 @@ def score(
         device: cpu, cuda, cuda:1 and so on; by default the first GPU if there is one.
         trust_remote_code: run Python code that comes with the model.
         timeout: seconds that one call of a function may take; null for no limit.
+        reward_weights: what the raw logit of each label of a reward model counts, by its name or number, such as
+            `{helpfulness: 0.65, verbosity: -0.4}`; needed where it has several.
 
     Raises:
         UserError: no such reward, or data that cannot be read.
     """
-    check_arguments(score, locals())
+    check_arguments(score, locals(), {"reward_weights": Range()})
     if file is None:
         raise UserError("nothing is scored; pass --file")
     source = as_source(file, columns)
     need: Any = "preference" if source.open_parts()["train"].has("preference") else "finetune"
     rows = read_rows(source, need, part=part, num_samples=num_samples)
     with written_to(out) as lines:
-        judge = Judge.load(reward, dtype=dtype, device=device, trust_remote_code=trust_remote_code, timeout=timeout)
+        judge = Judge.load(
+            reward,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            timeout=timeout,
+            weights=reward_weights,
+        )
         best, leads = [], []
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             for row, scores in _scored(judge, rows[start : start + _ROWS_AT_ONCE]):

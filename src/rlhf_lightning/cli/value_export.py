@@ -64,11 +64,19 @@ class ValueStage(RewardModule):
         beside: that is an adapter, on weights that the policy stands on, too.
         finetune: which weights were trained.
         trust_remote_code: run Python code that comes with the base.
+        weights: what the labels of the base count, where it has several.
     """
 
-    def __init__(self, base: str, beside: bool, finetune: FineTune, trust_remote_code: bool) -> None:
+    def __init__(
+        self,
+        base: str,
+        beside: bool,
+        finetune: FineTune,
+        trust_remote_code: bool,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__(base, finetune=finetune, trust_remote_code=trust_remote_code)
-        self._beside = beside
+        self._beside, self._weights = beside, weights
 
     def load_models(self) -> None:
         """Load what the value model began as, with its adapters."""
@@ -85,7 +93,7 @@ class ValueStage(RewardModule):
         if self._beside:
             policy = load_causal_lm(adapter_base(base), trust_remote_code=trust)
             choose_trained(policy, self.finetune)
-            return attach_reward_adapter(scalar_beside(policy).model, base, trainable=True)
+            return attach_reward_adapter(scalar_beside(policy).model, base, trainable=True, weights=self._weights)
         if not has_reward_head(base) and self.finetune.mode == "lora":
             policy = load_causal_lm(base, trust_remote_code=trust)
             choose_trained(policy, self.finetune)
@@ -93,7 +101,7 @@ class ValueStage(RewardModule):
         elif not has_reward_head(base):
             value = new_scalar_lm(base, head="zero", trust_remote_code=trust)
         else:
-            value = load_reward_model(base, trust_remote_code=trust)
+            value = load_reward_model(base, trust_remote_code=trust, weights=self._weights)
         choose_trained(value.model, self.finetune)
         add_adapter(value.model, self.finetune, "value")
         return value

@@ -27,7 +27,6 @@ from rlhf_lightning.evaluation.task import Bench, Progress, Task, files_of, name
 from rlhf_lightning.functional import GaoForm, best_of_n, best_of_n_kl, fit_gao, kl_estimate
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.reward_functions import RewardFunction
-from rlhf_lightning.models.rewarding import find_reward
 from rlhf_lightning.models.tokenizer import same_tokenizer
 
 
@@ -61,7 +60,7 @@ class BestOfN(Task):
         if self.proxy is None:
             bench.check_rewards(self.name)
         for reward in self._rewards(bench).values():
-            find_reward(reward)
+            bench.find(reward)
         if bench.sampling.temperature == 0:
             raise UserError("best_of_n chooses among answers that are drawn; set sampling.temperature above 0")
 
@@ -155,7 +154,7 @@ class BestOfN(Task):
         }
 
     def _key(self, model: str, bench: Bench, *more: Any) -> str:
-        rewards = {name: files_of(reward) for name, reward in self._rewards(bench).items()}
+        rewards = {name: bench.files_of_reward(reward) for name, reward in self._rewards(bench).items()}
         return key_of_settings(self.name, files_of(model), bench.sampling, bench.seed, bench.dtype, rewards, more)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,9 @@ from rlhf_lightning.data.collate import pad
 from rlhf_lightning.evaluation.policy import Dtype, default_device, dtype_on
 from rlhf_lightning.models.causal_lm import freeze
 from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction
-from rlhf_lightning.models.rewarding import TextScorer, find_reward, reward_chat
-from rlhf_lightning.models.scalar_lm import load_reward_model
-from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer
+from rlhf_lightning.models.rewarding import TextScorer, find_reward, load_reader
+from rlhf_lightning.models.scalar_lm import ScalarLM
+from rlhf_lightning.models.tokenizer import filler_id
 
 
 class TokenScore(NamedTuple):
@@ -52,6 +53,7 @@ class Judge:
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
         timeout: float | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> Judge:
         """Load a judge.
 
@@ -61,26 +63,28 @@ class Judge:
             device: where a reward model runs; see `Policy.load`.
             trust_remote_code: allow the folder to run Python code of its own.
             timeout: seconds that one call of a function may take; None for no limit.
+            weights: what the labels of a reward model count; None where it has one.
 
         Raises:
             UserError: it names neither.
         """
-        found = find_reward(reward, timeout)
+        found = find_reward(reward, timeout, weights)
         if isinstance(found, ScoringFunction):
             return cls(found, found.name)
         place, before = default_device() if device is None else torch.device(device), torch.get_default_dtype()
         torch.set_default_dtype(dtype_on(place, dtype))
         try:
-            model = load_reward_model(found, trust_remote_code=trust_remote_code)
+            model, chat = load_reader(found, trust_remote_code, weights=weights)
         finally:
             torch.set_default_dtype(before)
         freeze(model)
-        return cls(TextScorer(model.to(place), reward_chat(model, load_tokenizer(found, trust_remote_code))), found)
+        return cls(TextScorer(model.to(place), chat), found)
 
     @property
     def chat(self) -> ChatEncoder | None:
-        """What writes dialogues as a reward model reads them; None where a function scores."""
-        return self.scores_by.chat if isinstance(self.scores_by, TextScorer) else None
+        """What writes dialogues as a reward model reads them; None for functions and pairs of texts."""
+        chat = getattr(self.scores_by, "chat", None)
+        return chat if isinstance(chat, ChatEncoder) else None
 
     @torch.no_grad()
     def scores(
@@ -118,7 +122,7 @@ class Judge:
 
     @torch.no_grad()
     def token_scores(self, prompt: WrittenPrompt, response: str, ended: bool = True) -> list[TokenScore]:
-        """The score of a response up to each of its tokens; none where a function scores, which reads whole ones.
+        """The score of a response up to each of its tokens; none by what reads whole ones: functions, encoders.
 
         Args:
             prompt: as it was written.
@@ -128,7 +132,7 @@ class Judge:
         Raises:
             UserError: a prompt that the reward model's template refuses.
         """
-        if isinstance(self.scores_by, ScoringFunction):
+        if isinstance(self.scores_by, ScoringFunction) or not isinstance(self.scores_by.model, ScalarLM):
             return []
         model, tokenizer = self.scores_by.model, self.scores_by.tokenizer
         ids = self.scores_by.encode(prompt, response, ended)

@@ -176,7 +176,7 @@ def settings_of(rejection: Rejection, bench: Bench, rows: Sequence[TextRow], **m
         "seed": bench.seed,
         "dtype": bench.dtype,
         "the files of the policy": key_of_settings(files_of(policy)),
-        "the files of the reward": key_of_settings(files_of(reward)),
+        "the files of the reward": key_of_settings(bench.files_of_reward(reward)),
         "the prompts": key_of_settings([list(row) for row in rows]),
     }
 

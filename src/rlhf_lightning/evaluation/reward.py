@@ -23,7 +23,7 @@ from rlhf_lightning.evaluation.judge import Judge
 from rlhf_lightning.evaluation.results import Curve, Lines, Point, Result
 from rlhf_lightning.evaluation.rows import TextRow
 from rlhf_lightning.evaluation.statistics import ALL, intervals_of, result, results_by_group, sources
-from rlhf_lightning.evaluation.task import Bench, Progress, Task, name_of
+from rlhf_lightning.evaluation.task import Bench, Progress, Task, files_of, name_of
 from rlhf_lightning.functional import (
     best_of_credit,
     bootstrap_interval,
@@ -102,13 +102,17 @@ class Reward(Task):
         """Refuse to begin without any."""
         bench.check_rewards(self.name)
 
+    def _key(self, reward: Any, bench: Bench) -> str:
+        weighed = [] if bench.files_of_reward(reward) == files_of(reward) else [bench.files_of_reward(reward)]
+        return self.key(reward, bench.dtype, *weighed)
+
     def run(self, rows: list[TextRow], bench: Bench, lines: Lines) -> tuple[list[Result], list[Curve]]:
         """Measure each reward, see `Task`."""
         results: list[Result] = []
         curves: list[Curve] = []
         for reward in bench.rewards:
             judge = bench.judge(reward)
-            found = _score(self, judge, self.key(reward, bench.dtype), rows, bench, lines)
+            found = _score(self, judge, self._key(reward, bench), rows, bench, lines)
             read = [(row, line) for row, line in zip(rows, found, strict=True) if "scores" in line]
             if len(read) < len(rows):
                 reason = next(line["reason"] for line in found if "scores" not in line)

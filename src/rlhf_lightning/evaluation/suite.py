@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_lightning.arguments import AT_LEAST_1, SHARE_BELOW_1, check_arguments
+from rlhf_lightning.arguments import AT_LEAST_1, SHARE_BELOW_1, Range, check_arguments
 from rlhf_lightning.data.preparing.filters import Splits
 from rlhf_lightning.data.rows import Need
 from rlhf_lightning.data.sources import DataSource, source_name
@@ -28,11 +28,11 @@ from rlhf_lightning.evaluation.task import Bench, Report, Task, name_of, no_repo
 from rlhf_lightning.evaluation.winrate import WinRate
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.folders import check_model_folder
-from rlhf_lightning.models.rewarding import find_reward
 
 _RANGES = {
     **dict.fromkeys(("num_samples", "batch_size", "max_tokens"), AT_LEAST_1),
     **dict.fromkeys(("validation_split", "test_split"), SHARE_BELOW_1),
+    "reward_weights": Range(),
 }
 
 
@@ -62,6 +62,7 @@ def evaluate(
     max_tokens: int = 4096,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     trust_remote_code: bool = False,
+    reward_weights: dict[str, dict[str, float]] | None = None,
     seed: int = 42,
     report: Report = no_report,
 ) -> Evaluation:
@@ -99,6 +100,8 @@ def evaluate(
         max_tokens: read at once by a model, padding included.
         dtype: of the weights; `auto` for bfloat16 on GPUs and float32 elsewhere.
         trust_remote_code: allow model folders to run Python code of their own.
+        reward_weights: what the raw logit of each label counts, by the name of a reward model and those of its labels,
+            such as `{HelpSteer2-RM: {helpfulness: 0.65, verbosity: -0.4}}`; needed for models of several labels.
         seed: of all that is drawn; an answer depends on it and its own row only.
         report: from Python, told what is done now and of how many rows; gives what is told of the progress.
 
@@ -121,6 +124,7 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         seed=seed,
         report=report,
+        reward_weights=reward_weights or {},
     )
     known = {task.name: task for task in (perplexity, rouge, reward, kl, winrate, best_of_n)}
     chosen = choose_tasks(known, tasks, bench)
@@ -160,8 +164,12 @@ def choose_tasks(known: Mapping[str, Task], names: Sequence[str] | None, bench: 
     for model in [*bench.policies, *([bench.reference] if bench.reference else [])]:
         check_model_folder(model)
     for reward in bench.rewards:
-        find_reward(reward)
+        bench.find(reward)
     chosen = [known[name] for name in dict.fromkeys(names)]
+    asked = [*bench.rewards, *(value for task in chosen for value in vars(task).values() if isinstance(value, str))]
+    for reward in bench.reward_weights:
+        if reward not in asked:
+            raise UserError(f"reward_weights names '{reward}', which is none of the rewards; name it as they do")
     for task in chosen:
         task.check(bench)
     return chosen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from rlhf_lightning.evaluation.results import Curve, Lines, Result, key_of_setti
 from rlhf_lightning.evaluation.rows import TextRow
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.reward_functions import RewardFunction, import_function, names_function
+from rlhf_lightning.models.rewarding import find_reward
 
 Progress = Callable[[float], None]
 """Told how many rows are done so far; parts of rows count."""
@@ -53,6 +54,7 @@ class Bench:
         report: told of the progress.
         device: where they run; None for the first GPU if there is one, else the CPU.
         timeout: seconds that one call of a reward function may take; None for no limit.
+        reward_weights: what the labels of reward models count, by the names of these.
     """
 
     policies: Sequence[str] = ()
@@ -67,6 +69,7 @@ class Bench:
     report: Report = no_report
     device: str | None = None
     timeout: float | None = None
+    reward_weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     _loaded: dict[tuple[str, Any], Policy | Judge] = field(default_factory=dict)
 
     def policy(self, name: str) -> Policy:
@@ -89,7 +92,31 @@ class Bench:
         Raises:
             UserError: there is none.
         """
-        return self._keep("judge", reward, lambda: Judge.load(reward, timeout=self.timeout, **self._loading))
+        options = {"timeout": self.timeout, "weights": self._weights_of(reward), **self._loading}
+        return self._keep("judge", reward, lambda: Judge.load(reward, **options))
+
+    def find(self, reward: str | RewardFunction) -> None:
+        """Refuse a reward that is not there, or cannot score; quick, no weights are read.
+
+        Args:
+            reward: see `Judge.load`.
+
+        Raises:
+            UserError: says why.
+        """
+        find_reward(reward, weights=self._weights_of(reward))
+
+    def files_of_reward(self, reward: str | RewardFunction) -> Any:
+        """What decides the scores of a reward, for keys: its files, and what its labels count.
+
+        Args:
+            reward: see `Judge.load`.
+        """
+        weights = self._weights_of(reward)
+        return files_of(reward) if weights is None else [files_of(reward), dict(weights)]
+
+    def _weights_of(self, reward: str | RewardFunction) -> Mapping[str, float] | None:
+        return self.reward_weights.get(reward) if isinstance(reward, str) else None
 
     @property
     def _loading(self) -> dict[str, Any]:

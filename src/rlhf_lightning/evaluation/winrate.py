@@ -28,7 +28,6 @@ from rlhf_lightning.evaluation.rows import TextRow
 from rlhf_lightning.evaluation.statistics import result
 from rlhf_lightning.evaluation.task import Bench, Progress, Task, files_of
 from rlhf_lightning.functional import bradley_terry, length_controlled_win_rate
-from rlhf_lightning.models.rewarding import find_reward
 
 _AT_ONCE = 64  # pairs between two writes of what an endpoint said
 _SAMPLES = 200  # of the intervals that take a fit each
@@ -82,7 +81,7 @@ class WinRate(Task):
         if self.endpoint is None:
             if self.judge is None and not bench.rewards:
                 raise UserError("winrate needs a judge: a reward in --rewards or winrate.judge, or winrate.endpoint")
-            find_reward(self._judge_of(bench))
+            bench.find(self._judge_of(bench))
 
     def run(self, rows: list[TextRow], bench: Bench, lines: Lines) -> tuple[list[Result], list[Curve]]:
         """Compare the models, see `Task`."""
@@ -124,7 +123,7 @@ class WinRate(Task):
             ]
             return said if judge is None else with_scores(judge, asked, said, bench)
 
-        judged_by = None if judge is None else files_of(judge.name)
+        judged_by = None if judge is None else bench.files_of_reward(judge.name)
         key = key_of_settings(self.name, files_of(model), bench.sampling, bench.seed, bench.dtype, judged_by)
         found = self.each_row(model, key, rows, prompt_pieces(rows, bench), ask, bench, lines)
         say_cut(model, found)

@@ -41,6 +41,7 @@ class OtherReward:
         replaces_for: put it there for all prompts of these sources of a blend, too, whatever it says (Llama 2, as
             above: prompts about safety); named as the data name them, or as `train/score_from_NAME` does. None for no
             source.
+        reward_weights: what the raw logit of each label of a reward model counts, as for the module.
     """
 
     reward: str | RewardFunction
@@ -49,6 +50,7 @@ class OtherReward:
     clip: float | None = None
     replaces_below: float | None = None
     replaces_for: list[str] | None = None
+    reward_weights: dict[str, float] | None = None
 
     @property
     def replaces(self) -> bool:
@@ -56,7 +58,12 @@ class OtherReward:
         return self.replaces_below is not None or self.replaces_for is not None
 
     def __post_init__(self) -> None:
-        ranges = {"weight": Range(), "clip": POSITIVE, "replaces_below": Range(above=0, below=1)}
+        ranges = {
+            "weight": Range(),
+            "reward_weights": Range(),
+            "clip": POSITIVE,
+            "replaces_below": Range(above=0, below=1),
+        }
         check_arguments(OtherReward, vars(self), ranges, "other_rewards.")
         if self.replaces and self.weight != 1:
             which = "replaces_below" if self.replaces_for is None else "replaces_for"

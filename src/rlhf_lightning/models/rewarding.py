@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,12 +17,14 @@ from rlhf_lightning.chat.messages import RefusedTurnsError
 from rlhf_lightning.chat.spacing import NO_SPACING, Spacing
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.forward.backbone import HEAD
 from rlhf_lightning.forward.capacity import context_length
 from rlhf_lightning.forward.hidden import ResponseRows
 from rlhf_lightning.host import to_device
+from rlhf_lightning.models.classifiers import Classifier, PairReader
 from rlhf_lightning.models.rendering import recorded_chat
 from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction, import_function, names_function
-from rlhf_lightning.models.scalar_lm import CALIBRATION, ScalarLM, check_reward_model, load_reward_model
+from rlhf_lightning.models.scalar_lm import CALIBRATION, ScalarLM, as_scalar, check_reward_model, load_weighed
 from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer, same_tokenizer
 
 
@@ -89,19 +92,23 @@ class TextScorer(nn.Module):
     exceed its own context.
 
     Args:
-        model: the reward model.
+        model: the reward model, or a classifier that is run as it is.
         chat: writes dialogues as in its training.
         spacing: what the policy's format writes around responses.
         same_ids: the policy's tokens mean the same to it, and only dialogues are written otherwise.
     """
 
     def __init__(
-        self, model: ScalarLM, chat: ChatEncoder, spacing: Spacing = NO_SPACING, same_ids: bool = False
+        self,
+        model: ScalarLM | Classifier,
+        chat: ChatEncoder | PairReader,
+        spacing: Spacing = NO_SPACING,
+        same_ids: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.chat, self.spacing, self.same_ids = model, chat, spacing, same_ids
         self.tokenizer = chat.tokenizer
-        self._context = context_length(model.model.config)
+        self._context = model.context if isinstance(model, Classifier) else context_length(model.model.config)
         self._warned: set[str] = set()
 
     def encode(self, written: WrittenPrompt, response: str, ended: bool) -> list[int]:
@@ -181,19 +188,24 @@ class FunctionScorer:
         return torch.tensor(scores, dtype=torch.float32, device=batch.sequences.device)
 
 
-def find_reward(reward: str | RewardFunction, timeout: float | None = None) -> ScoringFunction | str:
+def find_reward(
+    reward: str | RewardFunction, timeout: float | None = None, weights: Mapping[str, float] | None = None
+) -> ScoringFunction | str:
     """The function that `reward` names, or the folder or hub id of a reward model; quick, no weights are read.
 
     Args:
         reward: folder or hub id of a reward model, import path of a function, or the function itself.
         timeout: seconds that one call of a function may take; None for no limit.
+        weights: what the labels of a reward model count; None where it has one.
 
     Raises:
         UserError: it names neither, or not what could be a reward.
     """
+    if is_function(reward) and weights is not None:
+        raise UserError(f"reward_weights are for the labels of a reward model, and '{_named(reward)}' is a function")
     if not isinstance(reward, str):
-        return ScoringFunction(reward, getattr(reward, "__name__", type(reward).__name__), timeout)
-    if names_function(reward) and ".py" not in reward:
+        return ScoringFunction(reward, _named(reward), timeout)
+    if is_function(reward):
         return ScoringFunction(import_function(reward), reward, timeout)
     if "<" in reward:  # what a checkpoint holds of it
         raise UserError(f"reward was '{reward}', which cannot be imported: pass reward to load_from_checkpoint")
@@ -209,7 +221,20 @@ def find_reward(reward: str | RewardFunction, timeout: float | None = None) -> S
         )
     if timeout is not None:
         raise UserError(f"reward_timeout is a limit for functions, and '{reward}' is a reward model; leave it out")
-    return check_reward_model(reward)
+    return check_reward_model(reward, weights)
+
+
+def is_function(reward: str | RewardFunction) -> bool:
+    """Whether a reward is, or could name, a function rather than a model.
+
+    Args:
+        reward: as for `find_reward`.
+    """
+    return not isinstance(reward, str) or (names_function(reward) and ".py" not in reward)
+
+
+def _named(reward: str | RewardFunction) -> str:
+    return reward if isinstance(reward, str) else getattr(reward, "__name__", type(reward).__name__)
 
 
 def load_scorer(
@@ -218,6 +243,7 @@ def load_scorer(
     trust_remote_code: bool = False,
     nf4: bool = False,
     timeout: float | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> ModelScorer | TextScorer | FunctionScorer:
     """Make the scorer that `reward` names.
 
@@ -227,15 +253,49 @@ def load_scorer(
         trust_remote_code: allow the folder to run Python code of its own.
         nf4: hold a reward model's linear layers in four bits.
         timeout: seconds that one call of a function may take; None for no limit.
+        weights: as for `find_reward`.
 
     Raises:
         UserError: it names neither.
     """
-    found = find_reward(reward, timeout)
+    found = find_reward(reward, timeout, weights)
     if isinstance(found, ScoringFunction):
         return FunctionScorer(found, Spacing.of(policy_chat))
-    model = load_reward_model(found, trust_remote_code=trust_remote_code, nf4=nf4)
-    return model_scorer(model, load_tokenizer(found, trust_remote_code), policy_chat)
+    model, chat = load_reader(found, trust_remote_code, nf4, weights)
+    if isinstance(model, Classifier):
+        return TextScorer(model, chat, Spacing.of(policy_chat))
+    return model_scorer(model, chat.tokenizer, policy_chat)
+
+
+def load_reader(
+    name: str,
+    trust_remote_code: bool = False,
+    nf4: bool = False,
+    weights: Mapping[str, float] | None = None,
+) -> tuple[ScalarLM | Classifier, ChatEncoder | PairReader]:
+    """A reward model of any family, and what writes dialogues for it.
+
+    Args:
+        name: folder or hub id.
+        trust_remote_code: allow the folder to run Python code of its own.
+        nf4: hold its linear layers in four bits.
+        weights: as for `find_reward`.
+
+    Raises:
+        UserError: as for `load_reward_model`.
+    """
+    found, model, logits = load_weighed(name, trust_remote_code=trust_remote_code, nf4=nf4, weights=weights)
+    tokenizer = load_tokenizer(found, trust_remote_code)
+    if isinstance(getattr(model, HEAD, None), nn.Linear):
+        scalar = as_scalar(found, model, logits)
+        return scalar, reward_chat(scalar, tokenizer)
+    logits = logits or [1.0]
+    if tokenizer.chat_template:
+        classifier = Classifier(model, logits)
+        return classifier, reward_chat(classifier, tokenizer)
+    rank_zero_info(f"'{found}' ({type(model).__name__}) reads a prompt and a response as a pair of texts")
+    pairs = PairReader(tokenizer)
+    return Classifier(model, logits, pairs.type_after), pairs
 
 
 def model_scorer(
@@ -255,6 +315,17 @@ def model_scorer(
     return TextScorer(model, chat, Spacing.of(policy_chat), same_ids)
 
 
+def shared_scalar(scorer: Scorer) -> ScalarLM | None:
+    """The reward model that reads the policy's tokens, so that a value model can begin as it; None for no such.
+
+    Args:
+        scorer: any.
+    """
+    if isinstance(scorer, TextScorer):
+        return scorer.model if scorer.same_ids and isinstance(scorer.model, ScalarLM) else None
+    return scorer.model if isinstance(scorer, ModelScorer) else None
+
+
 def _writing(chat: ChatEncoder) -> dict[str, Any]:
     """All that decides which text a dialogue becomes, and how it begins."""
     said = {name: value for name, value in chat.describe().items() if not name.startswith("tokenizer")}
@@ -263,7 +334,7 @@ def _writing(chat: ChatEncoder) -> dict[str, Any]:
     return said | {"prefix": chat.prefix}
 
 
-def reward_chat(model: ScalarLM, tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
+def reward_chat(model: ScalarLM | Classifier, tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
     """What writes dialogues as in a reward model's training.
 
     Args:

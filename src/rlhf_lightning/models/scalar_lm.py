@@ -6,34 +6,31 @@ transformers. Notation: B batch, T padded length.
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf_lightning.arguments import check_arguments
-from rlhf_lightning.compat import has_unmerged_adapter
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.forward.backbone import HEAD
 from rlhf_lightning.forward.hidden import ResponseRows, hidden_states, response_hidden
 from rlhf_lightning.functional import ScoreCombination, combine_scores, scores_at_end
 from rlhf_lightning.models.adapter_folders import (
-    CALIBRATION_FILE,
     adapter_base,
-    fit_tokenizer,
     is_adapter,
     is_reward_adapter,
-    merge_adapter,
 )
-from rlhf_lightning.models.causal_lm import disable_dropout, load_causal_lm, train_every_row
-from rlhf_lightning.models.dtypes import keep_tables
-from rlhf_lightning.models.folders import architectures, check_model_folder, read_config, reason_of, say_trusted
+from rlhf_lightning.models.calibration import CALIBRATION, Calibration, restore_records
+from rlhf_lightning.models.classifiers import check_linear_head, load_classifier
+from rlhf_lightning.models.folders import architectures, check_model_folder, read_config, reason_of
 from rlhf_lightning.models.fused_lora import fuse_adapters
 from rlhf_lightning.models.heads import HeadEnsemble, linear_in_float32, load_ensemble
+from rlhf_lightning.models.labels import fold_head, label_weights, labels_of
 from rlhf_lightning.models.peft_library import (
     PeftConfig,
     cast_adapter_dtype,
@@ -41,34 +38,8 @@ from rlhf_lightning.models.peft_library import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from rlhf_lightning.models.quantized import nf4_options, settle_nf4
-from rlhf_lightning.models.rendering import RENDERING
-from rlhf_lightning.models.stored import load_pretrained
 from rlhf_lightning.rng import generator
 from rlhf_lightning.training.sharded import dtype_ahead, gathered, is_sharded
-
-HEAD_WEIGHT = "base_model.model.score.weight"
-"""What an adapter folder calls the weight of the head."""
-
-CALIBRATION = "reward_calibration"
-"""Key of `config.json` under which mean and standard deviation of the raw scores are recorded."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What is known of a reward model's raw scores; kept in its `config.json`.
-
-    Attributes:
-        mean: mean raw score of held-out chosen responses.
-        std: their standard deviation.
-        probe_ids: token ids of one held-out sequence.
-        probe_score: its raw score at the last token when the model was saved.
-    """
-
-    mean: float = 0.0
-    std: float = 1.0
-    probe_ids: list[int] = field(default_factory=list)
-    probe_score: float = 0.0
 
 
 class ScalarLM(nn.Module):
@@ -160,68 +131,6 @@ class ScalarLM(nn.Module):
         return abs(float(score) - calibration.probe_score) / calibration.std
 
 
-def _classifier(name: str, trust_remote_code: bool, **options: Any) -> tuple[Any, set[str]]:
-    """A sequence classifier with one label, and which of its weights the folder lacks."""
-    options |= {"num_labels": 1, "trust_remote_code": trust_remote_code}
-    model, missing = load_pretrained(AutoModelForSequenceClassification, name, **options)
-    if of_backbone := {key for key in missing if not key.startswith("score.")}:
-        raise ValueError(f"its weights lack {min(of_backbone)}, which would be random")
-    return model, missing
-
-
-def _adapted_classifier(name: str, trust_remote_code: bool) -> tuple[Any, set[str]]:
-    """As `_classifier`, from an adapter folder; a language model's adapter leaves the head random."""
-    model, missing = _classifier(adapter_base(name), trust_remote_code)
-    if is_reward_adapter(name):
-        model = merge_adapter(model, name, trust_remote_code)
-        _restore_records(model.config, name)
-        return model, set() if HEAD_WEIGHT in load_peft_weights(name, device="cpu") else missing
-    merged = load_causal_lm(name, dropout=True, trust_remote_code=trust_remote_code)
-    fit_tokenizer(model, name, trust_remote_code)
-    model.base_model.load_state_dict(merged.base_model.state_dict(), assign=True)
-    return model.requires_grad_(True), {"score.weight"}
-
-
-def _restore_records(config: Any, name: str) -> None:
-    """Put into a config what an adapter folder, which has none, keeps in a file of its own."""
-    path = Path(name) / CALIBRATION_FILE
-    setattr(config, CALIBRATION, None)
-    setattr(config, RENDERING, None)
-    if not path.is_file():
-        return
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-        setattr(config, RENDERING, records.pop(RENDERING, None))
-        setattr(config, CALIBRATION, asdict(Calibration(**records)))
-    except (ValueError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"'{path}' does not hold a calibration ({e}); export the reward model again") from e
-
-
-def _load(name: str, dropout: bool, trust_remote_code: bool, nf4: bool = False) -> tuple[ScalarLM, set[str]]:
-    options = nf4_options(name) if nf4 else {}
-    if trust_remote_code:
-        say_trusted(name)
-    try:
-        if is_adapter(name):
-            model, missing = _adapted_classifier(name, trust_remote_code)
-        else:
-            model, missing = _classifier(name, trust_remote_code, **options)
-    except Exception as e:
-        raise UserError(f"no model with a scalar head could be loaded from '{name}': {reason_of(e)}") from e
-    if has_unmerged_adapter(model):  # its base would stay frozen, its head random
-        raise UserError(f"'{name}' is a PEFT adapter; download it and pass the folder")
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise UserError(
-            f"'{name}' ({type(model).__name__}) has no linear head named 'score'; this family is not supported"
-        )
-    settle_nf4(model)
-    keep_tables(model)
-    train_every_row(model)
-    if not dropout:
-        disable_dropout(model)
-    return ScalarLM(model), missing
-
-
 def new_scalar_lm(
     name_or_path: str | os.PathLike[str],
     head: Literal["normal", "zero"] = "normal",
@@ -242,7 +151,9 @@ def new_scalar_lm(
         UserError: there is no model at that place, or its family has no classifier in transformers.
     """
     check_arguments(new_scalar_lm, {"head": head})
-    scalar, _ = _load(check_model_folder(name_or_path), dropout, trust_remote_code)
+    name = check_model_folder(name_or_path)
+    scalar = ScalarLM(load_classifier(name, 1, dropout, trust_remote_code)[0])
+    check_linear_head(name, scalar.model)
     std = 0.0 if head == "zero" else (scalar.model.score.in_features + 1) ** -0.5
     # From a stream of its own, so that the head depends on the seed and not on what drew random numbers before.
     random, size = generator("cpu", torch.initial_seed(), "head"), (1, scalar.model.score.in_features)
@@ -260,11 +171,12 @@ def has_reward_head(name_or_path: str | os.PathLike[str]) -> bool:
     return is_reward_adapter(name) or any("SequenceClassification" in each for each in architectures(name))
 
 
-def check_reward_model(name_or_path: str | os.PathLike[str]) -> str:
+def check_reward_model(name_or_path: str | os.PathLike[str], weights: Mapping[str, float] | None = None) -> str:
     """Return the name to load a reward model from, after the checks that need neither weights nor network.
 
     Args:
         name_or_path: as for `load_reward_model`.
+        weights: likewise.
 
     Raises:
         UserError: as for `load_reward_model`, as far as its config tells.
@@ -273,9 +185,8 @@ def check_reward_model(name_or_path: str | os.PathLike[str]) -> str:
     is_lm = any("CausalLM" in each or "LMHead" in each for each in architectures(name))
     if is_lm or (is_adapter(name) and not is_reward_adapter(name)):
         raise _untrained(name)
-    labels = read_config(name).get("id2label")
-    if isinstance(labels, dict) and len(labels) > 1:
-        raise UserError(f"'{name}' is a classifier with {len(labels)} labels; a reward model has one")
+    if read_config(name) or is_adapter(name):  # what is on the hub alone is looked at when it is loaded
+        label_weights(name, labels_of(name), weights)
     return name
 
 
@@ -288,25 +199,77 @@ def _untrained(name: str) -> UserError:
 
 
 def load_reward_model(
-    name_or_path: str | os.PathLike[str], dropout: bool = False, trust_remote_code: bool = False, nf4: bool = False
+    name_or_path: str | os.PathLike[str],
+    dropout: bool = False,
+    trust_remote_code: bool = False,
+    nf4: bool = False,
+    weights: Mapping[str, float] | None = None,
 ) -> ScalarLM:
     """Load a trained reward model with its calibration and its heads; never one whose head is random.
 
     Args:
-        name_or_path: folder or hub id of a sequence classifier with one label, or folder of a PEFT adapter with a head,
-            which is merged into its base.
+        name_or_path: folder or hub id of a sequence classifier with a linear head, or folder of a PEFT adapter with a
+            head, which is merged into its base.
         dropout: keep the dropout that the model's config asks for.
         trust_remote_code: allow the folder to run Python code of its own.
         nf4: hold the linear layers of the backbone in four bits; they cannot be trained.
+        weights: what the raw logit of each label counts, by its name or number; the score is their weighted sum, and
+            a calibration is left out. None for a model of one label.
 
     Raises:
-        UserError: there is no such model, it is a language model without a trained head, or it has several labels.
+        UserError: there is no such model, it is a language model without a trained head, or it has several labels and
+            no weights.
     """
-    name = check_reward_model(name_or_path)
-    scalar, missing = _load(name, dropout, trust_remote_code, nf4)
-    if any(key.startswith("score.") for key in missing):
+    name, model, found = load_weighed(name_or_path, dropout, trust_remote_code, nf4, weights)
+    check_linear_head(name, model)
+    return as_scalar(name, model, found)
+
+
+def load_weighed(
+    name_or_path: str | os.PathLike[str],
+    dropout: bool = False,
+    trust_remote_code: bool = False,
+    nf4: bool = False,
+    weights: Mapping[str, float] | None = None,
+) -> tuple[str, Any, list[float] | None]:
+    """A trained classifier of any family, with the name that it was loaded by and what its logits count.
+
+    Args:
+        name_or_path: as for `load_reward_model`.
+        dropout: likewise.
+        trust_remote_code: likewise.
+        nf4: likewise.
+        weights: likewise.
+
+    Returns:
+        The name, the model, and what `label_weights` says.
+
+    Raises:
+        UserError: as for `load_reward_model`, save that its head may be of any kind.
+    """
+    name = check_reward_model(name_or_path, weights)
+    labels = labels_of(name, fetch=True)
+    found = label_weights(name, labels, weights)
+    model, missing = load_classifier(name, len(labels), dropout, trust_remote_code, nf4)
+    if any(key.startswith(f"{HEAD}.") for key in missing):
         raise _untrained(name)
-    scalar.ensemble = load_ensemble(name, scalar.model.score)
+    return name, model, found
+
+
+def as_scalar(name: str, model: Any, weights: list[float] | None) -> ScalarLM:
+    """A classifier with a linear head as a model of one scalar; every process must call it.
+
+    Args:
+        name: that it was loaded by.
+        model: its head is replaced by one that gives the weighted sum, where there are weights.
+        weights: of its logits; None for a single one as it is.
+    """
+    if weights is None:
+        return ScalarLM(model, load_ensemble(name, model.score))
+    model.score = fold_head(model.score, weights)
+    model.config.num_labels = model.num_labels = 1
+    scalar = ScalarLM(model)
+    scalar.calibration = Calibration()
     return scalar
 
 
@@ -321,7 +284,11 @@ def reward_adapter_base(name_or_path: str | os.PathLike[str]) -> str | None:
 
 
 def attach_reward_adapter(
-    model: PreTrainedModel, name_or_path: str | os.PathLike[str], trainable: bool = False, adapter: str = "default"
+    model: PreTrainedModel,
+    name_or_path: str | os.PathLike[str],
+    trainable: bool = False,
+    adapter: str = "default",
+    weights: Mapping[str, float] | None = None,
 ) -> ScalarLM:
     """Put a reward model's adapter and head on its base, without merging: the base's weights may be shared.
 
@@ -331,6 +298,7 @@ def attach_reward_adapter(
         name_or_path: the adapter folder.
         trainable: whether adapter and head are to be trained.
         adapter: the adapter's name inside the model.
+        weights: as for `load_reward_model`.
 
     Returns:
         The calibrated reward model, all dropout off.
@@ -344,8 +312,8 @@ def attach_reward_adapter(
     try:
         config: Any = PeftConfig.from_pretrained(name)
         config.inference_mode, config.modules_to_save, config.lora_dropout = not trainable, None, 0.0
-        weights = {key.removeprefix("base_model.model."): t for key, t in load_peft_weights(name, device="cpu").items()}
-        if (head := weights.pop("score.weight", None)) is None:
+        held = {key.removeprefix("base_model.model."): t for key, t in load_peft_weights(name, device="cpu").items()}
+        if (head := held.pop("score.weight", None)) is None:
             raise ValueError("it has no score.weight")
         untyped: Any = model
         dtype, device = dtype_ahead(untyped.score.weight), untyped.score.weight.device
@@ -354,7 +322,7 @@ def attach_reward_adapter(
         inject_adapter_in_model(config, model, adapter)
         fuse_adapters(model)
         cast_adapter_dtype(model, adapter)
-        loaded: Any = set_peft_model_state_dict(model, weights, adapter)
+        loaded: Any = set_peft_model_state_dict(model, held, adapter)
         if lacking := sorted(key for key in loaded.missing_keys if f".{adapter}." in key):
             raise ValueError(f"its weights lack {lacking[0]}")
     except Exception as e:
@@ -362,9 +330,8 @@ def attach_reward_adapter(
     with torch.no_grad():
         untyped.score.weight.copy_(head)
     untyped.score.requires_grad_(trainable)
-    scalar = ScalarLM(model, load_ensemble(name, untyped.score))
-    _restore_records(model.config, name)
-    return scalar
+    restore_records(model.config, name)
+    return as_scalar(name, model, label_weights(name, labels_of(name), weights))
 
 
 def response_values(

@@ -26,13 +26,14 @@ from rlhf_lightning.algorithms.reward import RewardModule
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.compat import attention_function, fake_tensors, sdpa_attention_forward
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.forward.backbone import cache_argument
+from rlhf_lightning.forward.backbone import HEAD, cache_argument
 from rlhf_lightning.forward.casts import PRODUCT_WEIGHT, cast_once
 from rlhf_lightning.forward.output_layer import logit_scaling, output_logits
 from rlhf_lightning.functional import LogitScaling, linear_cross_entropy_sum, linear_token_logprobs, rows_per_chunk
 from rlhf_lightning.generation.cache import rollout_cache
 from rlhf_lightning.generation.decoding import PREFILL_TOKENS, PREFILL_TOKENS_ELSEWHERE
 from rlhf_lightning.generation.sampling import draw_tokens
+from rlhf_lightning.models.classifiers import Classifier
 from rlhf_lightning.models.merging import merged_adapters
 from rlhf_lightning.models.rewarding import FunctionScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
@@ -107,7 +108,7 @@ def models_of(stage: Stage) -> dict[str, nn.Module]:
     else:
         found = {"reward" if isinstance(stage, RewardModule) else "model": stage.export_model}
         found |= {"output layer": stage.language_head} if isinstance(stage, RewardModule) else {}
-    found = {role: model.model if isinstance(model, ScalarLM) else model for role, model in found.items()}
+    found = {role: model.model if isinstance(model, ScalarLM | Classifier) else model for role, model in found.items()}
     return {role: model for role, model in found.items() if model is not None}
 
 
@@ -274,7 +275,7 @@ def _measuring(stage: AnsweringStage, load: Load) -> Iterator[Passed]:
         "policy": lambda model: _logprobs(model, _response(_hidden(model, load.rows, load), load), load, True),
         "reference": lambda model: _logprobs(model, _response(_hidden(model, load.rows, load), load), load),
         "value": lambda model: model.score(_response(_hidden(model, load.rows, load), load).float().to(model.dtype)),
-        "reward": lambda model: model.score(_hidden(model, load.rows, load).float().to(model.dtype)),
+        "reward": lambda model: _scored(model, load),
     }
     moments, ran = [], []
     for role, model in models_of(stage).items():
@@ -288,6 +289,17 @@ def _measuring(stage: AnsweringStage, load: Load) -> Iterator[Passed]:
         ran.append(role)
     if moments:
         yield Passed("measures answers", tuple(ran), tuple(moments))
+
+
+def _scored(model: Any, load: Load) -> Tensor:
+    """What a reward model makes of answers: its head of hidden states, or all of a classifier of another kind."""
+    if isinstance(getattr(model, HEAD, None), nn.Linear):
+        scores: Tensor = model.score(_hidden(model, load.rows, load).float().to(model.dtype))
+        return scores
+    room = Classifier(model, [1.0]).context
+    ids = torch.zeros(load.rows, load.length if room is None else min(load.length, room), dtype=torch.long)
+    logits: Tensor = model(input_ids=ids).logits
+    return logits
 
 
 @torch.no_grad()

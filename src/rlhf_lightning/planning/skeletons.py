@@ -41,6 +41,7 @@ NAMES = ("model_name_or_path", "reference", "value_name_or_path", "reward")
 """Arguments of stages that name a model."""
 OTHERS = "other_rewards"
 """The argument whose values do."""
+_OF_HEADS = ("reward_combination", "reward_weights")
 
 
 class Skeletons:
@@ -102,8 +103,8 @@ class Skeletons:
                 place = next(i for i, other in enumerate(self._names.values()) if other == self._names[key])
                 stand_ins[key] = str(Path(folder, f"{place}-{'scalar' if is_scalar else 'lm'}"))
                 _write(config, stand_ins[key], is_scalar, depth)
-            # Several heads weigh next to nothing, and a stand-in has none.
-            given = {name: value for name, value in arguments.items() if name != "reward_combination"}
+            # Several heads or labels weigh next to nothing, and a stand-in has one.
+            given = {name: value for name, value in arguments.items() if name not in _OF_HEADS}
             stage = cls(**_with_names(given, stand_ins))
             stage.tokenizer = load_tokenizer(stand_ins["model_name_or_path"])
             before = torch.get_default_dtype()
@@ -142,7 +143,7 @@ def _named(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _with_names(arguments: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """The arguments with other names, by the keys of `_named`."""
     others = {
-        name: replace(other, reward=names.get(f"{OTHERS}.{name}", other.reward))
+        name: replace(other, reward=names.get(f"{OTHERS}.{name}", other.reward), reward_weights=None)
         for name, other in _others(arguments).items()
     }
     given = {key: name for key, name in names.items() if not key.startswith(OTHERS)}

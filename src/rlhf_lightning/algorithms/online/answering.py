@@ -22,7 +22,7 @@ from rlhf_lightning.algorithms.online.sharing import cut_responses
 from rlhf_lightning.algorithms.pairs import mean_metrics
 from rlhf_lightning.algorithms.reference import warn_own_reference
 from rlhf_lightning.algorithms.stage import Stage
-from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, check_arguments
+from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, Range, check_arguments
 from rlhf_lightning.batches import PromptBatch, Sources, without_blanks
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.functional import ScoreCombination
@@ -56,7 +56,7 @@ class AnsweringStage(Stage):
     """Answers prompts, scores the answers, and compares the policy with a frozen reference.
 
     Args:
-        model_name_or_path: Hugging Face folder or hub id of the SFT model, which the policy starts from.
+        model_name_or_path: folder or hub id of the SFT model that the policy starts from.
         reward: folder or hub id of a reward model (its tokenizer and chat template may differ from the policy's), or
             the import path of a function `(prompts: list[str], responses: list[str]) -> list[float]`, looked for in
             the working folder too; from Python also the function.
@@ -69,6 +69,9 @@ class AnsweringStage(Stage):
             needs bitsandbytes).
         reward_timeout: seconds that a reward function may take over one rollout. None for no limit; one that takes
             longer ends the run with one line; a checkpoint goes on from where it was written.
+        reward_weights: what the raw logit of each label of the reward model counts, by name or number. The score is
+            their weighted sum, without sigmoid or softmax, such as `{helpfulness: 0.65, verbosity: -0.4}`; of two
+            labels, weights of 1 and -1 give the log-odds. Needed where it has several, else null.
         reward_combination: what becomes of the scores of a reward model's several heads. The `mean` of them, the lowest
             (`min`), or `mean_minus_std`, by which the policy gains nothing where the heads (`num_heads`) differ (Coste
             et al. 2024).
@@ -98,6 +101,7 @@ class AnsweringStage(Stage):
         compile_decoding: bool | Literal["auto"] = "auto",
         frozen_dtype: FrozenDtype = "auto",
         reward_timeout: float | None = None,
+        reward_weights: dict[str, float] | None = None,
         reward_combination: ScoreCombination = "mean",
         rollout_weights: RolloutWeights = "auto",
         other_rewards: dict[str, OtherReward] | None = None,
@@ -107,7 +111,8 @@ class AnsweringStage(Stage):
         other_rewards = {name: from_config(OtherReward, other) for name, other in (other_rewards or {}).items()}
         sampling = from_config(Sampling, sampling)
         check_other_rewards(other_rewards)
-        check_arguments(AnsweringStage, locals(), {"generation_batch_size": AT_LEAST_1, "reward_timeout": POSITIVE})
+        ranges = {"generation_batch_size": AT_LEAST_1, "reward_timeout": POSITIVE, "reward_weights": Range()}
+        check_arguments(AnsweringStage, locals(), ranges)
         super().__init__(model_name_or_path, **options)
         checks.check_temperature(sampling)
         self.strict_loading = False  # frozen weights are not in the checkpoint; its own are checked all the same
@@ -118,6 +123,7 @@ class AnsweringStage(Stage):
         self.compile_decoding: bool | Literal["auto"] = compile_decoding
         self.frozen_dtype: FrozenDtype = frozen_dtype
         self.reward_timeout = reward_timeout
+        self.reward_weights = reward_weights
         self.reward_combination: ScoreCombination = reward_combination
         self.rollout_weights: RolloutWeights = rollout_weights
         self.other_rewards = other_rewards
@@ -145,6 +151,7 @@ class AnsweringStage(Stage):
             reference=self.reference,
             others=self.other_rewards,
             reward_combination=self.reward_combination,
+            reward_weights=self.reward_weights,
         )
 
     @property

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_lightning.arguments import check_arguments
+from rlhf_lightning.arguments import Range, check_arguments
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import ResponseRows, response_hidden
@@ -32,14 +32,16 @@ from rlhf_lightning.models.folders import check_model_folder, same_model
 from rlhf_lightning.models.heads import has_heads, linear_in_float32
 from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.other_rewards import MAIN, OtherReward, OtherScorers
-from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction
+from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.rewarding import (
     FunctionScorer,
     ModelScorer,
     TextScorer,
     find_reward,
+    is_function,
     load_scorer,
     model_scorer,
+    shared_scalar,
 )
 from rlhf_lightning.models.scalar_lm import (
     ScalarLM,
@@ -110,6 +112,7 @@ class ModelSource:
         reference: folder or hub id of the reference; None for the policy as it is at first.
         others: rewards beside the main one, by name.
         reward_combination: what becomes of the scores of a reward model with several heads.
+        reward_weights: what the labels of the reward model count; None where it has one.
     """
 
     policy: str
@@ -123,9 +126,10 @@ class ModelSource:
     reference: str | None = None
     others: Mapping[str, OtherReward] = field(default_factory=dict)
     reward_combination: ScoreCombination = "mean"
+    reward_weights: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        check_arguments(ModelSource, vars(self))
+        check_arguments(ModelSource, vars(self), {"reward_weights": Range()})
         if self.value_trunk == "policy" and self.value is not None:
             raise UserError("value_trunk: policy has no weights of its own, so value_name_or_path must be null")
         if self.finetune.mode == "lora" and self.finetune.dropout:
@@ -164,14 +168,19 @@ class ModelSource:
     @property
     def reward_models(self) -> dict[str, str]:
         """Folder or hub id of those that are models, by name."""
-        found = {name: find_reward(reward, self._timeout(reward)) for name, reward in self.rewards.items()}
+        found = {
+            name: find_reward(reward, self._timeout(reward), self._weights(name))
+            for name, reward in self.rewards.items()
+        }
         return {name: reward for name, reward in found.items() if isinstance(reward, str)}
+
+    def _weights(self, name: str) -> Mapping[str, float] | None:
+        return self.reward_weights if name == MAIN else self.others[name].reward_weights
 
     def _timeout(self, reward: str | RewardFunction) -> float | None:
         """The time limit of a reward; models have none, and where all are models it is refused."""
-        functions = [isinstance(find_reward(each), ScoringFunction) for each in self.rewards.values()]
-        is_function = isinstance(find_reward(reward), ScoringFunction)
-        return self.reward_timeout if is_function or not any(functions) else None
+        all_models = not any(map(is_function, self.rewards.values()))
+        return self.reward_timeout if is_function(reward) or all_models else None
 
     def load(self, chat: ChatEncoder) -> OnlineModels:
         """Load all models.
@@ -187,7 +196,7 @@ class ModelSource:
         choose_trained(policy, self.finetune)
         reference = load_reference(policy, self.policy, self.reference, chat.tokenizer, trust, self._nf4)
         value, scorer = self._value_and_scorer(policy, chat)
-        others = OtherScorers({name: self._scorer(other.reward, chat) for name, other in self.others.items()})
+        others = OtherScorers({name: self._scorer(name, chat) for name in self.others})
         if isinstance(value, ScalarLM):
             value.ensemble = None  # it goes on from their mean
         if not isinstance(scorer, FunctionScorer):
@@ -206,8 +215,10 @@ class ModelSource:
         add_adapter(policy, self.finetune)
         return OnlineModels(policy, reference, value, scorer, others)
 
-    def _scorer(self, reward: str | RewardFunction, chat: ChatEncoder) -> ModelScorer | TextScorer | FunctionScorer:
-        return load_scorer(reward, chat, self.trust_remote_code, self._nf4, self._timeout(reward))
+    def _scorer(self, name: str, chat: ChatEncoder) -> ModelScorer | TextScorer | FunctionScorer:
+        reward = self.rewards[name]
+        timeout, weights = self._timeout(reward), self._weights(name)
+        return load_scorer(reward, chat, self.trust_remote_code, self._nf4, timeout, weights)
 
     @property
     def starts_at_reference(self) -> bool:
@@ -219,22 +230,21 @@ class ModelSource:
     ) -> tuple[ScalarLM | TrunkValue | None, ModelScorer | TextScorer | FunctionScorer]:
         trust, beside = self.trust_remote_code, self._is_adapter_of(policy)
         if beside:
-            frozen = attach_reward_adapter(scalar_beside(policy).model, str(self.reward))
+            frozen = self._beside(policy)
             own = load_tokenizer(str(self.reward), trust)
             scorer: ModelScorer | TextScorer | FunctionScorer = model_scorer(frozen, own, chat)
         else:
-            scorer = self._scorer(self.reward, chat)
+            scorer = self._scorer(MAIN, chat)
         if self.value_trunk is None:
             return None, scorer
         if self.value_trunk == "policy":
             return TrunkValue(policy.get_output_embeddings().in_features), scorer
         if self.value is None and beside:
-            value = attach_reward_adapter(scalar_beside(policy).model, str(self.reward), trainable=True)
-            return value, scorer
+            return self._beside(policy, trainable=True), scorer
         if self.value is not None:
             value = load_reward_model(self.value, trust_remote_code=trust, nf4=self._nf4)
-        elif isinstance(scorer, ModelScorer) or (isinstance(scorer, TextScorer) and scorer.same_ids):
-            value = scorer.model
+        elif (shared := shared_scalar(scorer)) is not None:
+            value = shared
         elif self.finetune.mode == "lora":
             value = scalar_beside(policy)
         else:
@@ -242,10 +252,17 @@ class ModelSource:
         choose_trained(value.model, self.finetune)
         if not isinstance(scorer, FunctionScorer) and value is scorer.model:
             ensemble, value.ensemble = value.ensemble, None
-            scorer.model = copied_or_shared(value) or load_reward_model(str(self.reward), trust_remote_code=trust)
+            scorer.model = copied_or_shared(value) or load_reward_model(
+                str(self.reward), trust_remote_code=trust, weights=self.reward_weights
+            )
             scorer.model.ensemble = ensemble
         add_adapter(value.model, self.finetune, "value")
         return value, scorer
+
+    def _beside(self, policy: PreTrainedModel, trainable: bool = False) -> ScalarLM:
+        """The reward model's adapter on the policy's weights."""
+        model = scalar_beside(policy).model
+        return attach_reward_adapter(model, str(self.reward), trainable, weights=self.reward_weights)
 
     @property
     def _nf4(self) -> bool:

@@ -1,0 +1,220 @@
+"""Classifiers of several labels, as anybody has trained them: their score is the weighted sum of transformers' logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from helpers.classifiers import ATTRIBUTES, ENCODERS, WEIGHTS, encoder, named, pair_tokenizer, save_encoder
+from helpers.models import save_folder, tiny_classifier
+from helpers.tokenizers import tiny_tokenizer
+from rlhf_lightning.chat.encoder import ChatEncoder
+from rlhf_lightning.chat.written import WrittenPrompt
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.evaluation import Judge
+from rlhf_lightning.functional import scores_at_end
+from rlhf_lightning.models.classifiers import Classifier
+from rlhf_lightning.models.rewarding import ModelScorer, Responses, TextScorer, load_scorer
+from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM, load_reward_model
+
+PROMPTS = ["can you help", "bake bread", "how do i repair my old bicycle?", "yeast"]
+ANSWERS = [" me repair my bicycle?", " and wait", " Start with the chain.", ""]
+BY_ORDER = torch.tensor([0.65, 0.8, 0.0, 0.0, -0.4])
+CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+"""Of logits of a few units in float32, the head folded into one row before it is applied."""
+
+
+def responses(prompts: list[str], answers: list[str]) -> Responses:
+    """As a rollout of a policy with the tiny tokenizer holds them; all ended."""
+    tokenizer = tiny_tokenizer()
+    asked = [tokenizer(text).input_ids for text in prompts]
+    said = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in answers]
+    left, right = max(map(len, asked)), max(map(len, said))
+    ids = torch.zeros(len(prompts), left + right, dtype=torch.long)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for row, (a, b) in enumerate(zip(asked, said, strict=True)):
+        ids[row, left - len(a) : left + len(b)] = torch.tensor(a + b)
+        mask[row, left - len(a) : left + len(b)] = True
+    return Responses(ids, mask, torch.ones(len(prompts)).bool(), prompts, answers)
+
+
+def chunks(size: int) -> list[Responses]:
+    """The four prompts with their answers, so many at a time."""
+    return [responses(PROMPTS[i : i + size], ANSWERS[i : i + size]) for i in range(0, len(PROMPTS), size)]
+
+
+@torch.no_grad()
+def ours(scorer: Any, size: int) -> Tensor:
+    return torch.cat([scorer(batch) for batch in chunks(size)])
+
+
+@torch.no_grad()
+def plain_pairs(folder: str, size: int) -> Tensor:
+    """Logits of plain transformers, which is given pairs of texts, `[4, K]`."""
+    tokenizer, found = AutoTokenizer.from_pretrained(folder), []
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    for i in range(0, len(PROMPTS), size):
+        texts = tokenizer(PROMPTS[i : i + size], ANSWERS[i : i + size], padding=True, return_tensors="pt")
+        found.append(model(**texts).logits)
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def plain_ids(folder: str, size: int) -> Tensor:
+    """Logits of plain transformers, which is given the policy's ids, padded on the right by its own pad token."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    found = []
+    for batch in chunks(size):
+        rows = [ids[mask] for ids, mask in zip(batch.sequences, batch.sequence_mask, strict=True)]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows]).unsqueeze(1)
+        found.append(model(input_ids=ids, attention_mask=mask.long()).logits)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt-neox", "gemma2", "qwen3", "bloom"])
+def test_a_decoder_s_attributes_are_weighed_as_transformers_computes_them(tmp_path, family, size):
+    model = tiny_classifier(family, num_labels=5, **named(ATTRIBUTES), problem_type="regression")
+    folder = save_folder(tmp_path / "model", model, tiny_tokenizer())
+    scorer = load_scorer(folder, ChatEncoder(tiny_tokenizer()), weights=WEIGHTS)
+    assert isinstance(scorer, ModelScorer)
+    assert scorer.model.model.config.num_labels == 1
+    expected = plain_ids(folder, size) @ BY_ORDER
+    torch.testing.assert_close(ours(scorer, size), expected, **CLOSE)
+    assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("kind", [*ENCODERS])
+def test_an_encoder_s_labels_are_weighed_as_transformers_computes_them(tmp_path, kind, size):
+    folder = save_encoder(tmp_path / "model", kind, num_labels=5, **named(ATTRIBUTES))
+    scorer = load_scorer(folder, ChatEncoder(tiny_tokenizer()), weights=WEIGHTS)
+    assert isinstance(scorer, TextScorer)
+    assert isinstance(scorer.model, Classifier)
+    expected = plain_pairs(folder, size) @ BY_ORDER
+    torch.testing.assert_close(ours(scorer, size), expected, **CLOSE)
+    judged = Judge.load(folder, weights=WEIGHTS, dtype="float32", device="cpu")
+    texts = [WrittenPrompt(prompt) for prompt in PROMPTS]
+    torch.testing.assert_close(judged.scores(texts, ANSWERS, max_tokens=60 * size), expected, **CLOSE)
+    assert judged.token_scores(texts[0], ANSWERS[0]) == []
+    assert judged.chat is None
+    assert expected.std() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_of_one_label_the_score_is_its_logit(tmp_path, kind):
+    folder = save_encoder(tmp_path / "model", kind, num_labels=1)
+    scorer = load_scorer(folder, ChatEncoder(tiny_tokenizer()))
+    torch.testing.assert_close(ours(scorer, 4), plain_pairs(folder, 4).squeeze(1), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_the_difference_of_two_logits_is_the_log_odds_of_a_label(tmp_path, kind):
+    names = named(["NEGATIVE", "POSITIVE"])
+    if kind == "llama":
+        folder = save_folder(tmp_path / "model", tiny_classifier(num_labels=2, **names), tiny_tokenizer())
+    else:
+        folder = save_encoder(tmp_path / "model", kind, num_labels=2, **names)
+    scorer = load_scorer(folder, ChatEncoder(tiny_tokenizer()), weights={"POSITIVE": 1, "NEGATIVE": -1})
+    logits = plain_ids(folder, 4) if kind == "llama" else plain_pairs(folder, 4)
+    torch.testing.assert_close(ours(scorer, 4), logits.softmax(dim=1)[:, 1].logit(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_two_labels_that_nobody_named_are_found_in_the_files(tmp_path, family):
+    """transformers leaves their names out of the config, which then looks like that of one label."""
+    if family == "llama":
+        folder = save_folder(tmp_path / "model", tiny_classifier(num_labels=2), tiny_tokenizer())
+    else:
+        folder = save_encoder(tmp_path / "model", num_labels=2)
+    assert "id2label" not in json.loads(Path(folder, "config.json").read_text())
+    with pytest.raises(UserError, match=r"a classifier with 2 labels \(LABEL_0, LABEL_1\), and a reward is one score"):
+        load_scorer(folder, ChatEncoder(tiny_tokenizer()))
+    scorer = load_scorer(folder, ChatEncoder(tiny_tokenizer()), weights={"LABEL_1": 2.0})
+    logits = plain_ids(folder, 4) if family == "llama" else plain_pairs(folder, 4)
+    torch.testing.assert_close(ours(scorer, 4), 2 * logits[:, 1], **CLOSE)
+
+
+def test_a_head_with_a_bias_is_folded_with_it(tmp_path):
+    model: Any = tiny_classifier(num_labels=5)
+    folder = save_folder(tmp_path / "model", model, tiny_tokenizer())
+    scalar = load_reward_model(folder, weights={"0": 1.5, "4": -2.0})
+    head = torch.nn.Linear(16, 5)
+    from rlhf_lightning.models.labels import fold_head
+
+    hidden, factors = torch.randn(3, 16), torch.tensor([1.5, 0, 0, 0, -2.0])
+    torch.testing.assert_close(fold_head(head, factors.tolist())(hidden).squeeze(1), head(hidden) @ factors)
+    ids = torch.tensor([[5, 6, 7, 2]])
+    expected = model(ids).logits @ factors
+    torch.testing.assert_close(scalar.scores(ids, ids > 0), expected, **CLOSE)
+
+
+def test_weights_leave_a_calibration_out(tmp_path):
+    scalar = ScalarLM(tiny_classifier())
+    scalar.calibration = Calibration(mean=0.5, std=2.0, probe_ids=[5, 6], probe_score=7.0)
+    folder = save_folder(tmp_path / "model", scalar.model, tiny_tokenizer())
+    ids = torch.tensor([[5, 6, 7, 2]])
+    weighed = load_reward_model(folder, weights={"LABEL_0": -1.0})
+    torch.testing.assert_close(weighed.scores(ids, ids > 0), -scores_at_end(scalar.raw(ids, ids > 0), ids > 0), **CLOSE)
+    assert weighed.calibration == Calibration()
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        (None, "is a classifier with 5 labels (helpfulness, correctness, coherence, complexity, verbosity)"),
+        ({"helpfullness": 1.0}, "has no label 'helpfullness'; did you mean helpfulness? its labels are helpfulness, "),
+        ({"5": 1.0}, "has no label '5'; its labels are helpfulness, "),
+        ({"verbosity": 1.0, "4": 2.0}, "names label 4 of"),
+        ({"verbosity": 0.0}, "gives no label of"),
+        ({}, "gives no label of"),
+    ],
+)
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_weights_that_do_not_fit_are_refused_before_anything_is_loaded(tmp_path, family, weights, said):
+    if family == "llama":
+        folder = save_folder(tmp_path / "m", tiny_classifier(num_labels=5, **named(ATTRIBUTES)), tiny_tokenizer())
+    else:
+        folder = save_encoder(tmp_path / "m", num_labels=5, **named(ATTRIBUTES))
+    Path(folder, "model.safetensors").unlink()
+    with pytest.raises(UserError) as error:
+        load_scorer(folder, ChatEncoder(tiny_tokenizer()), weights=weights)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_function_has_no_labels():
+    with pytest.raises(UserError, match="'len' is a function"):
+        load_scorer(len, ChatEncoder(tiny_tokenizer()), weights={"a": 1.0})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_pair_that_is_too_long_loses_the_beginning_of_its_prompt(tmp_path, kind):
+    folder = save_encoder(tmp_path / "model", kind, num_labels=1)
+    scorer: Any = load_scorer(folder, ChatEncoder(tiny_tokenizer()))
+    ids = scorer.encode(WrittenPrompt("z" * 200), "yeast", True)
+    room = 80 - 2 * (kind == "roberta")  # whose first token stands at the place after that of padding
+    tokenizer = pair_tokenizer(kind)
+    whole = tokenizer("z" * 200, "yeast").input_ids
+    assert ids == [whole[0], *whole[len(whole) - room + 1 :]]
+    with pytest.warns(UserWarning, match=f"more than {room} tokens"):
+        other: Any = load_scorer(folder, ChatEncoder(tiny_tokenizer()))
+        assert torch.isfinite(other(responses(["z" * 200], ["yeast"]))).all()
+
+
+def test_a_head_that_nobody_trained_is_none(tmp_path):
+    model: Any = encoder("bert", num_labels=2, **named(["a", "b"]))
+    folder = tmp_path / "model"
+    model.bert.save_pretrained(folder)
+    pair_tokenizer().save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(json.loads(model.config.to_json_string())))
+    with pytest.raises(UserError, match="lack classifier.bias, which would be random"):
+        load_scorer(str(folder), ChatEncoder(tiny_tokenizer()), weights={"b": 1.0})
