@@ -42,7 +42,7 @@ ZERO_MAKES_SENSE = {
     *("min_lr_factor", "value_gae_lambda", "value_warmup_iterations", "value_gradient_clip_val", "overlong_penalty"),
     *("decay", "pretraining_coef"),
 }
-NEGATIVE_MAKES_SENSE = {"above", "below", "missing_eos_score", "OtherReward.weight"}
+NEGATIVE_MAKES_SENSE = {"above", "below", "missing_eos_score", "OtherReward.weight", "reward_weights", "judge_weights"}
 AT_MOST_1 = {"gamma", "gae_lambda", "top_p", "validation_split", "test_split", "label_smoothing", "dropout"}
 AT_MOST_1 |= {"min_lr_factor", "value_gae_lambda"}
 

@@ -177,7 +177,9 @@ def test_nor_has_a_folder_that_does_not_say_what_it_is(tmp_path, folders, archit
 
 
 def test_a_classifier_of_several_labels_is_no_reward_model(folders):
-    assert "3 labels (LABEL_0, LABEL_1, LABEL_2), and a reward is one score" in refusal(load_reward_model, folders / "labels")
+    assert "3 labels (LABEL_0, LABEL_1, LABEL_2), and a reward is one score" in refusal(
+        load_reward_model, folders / "labels"
+    )
 
 
 def test_a_reward_model_is_no_policy(folders):

@@ -69,9 +69,9 @@ class AnsweringStage(Stage):
             needs bitsandbytes).
         reward_timeout: seconds that a reward function may take over one rollout. None for no limit; one that takes
             longer ends the run with one line; a checkpoint goes on from where it was written.
-        reward_weights: what the raw logit of each label of the reward model counts, by name or number. The score is
-            their weighted sum, without sigmoid or softmax, such as `{helpfulness: 0.65, verbosity: -0.4}`; of two
-            labels, weights of 1 and -1 give the log-odds. Needed where it has several, else null.
+        reward_weights: weights of the reward model's labels, by name or number. The score is the weighted sum of its
+            raw logits, without sigmoid or softmax, such as `{helpfulness: 0.65, verbosity: -0.4}`; of two labels,
+            weights of 1 and -1 give the log-odds. Needed where it has several.
         reward_combination: what becomes of the scores of a reward model's several heads. The `mean` of them, the lowest
             (`min`), or `mean_minus_std`, by which the policy gains nothing where the heads (`num_heads`) differ (Coste
             et al. 2024).
