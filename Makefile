@@ -26,7 +26,7 @@ NO_NUMBERS = \
 	$(addprefix algorithms/test_,log_keeper resume_processes resumed_settings stage stage_lineage stage_non_finite \
 		stage_templates stages_alone) \
 	$(addprefix models/test_,finetune loading peft_library portable reward_functions tokenizer) \
-	$(addprefix training/test_,checkpoint_size fsdp2_stages reporting) forward/test_capacity generation/test_text_so_far
+	$(addprefix training/test_,checkpoint_size fsdp2_stages reporting) forward/test_capacity
 OWN = $(BIN)/python -c 'import torch; print(torch.backends.cpu.get_cpu_capability().lower())'
 test-numbers: $(READY)
 	@if [ "$$($(OWN))" = "$(CAPABILITY)" ]; then \

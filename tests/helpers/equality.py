@@ -64,8 +64,8 @@ BESIDE = [
     Case("ppo switched", "fsdp2", True, False),
     Case("ppo trunk switched", "ddp", False, False),
 ]
-"""An output layer beside a reward model, of its own or shared with the input embeddings, whole rankings, and switches of
-PPO: no stages of their own."""
+"""An output layer beside a reward model, of its own or shared with the input embeddings, whole rankings, and switches
+of PPO: no stages of their own."""
 
 
 def prepare(root: Path) -> dict[str, str]:

@@ -15,11 +15,11 @@ class KLPenalty:
     """The penalty that holds the policy near the reference.
 
     Args:
-        coef: weight per nat (0.05: Stiennon et al. 2020; Huang et al. 2024), or where it starts if adaptive (0.15 in
-            Ziegler et al. 2019).
-        target: KL per response, in nats, that the weight is adapted to hold (6 in Ziegler et al. 2019); None keeps the
-            weight fixed.
-        horizon: responses over which an adaptive weight moves by at most about 20% (10,000 in Ziegler et al. 2019).
+        coef: weight per nat, or where it starts if adaptive. 0.05 in Stiennon et al. 2020 and Huang et al. 2024; 0.15
+            in Ziegler et al. 2019, where it is adaptive.
+        target: KL per response, in nats, that the weight is adapted to. 6 in Ziegler et al. 2019; None keeps the weight
+            fixed.
+        horizon: responses over which an adaptive weight moves by at most 20%. About; 10,000 in Ziegler et al. 2019.
         estimator: per-token estimate used as penalty: `k1`, `k2` or `k3`.
     """
 
