@@ -40,7 +40,7 @@ ZERO_MAKES_SENSE = {
     *("temperature", "top_k", "min_new_tokens", "dropout"),
     *("coef", "missing_eos_penalty", "value_coef", "gamma", "gae_lambda", "tolerance"),
     *("min_lr_factor", "value_gae_lambda", "value_warmup_iterations", "value_gradient_clip_val", "overlong_penalty"),
-    *("decay", "pretraining_coef"),
+    *("decay", "pretraining_coef", "rating_margins"),
 }
 NEGATIVE_MAKES_SENSE = {"above", "below", "missing_eos_score", "OtherReward.weight", "reward_weights", "judge_weights"}
 AT_MOST_1 = {"gamma", "gae_lambda", "top_p", "validation_split", "test_split", "label_smoothing", "dropout"}
@@ -60,15 +60,22 @@ def members(annotation: Any) -> list[Any]:
     return [annotation, *(member for inner in inside for member in members(inner))]
 
 
+def holds(annotation: Any, kinds: tuple[Any, ...]) -> bool:
+    """Whether one of some kinds stands inside an annotation."""
+    inside = members(annotation)
+    return any(kind in inside or kind in [getattr(m, "__origin__", None) for m in inside] for kind in kinds)
+
+
 def arguments(*kinds: Any) -> list[Any]:
     """Every argument of a taker whose annotation has one of some kinds inside: taker, name, how it is wrapped."""
     found = []
     for taker in takers():
         annotations = hints(taker)
         for name in parameters(taker):
-            inside = members(annotations.get(name))
-            if any(kind in inside or kind in [getattr(m, "__origin__", None) for m in inside] for kind in kinds):
-                wrapped = next((m.__origin__ for m in inside if getattr(m, "__origin__", None) in (list, dict)), None)
+            annotation = annotations.get(name)
+            if holds(annotation, kinds):
+                around = [m for m in members(annotation) if getattr(m, "__origin__", None) in (list, dict)]
+                wrapped = next((m.__origin__ for m in around if holds(m, kinds)), None)
                 found.append(pytest.param(taker, name, wrapped, id=f"{taker.__name__}-{name}"))
     return found
 

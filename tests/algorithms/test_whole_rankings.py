@@ -27,6 +27,7 @@ from rlhf_lightning.algorithms.pairs import Pairs
 from rlhf_lightning.algorithms.rankings import pairs_of
 from rlhf_lightning.batches import RankingBatch, micro_batches
 from rlhf_lightning.forward.hidden import hidden_states
+from rlhf_lightning.forward.prefix import sharing_pays
 from rlhf_lightning.functional import pairwise_loss
 
 LOSSES = ["last_token", "average", "per_sample"]
@@ -208,6 +209,16 @@ def test_each_response_goes_through_the_model_once(folder, monkeypatch, sharing)
     assert min(common) > 1
     assert int(pairs.shown.sum()) == int(mask.sum()) - again * sharing
     assert len(pairs.batch.row_ids) == 9 * 8 // 2 + 4 * 3 // 2
+
+
+def test_responses_that_a_prompt_lacks_are_no_work_that_sharing_saves(folder):
+    module = RewardModule(folder)
+    module.configure_model()
+    ids = torch.arange(5, 125).view(1, 2, 60)  # which have nothing in common
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    lacking = [torch.cat([each, each.new_zeros(1, 7, 60)], dim=1) for each in (ids, mask)]
+    assert not sharing_pays(module.export_model, ids, mask)
+    assert not sharing_pays(module.export_model, *lacking)
 
 
 def test_sides_are_found_however_they_were_read(folder):

@@ -28,6 +28,7 @@ from rlhf_lightning.data.preparing.prepared import PreparedFolder
 from rlhf_lightning.data.preparing.report import REPORT_FILES, print_report, report_on, save_report
 from rlhf_lightning.data.rows import KINDS
 from rlhf_lightning.data.sources import DataSource, as_source
+from rlhf_lightning.data.sources.ratings import RatingMargins
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.reward_functions import import_from_working_folder
 from rlhf_lightning.models.tokenizer import load_tokenizer
@@ -41,6 +42,7 @@ def prepare(
     validation_data: DataSource | None = None,
     test_data: DataSource | None = None,
     columns: dict[str, str] | None = None,
+    rating_margins: RatingMargins | None = None,
     kinds: list[Literal["finetune", "preference", "prompts"]] | None = None,
     validation_split: float = 0.1,
     test_split: float = 0.0,
@@ -74,6 +76,7 @@ def prepare(
         validation_data: the same for validation; without it the `validation` split of `data`, or a part held out.
         test_data: the same for testing; without it the `test` split of `data`, or a part held out.
         columns: our column names (prompt, response, chosen, rejected, messages and so on) to those of the data.
+        rating_margins: margin of each rating that stands in a column `rating`; `small` or `large` for those of Llama 2.
         kinds: what to make; by default all that the columns allow.
         validation_split: share of the prompts held out for validation.
         test_split: share of the prompts held out for testing.
@@ -121,9 +124,9 @@ def prepare(
     loaded = load_tokenizer(tokenizer, trust_remote_code)
     check_context(loaded, "max_length", max_length)
     preparation = Preparation(
-        data=as_source(data, columns),
-        validation_data=None if validation_data is None else as_source(validation_data, columns),
-        test_data=None if test_data is None else as_source(test_data, columns),
+        data=as_source(data, columns, rating_margins),
+        validation_data=None if validation_data is None else as_source(validation_data, columns, rating_margins),
+        test_data=None if test_data is None else as_source(test_data, columns, rating_margins),
         chat=ChatEncoder(loaded, dialogue_format, chat_template, plain_format),
         limits=limits,
         kinds=None if kinds is None else tuple(kinds),

@@ -34,6 +34,7 @@ from rlhf_lightning.data.rows import Need, Row
 from rlhf_lightning.data.sampler import LateLoader, ResumableSampler
 from rlhf_lightning.data.shares import WithBlanks, evaluation_loader, pins_memory
 from rlhf_lightning.data.sources import DataSource, Source, as_source
+from rlhf_lightning.data.sources.ratings import RatingMargins
 from rlhf_lightning.data.streaming import StreamedExamples, check_streaming, evaluation_tables
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer
@@ -105,6 +106,8 @@ class TextDataModule(ResumableDataModule, ABC):
     find_turns = False
     packing = False
     length_grouped = False
+
+    rating_margins: RatingMargins | None = None
 
     def __init__(
         self,
@@ -221,7 +224,7 @@ class TextDataModule(ResumableDataModule, ABC):
             else:
                 self._folder()
         if self.predict_data is not None:
-            len(as_source(self.predict_data, self.columns).open())  # fetches what comes from the hub
+            len(self._source_of(self.predict_data).open())  # fetches what comes from the hub
 
     def setup(self, stage: str | None = None) -> None:
         """Open the prepared tokens that the stage needs, once; they are prepared first if `prepare_data` has not been.
@@ -346,7 +349,7 @@ class TextDataModule(ResumableDataModule, ABC):
 
     def _preparation(self) -> Preparation:
         given = {"data": self.data, "validation_data": self.validation_data, "test_data": self.test_data}
-        sources = {role: as_source(data, self.columns) for role, data in given.items() if data is not None}
+        sources = {role: self._source_of(data) for role, data in given.items() if data is not None}
         return Preparation(
             **sources,
             chat=self.chat,
@@ -399,7 +402,7 @@ class TextDataModule(ResumableDataModule, ABC):
         if self.predict_data is None:
             examples = self._predict_validation()
         else:
-            source = as_source(self.predict_data, self.columns)
+            source = self._source_of(self.predict_data)
             rows, counts = read_all(source, self._predict_need(), Encoder(self.chat, self.limits), self.on_bad_row)
             self.counts.update({f"predict {name}": count for name, count in counts.items()})
             examples = [example for row, encoded in rows for example in self._predict_examples(row, encoded)]
@@ -408,6 +411,9 @@ class TextDataModule(ResumableDataModule, ABC):
         self._predict = examples
 
     # Small things
+
+    def _source_of(self, data: DataSource) -> Source:
+        return as_source(data, self.columns, self.rating_margins)
 
     def _examples(self, table: TokenTable) -> TokenTable | RankingTable:
         """What batches are made of, of one part."""

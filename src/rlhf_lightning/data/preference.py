@@ -20,7 +20,7 @@ from rlhf_lightning.data.encode import EncodedRow, scored_sequence
 from rlhf_lightning.data.limits import RANGES
 from rlhf_lightning.data.preparing.prepared import Derived
 from rlhf_lightning.data.rows import Need, Row
-from rlhf_lightning.data.sources import as_source
+from rlhf_lightning.data.sources.ratings import RatingMargins, margins_of
 
 _SIDES = ("chosen", "rejected")
 
@@ -38,6 +38,8 @@ class PreferenceDataModule(TextDataModule):
         length_grouped: make training batches of pairs, or of rankings, whose longest sides are of similar length.
         whole_rankings: all pairs of a row are one example, which `batch_size` counts, and each of its responses goes
             through the model once (Ouyang et al. 2022, section 3.5); otherwise its pairs are shuffled apart.
+        rating_margins: margin of each rating that stands in a column `rating`, `{much_better: 1, better: 0.5}`; `small`
+            or `large` for those of Llama 2 (Touvron et al. 2023, table 27). By default ratings are not read.
         kwargs: the other arguments of `TextDataModule`.
 
     Raises:
@@ -51,19 +53,23 @@ class PreferenceDataModule(TextDataModule):
         *args: Any,
         length_grouped: bool = False,
         whole_rankings: bool = False,
+        rating_margins: RatingMargins | None = None,
         **kwargs: Any,
     ) -> None:
         check_arguments(PreferenceDataModule, locals(), RANGES)
         super().__init__(*args, **kwargs)
         self.length_grouped = length_grouped
         self.whole_rankings = whole_rankings
+        if rating_margins is not None:
+            margins_of(rating_margins)
+        self.rating_margins = rating_margins
 
     def _collate(self) -> Callable[[list[Any]], PreferenceBatch | RankingBatch]:
         return partial(collate_rankings if self.whole_rankings else collate_pairs, filler=self._filler)
 
     def _predict_need(self) -> Need:
         assert self.predict_data is not None
-        rows = as_source(self.predict_data, self.columns).open()
+        rows = self._source_of(self.predict_data).open()
         return "preference" if rows.has("preference") else "finetune"
 
     def _predict_examples(self, row: Row, encoded: EncodedRow) -> list[EncodedSequence]:

@@ -13,6 +13,7 @@ from rlhf_lightning.data.rows import BadRowError, DroppedRow, Need, Row
 from rlhf_lightning.data.sources.blend import BlendRows
 from rlhf_lightning.data.sources.files import is_local, open_files, open_parts
 from rlhf_lightning.data.sources.python_rows import check_data, name_of
+from rlhf_lightning.data.sources.ratings import RatingMargins, margins_of
 from rlhf_lightning.data.sources.raw_rows import RawRow, RawRows
 from rlhf_lightning.data.sources.row_forms import SAME, RowForm
 from rlhf_lightning.data.sources.table_rows import Rows, TableRows
@@ -105,6 +106,8 @@ class Table(_TableSource):
             own `validation` and `test` are used as such.
         name: how reports name the source; by default its path.
         streaming: read the rows in order as they arrive, never by number: for data that does not fit the disk.
+        rating_margins: the margin of each rating that stands in a column `rating`, `{much_better: 1, better: 0.5}`;
+            `small` or `large` for those of Llama 2. By default ratings are not read.
     """
 
     def __init__(
@@ -114,8 +117,10 @@ class Table(_TableSource):
         split: str | None = None,
         name: str | None = None,
         streaming: bool = False,
+        rating_margins: RatingMargins | None = None,
     ) -> None:
         check_arguments(Table, locals())
+        self.ratings = None if rating_margins is None else margins_of(rating_margins)
         self.path, self.columns, self.split, self.streaming = path, columns, split, streaming
         self.name = name or source_name(path)
 
@@ -123,8 +128,9 @@ class Table(_TableSource):
         return open_parts(self.path, self.split, self.streaming)
 
     def _rows(self, raw: RawRows, name: str) -> Rows:
-        form = partial(RowForm, names=self.columns, source=name)
-        return TableRows(raw, name, form, ["table", self.columns], self.streaming)
+        form = partial(RowForm, names=self.columns, source=name, ratings=self.ratings)
+        identity = ["table", self.columns, *([] if self.ratings is None else [self.ratings])]
+        return TableRows(raw, name, form, identity, self.streaming)
 
 
 class HelpfulHarmless(_TableSource):
@@ -278,21 +284,27 @@ class Blend(Source):
 DataSource: TypeAlias = Source | Data  # in this order, or a config would be saved with sources as text
 
 
-def as_source(data: DataSource, columns: Mapping[str, str] | None = None) -> Source:
+def as_source(
+    data: DataSource, columns: Mapping[str, str] | None = None, rating_margins: RatingMargins | None = None
+) -> Source:
     """Data as a source: anything but a source is a table.
 
     Args:
         data: what the user gave.
         columns: our column names to those of the data; a source has its own.
+        rating_margins: as `Table` takes them; likewise.
 
     Raises:
         UserError: a source and columns beside it, or something that is not data.
     """
     if not isinstance(data, Source):
         check_data(data)
-        return Table(data, dict(columns) if columns else None)
-    if columns:
-        raise UserError(f"`columns` beside {type(data).__name__} has no effect; give them to the source, as in Table's")
+        return Table(data, dict(columns) if columns else None, rating_margins=rating_margins)
+    for name, given in (("columns", columns), ("rating_margins", rating_margins)):
+        if given:
+            raise UserError(
+                f"`{name}` beside {type(data).__name__} has no effect; give them to the source, as in Table's"
+            )
     return data
 
 

@@ -15,10 +15,12 @@ BESIDE = ("system", "history", "tools")
 NUMBERS = ("margin", "weight")
 TIE_MARGIN = "tie_margin"
 """A number, too, but of rankings alone."""
+RATING = "rating"
+"""Read only where each rating has a margin."""
 NAMES = (
     *("prompt", "response", "chosen", "rejected", "messages"),
     *("conversations", "instruction", "input", "output", "completion"),
-    *("label", "responses", "ranks", "scores", *NUMBERS, TIE_MARGIN, *BESIDE),
+    *("label", "responses", "ranks", "scores", *NUMBERS, TIE_MARGIN, RATING, *BESIDE),
     *(*CHOICE, "text"),
 )
 _SPELLINGS = {"system": "system_prompt", "tools": "functions"}
@@ -31,6 +33,7 @@ class Columns:
         found: those of the source.
         names: our column name to the source's, for those that differ.
         source: its name, for error messages.
+        rated: ratings are read.
 
     Attributes:
         found: as given.
@@ -40,14 +43,14 @@ class Columns:
         UserError: `names` says a name of ours or a column that does not exist.
     """
 
-    def __init__(self, found: Sequence[str], names: Mapping[str, str], source: str) -> None:
-        self.found, self._source = list(found), source
+    def __init__(self, found: Sequence[str], names: Mapping[str, str], source: str, rated: bool = False) -> None:
+        self.found, self._source, self._rated = list(found), source, rated
         self._check_names(names)
         free = set(self.found) - set(names.values())
         self._theirs = {ours: ours for ours in NAMES if ours in free} | dict(names)
         self._theirs |= {o: other for o, other in _SPELLINGS.items() if o not in self._theirs and other in free}
         # What a row may hold or not is read also where the first rows, which say the columns, do not hold it.
-        optional = (name for name in (*NUMBERS, TIE_MARGIN, *BESIDE, "input") if name not in names.values())
+        optional = (name for name in (*NUMBERS, TIE_MARGIN, RATING, *BESIDE, "input") if name not in names.values())
         self._optional = {name: name for name in optional} | self._theirs
         self.used = frozenset(self._optional[name] for name in self._names_read() if name in self._optional)
 
@@ -102,7 +105,13 @@ class Columns:
         """Our names of the columns that are read for one kind of example or another."""
         if self.only_text:
             return ["text", *NUMBERS]
-        names = [*NUMBERS, *BESIDE, self.turns if self.only_turns else self.asks, self.answer]
+        names = [
+            *NUMBERS,
+            *([RATING] if self._rated else []),
+            *BESIDE,
+            self.turns if self.only_turns else self.asks,
+            self.answer,
+        ]
         if self.asks == "instruction":
             names.append("input")
         if self.answer or self.labelled:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from rlhf_lightning.chat.messages import Response, exact_text
 from rlhf_lightning.data.rows import BadRowError, DroppedRow, LabelledRow, Need, Row, check_text
-from rlhf_lightning.data.sources.columns import BESIDE, CHOICE, NUMBERS, TIE_MARGIN, Columns
+from rlhf_lightning.data.sources.columns import BESIDE, CHOICE, NUMBERS, RATING, TIE_MARGIN, Columns
 from rlhf_lightning.data.sources.fields import (
     is_nothing,
     read_flag,
@@ -39,6 +39,7 @@ from rlhf_lightning.data.sources.fields import (
     read_tools,
     split_dialogue,
 )
+from rlhf_lightning.data.sources.ratings import read_rating
 from rlhf_lightning.data.sources.raw_rows import RawRow
 from rlhf_lightning.data.sources.turns import (
     Turn,
@@ -89,6 +90,7 @@ class RowForm:
         columns: those of the source.
         names: our column name to the source's, for those that differ.
         source: its name, for error messages.
+        ratings: the margin of each rating, from `margins_of`; none where ratings are not read.
 
     Attributes:
         labelled: whether the rows hold one response each, with a label, so that pairs must be made of two rows.
@@ -98,10 +100,14 @@ class RowForm:
     """
 
     def __init__(
-        self, columns: Sequence[str], names: Mapping[str, str] | None = None, source: str = "the data"
+        self,
+        columns: Sequence[str],
+        names: Mapping[str, str] | None = None,
+        source: str = "the data",
+        ratings: Mapping[str, float] | None = None,
     ) -> None:
-        self._source = source
-        self._columns = Columns(columns, names or {}, source)
+        self._source, self._ratings = source, ratings or {}
+        self._columns = Columns(columns, names or {}, source, rated=bool(ratings))
         self.labelled = self._columns.labelled
         # Asked of every row, so looked up once.
         self._stands_beside = any(self._columns.has(name) for name in BESIDE)
@@ -279,6 +285,8 @@ class RowForm:
         margin, weight = (self._columns.beside(raw, name) for name in NUMBERS)
         if margin is not None:
             row = row._replace(margin=read_number(margin, self._columns.name("margin")))
+        if self._ratings and (rating := self._columns.beside(raw, RATING)) is not None:
+            row = row._replace(margin=read_rating(rating, self._columns.name(RATING), self._ratings, margin))
         if weight is not None:
             row = row._replace(weight=read_number(weight, self._columns.name("weight")))
         if row.weight <= 0:
