@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.algorithms import PPOModule as PPOModule
     from rlhf_lightning.algorithms import RewardModule as RewardModule
     from rlhf_lightning.algorithms import RLOOModule as RLOOModule
+    from rlhf_lightning.algorithms import ScoreRegressionModule as ScoreRegressionModule
     from rlhf_lightning.algorithms import SFTModule as SFTModule
     from rlhf_lightning.algorithms.online.settings import KLPenalty as KLPenalty
     from rlhf_lightning.algorithms.online.settings import Objective as Objective
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.data import InstructionDataModule as InstructionDataModule
     from rlhf_lightning.data import PreferenceDataModule as PreferenceDataModule
     from rlhf_lightning.data import PromptDataModule as PromptDataModule
+    from rlhf_lightning.data import RatingDataModule as RatingDataModule
     from rlhf_lightning.data import Table as Table
     from rlhf_lightning.errors import NonFiniteError as NonFiniteError
     from rlhf_lightning.errors import UserError as UserError
@@ -74,6 +76,7 @@ _HOMES = {
         "InstructionDataModule",
         "PreferenceDataModule",
         "PromptDataModule",
+        "RatingDataModule",
         "TLDR",
         "Table",
     ),
@@ -85,7 +88,15 @@ _HOMES = {
     "generation.vllm_server": ("VLLMServer",),
     "models.other_rewards": ("OtherReward",),
     "models.scalar_lm": ("ScalarLM", "load_reward_model"),
-    "algorithms": ("DPOModule", "GRPOModule", "PPOModule", "RLOOModule", "RewardModule", "SFTModule"),
+    "algorithms": (
+        "DPOModule",
+        "GRPOModule",
+        "PPOModule",
+        "RLOOModule",
+        "RewardModule",
+        "SFTModule",
+        "ScoreRegressionModule",
+    ),
     "algorithms.online.settings": ("KLPenalty", "Objective", "ScoreShaping"),
     "training": ("DeepSpeedStrategy", "FSDP2Strategy"),
 }

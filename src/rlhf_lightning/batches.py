@@ -86,6 +86,24 @@ class RankingBatch(NamedTuple):
     prompt_lengths: Tensor | None = None
 
 
+class RatedBatch(NamedTuple):
+    """Prompts with a response that somebody has rated by K attributes, padded on the right.
+
+    Attributes:
+        input_ids: prompt and response, `[B, T]`, int64.
+        attention_mask: True for real tokens, `[B, T]`, bool.
+        scores: what each response was rated, `[B, K]`, float32; anything finite where nobody has said.
+        score_mask: True where somebody has, `[B, K]`, bool.
+        row_ids: number of each row in its source, `[B]`, int64.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    scores: Tensor
+    score_mask: Tensor
+    row_ids: Tensor
+
+
 class Sources(NamedTuple):
     """Where the prompts of a batch come from.
 
@@ -165,7 +183,9 @@ class ScoringBatch(NamedTuple):
     row_ids: Tensor
 
 
-TrainBatchT = TypeVar("TrainBatchT", bound=InstructionBatch | PreferenceBatch | RankingBatch)
+TrainBatchT = TypeVar("TrainBatchT", bound=InstructionBatch | PreferenceBatch | RankingBatch | RatedBatch)
+_PER_ROW = frozenset(("row_ids", "scores", "score_mask"))
+"""Fields whose second dimension, if they have one, is not that of tokens."""
 
 
 def length_sorted_pieces(
@@ -237,10 +257,10 @@ def _halve_largest(counts: list[int], widths: list[list[int]], numbers: list[int
     counts[largest : largest + 1] = [count - count // 2, count // 2]
 
 
-def _places(batch: InstructionBatch | PreferenceBatch | RankingBatch) -> int:
-    if isinstance(batch, InstructionBatch | RankingBatch):
-        return batch.input_ids.numel()
-    return batch.chosen_ids.numel() + batch.rejected_ids.numel()
+def _places(batch: InstructionBatch | PreferenceBatch | RankingBatch | RatedBatch) -> int:
+    if isinstance(batch, PreferenceBatch):
+        return batch.chosen_ids.numel() + batch.rejected_ids.numel()
+    return batch.input_ids.numel()
 
 
 def micro_batches(
@@ -285,23 +305,23 @@ def micro_batches(
     return pieces
 
 
-def _shown(batch: InstructionBatch | PreferenceBatch | RankingBatch) -> tuple[Tensor, Tensor]:
+def _shown(batch: InstructionBatch | PreferenceBatch | RankingBatch | RatedBatch) -> tuple[Tensor, Tensor]:
     """Tokens of the longest sequence of each row, and how many sequences it is, both `[B]`, in the host's memory."""
-    if isinstance(batch, InstructionBatch):
-        longest = on_host(batch.attention_mask)[0].sum(dim=1)
-        return longest, torch.ones_like(longest)
+    if isinstance(batch, PreferenceBatch):
+        longest = torch.maximum(*(mask.sum(dim=1) for mask in on_host(batch.chosen_mask, batch.rejected_mask)))
+        return longest, torch.full_like(longest, 2)
     if isinstance(batch, RankingBatch):
         tokens = on_host(batch.attention_mask)[0].sum(dim=2)  # [B, K]
         return tokens.amax(dim=1), (tokens > 0).sum(dim=1)
-    longest = torch.maximum(*(mask.sum(dim=1) for mask in on_host(batch.chosen_mask, batch.rejected_mask)))
-    return longest, torch.full_like(longest, 2)
+    longest = on_host(batch.attention_mask)[0].sum(dim=1)
+    return longest, torch.ones_like(longest)
 
 
 def _per_token(batch: Any, rows: dict[str, Tensor]) -> set[str]:
     """Names of the fields whose last dimension is T."""
     if isinstance(batch, RankingBatch):
         return {"input_ids", "attention_mask"}
-    return {name for name, field in rows.items() if name != "row_ids" and field.dim() == 2}
+    return {name for name, field in rows.items() if name not in _PER_ROW and field.dim() == 2}
 
 
 def _rows(field: Tensor, index: Tensor) -> Tensor:

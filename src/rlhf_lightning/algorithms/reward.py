@@ -43,6 +43,7 @@ from rlhf_lightning.functional import (
 )
 from rlhf_lightning.host import alike, places_of
 from rlhf_lightning.lightning_compat import load_validation_data
+from rlhf_lightning.models.classifiers import give_own_pad_token
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.models.finetune import prepare_for_training
 from rlhf_lightning.models.heads import new_ensemble
@@ -54,9 +55,7 @@ from rlhf_lightning.models.scalar_lm import (
     load_reward_model,
     new_scalar_lm,
 )
-from rlhf_lightning.models.tokenizer import own_pad_token
 from rlhf_lightning.training.optim import parameter_groups
-from rlhf_lightning.training.sharded import widen_now
 
 _PROBE_TOKENS = 64
 
@@ -125,12 +124,7 @@ class RewardModule(PairStage):
         head = load_language_head(self.model_name_or_path, self.trust_remote_code) if self.lm_coef else None
         load = new_scalar_lm if self._head_is_random else load_reward_model
         scalar = load(self.model_name_or_path, dropout=self.dropout, trust_remote_code=self.trust_remote_code)
-        num_embeddings = scalar.model.get_input_embeddings().num_embeddings
-        pad_id = own_pad_token(self.tokenizer, num_embeddings)
-        if pad_id >= num_embeddings:
-            widen_now(scalar.model.get_input_embeddings())
-            scalar.model.resize_token_embeddings(pad_id + 1)
-        scalar.model.config.pad_token_id = pad_id
+        give_own_pad_token(scalar.model, self.tokenizer)
         prepare_for_training(scalar.model, self.finetune, self.gradient_checkpointing)
         if head is not None:
             head.stand_beside(scalar.model, self.finetune)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from rlhf_lightning.functional import expected_calibration_error, reliability
+from rlhf_lightning.functional import correlation, expected_calibration_error, reliability
 
 
 class CalibrationError(Metric):
@@ -36,6 +36,36 @@ class CalibrationError(Metric):
     def compute(self) -> Tensor:
         """The error so far, a scalar."""
         return expected_calibration_error(self.totals)
+
+
+class Correlations(Metric):
+    """Pearson correlation of predicted scores with those that were given, by attribute, over all batches and ranks."""
+
+    predicted: list[Tensor]
+    given: list[Tensor]
+    said: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("predicted", "given", "said"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, predicted: Tensor, given: Tensor, said: Tensor) -> None:
+        """Add scores.
+
+        Args:
+            predicted: by the model, `[B, K]`.
+            given: by whoever rated, `[B, K]`.
+            said: True where that is known, `[B, K]`, bool.
+        """
+        self.predicted.append(predicted)
+        self.given.append(given)
+        self.said.append(said)
+
+    def compute(self) -> Tensor:
+        """Of each attribute, `[K]`, float32; 0 where either side does not vary."""
+        columns = (dim_zero_cat(each).cpu().unbind(dim=1) for each in (self.predicted, self.given, self.said))
+        return torch.tensor([correlation(x[said], y[said]) for x, y, said in zip(*columns, strict=True)])
 
 
 class HeldOutScores(Metric):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_lightning.algorithms.export_record import BEGAN_AS, BESIDE, FROZEN, OTHERS, RENDERING, TEMPLATE, VALUE
+from rlhf_lightning.algorithms.regression import ScoreRegressionModule
 from rlhf_lightning.algorithms.reward import RewardModule
 from rlhf_lightning.algorithms.sft import SFTModule
 from rlhf_lightning.algorithms.stage import Stage
@@ -53,6 +54,7 @@ _POLICY = (
 _PLACES: dict[str, tuple[Any, str]] = {
     "SFTModule": (SFTModule, "model."),
     "RewardModule": (RewardModule, "scalar.model."),
+    "ScoreRegressionModule": (ScoreRegressionModule, "model."),
     **dict.fromkeys(_POLICY, (SFTModule, "policy.")),
 }
 """What loads the model that a stage exports, and what the names of its weights begin with in the stage."""
@@ -224,7 +226,8 @@ def _load_stage(checkpoint: Checkpoint, trust_remote_code: bool) -> Stage:
         stage: Any = ValueStage(checkpoint.base, beside, checkpoint.finetune, trust_remote_code, weights)
     else:
         kind, _ = _PLACES[checkpoint.state["stage"]]
-        stage = kind(checkpoint.base, finetune=checkpoint.finetune, trust_remote_code=trust_remote_code)
+        options = {name: checkpoint.settings[name] for name in ("attributes",) if name in checkpoint.settings}
+        stage = kind(checkpoint.base, finetune=checkpoint.finetune, trust_remote_code=trust_remote_code, **options)
     stage.tokenizer = load_tokenizer(checkpoint.base, trust_remote_code)
     with _default_dtype(stored_dtype(checkpoint.base)):  # weights that are not cast stay on the disk
         stage.load_models()

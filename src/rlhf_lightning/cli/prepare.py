@@ -43,7 +43,8 @@ def prepare(
     test_data: DataSource | None = None,
     columns: dict[str, str] | None = None,
     rating_margins: RatingMargins | None = None,
-    kinds: list[Literal["finetune", "preference", "prompts"]] | None = None,
+    kinds: list[Literal["finetune", "preference", "prompts", "rated"]] | None = None,
+    attributes: list[str] | None = None,
     validation_split: float = 0.1,
     test_split: float = 0.0,
     stage_split: dict[str, float] | None = None,
@@ -78,6 +79,7 @@ def prepare(
         columns: our column names (prompt, response, chosen, rejected, messages and so on) to those of the data.
         rating_margins: margin of each rating that stands in a column `rating`; `small` or `large` for those of Llama 2.
         kinds: what to make; by default all that the columns allow.
+        attributes: names of the scores that responses are given, each a column of numbers: for rated responses.
         validation_split: share of the prompts held out for validation.
         test_split: share of the prompts held out for testing.
         stage_split: share of the prompts for each stage, such as `{sft: 0.2, reward: 0.4, ppo: 0.4}`, or `dpo` in the
@@ -121,12 +123,13 @@ def prepare(
         minimum_response_length=minimum_response_length,
     )
     splits = Splits(validation=validation_split, test=test_split, stages=stage_split, by=split_by)
+    rated = tuple(attributes or ())
     loaded = load_tokenizer(tokenizer, trust_remote_code)
     check_context(loaded, "max_length", max_length)
     preparation = Preparation(
-        data=as_source(data, columns, rating_margins),
-        validation_data=None if validation_data is None else as_source(validation_data, columns, rating_margins),
-        test_data=None if test_data is None else as_source(test_data, columns, rating_margins),
+        data=as_source(data, columns, rated, rating_margins),
+        validation_data=None if validation_data is None else as_source(validation_data, columns, rated, rating_margins),
+        test_data=None if test_data is None else as_source(test_data, columns, rated, rating_margins),
         chat=ChatEncoder(loaded, dialogue_format, chat_template, plain_format),
         limits=limits,
         kinds=None if kinds is None else tuple(kinds),

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.data.preference import PreferenceDataModule as PreferenceDataModule
     from rlhf_lightning.data.preparing.filters import Filters as Filters
     from rlhf_lightning.data.prompt import PromptDataModule as PromptDataModule
+    from rlhf_lightning.data.rating import RatingDataModule as RatingDataModule
     from rlhf_lightning.data.sources import TLDR as TLDR
     from rlhf_lightning.data.sources import Blend as Blend
     from rlhf_lightning.data.sources import HelpfulHarmless as HelpfulHarmless
@@ -21,6 +22,7 @@ _HOMES = {
     "data.instruction": ("InstructionDataModule",),
     "data.preference": ("PreferenceDataModule",),
     "data.prompt": ("PromptDataModule",),
+    "data.rating": ("RatingDataModule",),
     "data.sources": ("TLDR", "Blend", "HelpfulHarmless", "Source", "Table"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -1,4 +1,4 @@
-"""What the three data modules share: the prepared tokens, loaders, and the place in the data a checkpoint remembers."""
+"""What the data modules share: the prepared tokens, loaders, and the place in the data a checkpoint remembers."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class TextDataModule(ResumableDataModule, ABC):
     find_turns = False
     packing = False
     length_grouped = False
-
+    attributes: tuple[str, ...] = ()
     rating_margins: RatingMargins | None = None
 
     def __init__(
@@ -413,7 +413,7 @@ class TextDataModule(ResumableDataModule, ABC):
     # Small things
 
     def _source_of(self, data: DataSource) -> Source:
-        return as_source(data, self.columns, self.rating_margins)
+        return as_source(data, self.columns, self.attributes, self.rating_margins)
 
     def _examples(self, table: TokenTable) -> TokenTable | RankingTable:
         """What batches are made of, of one part."""

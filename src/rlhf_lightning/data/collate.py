@@ -18,6 +18,7 @@ from rlhf_lightning.batches import (
     PreferenceBatch,
     PromptBatch,
     RankingBatch,
+    RatedBatch,
     ScoringBatch,
     Sources,
 )
@@ -81,6 +82,22 @@ class EncodedRanking(NamedTuple):
     row_id: int
     margins: Sequence[float]
     weights: Sequence[float]
+
+
+class EncodedRating(NamedTuple):
+    """A prompt and a response as one sequence of ids, and what the response was rated.
+
+    Attributes:
+        ids: of both, joined.
+        prompt_length: how many of them are the prompt.
+        row_id: number of the row in its source; -1 for a blank, which counts for nothing.
+        scores: one number for each attribute, NaN where nobody has said.
+    """
+
+    ids: Ids
+    prompt_length: int
+    row_id: int
+    scores: Sequence[float] | np.ndarray
 
 
 class EncodedPrompt(NamedTuple):
@@ -229,6 +246,15 @@ def collate_rankings(examples: Sequence[EncodedRanking], filler: int) -> Ranking
         weights=weights,
         prompt_lengths=torch.tensor([example.prompt_length for example in examples], dtype=torch.int64),
     )
+
+
+def collate_ratings(examples: Sequence[EncodedRating], filler: int) -> RatedBatch:
+    """Rated responses, padded on the right; of a blank no score counts."""
+    ids, mask = pad([example.ids for example in examples], filler, "right")
+    scores = torch.from_numpy(np.stack([np.asarray(example.scores, dtype=np.float32) for example in examples]))
+    row_ids = torch.tensor([example.row_id for example in examples], dtype=torch.int64)
+    said = ~scores.isnan() & (row_ids >= 0).unsqueeze(1)  # [B, K]
+    return RatedBatch(ids, mask, scores.nan_to_num(0.0), said, row_ids)
 
 
 def collate_prompts(

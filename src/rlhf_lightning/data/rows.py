@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 from rlhf_lightning.chat.messages import Prompt, Response
 from rlhf_lightning.chat.plain import parse_dialogue
 
-Need = Literal["finetune", "preference", "prompts"]
+Need = Literal["finetune", "preference", "prompts", "rated"]
 OnBadRow = Literal["auto", "skip", "error"]
 
-KINDS: tuple[Need, ...] = ("finetune", "preference", "prompts")
+KINDS: tuple[Need, ...] = ("finetune", "preference", "prompts", "rated")
 MAX_CHARACTERS = 1_000_000
 _FOLD = bytes(ord(" ") if chr(byte).isspace() else ord(chr(byte).lower()) for byte in range(128)) + bytes(
     range(128, 256)
@@ -36,6 +36,7 @@ class Row(NamedTuple):
         row_id: number of the row in the whole source, from 0.
         tools: that the assistant may call, as chat templates read them (JSON schemas).
         untaught: which messages of `prompt` are the assistant's but not to be taught.
+        scores: what the response was rated, a number for each attribute that is asked for, NaN where that is not said.
         unused: what else the row holds, as counts are to name it: columns, and keys of turns.
     """
 
@@ -51,6 +52,7 @@ class Row(NamedTuple):
     tools: tuple[dict[str, Any], ...] = ()
     untaught: tuple[int, ...] = ()
     unused: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
 
 
 class BadRowError(Exception):

@@ -10,6 +10,7 @@ from rlhf_lightning.functional.advantages import (
 from rlhf_lightning.functional.agreement import cohen_kappa
 from rlhf_lightning.functional.best_of_n import best_of_n, best_of_n_kl
 from rlhf_lightning.functional.calibration import Reliability, expected_calibration_error, pair_correct, reliability
+from rlhf_lightning.functional.correlation import correlation
 from rlhf_lightning.functional.ensemble import ScoreCombination, combine_scores, disagreement
 from rlhf_lightning.functional.groups import Baseline, group_advantages, groups_without_signal
 from rlhf_lightning.functional.importance import truncated_importance
@@ -59,6 +60,7 @@ __all__ = [
     "center_loss",
     "cohen_kappa",
     "combine_scores",
+    "correlation",
     "cross_entropy_sum",
     "disagreement",
     "divergence_index",

@@ -37,6 +37,9 @@ from rlhf_lightning.models.folders import reason_of, say_trusted
 from rlhf_lightning.models.peft_library import load_peft_weights
 from rlhf_lightning.models.quantized import nf4_options, settle_nf4
 from rlhf_lightning.models.stored import load_pretrained
+from rlhf_lightning.models.tokenizer import own_pad_token
+from rlhf_lightning.rng import generator
+from rlhf_lightning.training.sharded import gathered, widen_now
 
 HEAD_WEIGHT = "base_model.model.score.weight"
 """What an adapter folder calls the weight of the head."""
@@ -113,6 +116,36 @@ def check_linear_head(name: str, model: Any) -> None:
         raise UserError(
             f"'{name}' ({type(model).__name__}) has no linear head named '{HEAD}'; this family is not supported here"
         )
+
+
+def give_own_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the pad token be one that is not the EOS: plain transformers reads scores at the last id that is no pad.
+
+    Args:
+        model: a classifier, which gets a further embedding where its tokens are all taken.
+        tokenizer: changed, too.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    pad_id = own_pad_token(tokenizer, embeddings.num_embeddings)
+    if pad_id >= embeddings.num_embeddings:
+        widen_now(embeddings)
+        model.resize_token_embeddings(pad_id + 1)
+    model.config.pad_token_id = pad_id
+
+
+def draw_head(head: nn.Linear, scale: float = 1.0) -> None:
+    """Draw a fresh head with standard deviation 1/sqrt(D + 1), from the seed alone (Stiennon et al. 2020, B.1).
+
+    Args:
+        head: its weights are replaced, also where processes hold parts of them.
+        scale: of that deviation.
+    """
+    # From a stream of its own, so that the head depends on the seed and not on what drew random numbers before.
+    random, size = generator("cpu", torch.initial_seed(), "head"), (head.out_features, head.in_features)
+    # The same numbers in every precision and on every device; Lightning loads models with theirs as the default.
+    drawn = torch.randn(size, generator=random, dtype=torch.float32, device="cpu")
+    with torch.no_grad(), gathered(head.weight):
+        head.weight.copy_(drawn * (scale * (head.in_features + 1) ** -0.5))
 
 
 class Classifier(nn.Module):

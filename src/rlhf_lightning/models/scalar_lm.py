@@ -26,7 +26,7 @@ from rlhf_lightning.models.adapter_folders import (
     is_reward_adapter,
 )
 from rlhf_lightning.models.calibration import CALIBRATION, Calibration, restore_records
-from rlhf_lightning.models.classifiers import check_linear_head, load_classifier
+from rlhf_lightning.models.classifiers import check_linear_head, draw_head, load_classifier
 from rlhf_lightning.models.folders import architectures, check_model_folder, read_config, reason_of
 from rlhf_lightning.models.fused_lora import fuse_adapters
 from rlhf_lightning.models.heads import HeadEnsemble, linear_in_float32, load_ensemble
@@ -38,8 +38,7 @@ from rlhf_lightning.models.peft_library import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from rlhf_lightning.rng import generator
-from rlhf_lightning.training.sharded import dtype_ahead, gathered, is_sharded
+from rlhf_lightning.training.sharded import dtype_ahead, is_sharded
 
 
 class ScalarLM(nn.Module):
@@ -154,13 +153,7 @@ def new_scalar_lm(
     name = check_model_folder(name_or_path)
     scalar = ScalarLM(load_classifier(name, 1, dropout, trust_remote_code)[0])
     check_linear_head(name, scalar.model)
-    std = 0.0 if head == "zero" else (scalar.model.score.in_features + 1) ** -0.5
-    # From a stream of its own, so that the head depends on the seed and not on what drew random numbers before.
-    random, size = generator("cpu", torch.initial_seed(), "head"), (1, scalar.model.score.in_features)
-    # The same numbers in every precision and on every device; Lightning loads models with theirs as the default.
-    drawn = torch.randn(size, generator=random, dtype=torch.float32, device="cpu")
-    with torch.no_grad(), gathered(scalar.model.score.weight):
-        scalar.model.score.weight.copy_(drawn * std)
+    draw_head(scalar.model.score, 0.0 if head == "zero" else 1.0)
     scalar.calibration = Calibration()
     return scalar
 

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from rlhf_lightning.forward.backbone import HEAD
 from rlhf_lightning.models.adapter_folders import CALIBRATION_FILE
 from rlhf_lightning.models.eos import eos_ids
+from rlhf_lightning.models.labels import LABELS
 from rlhf_lightning.models.lora import adapter_state
 from rlhf_lightning.models.merging import adapter_names
 from rlhf_lightning.models.portable import rewrite_config
@@ -148,8 +149,10 @@ def write_adapter(model: Any, weights: dict[str, Tensor], base: str, folder: Pat
         config.target_modules = sorted(config.target_modules)
     config.save_pretrained(folder)
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    if calibration := getattr(model.config, CALIBRATION, None):
-        records = {**calibration, RENDERING: getattr(model.config, RENDERING, None)}
+    calibration, is_several = getattr(model.config, CALIBRATION, None), hasattr(model, HEAD) and model.num_labels > 1
+    if calibration or is_several:
+        named = {LABELS: [model.config.id2label[i] for i in range(model.num_labels)]} if is_several else {}
+        records = {**(calibration or {}), **named, RENDERING: getattr(model.config, RENDERING, None)}
         (folder / CALIBRATION_FILE).write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
 
 

@@ -22,6 +22,7 @@ from rlhf_lightning.algorithms.online.answering import AnsweringStage
 from rlhf_lightning.algorithms.online.models import TrunkValue
 from rlhf_lightning.algorithms.pairs import PairStage
 from rlhf_lightning.algorithms.reference import ReferenceStage
+from rlhf_lightning.algorithms.regression import ScoreRegressionModule
 from rlhf_lightning.algorithms.reward import RewardModule
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.compat import attention_function, fake_tensors, sdpa_attention_forward
@@ -34,6 +35,7 @@ from rlhf_lightning.generation.cache import rollout_cache
 from rlhf_lightning.generation.decoding import PREFILL_TOKENS, PREFILL_TOKENS_ELSEWHERE
 from rlhf_lightning.generation.sampling import draw_tokens
 from rlhf_lightning.models.classifiers import Classifier
+from rlhf_lightning.models.heads import linear_in_float32
 from rlhf_lightning.models.merging import merged_adapters
 from rlhf_lightning.models.rewarding import FunctionScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
@@ -216,6 +218,9 @@ def _losses(stage: Stage, load: Load) -> Iterator[tuple[str, tuple[str, ...], Te
             models = ("reward", "output layer")
         del hidden
         yield "learns from pairs", models, loss
+    elif isinstance(stage, ScoreRegressionModule):
+        loss = linear_in_float32(stage.model.score, _hidden(stage.model, load.rows, load)[:, -1]).sum()
+        yield "learns scores", ("model",), loss
     elif isinstance(stage, ReferenceStage):
         loss = _logprobs(stage.policy, _hidden(stage.policy, 2 * load.rows, load)[:, :-1], load)
         models = ("policy",)

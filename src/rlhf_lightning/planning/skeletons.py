@@ -102,7 +102,7 @@ class Skeletons:
                 # Under one name twice it is one model.
                 place = next(i for i, other in enumerate(self._names.values()) if other == self._names[key])
                 stand_ins[key] = str(Path(folder, f"{place}-{'scalar' if is_scalar else 'lm'}"))
-                _write(config, stand_ins[key], is_scalar, depth)
+                _write(config, stand_ins[key], is_scalar, depth, keeps_labels=not _is_reward(key))
             # Several heads or labels weigh next to nothing, and a stand-in has one.
             given = {name: value for name, value in arguments.items() if name not in _OF_HEADS}
             stage = cls(**_with_names(given, stand_ins))
@@ -163,11 +163,11 @@ def _means_model(reward: str) -> bool:
     return Path(reward).expanduser().is_dir() or "/" in reward
 
 
-def _write(config: PretrainedConfig, folder: str, is_scalar: bool, depth: int | None) -> None:
+def _write(config: PretrainedConfig, folder: str, is_scalar: bool, depth: int | None, keeps_labels: bool) -> None:
     said = json.loads(config.to_json_string(use_diff=False))
     said["architectures"] = ["ForSequenceClassification" if is_scalar else "ForCausalLM"]
     said.pop("quantization_config", None)
-    if is_scalar:
+    if is_scalar and not keeps_labels:
         said |= {"num_labels": 1}
         said.pop("id2label", None), said.pop("label2id", None)
     Path(folder).mkdir(exist_ok=True)

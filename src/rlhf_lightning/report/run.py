@@ -18,6 +18,7 @@ from rlhf_lightning.yaml_text import load_yaml
 STAGES = {
     "SFTModule": "SFT",
     "RewardModule": "Reward model",
+    "ScoreRegressionModule": "Model of scores",
     "DPOModule": "DPO",
     "PPOModule": "PPO",
     "RLOOModule": "RLOO",

@@ -58,7 +58,7 @@ class OnlineStage(AnsweringStage):
         reward: a reward model or a function, see `AnsweringStage`.
         rollout_batch_size: prompts answered per iteration, by all processes together.
         samples_per_prompt: responses drawn for each of them.
-        generation_batch_size: responses that each process draws at once; None for its whole share of the rollout.
+        generation_batch_size: responses that each process draws at once; None for its whole share.
         minibatch_size: responses per optimizer step, of all processes together.
         ppo_epochs: passes over each rollout.
         prefix_sharing: with several samples per prompt, run a prompt once for all responses to it that are in one

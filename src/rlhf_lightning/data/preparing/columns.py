@@ -20,6 +20,14 @@ def list_array(rows: Sequence[np.ndarray]) -> pa.ListArray:
     return pa.ListArray.from_arrays(number_array(offsets), number_array(values))
 
 
+def float_list_array(rows: Sequence[np.ndarray]) -> pa.ListArray:
+    """A column of lists of numbers, float32, from one array for each row."""
+    offsets = np.zeros(len(rows) + 1, dtype=np.int32)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    values = np.concatenate(rows).astype(np.float32, copy=False)
+    return pa.ListArray.from_arrays(number_array(offsets), number_array(values))
+
+
 def number_array(numbers: np.ndarray) -> pa.Array:
     """A column without nulls that shares its memory with `numbers`, which must not change from then on."""
     return pa.Array.from_buffers(pa.from_numpy_dtype(numbers.dtype), len(numbers), [None, pa.py_buffer(numbers)])

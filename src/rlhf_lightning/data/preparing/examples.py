@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt
+from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt, EncodedRating
 from rlhf_lightning.data.encode import EncodedRow, written_prompt
 from rlhf_lightning.data.preparing.filters import hash_of_ids
 from rlhf_lightning.data.preparing.reading import Item, RowReader
@@ -37,6 +37,9 @@ class ExampleMaker:
         if "finetune" in item.kinds:
             whole = np.concatenate([ids.prompt, ids.responses[0]])
             examples["finetune"] = [EncodedExample(whole, len(ids.prompt), row.row_id, ids.turns)]
+        if "rated" in item.kinds:
+            whole = np.concatenate([ids.prompt, ids.responses[0]])
+            examples["rated"] = [EncodedRating(whole, len(ids.prompt), row.row_id, row.scores)]
         if "preference" in item.kinds:
             if pairs := ranked_pairs(row, ids, self._remove_same):
                 examples["preference"] = pairs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -17,7 +18,12 @@ from rlhf_lightning.data.rows import KINDS, Need, Row, opening_of, prompt_key, s
 from rlhf_lightning.errors import UserError
 
 SplitBy = Literal["dialogue", "prompt"]
-STAGES_OF: dict[Need, tuple[str, ...]] = {"finetune": ("sft",), "preference": ("reward", "dpo"), "prompts": ("ppo",)}
+STAGES_OF: dict[Need, tuple[str, ...]] = {
+    "finetune": ("sft",),
+    "preference": ("reward", "dpo"),
+    "prompts": ("ppo",),
+    "rated": ("reward",),
+}
 """The stages that each kind of example is for, by the names that shares may be given under; one name for each kind."""
 
 
@@ -191,11 +197,11 @@ def narrowed(row: Row, kinds: tuple[Need, ...]) -> Row:
     """A row with only the responses that some kinds of example need, so that no other text is tokenised."""
     if "preference" in kinds:
         return row
-    wanted = 1 if "finetune" in kinds else 0
+    wanted = 1 if {"finetune", "rated"} & {*kinds} else 0
     return row._replace(responses=row.responses[:wanted], ranks=())
 
 
-_RESPONSES: dict[Need, int] = {"preference": 2, "finetune": 1, "prompts": 0}
+_RESPONSES: dict[Need, int] = {"preference": 2, "rated": 1, "finetune": 1, "prompts": 0}
 """Responses that a row must have at least."""
 
 
@@ -205,8 +211,9 @@ def most_demanding_first(kinds: tuple[Need, ...]) -> tuple[Need, ...]:
 
 
 def served(row: Row, kinds: tuple[Need, ...]) -> tuple[Need, ...]:
-    """Those of some kinds of example for which a row has responses enough."""
-    return tuple(kind for kind in kinds if len(row.responses) >= _RESPONSES[kind])
+    """Those of some kinds of example for which a row has responses, and scores, enough."""
+    enough = (kind for kind in kinds if len(row.responses) >= _RESPONSES[kind])
+    return tuple(kind for kind in enough if kind != "rated" or not all(map(math.isnan, row.scores)))
 
 
 def in_order(kinds: Sequence[Need]) -> tuple[Need, ...]:

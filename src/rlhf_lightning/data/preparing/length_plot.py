@@ -12,7 +12,12 @@ from rlhf_lightning.data.preparing.manifest import Part
 from rlhf_lightning.data.preparing.prepared import TokenTable
 from rlhf_lightning.data.rows import Need
 
-_TITLES: dict[Need, str] = {"finetune": "Demonstrations", "preference": "Preferences", "prompts": "Prompts"}
+_TITLES: dict[Need, str] = {
+    "finetune": "Demonstrations",
+    "preference": "Preferences",
+    "prompts": "Prompts",
+    "rated": "Rated responses",
+}
 _COLOURS = {
     "train": "#4269d0",
     "validation": "#e58606",

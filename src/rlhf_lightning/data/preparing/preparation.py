@@ -102,6 +102,7 @@ class Preparation:
             "num_samples": self.num_samples,
             "on_bad_row": self.on_bad_row,
             "find_turns": self.find_turns,
+            **({"attributes": list(self.data.attributes)} if self.data.attributes else {}),
         }
 
     def build(self, folder: Path) -> None:

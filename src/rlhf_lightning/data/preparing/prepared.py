@@ -5,6 +5,7 @@ One folder holds, for each kind of example it was made for, three files, which m
 * `finetune_train.arrow`, `finetune_validation.arrow`, `finetune_test.arrow`: prompt, turns, response
 * `preference_*.arrow`: prompt, chosen, rejected, margin, weight
 * `prompts_*.arrow`: prompt, and the prompt as its row wrote it, for rewards that do not read these ids
+* `rated_*.arrow`: prompt, response, and its scores, float32, NaN where nobody has said
 * `prompt_hashes.npz`: which prompts each of them holds, whatever the tokenizer
 * `args.json`, `example_prompt.json`, and `manifest.json`, which is written last and says what belongs to the folder,
   with checksums
@@ -28,8 +29,15 @@ import pyarrow as pa
 
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.written import from_json, to_json
-from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt
-from rlhf_lightning.data.preparing.columns import list_array, list_views, number_array, text_array, view
+from rlhf_lightning.data.collate import EncodedExample, EncodedPair, EncodedPrompt, EncodedRating
+from rlhf_lightning.data.preparing.columns import (
+    float_list_array,
+    list_array,
+    list_views,
+    number_array,
+    text_array,
+    view,
+)
 from rlhf_lightning.data.preparing.manifest import (
     FORMAT,
     PARTS,
@@ -44,18 +52,23 @@ from rlhf_lightning.data.preparing.manifest import (
 from rlhf_lightning.data.rows import Need
 from rlhf_lightning.errors import UserError
 
+Example = EncodedExample | EncodedPair | EncodedPrompt | EncodedRating
 _LISTS: dict[Need, tuple[str, ...]] = {
     "finetune": ("prompt", "turns", "response"),
     "preference": ("prompt", "chosen", "rejected"),
     "prompts": ("prompt",),
+    "rated": ("prompt", "response"),
 }
 _NUMBERS: dict[Need, dict[str, Any]] = {
     "finetune": {"row_id": np.int64, "source": np.int16},
     "preference": {"margin": np.float32, "weight": np.float32, "row_id": np.int64, "source": np.int16},
     "prompts": {"row_id": np.int64, "source": np.int16},
+    "rated": {"row_id": np.int64, "source": np.int16},
 }
 _WRITTEN = "written"
 """Column of the prompts that holds each as its row wrote it, as JSON; null where that is not known."""
+_SCORES = "scores"
+"""Column of what rated responses were given."""
 _FLUSH = 1000  # rows of one record batch
 
 
@@ -77,7 +90,10 @@ class TableWriter:
         self.prompt_hashes = array("Q")
 
     def add(
-        self, example: EncodedExample | EncodedPair | EncodedPrompt, source: int = 0, prompt_hash: int | None = None
+        self,
+        example: Example,
+        source: int = 0,
+        prompt_hash: int | None = None,
     ) -> None:
         """Write one row, and keep the hash of its prompt as text, where that is known."""
         self._waiting.append(_cells(example, source))
@@ -103,6 +119,8 @@ class TableWriter:
         arrays += [number_array(np.array(column, kind)) for column, kind in numbers]
         if self._need == "prompts":
             arrays.append(text_array([to_json(written) for written in columns[-1]]))
+        if self._need == "rated":
+            arrays.append(float_list_array([np.asarray(scores) for scores in columns[-1]]))
         self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
         self._waiting = []
 
@@ -111,14 +129,17 @@ def _schema(need: Need) -> pa.Schema:
     fields = [pa.field(name, pa.list_(pa.int32())) for name in _LISTS[need]]
     fields += [pa.field(name, pa.from_numpy_dtype(kind)) for name, kind in _NUMBERS[need].items()]
     fields += [pa.field(_WRITTEN, pa.large_string())] if need == "prompts" else []
+    fields += [pa.field(_SCORES, pa.list_(pa.float32()))] if need == "rated" else []
     return pa.schema(fields)
 
 
-def _cells(example: EncodedExample | EncodedPair | EncodedPrompt, source: int) -> tuple[Any, ...]:
+def _cells(example: Example, source: int) -> tuple[Any, ...]:
     """What stands in the columns of an example, in their order."""
     if isinstance(example, EncodedPrompt):
         return example.ids, example.row_id, source, example.written
     length = example.prompt_length
+    if isinstance(example, EncodedRating):
+        return example.ids[:length], example.ids[length:], example.row_id, source, example.scores
     if isinstance(example, EncodedExample):
         return example.ids[:length], example.turns, example.ids[length:], example.row_id, source
     prompt, sides = example.chosen_ids[:length], (example.chosen_ids[length:], example.rejected_ids[length:])
@@ -128,7 +149,8 @@ def _cells(example: EncodedExample | EncodedPair | EncodedPrompt, source: int) -
 class TokenTable(Sequence[Any]):
     """One part of a prepared folder, mapped into memory; pickled by its path.
 
-    Items are `EncodedExample`, `EncodedPair` or `EncodedPrompt` (without its text), copied out of the file.
+    Items are `EncodedExample`, `EncodedPair`, `EncodedRating` or `EncodedPrompt` (without its text), copied out of the
+    file.
 
     Attributes:
         row_ids: number of each row in the data, `[N]`, int64.
@@ -147,6 +169,7 @@ class TokenTable(Sequence[Any]):
             name: np.concatenate([np.zeros(0, kind), *(view(batch.column(name), kind) for batch in batches)])
             for name, kind in _NUMBERS[need].items()
         }
+        self._scores = [_floats(batch.column(_SCORES)) for batch in batches] if need == "rated" else []
         self._written = [batch.column(_WRITTEN) for batch in batches] if need == "prompts" else []
         self.row_ids, self.sources = numbers["row_id"], numbers["source"]
         self.margins, self.weights = numbers.get("margin"), numbers.get("weight")
@@ -165,6 +188,11 @@ class TokenTable(Sequence[Any]):
         if self.need == "finetune":
             turns, response = others
             return EncodedExample(np.concatenate([prompt, response]), len(prompt), row_id, turns.copy())
+        if self.need == "rated":
+            batch, i = self._place(row)
+            offsets, values = self._scores[batch]
+            whole = np.concatenate([prompt, *others])
+            return EncodedRating(whole, len(prompt), row_id, values[offsets[i] : offsets[i + 1]].copy())
         if self.need == "prompts":
             batch, i = self._place(row)
             written = from_json(self._written[batch][i].as_py())
@@ -237,6 +265,11 @@ def _batches(path: Path, need: Need) -> list[pa.RecordBatch]:
     if not reader.schema.equals(_schema(need)) or any(nulls):
         raise UserError(f"{path} does not hold the columns of {need}; run `rlhf prepare` again")
     return batches
+
+
+def _floats(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and values of a column of lists of numbers, without a copy."""
+    return view(column.offsets, np.int32), view(column.values, np.float32)
 
 
 class Derived(Sequence[Any]):

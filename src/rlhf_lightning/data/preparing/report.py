@@ -30,7 +30,12 @@ from rlhf_lightning.data.preparing.prepared import PreparedFolder, TokenTable
 from rlhf_lightning.data.rows import Need
 
 Tables = dict[tuple[Need, Part], TokenTable]
-ANSWERS: dict[Need, tuple[str, ...]] = {"finetune": ("response",), "preference": ("chosen", "rejected"), "prompts": ()}
+ANSWERS: dict[Need, tuple[str, ...]] = {
+    "finetune": ("response",),
+    "preference": ("chosen", "rejected"),
+    "prompts": (),
+    "rated": ("response",),
+}
 """The columns of each kind of example that hold responses."""
 
 _NOTES = {

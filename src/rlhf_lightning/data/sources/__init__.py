@@ -51,10 +51,12 @@ class Source(ABC):
     Attributes:
         name: as reports and error messages say it.
         streaming: the rows are to be read in order only.
+        attributes: names of the scores that its responses are given.
     """
 
     name: str
     streaming: bool = False
+    attributes: tuple[str, ...] = ()
 
     @abstractmethod
     def open(self) -> Rows:
@@ -108,6 +110,7 @@ class Table(_TableSource):
         streaming: read the rows in order as they arrive, never by number: for data that does not fit the disk.
         rating_margins: the margin of each rating that stands in a column `rating`, `{much_better: 1, better: 0.5}`;
             `small` or `large` for those of Llama 2. By default ratings are not read.
+        attributes: names of the scores that responses are given, each a column of numbers.
     """
 
     def __init__(
@@ -118,9 +121,11 @@ class Table(_TableSource):
         name: str | None = None,
         streaming: bool = False,
         rating_margins: RatingMargins | None = None,
+        attributes: list[str] | None = None,
     ) -> None:
         check_arguments(Table, locals())
         self.ratings = None if rating_margins is None else margins_of(rating_margins)
+        self.attributes = tuple(attributes or ())
         self.path, self.columns, self.split, self.streaming = path, columns, split, streaming
         self.name = name or source_name(path)
 
@@ -128,9 +133,10 @@ class Table(_TableSource):
         return open_parts(self.path, self.split, self.streaming)
 
     def _rows(self, raw: RawRows, name: str) -> Rows:
-        form = partial(RowForm, names=self.columns, source=name, ratings=self.ratings)
-        identity = ["table", self.columns, *([] if self.ratings is None else [self.ratings])]
-        return TableRows(raw, name, form, identity, self.streaming)
+        form = partial(RowForm, names=self.columns, source=name, attributes=self.attributes, ratings=self.ratings)
+        rated: list[Any] = [list(self.attributes)] if self.attributes else []
+        rated += [] if self.ratings is None else [self.ratings]
+        return TableRows(raw, name, form, ["table", self.columns, *rated], self.streaming)
 
 
 class HelpfulHarmless(_TableSource):
@@ -257,7 +263,10 @@ class Blend(Source):
             raise UserError(f"a blend of {len(sources)} sources has {len(weights)} weights; give one for each")
         if len({source.streaming for source in sources}) > 1:
             raise UserError("a blend is streamed whole or not at all; give all its sources the same `streaming`")
+        if len({source.attributes for source in sources}) > 1:
+            raise UserError("the sources of a blend have different attributes; give all of them the same")
         self.sources, self.weights = sources, weights
+        self.attributes = sources[0].attributes
         self.streaming = sources[0].streaming
         self.name = " + ".join(source.name for source in sources)
 
@@ -285,21 +294,32 @@ DataSource: TypeAlias = Source | Data  # in this order, or a config would be sav
 
 
 def as_source(
-    data: DataSource, columns: Mapping[str, str] | None = None, rating_margins: RatingMargins | None = None
+    data: DataSource,
+    columns: Mapping[str, str] | None = None,
+    attributes: Sequence[str] = (),
+    rating_margins: RatingMargins | None = None,
 ) -> Source:
     """Data as a source: anything but a source is a table.
 
     Args:
         data: what the user gave.
         columns: our column names to those of the data; a source has its own.
+        attributes: names of the scores that responses are given; those of a source must be the same.
         rating_margins: as `Table` takes them; likewise.
 
     Raises:
-        UserError: a source and columns beside it, or something that is not data.
+        UserError: a source and columns beside it, other attributes than a source's, or something that is not data.
     """
     if not isinstance(data, Source):
         check_data(data)
-        return Table(data, dict(columns) if columns else None, rating_margins=rating_margins)
+        return Table(
+            data, dict(columns) if columns else None, rating_margins=rating_margins, attributes=list(attributes)
+        )
+    if tuple(attributes) != data.attributes and attributes:
+        theirs = ", ".join(data.attributes) or "none"
+        raise UserError(
+            f"attributes {', '.join(attributes)} are not those of {data.name} ({theirs}): give both the same"
+        )
     for name, given in (("columns", columns), ("rating_margins", rating_margins)):
         if given:
             raise UserError(

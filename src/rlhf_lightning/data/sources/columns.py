@@ -34,6 +34,7 @@ class Columns:
         names: our column name to the source's, for those that differ.
         source: its name, for error messages.
         rated: ratings are read.
+        attributes: names of the scores that responses are given, each a column.
 
     Attributes:
         found: as given.
@@ -43,11 +44,21 @@ class Columns:
         UserError: `names` says a name of ours or a column that does not exist.
     """
 
-    def __init__(self, found: Sequence[str], names: Mapping[str, str], source: str, rated: bool = False) -> None:
+    def __init__(
+        self,
+        found: Sequence[str],
+        names: Mapping[str, str],
+        source: str,
+        attributes: Sequence[str] = (),
+        rated: bool = False,
+    ) -> None:
         self.found, self._source, self._rated = list(found), source, rated
+        self.attributes = tuple(attributes)
+        if taken := sorted({*attributes} & {*NAMES}):
+            raise UserError(f"attributes: '{taken[0]}' is the name of a column with a meaning of its own; use another")
         self._check_names(names)
         free = set(self.found) - set(names.values())
-        self._theirs = {ours: ours for ours in NAMES if ours in free} | dict(names)
+        self._theirs = {ours: ours for ours in (*NAMES, *self.attributes) if ours in free} | dict(names)
         self._theirs |= {o: other for o, other in _SPELLINGS.items() if o not in self._theirs and other in free}
         # What a row may hold or not is read also where the first rows, which say the columns, do not hold it.
         optional = (name for name in (*NUMBERS, TIE_MARGIN, RATING, *BESIDE, "input") if name not in names.values())
@@ -109,6 +120,7 @@ class Columns:
             *NUMBERS,
             *([RATING] if self._rated else []),
             *BESIDE,
+            *self.attributes,
             self.turns if self.only_turns else self.asks,
             self.answer,
         ]
@@ -146,7 +158,7 @@ class Columns:
 
     def _check_names(self, names: Mapping[str, str]) -> None:
         for ours, theirs in names.items():
-            if ours not in NAMES:
+            if ours not in NAMES and ours not in self.attributes:
                 raise UserError(f"columns: {ours!r} is not one of {', '.join(NAMES)}; write our name first, then yours")
             if theirs not in self.found:
                 raise UserError(

@@ -25,6 +25,7 @@ Or `text` alone, a whole text that is taught from its first token to its last.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -59,8 +60,10 @@ _NEEDED: dict[Need, str] = {
     "finetune": "prompt and response, or messages, or chosen, or text",
     "preference": "prompt, chosen and rejected, or whole dialogues in chosen and rejected",
     "prompts": "prompt, or messages, or chosen",
+    "rated": "prompt and response, or messages, and a column for each of `attributes`",
 }
 SAME = "chosen and rejected are the same"
+UNRATED = "no score is given"
 UNTAUGHT = "no turn of the assistant is to be taught"
 _UNSEEN = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 """Columns of what the text is about and no language model sees."""
@@ -91,6 +94,7 @@ class RowForm:
         names: our column name to the source's, for those that differ.
         source: its name, for error messages.
         ratings: the margin of each rating, from `margins_of`; none where ratings are not read.
+        attributes: names of the scores that responses are given, each a column.
 
     Attributes:
         labelled: whether the rows hold one response each, with a label, so that pairs must be made of two rows.
@@ -104,10 +108,11 @@ class RowForm:
         columns: Sequence[str],
         names: Mapping[str, str] | None = None,
         source: str = "the data",
+        attributes: Sequence[str] = (),
         ratings: Mapping[str, float] | None = None,
     ) -> None:
         self._source, self._ratings = source, ratings or {}
-        self._columns = Columns(columns, names or {}, source, rated=bool(ratings))
+        self._columns = Columns(columns, names or {}, source, attributes, rated=bool(ratings))
         self.labelled = self._columns.labelled
         # Asked of every row, so looked up once.
         self._stands_beside = any(self._columns.has(name) for name in BESIDE)
@@ -115,6 +120,7 @@ class RowForm:
         self._answers = [self._columns.name(name) for name in answers if name and self._columns.has(name)]
         readers = {"finetune": self._finetune_reader(), "preference": self._preference_reader()}
         readers["prompts"] = self._prompts_reader()
+        readers["rated"] = self._rated_reader()
         self._readers = {need: reader for need, reader in readers.items() if reader is not None}
 
     def has(self, need: Need) -> bool:
@@ -142,7 +148,10 @@ class RowForm:
             BadRowError: a field that cannot be used.
             DroppedRow: a sound row of no use.
         """
-        return self._finished(self._readers[need](raw), raw)
+        row = self._finished(self._readers[need](raw), raw)
+        if need == "rated" and all(map(math.isnan, row.scores)):
+            raise DroppedRow(UNRATED)
+        return row
 
     def label(self, raw: RawRow) -> tuple[Row, bool]:
         """Prompt and response of a labelled row, and whether the response is a good one.
@@ -178,6 +187,10 @@ class RowForm:
         if self._columns.only_turns:
             return self._turns_prompt
         return self._any_prompt if self._columns.asks or self._columns.has("chosen") else None
+
+    def _rated_reader(self) -> Reader | None:
+        there = bool(self._columns.attributes) and self._columns.has(*self._columns.attributes)
+        return self._finetune_reader() if there and (self._columns.answer or self._columns.only_turns) else None
 
     # Readers of whole rows
 
@@ -291,8 +304,17 @@ class RowForm:
             row = row._replace(weight=read_number(weight, self._columns.name("weight")))
         if row.weight <= 0:
             raise BadRowError(f"{self._columns.name('weight')} is not above 0")
+        if self._columns.attributes:
+            row = row._replace(scores=tuple(self._score(raw, name) for name in self._columns.attributes))
         unused = self._unused(raw)
         return row._replace(unused=unused) if unused else row
+
+    def _score(self, raw: RawRow, attribute: str) -> float:
+        """What a response was rated; NaN where nothing is said."""
+        value = self._columns.beside(raw, attribute)
+        if is_nothing(value) or (isinstance(value, float) and math.isnan(value)):
+            return math.nan
+        return read_number(value, self._columns.name(attribute))
 
     def _unused(self, raw: RawRow) -> tuple[str, ...]:
         """What of a row is not read for anything: columns, and keys of turns."""
