@@ -28,9 +28,11 @@ from rlhf_lightning import (
     PPOModule,
     PreferenceDataModule,
     PromptDataModule,
+    RatingDataModule,
     RewardModule,
     RLOOModule,
     Sampling,
+    ScoreRegressionModule,
     SFTModule,
     Table,
 )
@@ -50,7 +52,7 @@ OPTIONAL |= {"train/score_from_NAME", "train/kl_from_NAME", "train/ptx_loss"}
 SWITCHES = {"center_coef": (0.1, "center_loss"), "lm_coef": (0.1, "nll"), "num_heads": (2, "head_std")}
 """Of a reward model: what turns them on, and what is logged of each."""
 SPLITS = ("train", "val", "test")
-STAGES = ("SFT", "Reward model", "DPO", "PPO", "RLOO and GRPO")
+STAGES = ("SFT", "Reward model", "Model of scores", "DPO", "PPO", "RLOO and GRPO")
 
 
 class Apart(TransformersEngine):
@@ -119,6 +121,14 @@ def test_reward_training_logs_what_the_page_says(folder, on):
     off |= set() if {"center_coef", "lm_coef"} & {*on} else {"train/objective"}
     module = RewardModule(folder, **{each: SWITCHES[each][0] for each in on})
     assert logged(module, data) == documented("Reward model") - off
+
+
+def test_regression_logs_what_the_page_says(folder):
+    rows = [row | {"NAME": i % 3} for i, row in enumerate(instruction_rows(8))]
+    options = {"attributes": ["NAME"], "batch_size": 4, "max_length": 48}
+    data = RatingDataModule(folder, rows, validation_data=rows, test_data=rows, **options)
+    module = ScoreRegressionModule(folder, attributes=["NAME"])
+    assert logged(module, data) == documented("Model of scores")
 
 
 @pytest.mark.parametrize("sft_coef", [0.0, 0.5])

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from helpers.distributed import run_in_processes
+from helpers.stage_runs import run
 from helpers.stages import (
     adamw,
     assert_close_weights,
@@ -195,16 +197,16 @@ def test_an_adapter_s_labels_are_weighed_beside_the_policy_s_base(folder, tmp_pa
 
 
 def test_a_killed_run_goes_on_bit_for_bit(folder, tmp_path):
-    def run(**options: Any) -> ScoreRegressionModule:
+    def trained(**options: Any) -> ScoreRegressionModule:
         module, ckpt = make(folder, optimizer=adamw(1e-3)), options.pop("ckpt_path", None)
         one = trainer(max_epochs=2, **options)
         one.fit(module, data(folder), ckpt_path=ckpt)
         options.get("max_steps") and one.save_checkpoint(tmp_path / "half.ckpt")
         return module
 
-    whole = run()
-    run(max_steps=4)
-    resumed = run(ckpt_path=str(tmp_path / "half.ckpt"))
+    whole = trained()
+    trained(max_steps=4)
+    resumed = trained(ckpt_path=str(tmp_path / "half.ckpt"))
     assert same_weights(weights(whole.model), weights(resumed.model))
 
 
@@ -247,3 +249,18 @@ def test_predictions_name_the_attributes(folder, tmp_path):
     (rows,) = trainer().predict(ScoreRegressionModule(str(export), attributes=NAMES), source)
     assert {"row", "prompt", "response", "score_helpfulness", "score_verbosity"} == rows[0].keys()
     assert load_file(export / "model.safetensors")["score.weight"].shape[0] == 2
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ["ddp", "zero3"])
+def test_two_processes_learn_and_measure_what_one_does(folder, name):
+    settings: dict[str, Any] = {"stage": "regression", "folder": folder, "reward": ""}
+    one = run(name="auto", **settings)
+    first, _ = run_in_processes("helpers.stage_runs:run_each", runs=[{"name": name, **settings}])
+    two = first[0]
+    assert one["after"].keys() == two["after"].keys()
+    for weight, numbers in one["after"].items():
+        torch.testing.assert_close(torch.tensor(two["after"][weight]), torch.tensor(numbers), atol=1e-5, rtol=1e-4)
+    assert one["before"] != one["after"]
+    for metric in ("train/mse", "val/mse", "val/pearson_a", "val/pearson_b"):
+        assert two["metrics"][metric] == pytest.approx(one["metrics"][metric], rel=1e-3, abs=1e-5)

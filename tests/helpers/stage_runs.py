@@ -24,9 +24,11 @@ from rlhf_lightning import (
     PPOModule,
     PreferenceDataModule,
     PromptDataModule,
+    RatingDataModule,
     RewardModule,
     RLOOModule,
     Sampling,
+    ScoreRegressionModule,
     ScoreShaping,
     SFTModule,
 )
@@ -87,6 +89,18 @@ def terms(*args: Any, **options: Any) -> Made:
 def tied_terms(folder: str, *args: Any, **options: Any) -> Made:
     """The same by the input embeddings."""
     return terms(f"{folder}-tied", *args, **options)
+
+
+def regression(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
+    """Rated responses of which processes have unequal numbers of scores."""
+    size = 90 if pieces else None
+    module = ScoreRegressionModule(
+        folder, attributes=["a", "b"], optimizer=sgd(0.05), max_tokens_per_batch=size, **CONSTANT, **options
+    )
+    given = [{"a": i % 5, "b": i % 3 if i % 4 else None} for i in range(EXAMPLES)]
+    rows = [row | scores for row, scores in zip(instruction_rows(EXAMPLES), given, strict=True)]
+    options = {"attributes": ["a", "b"], "batch_size": BATCH, "max_length": 48}
+    return module, RatingDataModule(folder, rows, validation_data=rows[:VALIDATED], **options)
 
 
 def dpo(folder: str, reward: str, pieces: bool, **options: Any) -> Made:
@@ -219,6 +233,7 @@ MORE = {
     "reward tied terms": tied_terms,
     "reward rankings": reward_rankings,
     "dpo rankings": dpo_rankings,
+    "regression": regression,
     "ppo others": others,
     "ppo switched": switched,
     "ppo trunk switched": partial(switched, value_trunk="policy"),
