@@ -219,3 +219,13 @@ def test_a_head_that_nobody_trained_is_none(tmp_path):
     (folder / "config.json").write_text(json.dumps(json.loads(model.config.to_json_string())))
     with pytest.raises(UserError, match=r"lack classifier[.]bias, which would be random"):
         load_scorer(str(folder), ChatEncoder(tiny_tokenizer()), weights={"b": 1.0})
+
+
+@torch.no_grad()
+def test_what_stands_in_padding_changes_nothing():
+    """RoBERTa counts positions by the ids."""
+    scorer = Classifier(encoder("roberta", num_labels=1), [1.0])
+    ids, mask = torch.tensor([[3, 7, 8, 2], [3, 9, 5, 5]]), torch.tensor([[True] * 4, [True, True, False, False]])
+    other = torch.where(mask, ids, 1)
+    torch.testing.assert_close(scorer.scores(ids, mask), scorer.scores(other, mask))
+    torch.testing.assert_close(scorer.scores(ids, mask)[1:], scorer.scores(ids[1:, :2], mask[1:, :2]), **CLOSE)

@@ -160,7 +160,8 @@ class ScoreRegressionModule(Stage):
             )
 
     def _log_correlations(self, stage: str) -> None:
-        for name, value in zip(self.attributes, self.correlations.compute(), strict=True):
+        found = self.correlations.compute().reshape(-1)  # one alone comes without a dimension
+        for name, value in zip(self.attributes, found, strict=True):
             self.log(f"{stage}/pearson_{name}", value.to(self.device), sync_dist=True)
 
     def validation_step(self, batch: RatedBatch, batch_idx: int) -> None:
