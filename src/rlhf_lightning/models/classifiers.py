@@ -197,7 +197,7 @@ class Classifier(nn.Module):
             input_ids: `[B, T]`, int64.
             attention_mask: True for real tokens, `[B, T]`, bool, padded on the right.
         """
-        # Some count positions by the ids (RoBERTa), and decoders look for the last one that is no pad.
+        # Decoders look for the last id that is no pad.
         ids = input_ids.masked_fill(~attention_mask, self.model.config.pad_token_id)
         options = {}
         if self.type_after is not None:
