@@ -61,7 +61,7 @@ def test_the_three_data_modules_share_one_list_of_options_and_explain_each():
     limits = ["batch_size", "length_grouped", "max_length", "max_prompt_length", "minimum_response_length"]
     assert own == {
         InstructionDataModule: sorted([*limits, "response_room", "loss_on", "packing"]),
-        PreferenceDataModule: sorted([*limits, "response_room"]),
+        PreferenceDataModule: sorted([*limits, "response_room", "whole_rankings", "rating_margins"]),
         PromptDataModule: ["max_prompt_length", "rollout_batch_size"],
     }
     assert {"tokenizer", "data", "stage_split", "filters.shuffle", "plain_format.user", "on_bad_row"} <= shared
