@@ -281,7 +281,7 @@ def build_experience(
     """
     mask = generation.response_mask  # [B, R]
     penalty = kl_estimate(measured.logprobs, measured.ref_logprobs, kl.estimator)
-    rewards = kl_shaped_rewards(shaped_scores, penalty, mask, kl_coef)
+    rewards = kl_shaped_rewards(shaped_scores, penalty, mask, kl_coef, measured.dense)
     if objective.whiten_rewards != "no":
         rewards = masked_whiten(rewards, mask, reduce=reduce, shift=objective.whiten_rewards == "shift")
     alpha, gae_lambda = objective.gae_length_alpha, objective.gae_lambda

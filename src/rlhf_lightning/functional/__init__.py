@@ -40,6 +40,7 @@ from rlhf_lightning.functional.over_optimisation import GaoFit, GaoForm, fit_gao
 from rlhf_lightning.functional.preference import DPOLoss, dpo_loss
 from rlhf_lightning.functional.ranking import bradley_terry, length_controlled_win_rate
 from rlhf_lightning.functional.reward_bench import best_of_credit, ties_credit
+from rlhf_lightning.functional.token_rewards import PerToken, rewards_along
 
 __all__ = [
     "Baseline",
@@ -48,6 +49,7 @@ __all__ = [
     "GaoForm",
     "KLEstimator",
     "LogitScaling",
+    "PerToken",
     "Reliability",
     "RewardLoss",
     "RewardObjective",
@@ -88,6 +90,7 @@ __all__ = [
     "ppo_policy_loss",
     "ppo_value_loss",
     "reliability",
+    "rewards_along",
     "rows_on",
     "rows_per_chunk",
     "scores_at_end",

@@ -44,17 +44,21 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator =
     raise ValueError(f"estimator {estimator!r} is none of k1, k2 and k3")
 
 
-def kl_shaped_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
+def kl_shaped_rewards(
+    scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float, dense: Tensor | None = None
+) -> Tensor:
     """Reward per token: the KL penalty everywhere, the score on the last token of the response.
 
     `rewards[b, r] = -kl_coef * kl[b, r] + [r is last] * scores[b]` (Stiennon et al. 2020, section 3.4; Ziegler et al.
-    2019, equation 2).
+    2019, equation 2). A part of the score that is given along the response stands at its tokens, and the last one gets
+    what is left: `[r is last] * (scores[b] - sum(dense[b])) + dense[b, r]`.
 
     Args:
         scores: one score per response, `[B]`.
         kl: per-token KL estimate, `[B, R]`.
         response_mask: `[B, R]`, bool.
         kl_coef: weight of the penalty, per nat.
+        dense: the part that is given along the response, `[B, R]`, 0 after the last token; None for none.
 
     Returns:
         `[B, R]`, 0 after the last token.
@@ -66,7 +70,10 @@ def kl_shaped_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef
     """
     positions = torch.arange(response_mask.shape[1], device=response_mask.device)  # [R]
     is_last = positions == last_index(response_mask).unsqueeze(1)  # [B, R]
+    if dense is not None:
+        scores = scores - dense.sum(dim=1)
     rewards = -kl_coef * kl + is_last * scores.unsqueeze(1)  # [B, R]
+    rewards = rewards if dense is None else rewards + dense
     return torch.where(response_mask, rewards, 0)
 
 

@@ -2,7 +2,7 @@
 
 Each reads responses in its own way: a model with its own tokenizer and template, a function text.
 
-Notation: B responses.
+Notation: B responses, R padded response length.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from rlhf_lightning.arguments import POSITIVE, Range, check_arguments
 from rlhf_lightning.batches import Sources, log_names
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.functional.token_rewards import PerToken
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, Scorer, TextScorer
+from rlhf_lightning.models.token_rewards import check_per_token
 
 MAIN = "main"
 """How the main reward is called in logs."""
@@ -42,6 +44,11 @@ class OtherReward:
             above: prompts about safety); named as the data name them, or as `train/score_from_NAME` does. None for no
             source.
         reward_weights: what the raw logit of each label of a reward model counts, as for the module.
+        per_token: give a reward model's score along the response, not at its end. `difference` gives each token what
+            the score has gained by it (Ng et al. 1999), so that the sum stays the score; `score` gives each the score
+            up to it (process reward models, Lightman et al. 2023). None for the end. A function says so by a parameter
+            `token_ids`.
+        step_end: give them only at tokens that complete this text, such as a line's end, and at the last one.
     """
 
     reward: str | RewardFunction
@@ -51,6 +58,8 @@ class OtherReward:
     replaces_below: float | None = None
     replaces_for: list[str] | None = None
     reward_weights: dict[str, float] | None = None
+    per_token: PerToken | None = None
+    step_end: str | None = None
 
     @property
     def replaces(self) -> bool:
@@ -65,6 +74,12 @@ class OtherReward:
             "replaces_below": Range(above=0, below=1),
         }
         check_arguments(OtherReward, vars(self), ranges, "other_rewards.")
+        check_per_token(self.per_token, self.step_end, "other_rewards.")
+        if self.per_token == "score" and self.replaces_below is not None:
+            raise UserError(
+                "other_rewards.replaces_below reads one score of the response, which per_token score does not give: "
+                "leave one of them out"
+            )
         if self.replaces and self.weight != 1:
             which = "replaces_below" if self.replaces_for is None else "replaces_for"
             raise UserError(
@@ -147,14 +162,14 @@ def total_scores(
     """One score of several.
 
     Args:
-        main: of the main reward, `[B]`.
-        others: of the others, scaled and clipped as they are to count, by name, each `[B]`.
-        raw: the same as their rewards gave them, a reward model's before calibration.
+        main: of the main reward, `[B]`, or of its tokens, `[B, R]`.
+        others: of the others, scaled and clipped as they are to count, by name, each of that shape.
+        raw: the scores as their rewards gave them, a reward model's before calibration, by name, each `[B]`.
         settings: of the others, by name.
         sources: where the prompts come from; None where that is not known, so that none replaces by it.
 
     Returns:
-        The weighted sum; where a score replaces the others, that one, of several the first. `[B]`.
+        The weighted sum; where a score replaces the others, that one, of several the first. As `main`.
 
     Example:
         >>> settings = {"short": OtherReward("f", weight=0.5), "safe": OtherReward("g", replaces_below=0.2)}
@@ -168,7 +183,8 @@ def total_scores(
             total = total + setting.weight * others[name]
     for name, setting in reversed([*settings.items()]):
         if setting.replaces:
-            total = torch.where(_takes_over(setting, raw[name], sources), others[name], total)
+            there = _takes_over(setting, raw[name], sources)
+            total = torch.where(there.view(-1, *[1] * (main.dim() - 1)), others[name], total)
     return total
 
 

@@ -27,8 +27,14 @@ import torch
 from rlhf_lightning.errors import UserError
 
 RewardFunction = Callable[..., Sequence[float]]
-"""`(prompts, responses) -> scores`, one number per response; one that has a parameter `messages` is given those too."""
+"""`(prompts, responses) -> scores`, one number per response; one that has a parameter `messages` is given those too.
+
+One with a parameter `token_ids` is given the ids of each response's tokens, its end included, and returns for each
+response a list of one number per token.
+"""
 _WANTED = "return one number per response"
+_WANTED_OF_TOKENS = "return for each response a list of one number per token (token_ids)"
+_OFFERED = "messages", "token_ids"
 _SHOWN = 60  # characters of what a function returned
 _NAMED = 8  # rows, or names of a module, that a message lists
 
@@ -43,6 +49,7 @@ class ScoringFunction:
 
     Attributes:
         takes_messages: it has a parameter named `messages`.
+        takes_token_ids: it has one named `token_ids`, and scores tokens.
 
     Raises:
         UserError: it is a class, or cannot be called with prompts and responses.
@@ -50,9 +57,11 @@ class ScoringFunction:
 
     def __init__(self, function: RewardFunction, name: str, timeout: float | None = None) -> None:
         self.function, self.name, self.timeout = function, name, timeout
-        self.takes_messages = self._check_signature()
+        taken = self._check_signature()
+        self.takes_messages, self.takes_token_ids = (name in taken for name in _OFFERED)
 
-    def _check_signature(self) -> bool:
+    def _check_signature(self) -> list[str]:
+        """What it takes beside prompts and responses."""
         if inspect.isclass(self.function):
             raise UserError(f"reward function '{self.name}' is a class; pass a function of prompts and responses")
         if inspect.iscoroutinefunction(self.function):
@@ -62,16 +71,16 @@ class ScoringFunction:
         try:
             signature = inspect.signature(self.function)
         except (TypeError, ValueError):  # some functions written in C do not say
-            return False
-        takes_messages = "messages" in signature.parameters
+            return []
+        taken = [name for name in _OFFERED if name in signature.parameters]
         try:
-            signature.bind([], [], **({"messages": []} if takes_messages else {}))
+            signature.bind([], [], **{name: [] for name in taken})
         except TypeError as error:
             raise UserError(
                 f"reward function '{self.name}' takes {signature}, but is called with (prompts, responses), and with "
-                f"messages=... if it has a parameter of that name: {error}"
+                f"messages=... and token_ids=... if it has parameters of those names: {error}"
             ) from error
-        return takes_messages
+        return taken
 
     def __call__(
         self, prompts: list[str], responses: list[str], messages: list[Any], rows: Sequence[int]
@@ -87,7 +96,66 @@ class ScoringFunction:
         Raises:
             UserError: the function raised, exited, took too long, or did not return one number per response.
         """
-        more = {"messages": messages} if self.takes_messages else {}
+        if self.takes_token_ids:
+            raise UserError(
+                f"reward function '{self.name}' scores the tokens of a policy (token_ids), and here are texts "
+                "alone: give one that scores responses"
+            )
+        returned = self._call(prompts, responses, messages, rows)
+        numbers = [_number(item) for item in returned]
+        for item, number, row in zip(returned, numbers, rows, strict=True):
+            if number is None:
+                raise self._not_numbers(f"returned {_said(item)} for row {row}")
+        return [number for number in numbers if number is not None]
+
+    def of_tokens(
+        self,
+        prompts: list[str],
+        responses: list[str],
+        messages: list[Any],
+        rows: Sequence[int],
+        token_ids: list[list[int]],
+    ) -> list[list[float]]:
+        """For each response one number per token, of a function that `takes_token_ids`.
+
+        Args:
+            prompts: as in a call.
+            responses: likewise.
+            messages: likewise.
+            rows: likewise.
+            token_ids: of each response, its end included.
+
+        Raises:
+            UserError: as in a call, or other numbers than tokens.
+        """
+        found, given = [], [list(ids) for ids in token_ids]
+        returned = self._call(prompts, responses, messages, rows, given)
+        for item, ids, row in zip(returned, token_ids, rows, strict=True):
+            numbers = _listed(item, len(ids))
+            if not isinstance(numbers, list):
+                raise self._not_numbers(f"returned {_said(item)} for row {row}")
+            if len(numbers) != len(ids):
+                raise UserError(
+                    f"reward function '{self.name}' returned {len(numbers)} scores for the {len(ids)} tokens of row "
+                    f"{row}"
+                )
+            scores = [_number(number) for number in numbers]
+            if None in scores:
+                raise self._not_numbers(f"returned {_said(numbers[scores.index(None)])} for a token of row {row}")
+            found.append([score for score in scores if score is not None])
+        return found
+
+    def _call(
+        self,
+        prompts: list[str],
+        responses: list[str],
+        messages: list[Any],
+        rows: Sequence[int],
+        token_ids: list[list[int]] | None = None,
+    ) -> list[Any]:
+        """What the function returns, an item for each response."""
+        more: dict[str, Any] = {"messages": messages} if self.takes_messages else {}
+        more |= {} if token_ids is None else {"token_ids": token_ids}
 
         def call() -> Any:
             # Lists of its own, which the function may change; computed alike in whichever thread this runs, without
@@ -112,18 +180,15 @@ class ScoringFunction:
             raise UserError(
                 f"reward function '{self.name}' returned {len(returned)} scores for {len(responses)} responses"
             )
-        numbers = [_number(item) for item in returned]
-        for item, number, row in zip(returned, numbers, rows, strict=True):
-            if number is None:
-                raise self._not_numbers(f"returned {_said(item)} for row {row}")
-        return [number for number in numbers if number is not None]
+        return returned
 
     def _raised(self, error: BaseException) -> UserError:
         what = f"exited with {error.code!r}" if isinstance(error, SystemExit) else f"raised {_brief(error)}"
         return UserError(f"reward function '{self.name}' {what} ({_where(error, self.function)})")
 
     def _not_numbers(self, what: str) -> UserError:
-        return UserError(f"reward function '{self.name}' {what}; {_WANTED}")
+        wanted = _WANTED_OF_TOKENS if self.takes_token_ids else _WANTED
+        return UserError(f"reward function '{self.name}' {what}; {wanted}")
 
 
 @contextmanager

@@ -19,12 +19,13 @@ from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import HEAD
 from rlhf_lightning.forward.capacity import context_length
-from rlhf_lightning.forward.hidden import ResponseRows
-from rlhf_lightning.host import to_device
+from rlhf_lightning.forward.hidden import ResponseRows, hidden_states
+from rlhf_lightning.host import on_host, to_device
 from rlhf_lightning.models.classifiers import Classifier, PairReader
 from rlhf_lightning.models.rendering import recorded_chat
 from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction, import_function, names_function
 from rlhf_lightning.models.scalar_lm import CALIBRATION, ScalarLM, as_scalar, check_reward_model, load_weighed
+from rlhf_lightning.models.token_rewards import TokenRewards
 from rlhf_lightning.models.tokenizer import filler_id, load_tokenizer, same_tokenizer
 
 
@@ -74,15 +75,32 @@ class ModelScorer(nn.Module):
 
     Args:
         model: the reward model.
+
+    Attributes:
+        along: how its scores become rewards of tokens; None where they stand at the ends.
     """
 
     def __init__(self, model: ScalarLM) -> None:
         super().__init__()
         self.model = model
+        self.along: TokenRewards | None = None
 
     def forward(self, batch: Responses) -> Tensor:
         """Calibrated score at the last real token, `[B]`."""
         return self.model.scores(batch.sequences, batch.sequence_mask, batch.shared)
+
+    def token_scores(self, batch: Responses, response_mask: Tensor) -> Tensor:
+        """Rewards of tokens, `[B, R]`; calibrated scores, or differences of such.
+
+        Args:
+            batch: the responses; each is read by itself.
+            response_mask: True for response tokens, `[B, R]`, bool.
+        """
+        assert self.along is not None
+        length = response_mask.shape[1]
+        hidden = hidden_states(self.model.model, batch.sequences, batch.sequence_mask)[:, -length:]  # [B, R, D]
+        scores = self.model.calibrate(self.model.combined(hidden)).float()
+        return self.along.of(scores, batch.sequences[:, -length:], response_mask)
 
 
 class TextScorer(nn.Module):
@@ -178,14 +196,77 @@ class FunctionScorer:
         Raises:
             UserError: the function did not return one number per response.
         """
+        scores = self.function(*self._asked(batch), batch.rows)
+        return torch.tensor(scores, dtype=torch.float32, device=batch.sequences.device)
+
+    def token_scores(self, batch: Responses, response_mask: Tensor) -> Tensor:
+        """Rewards of tokens, `[B, R]`, float32, 0 after the last one.
+
+        Args:
+            batch: the responses.
+            response_mask: True for response tokens, `[B, R]`, bool.
+
+        Raises:
+            UserError: the function did not return one number per token.
+        """
+        ids, mask = on_host(batch.sequences[:, -response_mask.shape[1] :], response_mask)
+        said = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
+        scores = self.function.of_tokens(*self._asked(batch), batch.rows, said)
+        found = torch.zeros(mask.shape, dtype=torch.float32)
+        found[mask] = torch.tensor([score for row in scores for score in row], dtype=torch.float32)
+        return to_device(found, batch.sequences.device)
+
+    def _asked(self, batch: Responses) -> tuple[list[str], list[str], list[Any]]:
+        """Prompts and responses as text, and the prompts as messages."""
         prompts, responses = batch.prompts, batch.responses
         if batch.written is not None:
             prompts = [written.text for written in batch.written]
             answers = zip(batch.written, responses, strict=True)
             responses = [self.spacing.content(*answer) for answer in answers]
-        messages = [written.messages for written in batch.prompts_as_written]
-        scores = self.function(prompts, responses, messages, batch.rows)
-        return torch.tensor(scores, dtype=torch.float32, device=batch.sequences.device)
+        return prompts, responses, [written.messages for written in batch.prompts_as_written]
+
+
+def scores_tokens(scorer: Any) -> bool:
+    """Whether what scores responses does so token by token.
+
+    Args:
+        scorer: any.
+    """
+    if isinstance(scorer, FunctionScorer):
+        return scorer.function.takes_token_ids
+    return isinstance(scorer, ModelScorer) and scorer.along is not None
+
+
+def token_scores(scorer: Any, batch: Responses, response_mask: Tensor) -> Tensor:
+    """What something that `scores_tokens` says of them, `[B, R]`; 0 after the last token.
+
+    Args:
+        scorer: it.
+        batch: the responses.
+        response_mask: True for response tokens, `[B, R]`, bool.
+    """
+    assert isinstance(scorer, ModelScorer | FunctionScorer)
+    return scorer.token_scores(batch, response_mask)
+
+
+def give_along(scorer: Scorer, along: TokenRewards, name: str) -> None:
+    """Let a reward model score tokens.
+
+    Args:
+        scorer: what scores by it.
+        along: how.
+        name: of the reward, for the message.
+
+    Raises:
+        UserError: it reads other ids than the policy's.
+    """
+    if not isinstance(scorer, ModelScorer):
+        raise UserError(
+            f"per_token of reward '{name}' needs a reward model that reads the policy's ids, and this one has a "
+            "tokenizer or a way of writing dialogues of its own, whose tokens stand elsewhere; train one from the same "
+            "model, or leave per_token out"
+        )
+    scorer.along = along
 
 
 def find_reward(

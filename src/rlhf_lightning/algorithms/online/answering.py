@@ -18,6 +18,7 @@ from rlhf_lightning.algorithms.online.combining import RewardCombination
 from rlhf_lightning.algorithms.online.experience import Measurements
 from rlhf_lightning.algorithms.online.models import FrozenDtype, ModelSource, TrunkValue
 from rlhf_lightning.algorithms.online.rollout import measure, raw_score
+from rlhf_lightning.algorithms.online.settings import ScoreShaping
 from rlhf_lightning.algorithms.online.sharing import cut_responses
 from rlhf_lightning.algorithms.pairs import mean_metrics
 from rlhf_lightning.algorithms.reference import warn_own_reference
@@ -45,7 +46,7 @@ from rlhf_lightning.models.other_rewards import (
     check_sources,
 )
 from rlhf_lightning.models.reward_functions import RewardFunction
-from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer
+from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer, scores_tokens
 from rlhf_lightning.models.scalar_lm import ScalarLM
 from rlhf_lightning.training import synced
 from rlhf_lightning.training.reporting import report_progress
@@ -89,6 +90,7 @@ class AnsweringStage(Stage):
     scorer: ModelScorer | TextScorer | FunctionScorer
     other_scorers: OtherScorers
     value: ScalarLM | TrunkValue | None
+    score: ScoreShaping = ScoreShaping()
 
     def __init__(
         self,
@@ -152,6 +154,8 @@ class AnsweringStage(Stage):
             others=self.other_rewards,
             reward_combination=self.reward_combination,
             reward_weights=self.reward_weights,
+            per_token=self.score.per_token,
+            step_end=self.score.step_end,
         )
 
     @property
@@ -300,6 +304,8 @@ class AnsweringStage(Stage):
         Raises:
             NonFiniteError: on every rank, if a score of any rank is NaN or infinite.
         """
+        if any(scores_tokens(each) for each in (self.scorer, *self.other_scorers.models.values())):
+            sharing = ()  # a model that scores tokens reads every response with a prompt of its own
         sequences = prompts.prompt_ids, prompts.prompt_mask, generation.response_mask
         cut = partial(cut_responses, *sequences, size=self.piece_size, max_tokens=self.token_budget, sharing=sharing)
         measured = measure(

@@ -1,6 +1,6 @@
 """One score of several rewards': each as it counts, by the moments of its own scores, then all together.
 
-Notation: B responses.
+Notation: B responses, R padded response length.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from rlhf_lightning.algorithms.online.experience import Measurements
 from rlhf_lightning.algorithms.online.rollout import raw_score
 from rlhf_lightning.batches import Sources
 from rlhf_lightning.functional.masked import Reduce
-from rlhf_lightning.models.other_rewards import MAIN, OtherReward, total_scores
+from rlhf_lightning.models.other_rewards import MAIN, OtherReward, check_sources, total_scores
 from rlhf_lightning.models.rewarding import Scorer
 
 
@@ -34,6 +35,14 @@ class RewardCombination:
         self.settings = settings
         self.moments = {name: RunningMoments() for name in settings}
         self._has_warned = False
+
+    def check(self, sources: Sources | None) -> None:
+        """Refuse prompts to train on that do not say where they come from, if rewards ask for it.
+
+        Args:
+            sources: of a batch.
+        """
+        check_sources(self.settings, None if sources is None else sources.names)
 
     def update(self, measured: Measurements, reduce: Reduce) -> None:
         """Take new scores into the moments.
@@ -59,7 +68,23 @@ class RewardCombination:
         raw = {name: raw_score(scorers[name], each).get("raw_score", each) for name, each in measured.others.items()}
         counted = {name: self._counted(name, each) for name, each in measured.others.items()}
         scores = total_scores(measured.scores, counted, raw, self.settings, sources)
-        return measured._replace(scores=scores, others={MAIN: measured.scores, **measured.others})
+        dense = self._dense(measured, raw, sources)
+        return measured._replace(scores=scores, others={MAIN: measured.scores, **measured.others}, dense=dense)
+
+    def _dense(self, measured: Measurements, raw: Mapping[str, Tensor], sources: Sources | None) -> Tensor | None:
+        """The part of the total that is given along the responses, `[B, R]`.
+
+        Scaled as the scores are, but not shifted or clipped: what that adds or takes is given at the end.
+        """
+        if measured.dense is None and not measured.dense_others:
+            return None
+        none = torch.zeros_like(measured.logprobs)
+        parts = {name: measured.dense_others.get(name, none) for name in self.settings}
+        scaled = {
+            name: part / self.moments[name].std if self.settings[name].scaling else part for name, part in parts.items()
+        }
+        main = none if measured.dense is None else measured.dense
+        return total_scores(main, scaled, raw, self.settings, sources)
 
     def _counted(self, name: str, scores: Tensor) -> Tensor:
         setting = self.settings[name]

@@ -32,9 +32,12 @@ class Measurements(NamedTuple):
         ref_logprobs: under the reference, `[B, R]`, nats.
         entropy: of the policy before each token, `[B, R]`, nats.
         values: before each token, `[B, R]`.
-        scores: as the reward gives them, a reward model's calibrated, `[B]`.
+        scores: as the reward gives them, a reward model's calibrated, `[B]`; summed where it scores tokens.
         importance: weight of each token in the policy loss, `[B, R]`; 1 where the policy itself has drawn it.
         others: scores by other rewards, by name, each `[B]`.
+        dense: the part of the scores that is given along the responses, `[B, R]`, 0 after the last token; None where
+            all of it is given at the end.
+        dense_others: the same of other rewards, by name, of those that have one.
     """
 
     logprobs: Tensor
@@ -44,6 +47,8 @@ class Measurements(NamedTuple):
     scores: Tensor
     importance: Tensor
     others: Mapping[str, Tensor] = MappingProxyType({})
+    dense: Tensor | None = None
+    dense_others: Mapping[str, Tensor] = MappingProxyType({})
 
     @property
     def kl(self) -> Tensor:
@@ -110,7 +115,7 @@ class Experience(NamedTuple):
             advantages: `[B, R]`.
             returns: `[B, R]`.
         """
-        said = {name: field for name, field in measured._asdict().items() if name != "others"}
+        said = {name: field for name, field in measured._asdict().items() if name in cls._fields}
         return cls(
             prompt_ids=prompts.prompt_ids,
             prompt_mask=prompts.prompt_mask,

@@ -24,7 +24,7 @@ from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import ResponseRows, response_hidden
 from rlhf_lightning.forward.output_layer import logprobs_from_hidden
-from rlhf_lightning.functional import ScoreCombination
+from rlhf_lightning.functional import PerToken, ScoreCombination
 from rlhf_lightning.models.causal_lm import freeze, load_causal_lm
 from rlhf_lightning.models.finetune import choose_trained
 from rlhf_lightning.models.finetune_settings import FineTune
@@ -38,6 +38,7 @@ from rlhf_lightning.models.rewarding import (
     ModelScorer,
     TextScorer,
     find_reward,
+    give_along,
     is_function,
     load_scorer,
     model_scorer,
@@ -53,6 +54,7 @@ from rlhf_lightning.models.scalar_lm import (
     reward_adapter_base,
 )
 from rlhf_lightning.models.sharing import copied_or_shared, load_reference, scalar_beside, zero_head
+from rlhf_lightning.models.token_rewards import TokenRewards
 from rlhf_lightning.models.tokenizer import load_tokenizer
 from rlhf_lightning.training.sharded import is_sharded, never_widen
 
@@ -113,6 +115,8 @@ class ModelSource:
         others: rewards beside the main one, by name.
         reward_combination: what becomes of the scores of a reward model with several heads.
         reward_weights: what the labels of the reward model count; None where it has one.
+        per_token: give those of the main one along the responses; None for their ends.
+        step_end: text at whose ends they are given; None for every token.
     """
 
     policy: str
@@ -127,6 +131,8 @@ class ModelSource:
     others: Mapping[str, OtherReward] = field(default_factory=dict)
     reward_combination: ScoreCombination = "mean"
     reward_weights: Mapping[str, float] | None = None
+    per_token: PerToken | None = None
+    step_end: str | None = None
 
     def __post_init__(self) -> None:
         check_arguments(ModelSource, vars(self), {"reward_weights": Range()})
@@ -152,13 +158,26 @@ class ModelSource:
             check_model_folder(name)
         if self.value is not None:
             check_reward_model(self.value)
-        found = self.reward_models.get(MAIN)  # looks for all of them
+        models = self.reward_models  # looks for all of them
+        if functions := [name for name in self.along if name not in models]:
+            raise UserError(
+                f"per_token of reward '{functions[0]}' is for reward models: a function that scores tokens has a "
+                "parameter named token_ids instead"
+            )
+        found = models.get(MAIN)
         if self.reward_combination != "mean" and not (found and has_heads(found)):
             what = f"'{found}' has one" if found else "reward is a function"
             raise UserError(
                 f"reward_combination {self.reward_combination} is for a reward model with several heads, and {what}: "
                 "set it to mean, or train one with num_heads"
             )
+
+    @property
+    def along(self) -> dict[str, tuple[PerToken, str | None]]:
+        """Kind and ends of steps of the models whose scores are given along the responses, by name."""
+        asked: dict[str, tuple[PerToken | None, str | None]] = {MAIN: (self.per_token, self.step_end)}
+        asked |= {name: (other.per_token, other.step_end) for name, other in self.others.items()}
+        return {name: (kind, end) for name, (kind, end) in asked.items() if kind is not None}
 
     @property
     def rewards(self) -> dict[str, str | RewardFunction]:
@@ -197,6 +216,9 @@ class ModelSource:
         reference = load_reference(policy, self.policy, self.reference, chat.tokenizer, trust, self._nf4)
         value, scorer = self._value_and_scorer(policy, chat)
         others = OtherScorers({name: self._scorer(name, chat) for name in self.others})
+        for name, (kind, step_end) in self.along.items():
+            reader = scorer if name == MAIN else others.by_name()[name]
+            give_along(reader, TokenRewards(kind, step_end, chat.tokenizer), name)
         if isinstance(value, ScalarLM):
             value.ensemble = None  # it goes on from their mean
         if not isinstance(scorer, FunctionScorer):

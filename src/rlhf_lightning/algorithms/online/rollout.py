@@ -29,7 +29,7 @@ from rlhf_lightning.functional import gae, kl_estimate, masked_moments, masked_s
 from rlhf_lightning.functional.masked import Reduce, identity
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.host import alike, on_host
-from rlhf_lightning.models.rewarding import ModelScorer, Responses, Scorer, TextScorer
+from rlhf_lightning.models.rewarding import ModelScorer, Responses, Scorer, TextScorer, scores_tokens, token_scores
 from rlhf_lightning.models.scalar_lm import ScalarLM
 
 Report = Callable[[int, int], None]
@@ -45,6 +45,8 @@ def raw_score(scorer: Scorer | None, score: Tensor) -> dict[str, Tensor]:
     """
     if not isinstance(scorer, ModelScorer | TextScorer):
         return {}
+    if isinstance(scorer, ModelScorer) and scorer.along is not None and scorer.along.kind == "score":
+        return {}  # a sum over tokens has no such scale
     calibration = scorer.model.calibration
     return {"raw_score": score * calibration.std + calibration.mean}
 
@@ -97,7 +99,7 @@ def measure(
         texts: the responses as text.
         policy: the model that generated.
         reference: the frozen reference.
-        scorer: gives each response its score; a model sees them piece by piece, a function all at once.
+        scorer: gives each response its score, or each token; a model sees them piece by piece, a function all at once.
         value: the value model; None leaves the values 0.
         temperature: the sampling temperature.
         pieces: which responses are measured at once; every response is in one of them.
@@ -108,6 +110,7 @@ def measure(
     logprobs, ref_logprobs, entropy, values = torch.zeros((4, *mask.shape), dtype=torch.float32, device=mask.device)
     scorers = [scorer, *others.values()]
     scores = torch.zeros((len(scorers), len(texts)), dtype=torch.float32, device=mask.device)
+    dense = {number: torch.zeros_like(logprobs) for number, each in enumerate(scorers) if scores_tokens(each)}
 
     def policy_and_value(shown: _Shown) -> None:
         said = _policy_and_value(policy, value, generation, shown, temperature)
@@ -118,7 +121,10 @@ def measure(
 
     def of_reward(number: int, shown: _Shown) -> None:
         responses = _responses(prompts, generation, texts, *shown.joined[:2], shown.which)
-        scores[number, shown.which] = scorers[number](responses._replace(shared=shown.rows)).float()
+        if number in dense:
+            dense[number][shown.here] = token_scores(scorers[number], responses, shown.joined[2])
+        else:
+            scores[number, shown.which] = scorers[number](responses._replace(shared=shown.rows)).float()
 
     asked: list[_Asked] = [([policy] if value is None else [policy, value], policy_and_value)]
     asked.append(([reference], of_reference))
@@ -135,10 +141,17 @@ def measure(
         kept = torch.cat([prompts.prompt_mask, mask], dim=1)
         everything = _responses(prompts, generation, texts, ids, kept, every)
     for number, each in functions:
-        scores[number] = each(everything).float()
+        if number in dense:
+            dense[number] = token_scores(each, everything, mask)
+        else:
+            scores[number] = each(everything).float()
+    for number, each_token in dense.items():
+        scores[number] = each_token.sum(dim=1)
     main, *rest = scores
     by_name = dict(zip(others, rest, strict=True))
-    return Measurements(logprobs, ref_logprobs, entropy, values, main, torch.ones_like(logprobs), by_name)
+    along = {name: dense[number] for number, name in enumerate(others, 1) if number in dense}
+    ones = torch.ones_like(logprobs)
+    return Measurements(logprobs, ref_logprobs, entropy, values, main, ones, by_name, dense.get(0), along)
 
 
 _Asked = tuple[list[nn.Module], Callable[[_Shown], None]]

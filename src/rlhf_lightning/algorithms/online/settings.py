@@ -7,7 +7,8 @@ from typing import Literal
 
 from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, SHARE, Range, check_arguments
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.functional import KLEstimator
+from rlhf_lightning.functional import KLEstimator, PerToken
+from rlhf_lightning.models.token_rewards import check_per_token
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ScoreShaping:
     """What happens to scores before they become rewards (PPO-max, Zheng et al. 2023, section 5.3), in this order.
 
     Args:
-        scaling: shift and scale by the running mean and standard deviation of all scores so far.
+        scaling: shift and scale by the running mean and deviation of all scores so far.
         clip: then clip to plus or minus this; None for no clipping.
         missing_eos_penalty: then subtract this for a response that was cut at its limit.
         missing_eos_score: or give such a response this in place of its score. -1 in Ziegler et al. 2019 and Huang et
@@ -45,6 +46,8 @@ class ScoreShaping:
         overlong_buffer: then fine a response that reaches into so many tokens before the limit. The further, the more,
             all of `overlong_penalty` at `max_new_tokens` (Yu et al. 2025, DAPO, equation 13); None for no such fine.
         overlong_penalty: see there.
+        per_token: give a reward model's score along the response. As `OtherReward` says; None for its end.
+        step_end: see there.
     """
 
     scaling: bool = True
@@ -53,10 +56,13 @@ class ScoreShaping:
     missing_eos_score: float | None = None
     overlong_buffer: int | None = None
     overlong_penalty: float = 1.0
+    per_token: PerToken | None = None
+    step_end: str | None = None
 
     def __post_init__(self) -> None:
         ranges = {"clip": POSITIVE, "missing_eos_score": Range(), "overlong_buffer": AT_LEAST_1}
         check_arguments(ScoreShaping, vars(self), ranges, "score.")
+        check_per_token(self.per_token, self.step_end, "score.")
         if self.missing_eos_score is not None and self.missing_eos_penalty:
             raise UserError(
                 "score.missing_eos_score and score.missing_eos_penalty both speak of responses that were cut: give one"

@@ -37,7 +37,6 @@ from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.functional import masked_moments
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.host import on_host
-from rlhf_lightning.models.other_rewards import check_sources
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.rewarding import ModelScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
@@ -276,7 +275,7 @@ class OnlineStage(AnsweringStage):
             NonFiniteError: on every rank, if a score of any rank is NaN or infinite.
         """
         started = time.perf_counter()
-        check_sources(self.other_rewards, None if prompts.sources is None else prompts.sources.names)
+        self.combination.check(prompts.sources)
         on_host(prompts.row_ids, prompts.prompt_mask)  # at once, for all that asks for them
         samples = self.samples_per_prompt
         random = self.random_by_row(prompts.row_ids, "rollout", self.iteration, samples=samples, together=True)
@@ -290,6 +289,8 @@ class OnlineStage(AnsweringStage):
         measured = self.combined(measured, prompts.sources)
         measured, mismatch = weigh_draws(measured, generation, self.importance_cap, self.per_response, self.reduce)
         self.score_moments.update(measured.scores, self.reduce)
+        if measured.dense is not None and self.score.scaling:
+            measured = measured._replace(dense=measured.dense / self.score_moments.std)
         scores = self.shaped_scores(measured.scores, generation.ended, generation.response_mask)
         experience = self.experience_of(prompts, generation, measured, scores)
         metrics: dict[str, Any] = {"kl_coef": self.kl_controller.coef}

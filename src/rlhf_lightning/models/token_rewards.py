@@ -1,0 +1,87 @@
+"""A reward model's scores along a response, at all tokens or at the ends of steps.
+
+Notation: B responses, R padded response length.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.chat.text_so_far import TextSoFar
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.functional.masked import last_index
+from rlhf_lightning.functional.token_rewards import PerToken, rewards_along
+from rlhf_lightning.host import on_host
+
+
+class TokenRewards(NamedTuple):
+    """How the scores of a reward model become rewards of tokens.
+
+    Attributes:
+        kind: as in `functional.rewards_along`.
+        step_end: text at whose ends they are given, and at the last token; None for every token.
+        tokenizer: the policy's, which tells where a text ends.
+    """
+
+    kind: PerToken
+    step_end: str | None
+    tokenizer: PreTrainedTokenizerBase
+
+    def of(self, scores: Tensor, response_ids: Tensor, response_mask: Tensor) -> Tensor:
+        """Rewards of tokens, `[B, R]`.
+
+        Args:
+            scores: of each response up to and with each token, `[B, R]`.
+            response_ids: `[B, R]`, int64.
+            response_mask: True for response tokens, `[B, R]`, bool.
+        """
+        places = response_mask
+        if self.step_end is not None:
+            ids, mask = on_host(response_ids, response_mask)
+            ends = torch.zeros_like(mask)
+            ends[torch.arange(len(mask)), last_index(mask)] = True
+            for row, (said, real) in enumerate(zip(ids, mask, strict=True)):
+                ends[row, step_ends(self.tokenizer, said[real].tolist(), self.step_end)] = True
+            places = places & ends.to(places.device)
+        return rewards_along(scores, places, self.kind)
+
+
+def step_ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], step_end: str) -> list[int]:
+    """The tokens that complete a text, each time that it stands in a response.
+
+    Args:
+        tokenizer: of the ids.
+        ids: of the response, without padding.
+        step_end: the text; it may begin within a token, and end within one.
+    """
+    reader = TextSoFar(tokenizer)
+    text, found, start = reader.read(ids, complete=True), [], 0
+    while (at := text.find(step_end, start)) >= 0:
+        start = at + len(step_end)
+        # A text is the beginning of every later one, so its length grows with the tokens.
+        found.append(bisect_left(range(1, len(ids)), start, key=lambda count: len(reader.read(ids[:count]))))
+    return found
+
+
+def check_per_token(per_token: PerToken | None, step_end: str | None, prefix: str) -> None:
+    """Refuse ends of steps that nothing asks for.
+
+    Args:
+        per_token: the kind of rewards of tokens, if any.
+        step_end: the text.
+        prefix: stands before both names.
+
+    Raises:
+        UserError: says what to do.
+    """
+    if step_end is not None and (per_token is None or not step_end):
+        raise UserError(
+            f"{prefix}step_end ({step_end!r}) says where {prefix}per_token gives rewards: set that, and a text that is "
+            "not empty, or leave it out"
+        )
