@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from helpers.judge_server import Said, chat, chat_server
+from rlhf_lightning.chat.endpoint import Endpoint
 from rlhf_lightning.evaluation.comparing import EndpointJudge, Verdict, compare_scores, read_verdict
-from rlhf_lightning.evaluation.endpoint import Endpoint
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ import pytest
 from helpers.cli_runs import save_model, save_pairs
 from helpers.judge_server import chat, chat_server
 from helpers.stages import save_reward_model, share_of_letters
+from rlhf_lightning.chat.endpoint import Endpoint
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.endpoint import Endpoint
 from rlhf_lightning.evaluation.results import Evaluation
 from rlhf_lightning.evaluation.suite import evaluate, plain
 from rlhf_lightning.evaluation.winrate import WinRate

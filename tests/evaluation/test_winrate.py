@@ -13,10 +13,10 @@ import torch
 from helpers.cli_runs import save_model
 from helpers.judge_server import ChatServer, Said, chat, chat_server
 from helpers.stages import prompt_rows, save_reward_model
+from rlhf_lightning.chat.endpoint import Endpoint
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation import Judge
 from rlhf_lightning.evaluation.comparing import Verdict
-from rlhf_lightning.evaluation.endpoint import Endpoint
 from rlhf_lightning.evaluation.results import Lines, Result
 from rlhf_lightning.evaluation.rows import read_rows
 from rlhf_lightning.evaluation.task import Bench

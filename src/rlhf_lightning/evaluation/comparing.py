@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from rlhf_lightning.chat.endpoint import Endpoint, Reply
 from rlhf_lightning.chat.messages import Message
-from rlhf_lightning.evaluation.endpoint import Endpoint, Reply
 
 INSTRUCTIONS = """\
 You are shown a request and two answers to it, A and B. Decide which answer serves the person who asked better: it \

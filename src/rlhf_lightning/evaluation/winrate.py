@@ -17,11 +17,11 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from rlhf_lightning.arguments import check_arguments
+from rlhf_lightning.chat.endpoint import Endpoint
 from rlhf_lightning.data.rows import Need
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.answers import answer, prompt_pieces, prompt_was_cut, say_cut
 from rlhf_lightning.evaluation.comparing import INSTRUCTIONS, EndpointJudge, Verdict, compare_scores
-from rlhf_lightning.evaluation.endpoint import Endpoint
 from rlhf_lightning.evaluation.judge import Judge
 from rlhf_lightning.evaluation.results import Curve, Lines, Result, key_of_settings
 from rlhf_lightning.evaluation.rows import TextRow

@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ _ADVICE = {
     403: "the key is not allowed to ask this model",
     404: "look at the URL, which goes before /chat/completions, and at the model's name",
 }
+CHAT = "/chat/completions"
 
 
 class Reply(NamedTuple):
@@ -115,9 +116,26 @@ class Endpoint:
         Raises:
             UserError: the server refuses the key, or knows neither the address nor the model.
         """
+        bodies = [{"model": self.model, "messages": messages, **_OPTIONS, **self.options} for messages in conversations]
+        return self.post(bodies, _content, CHAT)
+
+    def post(self, bodies: Sequence[Mapping[str, Any]], read: Callable[[bytes], str], path: str = "") -> list[Reply]:
+        """Send requests of any kind, several at once.
+
+        Args:
+            bodies: fields of each; those that are None are left out.
+            read: what a reply says; raises `FailedError` for one that cannot be read.
+            path: goes behind the URL.
+
+        Returns:
+            What came back for each, in the order given.
+
+        Raises:
+            UserError: as in `ask`.
+        """
         questioning = _Questioning(self.give_up_after)
         with ThreadPoolExecutor(self.parallel, thread_name_prefix="judge") as pool:
-            futures = [pool.submit(self._reply, messages, questioning) for messages in conversations]
+            futures = [pool.submit(self._reply, body, read, path, questioning) for body in bodies]
             try:
                 return [future.result() for future in futures]
             except BaseException:
@@ -125,15 +143,17 @@ class Endpoint:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _reply(self, messages: list[Message], questioning: _Questioning) -> Reply:
-        """The reply to one conversation; that none came is told to the other requests."""
+    def _reply(
+        self, body: Mapping[str, Any], read: Callable[[bytes], str], path: str, questioning: _Questioning
+    ) -> Reply:
+        """The reply to one request; that none came is told to the other requests."""
         problem = "not asked"
         for attempt in range(self.retries + 1):
             if questioning.over.is_set():
                 break
             try:
-                text = self._send(messages, questioning.opener)
-            except _FailedError as failure:
+                text = read(self._send(body, path, questioning.opener))
+            except FailedError as failure:
                 problem = str(failure)
                 if not failure.passing:
                     break
@@ -146,51 +166,50 @@ class Endpoint:
         questioning.failed()
         return Reply(None, problem)
 
-    def _send(self, messages: list[Message], opener: urllib.request.OpenerDirector) -> str:
-        """What the model says.
+    def _send(self, fields: Mapping[str, Any], path: str, opener: urllib.request.OpenerDirector) -> bytes:
+        """What the server says.
 
         Raises:
-            _FailedError: nothing came, or nothing that can be read.
+            FailedError: nothing came.
             UserError: nothing will come.
         """
-        fields = {"model": self.model, "messages": messages, **_OPTIONS, **self.options}
         body = json.dumps({name: value for name, value in fields.items() if value is not None}).encode()
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.api_key_variable is not None:
             headers["Authorization"] = f"Bearer {os.environ[self.api_key_variable]}"
-        request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers, method="POST")
+        request = urllib.request.Request(f"{self.url.rstrip('/')}{path}", body, headers, method="POST")
         try:
             with opener.open(request, timeout=self.timeout) as response:
-                raw = _read(response, time.monotonic() + self.timeout)
+                return _read(response, time.monotonic() + self.timeout)
         except urllib.error.HTTPError as error:
             with error:
-                raise self._refused(error, _detail(error)) from None
+                raise self._refused(error, _detail(error), path) from None
         except urllib.error.URLError as error:
-            raise _FailedError(f"no connection ({error.reason})") from None
+            raise FailedError(f"no connection ({error.reason})") from None
         except TimeoutError:
-            raise _FailedError(f"no reply within {self.timeout:g} seconds") from None
+            raise FailedError(f"no reply within {self.timeout:g} seconds") from None
         except (http.client.HTTPException, OSError) as error:
-            raise _FailedError(f"the connection broke ({type(error).__name__})") from None
-        return _content(raw)
+            raise FailedError(f"the connection broke ({type(error).__name__})") from None
 
-    def _refused(self, error: urllib.error.HTTPError, detail: str) -> Exception:
+    def _refused(self, error: urllib.error.HTTPError, detail: str, path: str) -> Exception:
         code, reason = error.code, error.reason
         if code in _ADVICE:
-            return UserError(f"the judge at {self.url} answers {code} {reason}{detail}: {_ADVICE[code]}")
+            advice = _ADVICE[code] if path == CHAT or code != 404 else "look at the URL"
+            return UserError(f"the judge at {self.url} answers {code} {reason}{detail}: {advice}")
         if 300 <= code < 400:
             leads = error.headers.get("Location", "elsewhere")
             return UserError(
                 f"the judge at {self.url} answers {code}, which leads to {leads}; name that address itself"
             )
         wait = error.headers.get("Retry-After", "")
-        return _FailedError(
+        return FailedError(
             f"{code} {reason}{detail}",
             passing=code in _PASSING or code >= 500,
             wait=float(wait) if wait.isdigit() else 0.0,  # it may also be a date
         )
 
 
-class _FailedError(Exception):
+class FailedError(Exception):
     """A request without a reply; `passing` if it may have one later, `wait` seconds from now at the earliest."""
 
     def __init__(self, problem: str, passing: bool = True, wait: float = 0.0) -> None:
@@ -233,7 +252,7 @@ def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
         if time.monotonic() > deadline:
             raise TimeoutError
         if size > _LARGEST_REPLY:
-            raise _FailedError("a reply of more than a megabyte")
+            raise FailedError("a reply of more than a megabyte")
     return b"".join(parts)
 
 
@@ -250,11 +269,11 @@ def _content(raw: bytes) -> str:
     try:
         reply = json.loads(raw)
     except ValueError:
-        raise _FailedError("a reply that is no JSON") from None
+        raise FailedError("a reply that is no JSON") from None
     try:
         text = reply["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
-        raise _FailedError("a reply without choices[0].message.content") from None
+        raise FailedError("a reply without choices[0].message.content") from None
     if not isinstance(text, str):
-        raise _FailedError("a reply whose content is no text")
+        raise FailedError("a reply whose content is no text")
     return text

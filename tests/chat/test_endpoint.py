@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from helpers.judge_server import Said, chat, chat_server
+from rlhf_lightning.chat.endpoint import Endpoint, Reply
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.endpoint import Endpoint, Reply
 
 FAST: dict[str, Any] = {"backoff": 0.0, "timeout": 20.0, "retries": 2}
 
