@@ -291,3 +291,32 @@ def test_every_name_has_a_test():
         ours = getattr(value, "__module__", None) == lightning_compat.__name__ or name.isupper()
         if ours and not name.startswith("_"):
             assert f"lightning_compat.{name}" in written, name
+
+
+def test_a_metric_that_a_step_lacks_is_not_logged_as_it_was(tmp_path):
+    """Else the score of a source without a prompt would be that of an earlier iteration."""
+    logged = []
+
+    class Watched(BoringModel):
+        def training_step(self, batch, batch_idx):
+            lightning_compat.forget_metrics(self.trainer, ["some"] if batch_idx == 1 else [])
+            self.log("train/all", float(batch_idx))
+            if batch_idx != 1:
+                self.log("train/some", float(batch_idx))
+            return super().training_step(batch, batch_idx)
+
+    class Logger(pl.loggers.logger.DummyLogger):
+        def log_metrics(self, metrics, step=None):
+            logged.append({name: value for name, value in metrics.items() if name.startswith("train/")})
+
+    options = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=3, log_every_n_steps=1, limit_val_batches=0, logger=Logger(),
+        default_root_dir=tmp_path, **options,
+    )  # fmt: skip
+    trainer.fit(Watched())
+    assert logged[:3] == [
+        {"train/all": 0.0, "train/some": 0.0},
+        {"train/all": 1.0},
+        {"train/all": 2.0, "train/some": 2.0},
+    ]

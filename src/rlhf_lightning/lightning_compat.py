@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from subprocess import Popen
 from typing import Any
@@ -154,6 +154,20 @@ def metrics_to_log(trainer: Trainer, ends_epoch: bool) -> tuple[dict[str, float]
         return {}, 0
     metrics.setdefault("epoch", trainer.current_epoch)
     return metrics, int(step) if step is not None else loop._batches_that_stepped - ends_epoch
+
+
+def forget_metrics(trainer: Trainer, names: Collection[str]) -> None:
+    """Do not log again what an earlier step of the epoch has logged, and this one has not.
+
+    Args:
+        trainer: within a training step.
+        names: of the metrics, without `train/`.
+    """
+    wanted = {f"train/{name}" for name in names}
+    results: dict[str, Any] = trainer._results or {} if wanted else {}
+    for metric in results.values():
+        if metric.meta.name in wanted:
+            metric.reset()
 
 
 def stop_with_validation(trainer: Trainer) -> None:

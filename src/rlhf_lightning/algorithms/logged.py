@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.algorithms.checkpoints import CheckpointedModule
+from rlhf_lightning.lightning_compat import forget_metrics
 from rlhf_lightning.training import sum_over_ranks
 from rlhf_lightning.training.optim import learning_rates
 from rlhf_lightning.training.reporting import peak_memory
@@ -16,6 +17,8 @@ from rlhf_lightning.training.reporting import peak_memory
 
 class LoggedModule(CheckpointedModule):
     """A module that logs numbers of its steps, the same on every rank."""
+
+    _logged_before: frozenset[str] | set[str] = frozenset()
 
     def learning_rates(self) -> list[float]:
         """Of each group of the optimizer, as they are now."""
@@ -48,6 +51,8 @@ class LoggedModule(CheckpointedModule):
             batch_size: examples the numbers speak of.
         """
         shown = (on_bar,) if isinstance(on_bar, str) else on_bar
+        forget_metrics(self.trainer, self._logged_before - {*metrics})
+        self._logged_before = {*metrics}
         for name, value in {**metrics, **peak_memory(self.device)}.items():
             if isinstance(value, int | float):  # Lightning would send it to the device, and wait until it is there
                 value = torch.tensor(value, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
