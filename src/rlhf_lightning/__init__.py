@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.models.causal_lm import load_causal_lm as load_causal_lm
     from rlhf_lightning.models.finetune_settings import FineTune as FineTune
     from rlhf_lightning.models.other_rewards import OtherReward as OtherReward
+    from rlhf_lightning.models.reward_endpoints import RewardEndpoint as RewardEndpoint
     from rlhf_lightning.models.scalar_lm import ScalarLM as ScalarLM
     from rlhf_lightning.models.scalar_lm import load_reward_model as load_reward_model
     from rlhf_lightning.training import DeepSpeedStrategy as DeepSpeedStrategy
@@ -87,6 +88,7 @@ _HOMES = {
     "generation.vllm_engine": ("VLLMEngine",),
     "generation.vllm_server": ("VLLMServer",),
     "models.other_rewards": ("OtherReward",),
+    "models.reward_endpoints": ("RewardEndpoint",),
     "models.scalar_lm": ("ScalarLM", "load_reward_model"),
     "algorithms": (
         "DPOModule",

@@ -34,6 +34,8 @@ _ADVICE = {
     404: "look at the URL, which goes before /chat/completions, and at the model's name",
 }
 CHAT = "/chat/completions"
+NOT_ASKED = "not asked"
+"""The problem of a request that was not sent, since too many before it had no reply."""
 
 
 class Reply(NamedTuple):
@@ -147,7 +149,7 @@ class Endpoint:
         self, body: Mapping[str, Any], read: Callable[[bytes], str], path: str, questioning: _Questioning
     ) -> Reply:
         """The reply to one request; that none came is told to the other requests."""
-        problem = "not asked"
+        problem = NOT_ASKED
         for attempt in range(self.retries + 1):
             if questioning.over.is_set():
                 break

@@ -15,6 +15,7 @@ from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.data.collate import pad
 from rlhf_lightning.evaluation.policy import Dtype, default_device, dtype_on
 from rlhf_lightning.models.causal_lm import freeze
+from rlhf_lightning.models.reward_endpoints import RewardEndpoint
 from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction
 from rlhf_lightning.models.rewarding import TextScorer, find_reward, load_reader
 from rlhf_lightning.models.scalar_lm import ScalarLM
@@ -37,17 +38,17 @@ class Judge:
     """Scores what any model said, from the texts alone.
 
     Args:
-        scores_by: a reward model that reads texts, or a checked function.
+        scores_by: a reward model that reads texts, a checked function, or a service.
         name: as results name it.
     """
 
-    def __init__(self, scores_by: TextScorer | ScoringFunction, name: str) -> None:
+    def __init__(self, scores_by: TextScorer | ScoringFunction | RewardEndpoint, name: str) -> None:
         self.scores_by, self.name = scores_by, name
 
     @classmethod
     def load(
         cls,
-        reward: str | RewardFunction,
+        reward: str | RewardEndpoint | RewardFunction,
         *,
         dtype: Dtype = "auto",
         device: str | torch.device | None = None,
@@ -58,7 +59,7 @@ class Judge:
         """Load a judge.
 
         Args:
-            reward: folder or hub id of a reward model, import path of a function, or the function itself.
+            reward: folder or hub id of a reward model, import path of a function, the function itself, or an endpoint.
             dtype: of a reward model's weights; see `Policy.load`.
             device: where a reward model runs; see `Policy.load`.
             trust_remote_code: allow the folder to run Python code of its own.
@@ -69,7 +70,7 @@ class Judge:
             UserError: it names neither.
         """
         found = find_reward(reward, timeout, weights)
-        if isinstance(found, ScoringFunction):
+        if not isinstance(found, str):
             return cls(found, found.name)
         place, before = default_device() if device is None else torch.device(device), torch.get_default_dtype()
         torch.set_default_dtype(dtype_on(place, dtype))
@@ -108,7 +109,7 @@ class Judge:
             UserError: a prompt that the reward model's template refuses, or a function that fails.
         """
         numbers = [*range(len(prompts))] if rows is None else rows
-        if isinstance(self.scores_by, ScoringFunction):
+        if not isinstance(self.scores_by, TextScorer):
             texts, messages = [written.text for written in prompts], [written.messages for written in prompts]
             return torch.tensor(self.scores_by(texts, responses, messages, numbers), dtype=torch.float32)
         ends = [True] * len(prompts) if ended is None else ended
@@ -132,7 +133,7 @@ class Judge:
         Raises:
             UserError: a prompt that the reward model's template refuses.
         """
-        if isinstance(self.scores_by, ScoringFunction) or not isinstance(self.scores_by.model, ScalarLM):
+        if not isinstance(self.scores_by, TextScorer) or not isinstance(self.scores_by.model, ScalarLM):
             return []
         model, tokenizer = self.scores_by.model, self.scores_by.tokenizer
         ids = self.scores_by.encode(prompt, response, ended)

@@ -19,6 +19,7 @@ from rlhf_lightning.arguments import POSITIVE, Range, check_arguments
 from rlhf_lightning.batches import Sources, log_names
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.token_rewards import PerToken
+from rlhf_lightning.models.reward_endpoints import RewardEndpoint
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, Scorer, TextScorer
 from rlhf_lightning.models.token_rewards import check_per_token
@@ -33,7 +34,7 @@ class OtherReward:
 
     Args:
         reward: as for the module: folder or hub id of a reward model, or the import path of a function; from Python
-            also the function.
+            also the function. Or a service, as the arguments of a `RewardEndpoint`: `url`, and `model` of a chat model.
         weight: what its score is multiplied by before it is added to that of the main reward; 0 only logs it.
         scaling: before that, shift and scale it by the running mean and standard deviation of its scores so far.
         clip: then clip it to plus or minus this; None for no clipping.
@@ -51,7 +52,7 @@ class OtherReward:
         step_end: give them only at tokens that complete this text, such as a line's end, and at the last one.
     """
 
-    reward: str | RewardFunction
+    reward: str | RewardEndpoint | RewardFunction
     weight: float = 1.0
     scaling: bool = False
     clip: float | None = None
@@ -62,11 +63,18 @@ class OtherReward:
     step_end: str | None = None
 
     @property
+    def may_lack(self) -> bool:
+        """Whether some scores may be missing, NaN, since they are only logged and come from elsewhere."""
+        return isinstance(self.reward, RewardEndpoint) and not self.weight
+
+    @property
     def replaces(self) -> bool:
         """Whether it may take the place of the others, and so is not added to them."""
         return self.replaces_below is not None or self.replaces_for is not None
 
     def __post_init__(self) -> None:
+        if isinstance(self.reward, Mapping):
+            object.__setattr__(self, "reward", RewardEndpoint(**self.reward))
         ranges = {
             "weight": Range(),
             "reward_weights": Range(),

@@ -23,6 +23,7 @@ from rlhf_lightning.forward.hidden import ResponseRows, hidden_states
 from rlhf_lightning.host import on_host, to_device
 from rlhf_lightning.models.classifiers import Classifier, PairReader
 from rlhf_lightning.models.rendering import recorded_chat
+from rlhf_lightning.models.reward_endpoints import LoggedEndpoint, RewardEndpoint
 from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction, import_function, names_function
 from rlhf_lightning.models.scalar_lm import CALIBRATION, ScalarLM, as_scalar, check_reward_model, load_weighed
 from rlhf_lightning.models.token_rewards import TokenRewards
@@ -180,14 +181,16 @@ class TextScorer(nn.Module):
 
 
 class FunctionScorer:
-    """A Python function of prompt and response texts.
+    """A Python function of prompt and response texts, or a service that is sent them.
 
     Args:
         function: `(prompts, responses) -> scores`.
         spacing: what the policy's format writes around responses.
     """
 
-    def __init__(self, function: ScoringFunction, spacing: Spacing = NO_SPACING) -> None:
+    def __init__(
+        self, function: ScoringFunction | RewardEndpoint | LoggedEndpoint, spacing: Spacing = NO_SPACING
+    ) -> None:
         self.function, self.spacing = function, spacing
 
     def __call__(self, batch: Responses) -> Tensor:
@@ -211,6 +214,7 @@ class FunctionScorer:
         """
         ids, mask = on_host(batch.sequences[:, -response_mask.shape[1] :], response_mask)
         said = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
+        assert isinstance(self.function, ScoringFunction)
         scores = self.function.of_tokens(*self._asked(batch), batch.rows, said)
         found = torch.zeros(mask.shape, dtype=torch.float32)
         found[mask] = torch.tensor([score for row in scores for score in row], dtype=torch.float32)
@@ -270,20 +274,27 @@ def give_along(scorer: Scorer, along: TokenRewards, name: str) -> None:
 
 
 def find_reward(
-    reward: str | RewardFunction, timeout: float | None = None, weights: Mapping[str, float] | None = None
-) -> ScoringFunction | str:
+    reward: str | RewardEndpoint | RewardFunction,
+    timeout: float | None = None,
+    weights: Mapping[str, float] | None = None,
+) -> ScoringFunction | RewardEndpoint | str:
     """The function that `reward` names, or the folder or hub id of a reward model; quick, no weights are read.
 
     Args:
-        reward: folder or hub id of a reward model, import path of a function, or the function itself.
+        reward: folder or hub id of a reward model, import path of a function, the function itself, or an endpoint.
         timeout: seconds that one call of a function may take; None for no limit.
         weights: what the labels of a reward model count; None where it has one.
 
     Raises:
         UserError: it names neither, or not what could be a reward.
     """
-    if is_function(reward) and weights is not None:
-        raise UserError(f"reward_weights are for the labels of a reward model, and '{_named(reward)}' is a function")
+    if weights is not None and not (isinstance(reward, str) and not is_function(reward)):
+        what = "an endpoint" if isinstance(reward, RewardEndpoint) else "a function"
+        raise UserError(f"reward_weights are for the labels of a reward model, and '{_named(reward)}' is {what}")
+    if isinstance(reward, RewardEndpoint):
+        if timeout is not None:
+            raise UserError(f"reward_timeout is a limit for functions; {reward.name} has a timeout of its own")
+        return reward
     if not isinstance(reward, str):
         return ScoringFunction(reward, _named(reward), timeout)
     if is_function(reward):
@@ -305,21 +316,25 @@ def find_reward(
     return check_reward_model(reward, weights)
 
 
-def is_function(reward: str | RewardFunction) -> bool:
+def is_function(reward: str | RewardEndpoint | RewardFunction) -> bool:
     """Whether a reward is, or could name, a function rather than a model.
 
     Args:
         reward: as for `find_reward`.
     """
-    return not isinstance(reward, str) or (names_function(reward) and ".py" not in reward)
+    if isinstance(reward, str):
+        return names_function(reward) and ".py" not in reward
+    return not isinstance(reward, RewardEndpoint)
 
 
-def _named(reward: str | RewardFunction) -> str:
+def _named(reward: str | RewardEndpoint | RewardFunction) -> str:
+    if isinstance(reward, RewardEndpoint):
+        return reward.url
     return reward if isinstance(reward, str) else getattr(reward, "__name__", type(reward).__name__)
 
 
 def load_scorer(
-    reward: str | RewardFunction,
+    reward: str | RewardEndpoint | RewardFunction,
     policy_chat: ChatEncoder,
     trust_remote_code: bool = False,
     nf4: bool = False,
@@ -329,7 +344,7 @@ def load_scorer(
     """Make the scorer that `reward` names.
 
     Args:
-        reward: folder or hub id of a reward model, import path of a function, or the function itself.
+        reward: folder or hub id of a reward model, import path of a function, the function itself, or an endpoint.
         policy_chat: writes dialogues as the policy reads them; decides whether a reward model can read the same ids.
         trust_remote_code: allow the folder to run Python code of its own.
         nf4: hold a reward model's linear layers in four bits.
@@ -340,7 +355,7 @@ def load_scorer(
         UserError: it names neither.
     """
     found = find_reward(reward, timeout, weights)
-    if isinstance(found, ScoringFunction):
+    if not isinstance(found, str):
         return FunctionScorer(found, Spacing.of(policy_chat))
     model, chat = load_reader(found, trust_remote_code, nf4, weights)
     if isinstance(model, Classifier):

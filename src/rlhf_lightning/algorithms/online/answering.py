@@ -48,7 +48,7 @@ from rlhf_lightning.models.other_rewards import (
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer, scores_tokens
 from rlhf_lightning.models.scalar_lm import ScalarLM
-from rlhf_lightning.training import synced
+from rlhf_lightning.training import sum_over_ranks, synced
 from rlhf_lightning.training.reporting import report_progress
 from rlhf_lightning.training.rollouts import RolloutWeights, rollout_weights
 
@@ -321,7 +321,8 @@ class AnsweringStage(Stage):
             report=partial(report_progress, self, "scoring"),
             others=self.other_scorers.by_name(),
         )
-        for scores in (measured.scores, *measured.others.values()):
+        needed = [scores for name, scores in measured.others.items() if not self.other_rewards[name].may_lack]
+        for scores in (measured.scores, *needed):
             answers = {"prompts": prompts, "responses": texts, "scores": scores}
             checks.check_scores(self, scores, prompts.row_ids, answers)
         return measured
@@ -350,9 +351,13 @@ class AnsweringStage(Stage):
             "eos_rate": generation.ended.float(),
             "response_length": generation.response_mask.sum(dim=1).float(),
         }
+        lacking = {f"score_{name}" for name, other in self.other_rewards.items() if other.may_lack}
         for name, value in values.items():
             metric: Any = self.eval_means[name]
-            metric.update(value, counted.float())
+            there = counted & ~value.isnan() if name in lacking else counted
+            if name in lacking and not int(sum_over_ranks(self, there.sum())):
+                continue
+            metric.update(value.nan_to_num() if name in lacking else value, there.float())
             self.log(f"{stage}/{name}", metric, prog_bar=name == "score", batch_size=len(texts))
         return {"prompts": prompts.prompts, "responses": texts, "scores": measured.scores}
 
@@ -377,5 +382,6 @@ class AnsweringStage(Stage):
         columns = response_rows(prompts, generation, texts), measured.scores.tolist(), measured.kl.tolist()
         rows = [{**row, "score": score, "kl": kl} for row, score, kl in zip(*columns, strict=True)]
         for name, scores in measured.others.items():
-            rows = [{**row, f"score_{name}": score} for row, score in zip(rows, scores.tolist(), strict=True)]
+            said = [None if math.isnan(score) else score for score in scores.tolist()]
+            rows = [{**row, f"score_{name}": score} for row, score in zip(rows, said, strict=True)]
         return without_blanks(rows)

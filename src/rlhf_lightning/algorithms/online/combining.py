@@ -16,7 +16,7 @@ from rlhf_lightning.algorithms.online.controllers import RunningMoments
 from rlhf_lightning.algorithms.online.experience import Measurements
 from rlhf_lightning.algorithms.online.rollout import raw_score
 from rlhf_lightning.batches import Sources
-from rlhf_lightning.functional.masked import Reduce
+from rlhf_lightning.functional.masked import Reduce, masked_moments
 from rlhf_lightning.models.other_rewards import MAIN, OtherReward, check_sources, total_scores
 from rlhf_lightning.models.rewarding import Scorer
 
@@ -52,7 +52,28 @@ class RewardCombination:
             reduce: sums a tensor over all ranks.
         """
         for name, scores in measured.others.items():
-            self.moments[name].update(scores, reduce)
+            if not self.settings[name].may_lack:
+                self.moments[name].update(scores, reduce)
+
+    def means(self, measured: Measurements, reduce: Reduce) -> dict[str, Tensor]:
+        """What is logged of each reward, over all ranks: the mean of the scores that it has given.
+
+        Args:
+            measured: with one score of all.
+            reduce: sums a tensor over all ranks.
+
+        Returns:
+            `score_NAME`, scalars; nothing of a reward without a score.
+        """
+        found = {}
+        for name, scores in measured.others.items():
+            there = torch.ones_like(scores, dtype=torch.bool)
+            if name != MAIN and self.settings[name].may_lack:
+                there = ~scores.isnan()
+                if not int(reduce(there.sum())):
+                    continue
+            _, found[f"score_{name}"], _ = masked_moments(scores.nan_to_num(), there, reduce)
+        return found
 
     def of(self, measured: Measurements, scorers: Mapping[str, Scorer], sources: Sources | None) -> Measurements:
         """With one score of the main reward's and the others', and the main one's as `main` among those.

@@ -32,6 +32,7 @@ from rlhf_lightning.models.folders import check_model_folder, same_model
 from rlhf_lightning.models.heads import has_heads, linear_in_float32
 from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.other_rewards import MAIN, OtherReward, OtherScorers
+from rlhf_lightning.models.reward_endpoints import LoggedEndpoint, RewardEndpoint
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.rewarding import (
     FunctionScorer,
@@ -120,7 +121,7 @@ class ModelSource:
     """
 
     policy: str
-    reward: str | RewardFunction
+    reward: str | RewardEndpoint | RewardFunction
     value: str | None = None
     finetune: FineTune = FineTune()
     value_trunk: ValueTrunk | None = "own"
@@ -180,7 +181,7 @@ class ModelSource:
         return {name: (kind, end) for name, (kind, end) in asked.items() if kind is not None}
 
     @property
-    def rewards(self) -> dict[str, str | RewardFunction]:
+    def rewards(self) -> dict[str, str | RewardEndpoint | RewardFunction]:
         """All that give scores, by name, the main one first."""
         return {MAIN: self.reward, **{name: other.reward for name, other in self.others.items()}}
 
@@ -196,7 +197,7 @@ class ModelSource:
     def _weights(self, name: str) -> Mapping[str, float] | None:
         return self.reward_weights if name == MAIN else self.others[name].reward_weights
 
-    def _timeout(self, reward: str | RewardFunction) -> float | None:
+    def _timeout(self, reward: str | RewardEndpoint | RewardFunction) -> float | None:
         """The time limit of a reward; models have none, and where all are models it is refused."""
         all_models = not any(map(is_function, self.rewards.values()))
         return self.reward_timeout if is_function(reward) or all_models else None
@@ -215,7 +216,7 @@ class ModelSource:
         choose_trained(policy, self.finetune)
         reference = load_reference(policy, self.policy, self.reference, chat.tokenizer, trust, self._nf4)
         value, scorer = self._value_and_scorer(policy, chat)
-        others = OtherScorers({name: self._scorer(name, chat) for name in self.others})
+        others = OtherScorers({name: self._other(name, chat) for name in self.others})
         for name, (kind, step_end) in self.along.items():
             reader = scorer if name == MAIN else others.by_name()[name]
             give_along(reader, TokenRewards(kind, step_end, chat.tokenizer), name)
@@ -241,6 +242,12 @@ class ModelSource:
         reward = self.rewards[name]
         timeout, weights = self._timeout(reward), self._weights(name)
         return load_scorer(reward, chat, self.trust_remote_code, self._nf4, timeout, weights)
+
+    def _other(self, name: str, chat: ChatEncoder) -> ModelScorer | TextScorer | FunctionScorer:
+        scorer, other = self._scorer(name, chat), self.others[name]
+        if other.may_lack and isinstance(scorer, FunctionScorer) and isinstance(scorer.function, RewardEndpoint):
+            scorer.function = LoggedEndpoint(scorer.function)
+        return scorer
 
     @property
     def starts_at_reference(self) -> bool:

@@ -34,7 +34,6 @@ from rlhf_lightning.algorithms.stage import Loss
 from rlhf_lightning.arguments import AT_LEAST_1, POSITIVE, check_arguments, check_batch_sizes, per_process
 from rlhf_lightning.batches import PromptBatch, name_rows, repeat_prompts
 from rlhf_lightning.errors import NonFiniteError, UserError
-from rlhf_lightning.functional import masked_moments
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.host import on_host
 from rlhf_lightning.models.reward_functions import RewardFunction
@@ -296,8 +295,7 @@ class OnlineStage(AnsweringStage):
         metrics: dict[str, Any] = {"kl_coef": self.kl_controller.coef}
         metrics |= self.experience_metrics(experience) | mismatch
         metrics |= {} if self.other_rewards else raw_score(self.scorer, metrics["score"])
-        for name, part in measured.others.items():
-            _, metrics[f"score_{name}"], _ = masked_moments(part, torch.ones_like(generation.ended), self.reduce)
+        metrics |= self.combination.means(measured, self.reduce)
         if prompts.sources is not None:
             metrics |= metrics_by_source(prompts.sources, measured.scores, measured.kl, self.reduce)
         if self.iteration == 0:
