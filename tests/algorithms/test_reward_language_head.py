@@ -167,7 +167,7 @@ def test_a_checkpoint_without_the_layer_is_refused_by_a_run_that_trains_it(folde
 
 
 def test_a_pad_token_that_the_embeddings_got_is_never_said(folders, monkeypatch):
-    monkeypatch.setattr("rlhf_lightning.algorithms.reward.own_pad_token", lambda tokenizer, rows: rows)
+    monkeypatch.setattr("rlhf_lightning.models.classifiers.own_pad_token", lambda tokenizer, rows: rows)
     folder = folders["tied"]
     (batch,) = batches(folder, 8, 8)
     module, log = train(folder, [batch], lr=0.0, lm_coef=1.0)

@@ -90,6 +90,14 @@ def test_a_stage_that_is_not_named_gets_every_row(tmp_path):
     assert not numbers["finetune"] & numbers["preference"]
 
 
+def test_pairs_and_ratings_take_the_share_of_the_reward_model():
+    splits = Splits(stages={"sft": 0.3, "reward": 0.3, "ppo": 0.4})
+    served = {splits.kinds(f"question {i}", (*KINDS, "rated")) for i in range(100)}
+    assert served == {("finetune",), ("preference", "rated"), ("prompts",)}
+    served = {Splits(stages={"sft": 0.5, "dpo": 0.5}).kinds(f"question {i}", (*KINDS, "rated")) for i in range(100)}
+    assert served == {("finetune", "prompts", "rated"), ("preference", "prompts", "rated")}
+
+
 def test_policies_learn_from_the_pairs_that_a_reward_model_would(tmp_path):
     shares = {"sft": 0.3, "ppo": 0.3}
     folders = {

@@ -16,6 +16,9 @@ from rlhf_lightning.data.rows import KINDS, BadRowError, DroppedRow, Row
 from rlhf_lightning.data.sources import Table
 from rlhf_lightning.data.sources.row_forms import RowForm
 
+UNRATED = tuple(need for need in KINDS if need != "rated")
+"""Kinds of example that ask for no scores."""
+
 
 def system(text):
     return {"role": "system", "content": text}
@@ -147,7 +150,7 @@ def test_a_prompt_and_answers_that_bring_turns_make_one_dialogue(prompt, before,
 
 def test_a_prompt_that_answers_contradict_is_refused():
     row = {"prompt": "q", "chosen": [user("p"), assistant("r")], "rejected": [user("p"), assistant("x")]}
-    for need in KINDS:
+    for need in UNRATED:
         reason = "prompt and chosen contradict each other: their turns before the answer differ"
         assert refused(row, need) == reason
 
@@ -198,7 +201,7 @@ def test_a_preference_for_neither_output_is_refused():
 
 def test_whole_texts_are_for_fine_tuning():
     form = RowForm(["text", "url"])
-    assert [form.has(need) for need in KINDS] == [True, False, False]
+    assert [form.has(need) for need in KINDS] == [True, False, False, False]
     assert form.read({"text": "Once.", "url": "x"}, "finetune") == Row("", ("Once.",), unused=("column 'url'",))
     assert refused({"text": " "}) == "text is empty"
     alpaca = {"instruction": "p", "output": "r", "text": "p r"}
@@ -421,7 +424,7 @@ def words(value):
 def test_every_word_of_a_row_is_read_or_named_or_the_row_is_refused(row):
     form = RowForm(list(row))
     found, unused = [], set()
-    for need in KINDS:
+    for need in UNRATED:
         if form.has(need) and not (need == "preference" and form.labelled):
             try:
                 parsed = form.read(row, need)
@@ -440,7 +443,7 @@ def test_every_word_of_a_row_is_read_or_named_or_the_row_is_refused(row):
 def test_rows_in_are_rows_kept_and_rows_with_a_reason(given_rows):
     encoder = Encoder(ChatEncoder(tiny_tokenizer(), "plain"), TokenLimits(64, None, None, "cut"))
     table = Table(given_rows)
-    for need in KINDS:
+    for need in UNRATED:
         if any(given_rows) and table.open().has(need):
             kept, counts = read_all(table, need, encoder, "skip")
             dropped = sum(count for name, count in counts.items() if name.startswith("dropped: "))

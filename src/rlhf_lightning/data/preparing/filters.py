@@ -99,7 +99,7 @@ class Splits:
             self._check_stages(self.stages)
 
     def _check_stages(self, stages: dict[str, float]) -> None:
-        known = [name for names in STAGES_OF.values() for name in names]
+        known = _stage_names()
         for name in stages:
             if name not in known:
                 raise UserError(f"stage_split: {name!r} is not one of {', '.join(known)}")
@@ -129,9 +129,14 @@ class Splits:
         if self.stages is None:
             return kinds
         # In the order of the stages, not of the YAML, and with a salt, so that stages and parts are independent.
-        named = {name: kind for kind, names in STAGES_OF.items() for name in names if name in self.stages}
-        stage = split_of(key, {name: self.stages[name] for name in named if self.stages[name]}, salt="stage:")
-        return tuple(kind for kind in kinds if kind == named[stage] or kind not in named.values())
+        names = [name for name in _stage_names() if name in self.stages]
+        stage = split_of(key, {name: self.stages[name] for name in names if self.stages[name]}, salt="stage:")
+        return tuple(kind for kind in kinds if stage in STAGES_OF[kind] or not {*STAGES_OF[kind]} & {*names})
+
+
+def _stage_names() -> list[str]:
+    """All stages, each once: one may be for several kinds of example."""
+    return list(dict.fromkeys(name for names in STAGES_OF.values() for name in names))
 
 
 class RowFilter:
