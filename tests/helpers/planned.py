@@ -12,7 +12,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.stages import save_reward_model, trainer
 from helpers.tokenizers import tiny_tokenizer
-from rlhf_lightning import DPOModule, GRPOModule, PPOModule, RewardModule, RLOOModule, SFTModule
+from rlhf_lightning import (
+    DPOModule,
+    GRPOModule,
+    InstructionDataModule,
+    PPOModule,
+    RewardModule,
+    RLOOModule,
+    SFTModule,
+)
 from rlhf_lightning.batches import InstructionBatch, PreferenceBatch, PromptBatch
 from rlhf_lightning.planning import Plan, Request, plan
 from rlhf_lightning.planning.live import LiveBytes, Moment, bytes_of, tensors_of
@@ -52,16 +60,26 @@ def save_models(folder: Path, layers: int = 3) -> tuple[str, str]:
 
 
 def arguments(kind: str, lm: str, reward: str, **given: Any) -> dict[str, Any]:
-    """Of a stage that takes one optimizer step in each batch; `micro_batch_size` may be given."""
+    """Of a stage that takes one optimizer step in each batch; `texts` are rows that PPO goes on learning in it."""
     online: dict[str, Any] = {}
     if kind in ONLINE:
         groups = {} if kind == "ppo" else {"samples_per_prompt": 2}
         sampling = {"max_new_tokens": RESPONSE, "min_new_tokens": RESPONSE}
         online = {"reward": reward, "rollout_batch_size": EXAMPLES // (2 if groups else 1), "minibatch_size": EXAMPLES}
         online |= {"ppo_epochs": 2, "sampling": sampling, "score": {"scaling": False}, **groups}
+    if "texts" in given:
+        given = {**given, "pretraining": texts(lm, given["texts"])}
+        del given["texts"]
     if kind in ("reward", "dpo", "rloo", "grpo"):
         online["prefix_sharing"] = False
     return {"model_name_or_path": lm, "lr_schedule": "constant", "warmup_steps": 0, **online, **given}
+
+
+def texts(lm: str, count: int) -> InstructionDataModule:
+    """So many rows of text in each step, each as long as it may be and all of it learnt."""
+    rows = [{"prompt": f"{number}", "response": " bread" * LENGTH} for number in range(3 * count)]
+    options: dict[str, Any] = {"validation_split": 0.0, "max_length": LENGTH, "loss_on": "all"}
+    return InstructionDataModule(lm, rows, batch_size=count, **options)
 
 
 def planned(kind: str, arguments: dict[str, Any], **settings: Any) -> Plan:

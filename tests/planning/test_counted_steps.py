@@ -28,6 +28,8 @@ CASES = [
     ("ppo", {"micro_batch_size": 1, "gradient_checkpointing": True, "value_trunk": "policy"}, "bf16-mixed"),
     ("ppo", {"micro_batch_size": 1, "value_trunk": "policy", "generation_batch_size": 2}, "32-true"),
     ("ppo", {"frozen_dtype": "bfloat16", "micro_batch_size": 4}, "32-true"),
+    ("ppo", {"micro_batch_size": 2, "texts": 8}, "32-true"),
+    ("ppo", {"micro_batch_size": 1, "texts": 4, "gradient_checkpointing": True, "value_trunk": "policy"}, "bf16-mixed"),
     ("rloo", {"micro_batch_size": 2}, "32-true"),
     ("grpo", {"finetune": {"mode": "lora"}}, "32-true"),
 ]
@@ -61,7 +63,7 @@ def test_the_worst_moment_is_within_15_percent(both):
 
 def test_so_is_that_of_each_part(both):
     plan, real = both
-    for name, parts in {"rollout": ("answers", "measures"), "update": ("updates", "steps")}.items():
+    for name, parts in {"rollout": ("answers", "measures"), "update": ("updates", "learns", "steps")}.items():
         if name in real.moments:
             worst = max(part.together for part in plan.parts if part.name.startswith(parts))
             assert worst == pytest.approx(real.moments[name], rel=0.15)

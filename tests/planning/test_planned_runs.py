@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from helpers.planned import STAGES, arguments, planned, save_models
 from rlhf_lightning.errors import UserError
@@ -261,3 +262,46 @@ def test_a_reward_model_that_learns_what_was_chosen_has_an_output_layer_and_logi
     assert lying(learning) == lying(without)  # of the reward model itself
     assert without.parts[0].logits == 0
     assert 1 <= learning.parts[0].logits / (2 * 31 * 512 * 4) <= 3
+
+
+def text(**init_args):
+    return {"pretraining": {"class_path": f"{OURS}.InstructionDataModule", "init_args": init_args}}
+
+
+TEXT = {**ONLINE, "sampling": {"max_new_tokens": 16}, "minibatch_size": 8}
+
+
+def test_text_that_a_policy_goes_on_learning_is_cut_as_training_cuts_it(lm):
+    """On each of two processes 8 rows, 2 at once, so 4 pieces beside 2 micro-batches of responses."""
+    asked = request(lm, "ppo", 2, "ddp", **TEXT, micro_batch_size=2, **text(max_length=64, batch_size=16))
+    load = asked.load(Skeletons(asked.model).build(asked.stage, asked.model, torch.float32))
+    assert (load.rows, load.text_rows, load.text_length, load.texts) == (2, 2, 64, 2)
+    none = request(lm, "ppo", 2, "ddp", **TEXT, micro_batch_size=2)
+    assert none.load(Skeletons(none.model).build(none.stage, none.model, torch.float32)).texts == 0
+
+
+def test_text_that_a_policy_goes_on_learning_is_counted(lm):
+    """Each of 2 rows of 64 tokens but the first of a row is predicted over 512 words."""
+    without, beside = (
+        plan(request(lm, "ppo", **TEXT, micro_batch_size=2, **given)) for given in ({}, text(max_length=64))
+    )
+    names = [{part.name for part in each.parts} for each in (without, beside)]
+    assert names[1] - names[0] == {"learns text beside"}
+    learns = next(part for part in beside.parts if part.name == "learns text beside")
+    assert 1 <= learns.logits / (2 * 63 * 512 * 4) <= 3
+    assert beside.peak > without.peak
+    assert [role.weights for role in beside.roles] == [role.weights for role in without.roles]
+
+
+def test_where_losses_go_backward_together_so_does_the_text(lm):
+    """None, one and two pieces of text beside each micro-batch."""
+    update = []
+    for given in ({}, text(max_length=64, batch_size=8), text(max_length=64, batch_size=16)):
+        parts = plan(request(lm, "ppo", strategy=zero(2), **TEXT, micro_batch_size=4, **given)).parts
+        update.append(next(part.together for part in parts if part.name == "updates"))
+    assert update[0] < update[1] < update[2]
+
+
+def test_text_that_does_not_divide_among_processes_is_refused(lm):
+    with pytest.raises(UserError, match=r"pretraining batch_size \(3\) must be a multiple of the number of processes"):
+        plan(request(lm, "ppo", 2, "ddp", **TEXT, **text(batch_size=3)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,9 @@ class Load:
         on_gpu: batches are padded, so that attention is given a mask; on a CPU they are not.
         gpu_memory: bytes of a GPU, by which chunks of logits are cut; 0 on a CPU.
         takes_sampler_logprobs: the policy is not run over its answers before the update.
+        text_rows: rows of text that the policy goes on learning, which go through it at once; 0 for none.
+        text_length: tokens of each of them.
+        texts: micro-batches of them beside each of the responses.
     """
 
     rows: int
@@ -72,6 +75,9 @@ class Load:
     on_gpu: bool = True
     gpu_memory: int = 0
     takes_sampler_logprobs: bool = False
+    text_rows: int = 0
+    text_length: int = 0
+    texts: int = 0
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,9 @@ def _response(hidden: Tensor, load: Load) -> Tensor:
 def _losses(stage: Stage, load: Load) -> Iterator[tuple[str, tuple[str, ...], Tensor]]:
     """Each loss of a micro-batch, with the name of its part and the roles of the models that it is of."""
     if isinstance(stage, AnsweringStage):
-        value = stage.value
+        value, text = stage.value, replace(load, rows=load.text_rows, length=load.text_length)
+        for _ in range(min(load.texts, 1) if load.one_by_one else load.texts):  # one by one each needs the same
+            yield "learns text beside", ("policy",), _text_loss(stage.policy, text)
         hidden = _response(_hidden(stage.policy, load.rows, load), load)
         loss = _logprobs(stage.policy, hidden, load)
         if isinstance(value, TrunkValue):
@@ -232,12 +240,16 @@ def _losses(stage: Stage, load: Load) -> Iterator[tuple[str, tuple[str, ...], Te
     elif isinstance(stage, PairStage):
         raise UserError(f"nothing is known of the memory of {type(stage).__name__}")
     else:
-        model: Any = stage.export_model
-        rows, head = _chosen(_hidden(model, load.rows, load)[:, :-1]), model.get_output_embeddings()
-        targets = torch.zeros(len(rows), dtype=torch.long)
-        options = _head_options(head, load)
-        loss, _ = linear_cross_entropy_sum(rows, head.weight, head.bias, targets, logit_scaling(model), **options)
-        yield "learns", ("model",), loss
+        yield "learns", ("model",), _text_loss(stage.export_model, load)
+
+
+def _text_loss(model: Any, load: Load) -> Tensor:
+    """The likelihood of rows of text, each token of which is a target."""
+    rows, head = _chosen(_hidden(model, load.rows, load)[:, :-1]), model.get_output_embeddings()
+    targets = torch.zeros(len(rows), dtype=torch.long)
+    options = _head_options(head, load)
+    loss, _ = linear_cross_entropy_sum(rows, head.weight, head.bias, targets, logit_scaling(model), **options)
+    return loss
 
 
 def _updating(stage: Stage, load: Load) -> list[Passed]:

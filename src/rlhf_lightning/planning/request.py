@@ -95,6 +95,17 @@ class Request:
         """What `max_tokens_per_batch` counts for a row as long as it may be."""
         return self.length * (2 if self.has_pairs else 1)
 
+    @property
+    def text(self) -> tuple[int, int] | None:
+        """Most tokens of a row of text that a policy goes on learning, and rows of a step; None for none."""
+        given: Any = self.model.get("pretraining")
+        if given is None:
+            return None
+        if isinstance(given, Mapping):
+            said = given.get("init_args") or {}
+            return int(said.get("max_length") or 512), int(said.get("batch_size") or 8)
+        return given.limits.max_length, given.batch_size
+
     def sizes(self, stage: Stage) -> dict[str, int]:
         """Examples of an optimizer step, of a micro-batch and so on, on one process.
 
@@ -116,6 +127,19 @@ class Request:
             at_once = max(1, budget // self.tokens_per_example)
         at_once = min(at_once, step)
         return {"step": step, "micro_batch": at_once, "micro_batches": -(-step // at_once), **rollout}
+
+    def _texts(self, stage: Stage, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Of text beside the responses: what `Load` says of it."""
+        if self.text is None:
+            return {}
+        length, of_step = self.text
+        rows = per_process("pretraining batch_size", of_step, self.gpus)
+        at_once = stage.micro_batch_size or sizes["step"]
+        if (budget := self._token_budget(stage)) is not None:
+            at_once = max(1, budget // length)
+        at_once = min(at_once, rows)
+        texts = -(-rows // at_once)
+        return {"text_rows": at_once, "text_length": length, "texts": -(-texts // sizes["micro_batches"])}
 
     def _token_budget(self, stage: Stage) -> int | None:
         if stage.micro_batch_size is not None:
@@ -149,6 +173,7 @@ class Request:
             on_gpu=self.on_gpu,
             gpu_memory=int((self.gpu_memory or USUAL_GPU) * 2**30) if self.on_gpu else 0,
             takes_sampler_logprobs=self._takes_sampler_logprobs(stage),
+            **self._texts(stage, sizes),
         )
 
     def _takes_sampler_logprobs(self, stage: Stage) -> bool:
