@@ -131,8 +131,8 @@ def test_prompts_without_a_source_are_said_once(folder, blend):
     ("named", "message"),
     [
         (
-            ["safty"],
-            r"other_rewards\.safe\.replaces_for: 'safty' is no source of the data, which are help, safety; ",
+            ["safetys"],
+            r"other_rewards\.safe\.replaces_for: 'safetys' is no source of the data, which are help, safety; ",
         ),
         (["help", "nothing"], r"'nothing' is no source of the data, which are help, safety$"),
     ],
