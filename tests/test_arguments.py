@@ -41,7 +41,7 @@ ZERO_MAKES_SENSE = {
     *("temperature", "top_k", "min_new_tokens", "dropout"),
     *("coef", "missing_eos_penalty", "value_coef", "gamma", "gae_lambda", "tolerance"),
     *("min_lr_factor", "value_gae_lambda", "value_warmup_iterations", "value_gradient_clip_val", "overlong_penalty"),
-    *("decay", "pretraining_coef", "rating_margins", "retries", "backoff"),
+    *("decay", "pretraining_coef", "rating_margins", "retries", "backoff", "calibration_samples"),
 }
 NEGATIVE_MAKES_SENSE = {"above", "below", "missing_eos_score", "OtherReward.weight", "reward_weights", "judge_weights"}
 AT_MOST_1 = {"gamma", "gae_lambda", "top_p", "validation_split", "test_split", "label_smoothing", "dropout"}

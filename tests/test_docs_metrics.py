@@ -51,6 +51,8 @@ OPTIONAL |= {"train/score_from_NAME", "train/kl_from_NAME", "train/ptx_loss"}
 """What a limit of the updates, several sources and other rewards add, these in the place of `RAW`."""
 SWITCHES = {"center_coef": (0.1, "center_loss"), "lm_coef": (0.1, "nll"), "num_heads": (2, "head_std")}
 """Of a reward model: what turns them on, and what is logged of each."""
+SAMPLES = {"val/policy_score", "val/policy_score_std"}
+"""What `calibration_samples` adds to them."""
 SPLITS = ("train", "val", "test")
 STAGES = ("SFT", "Reward model", "Model of scores", "DPO", "PPO", "RLOO and GRPO")
 
@@ -119,8 +121,8 @@ def test_reward_training_logs_what_the_page_says(folder, on):
     data = PreferenceDataModule(folder, rows, validation_data=rows, test_data=rows, batch_size=4, max_length=48)
     off = {f"{split}/{SWITCHES[each][1]}" for each in SWITCHES.keys() - {*on} for split in SPLITS}
     off |= set() if {"center_coef", "lm_coef"} & {*on} else {"train/objective"}
-    module = RewardModule(folder, **{each: SWITCHES[each][0] for each in on})
-    assert logged(module, data) == documented("Reward model") - off
+    module = RewardModule(folder, calibration_samples=2 if on else 0, **{each: SWITCHES[each][0] for each in on})
+    assert logged(module, data) == documented("Reward model") - off - (set() if on else SAMPLES)
 
 
 def test_regression_logs_what_the_page_says(folder):

@@ -28,6 +28,17 @@ def load_validation_data(trainer: Trainer) -> None:
     trainer.training = True
 
 
+def validation_loader(trainer: Trainer) -> Any:
+    """What a run validates with, also before its first validation; nothing where there is none.
+
+    Args:
+        trainer: in a fit.
+    """
+    if trainer.val_dataloaders is None and trainer.enable_validation:
+        load_validation_data(trainer)
+    return trainer.val_dataloaders
+
+
 def was_given_checkpoint_io(trainer: Trainer) -> bool:
     """Whether somebody chose how a trainer writes checkpoints, which otherwise is decided when it is asked for."""
     return trainer.strategy._checkpoint_io is not None

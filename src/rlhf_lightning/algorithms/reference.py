@@ -23,7 +23,7 @@ from rlhf_lightning.arguments import check_arguments
 from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.host import to_device
-from rlhf_lightning.lightning_compat import load_training_data, load_validation_data
+from rlhf_lightning.lightning_compat import load_training_data, validation_loader
 from rlhf_lightning.models.causal_lm import load_causal_lm
 from rlhf_lightning.models.finetune import choose_trained, enable_gradient_checkpointing
 from rlhf_lightning.models.folders import check_model_folder
@@ -78,9 +78,7 @@ class Reference(nn.Module):
         trainer: Any = stage.trainer
         if self.model is not None and not self._known:
             load_training_data(trainer)
-            if trainer.val_dataloaders is None and trainer.enable_validation:
-                load_validation_data(trainer)
-            held_out = trainer.val_dataloaders or []
+            held_out = validation_loader(trainer) or []
             with trainer.precision_plugin.forward_context():
                 said = [
                     self._measured(stage, loader)

@@ -2,9 +2,9 @@
 
 The loss is the Bradley-Terry negative log-likelihood in three variants, or a hinge (see `functional.pairwise_loss`). On
 the side there may be a pull of the scores towards 0, and the language-model loss of the chosen responses. At the end
-the raw scores are measured on held-out chosen responses, so that every user of the model sees scores with mean 0 and
-standard deviation 1 there. A pair may ask for a margin, and a pair of weight 2 counts as two pairs, in the loss and in
-every metric; rankings of more than two responses come as weighted pairs, or whole.
+the raw scores are measured on held-out chosen responses, or on answers of the policy, so that every user of the model
+sees scores with mean 0 and standard deviation 1 there. A pair may ask for a margin, and a pair of weight 2 counts as
+two pairs, in the loss and in every metric; rankings of more than two responses come as weighted pairs, or whole.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_lightning.algorithms.hyperparameters import from_config
 from rlhf_lightning.algorithms.pairs import (
     Pairs,
     PairStage,
@@ -26,7 +27,8 @@ from rlhf_lightning.algorithms.pairs import (
     mean_metrics,
     pair_weights,
 )
-from rlhf_lightning.algorithms.reward_metrics import CalibrationError, HeldOutScores
+from rlhf_lightning.algorithms.policy_samples import PolicySamples
+from rlhf_lightning.algorithms.reward_metrics import CalibrationError, HeldOutScores, moments
 from rlhf_lightning.algorithms.stage import Loss
 from rlhf_lightning.arguments import AT_LEAST_1, Range, check_arguments
 from rlhf_lightning.batches import PreferenceBatch, RankingBatch, ScoringBatch, without_blanks
@@ -41,8 +43,9 @@ from rlhf_lightning.functional import (
     pairwise_loss,
     scores_at_end,
 )
+from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.host import alike, places_of
-from rlhf_lightning.lightning_compat import load_validation_data
+from rlhf_lightning.lightning_compat import validation_loader
 from rlhf_lightning.models.classifiers import give_own_pad_token
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.models.finetune import prepare_for_training
@@ -80,6 +83,12 @@ class RewardModule(PairStage):
         num_heads: heads on one backbone, each with the loss of its own scores; they start apart, and where they go on
             to differ, none knows (Coste et al. 2024 take whole models). The score is their mean; PPO can be told to be
             careful by them (`reward_combination`).
+        calibration_samples: calibrate by this many answers of the policy, not by chosen responses; 256 is usual.
+            One is drawn to each of as many held-out prompts before the first step (Ziegler et al. 2019, section 2); 0
+            to calibrate by held-out chosen responses.
+        calibration_policy: folder or hub id of the language model whose answers they are; None for
+            `model_name_or_path`.
+        sampling: how they are drawn.
         **options: those of `PairStage` and `Stage`. An example is a pair.
     """
 
@@ -97,19 +106,29 @@ class RewardModule(PairStage):
         center_coef: float = 0.0,
         lm_coef: float = 0.0,
         num_heads: int = 1,
+        calibration_samples: int = 0,
+        calibration_policy: str | None = None,
+        sampling: Sampling = Sampling(),
         **options: Any,
     ) -> None:
+        sampling = from_config(Sampling, sampling)
         ranges = {"label_smoothing": Range(at_least=0, below=0.5), "num_heads": AT_LEAST_1}
         check_arguments(RewardModule, locals(), ranges)
         super().__init__(model_name_or_path, **options)
         if label_smoothing and objective != "logistic":
             raise UserError(f"label_smoothing is for logistic, and objective is {objective}: set it to 0")
+        if calibration_policy is not None and not calibration_samples:
+            raise UserError("calibration_policy answers calibration_samples prompts: set that too, 256 is usual")
         self.loss: RewardLoss = loss
         self.objective: RewardObjective = objective
         self.label_smoothing = label_smoothing
         self.center_coef = center_coef
         self.lm_coef = lm_coef
         self.num_heads = num_heads
+        self.calibration_samples = calibration_samples
+        self.calibration_policy = calibration_policy
+        self.sampling = sampling
+        self._samples: PolicySamples | None = None
         switches = {"center_loss": center_coef, "nll": lm_coef, "head_std": num_heads > 1}
         self.eval_means.update({**mean_metrics(*(name for name, is_on in switches.items() if is_on))})
         self.language_head = None
@@ -151,15 +170,37 @@ class RewardModule(PairStage):
         model: PreTrainedModel = self.scalar.model
         return model
 
+    @property
+    def parents(self) -> dict[str, str]:
+        """The model, and the policy whose answers calibrate it, if that is another."""
+        return super().parents | ({"policy": self.calibration_policy} if self.calibration_policy else {})
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The model, its heads, and an output layer beside it that is trained."""
         parts = [part for part in (self.scalar, self.language_head) if part is not None]
         return parameter_groups(nn.ModuleList(parts))
 
+    def setup(self, stage: str) -> None:
+        """Load the policy whose answers the model will be calibrated by."""
+        super().setup(stage)
+        if stage == "fit" and self.calibration_samples:
+            self._samples = PolicySamples(self.calibration_policy, self.calibration_samples, self.sampling)
+            self._samples.load(self)
+
     def on_fit_start(self) -> None:
         """Train the head, whether it is fresh or not."""
         super().on_fit_start()
         self._head_is_random = False
+
+    def on_train_start(self) -> None:
+        """Let the policy answer, and log how the fresh head scores that; a resumed run has logged it."""
+        if self._samples is None:
+            return
+        self._samples.draw(self, validation_loader(self.trainer))
+        if not self.trainer.global_step:
+            mean, std = moments(self._samples.scores(self, self.scalar))
+            for logger in self.trainer.loggers:  # what is logged by `self.log` waits for the end of the epoch
+                logger.log_metrics({"val/policy_score": mean, "val/policy_score_std": std}, step=0)
 
     def pair_scores(self, pairs: Pairs, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Raw per-token scores of chosen and rejected responses, two tensors `[B, T]`, float32, in one forward pass.
@@ -278,9 +319,12 @@ class RewardModule(PairStage):
         self.held_out_scores.reset()
 
     def on_validation_epoch_end(self) -> None:
-        """Calibrate by this validation's chosen scores, so that exports beside checkpoints are calibrated too."""
-        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            self._calibrate()
+        """Calibrate by this validation's scores, so that exports beside checkpoints are calibrated too."""
+        if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.sanity_checking:
+            return
+        mean, std = self._calibrate()
+        if self._samples is not None:
+            self.log_dict({"val/policy_score": mean, "val/policy_score_std": std}, sync_dist=True)
 
     def test_step(self, batch: PreferenceBatch | RankingBatch, batch_idx: int) -> None:
         """Means over the whole test set; refuse to test a head that nobody trained."""
@@ -292,15 +336,13 @@ class RewardModule(PairStage):
         """Calibrate the final weights, unless the last validation has just done so."""
         if self._calibrated_at == self.trainer.global_step:
             return
-        if self.trainer.val_dataloaders is None and self.trainer.enable_validation:
-            load_validation_data(self.trainer)
-        loader = self.trainer.val_dataloaders
+        loader = validation_loader(self.trainer)
         if not loader:
             rank_zero_warn("no validation data: the reward model's scores stay uncalibrated (mean 0, std 1)")
             return
         self.held_out_scores.reset()
         with evaluation_mode(self.export_model), self.trainer.precision_plugin.forward_context():
-            for batch in loader:
+            for batch in loader if self._samples is None else ():
                 on_device = self.trainer.strategy.batch_to_device(batch)
                 self.held_out_scores.update(*self._chosen_scores(on_device))
             self._calibrate()
@@ -313,17 +355,22 @@ class RewardModule(PairStage):
         pairs = self.laid_out(batch)
         return scores_at_end(self.pair_scores(pairs)[0], pairs.batch.chosen_mask), pairs.batch.row_ids >= 0
 
-    def _calibrate(self) -> None:
-        """Measure the held-out scores that were collected, and remember one sequence as a probe."""
-        scores = self.held_out_scores.compute().double().reshape(-1)  # one alone comes without a dimension
-        std = float(scores.std(correction=0)) if len(scores) > 1 else 0.0
+    def _calibrate(self) -> tuple[float, float]:
+        """Measure the policy's samples, or the chosen scores that were collected; return their mean and deviation.
+
+        One sequence is remembered as a probe.
+        """
+        samples = self._samples
+        mean, std = moments(self.held_out_scores.compute() if samples is None else samples.scores(self, self.scalar))
         loader = self.trainer.val_dataloaders
         example = as_pairs(self.trainer.strategy.batch_to_device(next(iter(loader))))  # type: ignore[arg-type]
         ids = example.chosen_ids[:1, : int(example.chosen_mask[0].sum())][:, :_PROBE_TOKENS]
         mask = torch.ones_like(ids, dtype=torch.bool)
         probe_score = float(scores_at_end(self.scalar.raw(ids, mask), mask))
-        self.scalar.calibration = Calibration(float(scores.mean()), std or 1.0, ids[0].tolist(), probe_score)
+        over = "chosen" if samples is None else "samples"
+        self.scalar.calibration = Calibration(mean, std or 1.0, ids[0].tolist(), probe_score, over)
         self._calibrated_at = self.trainer.global_step
+        return mean, std
 
     def predict_step(self, batch: ScoringBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Score sequences.

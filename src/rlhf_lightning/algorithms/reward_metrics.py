@@ -95,3 +95,13 @@ class HeldOutScores(Metric):
     def compute(self) -> Tensor:
         """Those that count, `[N]`."""
         return dim_zero_cat(self.scores)[dim_zero_cat(self.counted)]
+
+
+def moments(scores: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation, which is 0 of one score.
+
+    Args:
+        scores: `[N]`; one alone may come without a dimension.
+    """
+    scores = scores.double().reshape(-1)
+    return float(scores.mean()), float(scores.std(correction=0)) if len(scores) > 1 else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapter_folders import CALIBRATION_FILE
@@ -21,16 +21,19 @@ class Calibration:
     """What is known of a reward model's raw scores; kept in its `config.json`.
 
     Attributes:
-        mean: mean raw score of held-out chosen responses.
+        mean: mean raw score of held-out chosen responses, or of samples.
         std: their standard deviation.
         probe_ids: token ids of one held-out sequence.
         probe_score: its raw score at the last token when the model was saved.
+        over: whose scores these are: `chosen` for held-out chosen responses, as Stiennon et al. 2020 take references;
+            `samples` for answers of a policy to held-out prompts, as Ziegler et al. 2019 do.
     """
 
     mean: float = 0.0
     std: float = 1.0
     probe_ids: list[int] = field(default_factory=list)
     probe_score: float = 0.0
+    over: Literal["chosen", "samples"] = "chosen"
 
 
 def restore_records(config: Any, name: str) -> None:
