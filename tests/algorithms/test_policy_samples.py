@@ -1,7 +1,6 @@
 """A reward model calibrated over answers of the policy that it starts from (Ziegler et al. 2019)."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +22,15 @@ from helpers.stages import (
     trainer,
     weights,
 )
-from rlhf_lightning import HFExport, PreferenceDataModule, RewardModule, Sampling, UserError, load_reward_model
+from rlhf_lightning import (
+    FineTune,
+    HFExport,
+    PreferenceDataModule,
+    RewardModule,
+    Sampling,
+    UserError,
+    load_reward_model,
+)
 from rlhf_lightning.models.calibration import Calibration
 
 ANSWERS = 5
@@ -232,9 +239,21 @@ def test_a_reward_model_goes_on_by_the_answers_of_a_policy_that_is_named(folder,
     assert module.parents == {"model": reward_folder, "policy": folder}
 
 
-def test_a_config_of_before_says_chosen_responses(reward_folder):
-    path = Path(reward_folder) / "config.json"
-    config = json.loads(path.read_text())
-    config["reward_calibration"].pop("over")
-    path.write_text(json.dumps(config))
-    assert load_reward_model(reward_folder).calibration.over == Calibration().over == "chosen"
+def test_a_record_without_a_word_is_of_chosen_responses(folder, tmp_path):
+    """As earlier versions wrote them, and as they are still written without samples."""
+    for count, known in ((0, set()), (ANSWERS, {"over"})):
+        module = module_of(folder, calibration_samples=count)
+        fit(module, data_of(folder), max_steps=1, callbacks=[HFExport(str(tmp_path / str(count)))])
+        record = json.loads((tmp_path / str(count) / "config.json").read_text())["reward_calibration"]
+        assert record.keys() == {"mean", "std", "probe_ids", "probe_score"} | known
+        assert module.run_state()["calibration"] == record
+        calibration = load_reward_model(tmp_path / str(count)).calibration
+        assert calibration == module.scalar.calibration == Calibration(**record)
+        assert calibration.over == ("samples" if count else "chosen")
+
+
+def test_an_adapter_keeps_what_it_is_calibrated_over(folder, tmp_path):
+    module = module_of(folder, finetune=FineTune("lora"))
+    fit(module, data_of(folder), max_steps=1, callbacks=[HFExport(str(tmp_path))])
+    assert load_reward_model(tmp_path).calibration == module.scalar.calibration
+    assert module.scalar.calibration.over == "samples"

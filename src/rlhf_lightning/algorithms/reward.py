@@ -46,6 +46,7 @@ from rlhf_lightning.functional import (
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.host import alike, places_of
 from rlhf_lightning.lightning_compat import validation_loader
+from rlhf_lightning.models.calibration import as_record
 from rlhf_lightning.models.classifiers import give_own_pad_token
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.models.finetune import prepare_for_training
@@ -389,7 +390,7 @@ class RewardModule(PairStage):
 
     def run_state(self) -> dict[str, Any]:
         """The calibration, and the step that it was made at."""
-        return {"calibration": {**vars(self.scalar.calibration)}, "calibrated_at": self._calibrated_at}
+        return {"calibration": as_record(self.scalar.calibration), "calibrated_at": self._calibrated_at}
 
     def load_run_state(self, state: dict[str, Any]) -> None:
         """Go on with the calibration that the checkpoint holds; its head has been trained."""

@@ -36,6 +36,20 @@ class Calibration:
     over: Literal["chosen", "samples"] = "chosen"
 
 
+def as_record(calibration: Calibration) -> dict[str, Any]:
+    """A calibration as plain values, from which `Calibration(**record)` is the same.
+
+    `over` stands there only where it is not the usual, so that other records are what every version reads.
+
+    Args:
+        calibration: what is known.
+    """
+    record = asdict(calibration)
+    if calibration.over == Calibration.over:
+        del record["over"]
+    return record
+
+
 def restore_records(config: Any, name: str) -> None:
     """Put into a config what an adapter folder, which has none, keeps in a file of its own.
 
@@ -55,6 +69,6 @@ def restore_records(config: Any, name: str) -> None:
         records = json.loads(path.read_text(encoding="utf-8"))
         setattr(config, RENDERING, records.pop(RENDERING, None))
         if records.pop(LABELS, None) is None:  # several labels have no calibration
-            setattr(config, CALIBRATION, asdict(Calibration(**records)))
+            setattr(config, CALIBRATION, as_record(Calibration(**records)))
     except (ValueError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"'{path}' does not hold a calibration ({e}); export the reward model again") from e

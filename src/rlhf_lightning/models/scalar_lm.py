@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -25,7 +24,7 @@ from rlhf_lightning.models.adapter_folders import (
     is_adapter,
     is_reward_adapter,
 )
-from rlhf_lightning.models.calibration import CALIBRATION, Calibration, restore_records
+from rlhf_lightning.models.calibration import CALIBRATION, Calibration, as_record, restore_records
 from rlhf_lightning.models.classifiers import check_linear_head, draw_head, load_classifier
 from rlhf_lightning.models.folders import architectures, check_model_folder, read_config, reason_of
 from rlhf_lightning.models.fused_lora import fuse_adapters
@@ -71,7 +70,7 @@ class ScalarLM(nn.Module):
 
     @calibration.setter
     def calibration(self, calibration: Calibration) -> None:
-        setattr(self.model.config, CALIBRATION, asdict(calibration))
+        setattr(self.model.config, CALIBRATION, as_record(calibration))
 
     def raw(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Raw scalar of every token, `[B, T]`, float32.
