@@ -368,8 +368,9 @@ class RewardModule(PairStage):
         ids = example.chosen_ids[:1, : int(example.chosen_mask[0].sum())][:, :_PROBE_TOKENS]
         mask = torch.ones_like(ids, dtype=torch.bool)
         probe_score = float(scores_at_end(self.scalar.raw(ids, mask), mask))
-        over = "chosen" if samples is None else "samples"
-        self.scalar.calibration = Calibration(mean, std or 1.0, ids[0].tolist(), probe_score, over)
+        self.scalar.calibration = Calibration(
+            mean, std or 1.0, ids[0].tolist(), probe_score, "chosen" if samples is None else "samples"
+        )
         self._calibrated_at = self.trainer.global_step
         return mean, std
 
