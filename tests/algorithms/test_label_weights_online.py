@@ -27,7 +27,7 @@ from rlhf_lightning.cli.main import main
 from rlhf_lightning.evaluation.suite import evaluate
 from rlhf_lightning.models.classifiers import Classifier
 from rlhf_lightning.models.labels import fold_head
-from rlhf_lightning.models.rewarding import ModelScorer
+from rlhf_lightning.models.scorers import ModelScorer
 
 BY_ORDER = [0.65, 0.8, 0.0, 0.0, -0.4]
 CONSTANT: dict[str, Any] = {"lr_schedule": "constant", "warmup_steps": 0}

@@ -34,7 +34,7 @@ from rlhf_lightning import (
 )
 from rlhf_lightning.algorithms.lineage import lineage_of
 from rlhf_lightning.models.other_rewards import total_scores
-from rlhf_lightning.models.rewarding import ModelScorer, TextScorer
+from rlhf_lightning.models.scorers import ModelScorer, TextScorer
 
 CONSTANT = {"lr_schedule": "constant", "warmup_steps": 0}
 

@@ -34,8 +34,8 @@ from rlhf_lightning import (
     load_causal_lm,
 )
 from rlhf_lightning.algorithms.online import checks as ppo_checks
-from rlhf_lightning.models.rewarding import ModelScorer
 from rlhf_lightning.models.scalar_lm import Calibration
+from rlhf_lightning.models.scorers import ModelScorer
 
 SIZES = {"rollout_batch_size": 4, "minibatch_size": 4, "sampling": Sampling(max_new_tokens=4)}
 

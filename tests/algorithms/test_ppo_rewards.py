@@ -27,8 +27,9 @@ from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.data.sources import Table
 from rlhf_lightning.generation.engine import Generation, decode_responses
 from rlhf_lightning.models.rendering import RENDERING, rendering_of
-from rlhf_lightning.models.rewarding import ModelScorer, Responses, TextScorer, load_scorer
+from rlhf_lightning.models.rewarding import load_scorer
 from rlhf_lightning.models.scalar_lm import load_reward_model
+from rlhf_lightning.models.scorers import ModelScorer, Responses, TextScorer
 
 SIZES = {"rollout_batch_size": 2, "minibatch_size": 2, "sampling": Sampling(max_new_tokens=4)}
 CHATML = CHAT_TEMPLATE.replace(" | trim", "")

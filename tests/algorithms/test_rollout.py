@@ -32,8 +32,8 @@ from rlhf_lightning.functional.masked import identity
 from rlhf_lightning.generation.engine import Generation, TransformersEngine, respond
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.reward_functions import ScoringFunction
-from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, Responses, TextScorer
 from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM
+from rlhf_lightning.models.scorers import FunctionScorer, ModelScorer, Responses, TextScorer
 
 NAN = float("nan")
 EOS = 3

@@ -39,8 +39,8 @@ from rlhf_lightning.evaluation.judge import Judge
 from rlhf_lightning.functional import kl_shaped_rewards
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.models.reward_functions import ScoringFunction
-from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer
 from rlhf_lightning.models.scalar_lm import Calibration
+from rlhf_lightning.models.scorers import FunctionScorer, ModelScorer
 from rlhf_lightning.models.token_rewards import TokenRewards, step_ends
 
 EOS = 3

@@ -20,8 +20,9 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation import Judge
 from rlhf_lightning.functional import scores_at_end
 from rlhf_lightning.models.classifiers import Classifier
-from rlhf_lightning.models.rewarding import ModelScorer, Responses, TextScorer, load_scorer
+from rlhf_lightning.models.rewarding import load_scorer
 from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM, load_reward_model
+from rlhf_lightning.models.scorers import ModelScorer, Responses, TextScorer
 
 PROMPTS = ["can you help", "bake bread", "how do i repair my old bicycle?", "yeast"]
 ANSWERS = [" me repair my bicycle?", " and wait", " Start with the chain.", ""]

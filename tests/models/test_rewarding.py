@@ -8,8 +8,9 @@ from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, Responses, TextScorer, load_scorer
+from rlhf_lightning.models.rewarding import load_scorer
 from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM, load_reward_model
+from rlhf_lightning.models.scorers import FunctionScorer, ModelScorer, Responses, TextScorer
 
 PROMPTS = ["can you help", "bake bread"]
 ANSWERS = [" me repair my bicycle?", " and wait"]

@@ -17,8 +17,9 @@ from rlhf_lightning.evaluation.policy import Dtype, default_device, dtype_on
 from rlhf_lightning.models.causal_lm import freeze
 from rlhf_lightning.models.reward_endpoints import RewardEndpoint
 from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction
-from rlhf_lightning.models.rewarding import TextScorer, find_reward, load_reader
+from rlhf_lightning.models.rewarding import find_reward, load_reader
 from rlhf_lightning.models.scalar_lm import ScalarLM
+from rlhf_lightning.models.scorers import TextScorer
 from rlhf_lightning.models.tokenizer import filler_id
 
 

@@ -33,8 +33,8 @@ from rlhf_lightning.functional import (
     ties_credit,
 )
 from rlhf_lightning.functional.intervals import Array
-from rlhf_lightning.models.rewarding import TextScorer
 from rlhf_lightning.models.scalar_lm import Calibration
+from rlhf_lightning.models.scorers import TextScorer
 
 LENGTH_EDGES = (-200, -50, 50, 200)
 """Characters by which the better response of a pair is longer, between which accuracy is reported."""

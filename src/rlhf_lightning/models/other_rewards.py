@@ -21,7 +21,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.token_rewards import PerToken
 from rlhf_lightning.models.reward_endpoints import RewardEndpoint
 from rlhf_lightning.models.reward_functions import RewardFunction
-from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, Scorer, TextScorer
+from rlhf_lightning.models.scorers import FunctionScorer, ModelScorer, Scorer, TextScorer
 from rlhf_lightning.models.token_rewards import check_per_token
 
 MAIN = "main"

@@ -37,8 +37,8 @@ from rlhf_lightning.generation.sampling import draw_tokens
 from rlhf_lightning.models.classifiers import Classifier
 from rlhf_lightning.models.heads import linear_in_float32
 from rlhf_lightning.models.merging import merged_adapters
-from rlhf_lightning.models.rewarding import FunctionScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
+from rlhf_lightning.models.scorers import FunctionScorer
 from rlhf_lightning.planning.live import LiveBytes, Moment, bytes_of, tensors_of
 from rlhf_lightning.planning.skeletons import fill
 from rlhf_lightning.training.sharded import blocks_of

@@ -46,8 +46,8 @@ from rlhf_lightning.models.other_rewards import (
     check_sources,
 )
 from rlhf_lightning.models.reward_functions import RewardFunction
-from rlhf_lightning.models.rewarding import FunctionScorer, ModelScorer, TextScorer, scores_tokens
 from rlhf_lightning.models.scalar_lm import ScalarLM
+from rlhf_lightning.models.scorers import FunctionScorer, ModelScorer, TextScorer, scores_tokens
 from rlhf_lightning.training import sum_over_ranks, synced
 from rlhf_lightning.training.reporting import report_progress
 from rlhf_lightning.training.rollouts import RolloutWeights, rollout_weights

@@ -17,8 +17,8 @@ from rlhf_lightning.forward.capacity import context_length
 from rlhf_lightning.forward.numerics import is_float32_exact
 from rlhf_lightning.functional import masked_sum
 from rlhf_lightning.generation.sampling import Sampling
-from rlhf_lightning.models.rewarding import ModelScorer, TextScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
+from rlhf_lightning.models.scorers import ModelScorer, TextScorer
 from rlhf_lightning.training import sum_over_ranks
 
 _EXACT, _ROUNDED, _WRONG = 1e-3, 0.05, 1.0

@@ -18,7 +18,7 @@ from rlhf_lightning.algorithms.online.rollout import raw_score
 from rlhf_lightning.batches import Sources
 from rlhf_lightning.functional.masked import Reduce, masked_moments
 from rlhf_lightning.models.other_rewards import MAIN, OtherReward, check_sources, total_scores
-from rlhf_lightning.models.rewarding import Scorer
+from rlhf_lightning.models.scorers import Scorer
 
 
 class RewardCombination:

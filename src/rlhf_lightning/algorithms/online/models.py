@@ -34,17 +34,7 @@ from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.other_rewards import MAIN, OtherReward, OtherScorers
 from rlhf_lightning.models.reward_endpoints import LoggedEndpoint, RewardEndpoint
 from rlhf_lightning.models.reward_functions import RewardFunction
-from rlhf_lightning.models.rewarding import (
-    FunctionScorer,
-    ModelScorer,
-    TextScorer,
-    find_reward,
-    give_along,
-    is_function,
-    load_scorer,
-    model_scorer,
-    shared_scalar,
-)
+from rlhf_lightning.models.rewarding import find_reward, is_function, load_scorer, model_scorer, shared_scalar
 from rlhf_lightning.models.scalar_lm import (
     ScalarLM,
     attach_reward_adapter,
@@ -54,6 +44,7 @@ from rlhf_lightning.models.scalar_lm import (
     response_values,
     reward_adapter_base,
 )
+from rlhf_lightning.models.scorers import FunctionScorer, ModelScorer, TextScorer, give_along
 from rlhf_lightning.models.sharing import copied_or_shared, load_reference, scalar_beside, zero_head
 from rlhf_lightning.models.token_rewards import TokenRewards
 from rlhf_lightning.models.tokenizer import load_tokenizer

@@ -29,8 +29,8 @@ from rlhf_lightning.functional import gae, kl_estimate, masked_moments, masked_s
 from rlhf_lightning.functional.masked import Reduce, identity
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.host import alike, on_host
-from rlhf_lightning.models.rewarding import ModelScorer, Responses, Scorer, TextScorer, scores_tokens, token_scores
 from rlhf_lightning.models.scalar_lm import ScalarLM
+from rlhf_lightning.models.scorers import ModelScorer, Responses, Scorer, TextScorer, scores_tokens, token_scores
 
 Report = Callable[[int, int], None]
 """Told how many of how many parts are done."""

@@ -37,8 +37,8 @@ from rlhf_lightning.errors import NonFiniteError, UserError
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.host import on_host
 from rlhf_lightning.models.reward_functions import RewardFunction
-from rlhf_lightning.models.rewarding import ModelScorer
 from rlhf_lightning.models.scalar_lm import ScalarLM
+from rlhf_lightning.models.scorers import ModelScorer
 from rlhf_lightning.training import sum_over_ranks, world_size
 from rlhf_lightning.training.reporting import log_text, report_progress
 
