@@ -121,7 +121,8 @@ def test_reward_training_logs_what_the_page_says(folder, on):
     data = PreferenceDataModule(folder, rows, validation_data=rows, test_data=rows, batch_size=4, max_length=48)
     off = {f"{split}/{SWITCHES[each][1]}" for each in SWITCHES.keys() - {*on} for split in SPLITS}
     off |= set() if {"center_coef", "lm_coef"} & {*on} else {"train/objective"}
-    module = RewardModule(folder, calibration_samples=2 if on else 0, **{each: SWITCHES[each][0] for each in on})
+    samples = {"calibration_samples": 2, "sampling": Sampling(max_new_tokens=4)} if on else {}
+    module = RewardModule(folder, **samples, **{each: SWITCHES[each][0] for each in on})
     assert logged(module, data) == documented("Reward model") - off - (set() if on else SAMPLES)
 
 
