@@ -116,7 +116,8 @@ def load_scorer(
     model, chat = load_reader(found, trust_remote_code, nf4, weights)
     if isinstance(model, Classifier):
         return TextScorer(model, chat, Spacing.of(policy_chat))
-    return model_scorer(model, chat.tokenizer, policy_chat)
+    assert isinstance(chat, ChatEncoder)
+    return model_scorer(model, chat, policy_chat)
 
 
 def load_reader(
@@ -150,18 +151,15 @@ def load_reader(
     return Classifier(model, logits, pairs.type_after), pairs
 
 
-def model_scorer(
-    model: ScalarLM, tokenizer: PreTrainedTokenizerBase, policy_chat: ChatEncoder
-) -> ModelScorer | TextScorer:
+def model_scorer(model: ScalarLM, chat: ChatEncoder, policy_chat: ChatEncoder) -> ModelScorer | TextScorer:
     """What scores by a reward model: the policy's ids if they are those of its training, otherwise the texts anew.
 
     Args:
         model: the reward model.
-        tokenizer: its own.
+        chat: writes dialogues as it reads them, from `reward_chat`.
         policy_chat: writes dialogues as the policy reads them.
     """
-    chat = reward_chat(model, tokenizer)
-    same_ids = same_tokenizer(policy_chat.tokenizer, tokenizer)
+    same_ids = same_tokenizer(policy_chat.tokenizer, chat.tokenizer)
     if same_ids and _writing(chat) == _writing(policy_chat):
         return ModelScorer(model)
     return TextScorer(model, chat, Spacing.of(policy_chat), same_ids)

@@ -34,7 +34,14 @@ from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.other_rewards import MAIN, OtherReward, OtherScorers
 from rlhf_lightning.models.reward_endpoints import LoggedEndpoint, RewardEndpoint
 from rlhf_lightning.models.reward_functions import RewardFunction
-from rlhf_lightning.models.rewarding import find_reward, is_function, load_scorer, model_scorer, shared_scalar
+from rlhf_lightning.models.rewarding import (
+    find_reward,
+    is_function,
+    load_scorer,
+    model_scorer,
+    reward_chat,
+    shared_scalar,
+)
 from rlhf_lightning.models.scalar_lm import (
     ScalarLM,
     attach_reward_adapter,
@@ -252,7 +259,7 @@ class ModelSource:
         if beside:
             frozen = self._beside(policy)
             own = load_tokenizer(str(self.reward), trust)
-            scorer: ModelScorer | TextScorer | FunctionScorer = model_scorer(frozen, own, chat)
+            scorer: ModelScorer | TextScorer | FunctionScorer = model_scorer(frozen, reward_chat(frozen, own), chat)
         else:
             scorer = self._scorer(MAIN, chat)
         if self.value_trunk is None:
