@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from rlhf_lightning.cli.pipeline.steps import read_pipeline
-from rlhf_lightning.cli.quickstart.stages import Algorithm
+from rlhf_lightning.cli.quickstart.stages import Algorithm, gold
 from rlhf_lightning.cli.recipes import find_recipe, read_config
 
 
@@ -131,6 +131,7 @@ SWITCHES = [
         {"num_heads": 4},
     ),
     *map(paper, PAPERS),
+    Switch("gold-as-reward", "`reward`: gold itself", {"reward": f"{gold.__module__}.{gold.__qualname__}"}),
     Switch("rloo", "RLOO (`quickstart/rloo.yaml`)", algorithm="rloo"),
     Switch("grpo", "GRPO (`quickstart/grpo.yaml`)", algorithm="grpo"),
     Switch("dpo", "DPO (`quickstart/dpo.yaml`)", algorithm="dpo"),
