@@ -103,9 +103,7 @@ def report(results: dict[str, dict[int, Result]], times: bool = False) -> str:
         if not found:
             continue
         wins = [each["win_rate"] for each in found.values()]
-        gains = [
-            100 * (each["win_rate"] - default[seed]["win_rate"]) for seed, each in found.items() if seed in default
-        ]
+        gained = gains(found, default).values()
         costs = [each["seconds"] / default[seed]["seconds"] for seed, each in found.items() if seed in default]
         lines.append(
             [
@@ -113,7 +111,7 @@ def report(results: dict[str, dict[int, Result]], times: bool = False) -> str:
                 switch.what,
                 " ".join(f"{100 * win:.1f}" for win in wins),
                 f"{100 * mean(wins):.1f}",
-                f"{mean(gains):+.1f}" if gains and switch.name != "default" else "",
+                f"{mean(gained):+.1f}" if gained and switch.name != "default" else "",
                 f"{mean(each['kl'] for each in found.values()):.1f}",
                 f"{mean(each['gold_mean'] for each in found.values()):.2f}",
                 *([f"{mean(costs):.2f}" if costs else ""] if times else []),
@@ -132,31 +130,37 @@ def report(results: dict[str, dict[int, Result]], times: bool = False) -> str:
     return table(head, lines)
 
 
+def gains(found: dict[int, Result], default: dict[int, Result]) -> dict[int, float]:
+    """By how many points each seed's win rate differs from the default's of that seed."""
+    return {
+        seed: 100 * (each["win_rate"] - default[seed]["win_rate"]) for seed, each in found.items() if seed in default
+    }
+
+
 def picture(results: dict[str, dict[int, Result]], path: Path) -> None:
-    """Win rates of all switches, a row for each, the best on top: a dot for each seed, a bar at their mean."""
+    """What each switch gains, a row for each, the best on top: a dot for each seed, a bar at their mean."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    def mean_win(name: str) -> float:
-        return mean(100 * each["win_rate"] for each in results[name].values())
-
-    names = sorted((each.name for each in SWITCHES if each.name in results), key=mean_win)
+    default = results["default"]
+    gained = {each.name: gains(results.get(each.name, {}), default) for each in SWITCHES if each.name != "default"}
+    names = sorted((name for name, each in gained.items() if each), key=lambda name: mean(gained[name].values()))
     figure = Figure(figsize=(8, 1.2 + 0.24 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    if "default" in results:
-        axes.axvline(mean_win("default"), color="0.6", linewidth=1, zorder=0)
+    axes.axvline(0, color="0.6", linewidth=1, zorder=0)
+    for number, seed in enumerate(sorted(default)):
+        places = [(gained[name][seed], row) for row, name in enumerate(names) if seed in gained[name]]
+        axes.plot(*zip(*places, strict=True), "o", ms=4, color=f"C{number}", alpha=0.7, label=f"seed {seed}")
     for row, name in enumerate(names):
-        found = results[name]
-        for number, seed in enumerate(sorted(found)):
-            label = f"seed {seed}" if name == "default" else None
-            axes.plot(100 * found[seed]["win_rate"], row, "o", ms=4, color=f"C{number}", alpha=0.7, label=label)
-        axes.plot(mean_win(name), row, "|", ms=12, mew=2, color="black")
-        kl = mean(each["kl"] for each in found.values())
+        axes.plot(mean(gained[name].values()), row, "|", ms=12, mew=2, color="black")
+        kl = mean(each["kl"] for each in results[name].values())
         axes.annotate(f"{kl:.1f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     axes.annotate("KL", (1.01, len(names)), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set(ylim=(-0.7, len(names) - 0.3), xlabel="win rate over SFT by gold, % (bar: mean; line: the default's)")
+    axes.set(
+        ylim=(-0.7, len(names) - 0.3), xlabel="win rate over SFT less that of the default on the same seed, points"
+    )
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=110)

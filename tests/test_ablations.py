@@ -65,6 +65,7 @@ def test_the_table_has_each_seed_the_mean_and_what_is_gained(bench: Any) -> None
 def test_the_picture_has_a_row_for_each_switch(bench: Any, tmp_path: Path) -> None:
     few, many = tmp_path / "few.png", tmp_path / "many.png"
     found = results(bench)
+    assert bench("ablations").gains(found["four-epochs"], found["default"]) == pytest.approx({1: 2.0, 2: 0.0})
     bench("ablations").picture(found, few)
     bench("ablations").picture(found | {"one-epoch": found["default"], "dpo": found["default"]}, many)
     assert imread(many).shape[0] > imread(few).shape[0] > 100
