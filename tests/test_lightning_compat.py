@@ -22,8 +22,7 @@ def test_validation_data_are_loaded_when_no_validation_has_been(tmp_path):
     class Watched(BoringModel):
         def on_train_end(self):
             states.append(self.trainer.val_dataloaders)
-            lightning_compat.load_validation_data(self.trainer)
-            states.append(self.trainer.val_dataloaders)
+            states.append(lightning_compat.validation_loader(self.trainer))
             states.append(self.trainer.state.stage)
 
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "barebones": False}

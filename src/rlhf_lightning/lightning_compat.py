@@ -21,21 +21,16 @@ def load_training_data(trainer: Trainer) -> None:
     trainer.fit_loop.setup_data()
 
 
-def load_validation_data(trainer: Trainer) -> None:
-    """What Lightning does before a run's first validation, for runs that end without one."""
-    trainer.validating = True
-    trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    trainer.training = True
-
-
 def validation_loader(trainer: Trainer) -> Any:
-    """What a run validates with, also before its first validation; nothing where there is none.
+    """What a run validates with, loaded as before its first validation if none has been; nothing where there is none.
 
     Args:
         trainer: in a fit.
     """
     if trainer.val_dataloaders is None and trainer.enable_validation:
-        load_validation_data(trainer)
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        trainer.training = True
     return trainer.val_dataloaders
 
 

@@ -59,7 +59,7 @@ CASES = [
     (
         ["fit"],
         "nothing says which model and data class to use; pass --config with a recipe "
-        "(dpo.yaml, grpo.yaml, ppo.yaml, reward.yaml, rloo.yaml, sft",
+        "(dpo.yaml, grpo.yaml, ppo.yaml, regression.yaml, reward.yaml, rloo.yaml, sft",
     ),
     (["train"], "unknown command 'train'; did you mean `rlhf fit`?"),
     (["reward"], "unknown command 'reward'; did you mean `rlhf fit --config reward.yaml`?"),

@@ -26,7 +26,7 @@ from rlhf_lightning.cli.recipes import recipe_names
         ("rlhf", sorted([*STAGE_COMMANDS, *COMMANDS])),
         ("rlhf qu", ["quickstart"]),
         ("rlhf fit --config ", recipe_names()),
-        ("rlhf fit --config re", ["reward.yaml"]),
+        ("rlhf fit --config re", ["regression.yaml", "reward.yaml"]),
         ("rlhf fit --config=trainer/c", ["trainer/cpu.yaml"]),
         ("rlhf fit -c sft", ["sft.yaml"]),
         ("rlhf prepare --config da", ["data.yaml"]),
@@ -104,7 +104,7 @@ def test_zsh_asks_for_it(tmp_path):
     try:
         for typed, becomes in [
             ("rlhf qui\t", "rlhf quickstart "),
-            ("rlhf fit --config re\t", "--config reward.yaml "),
+            ("rlhf fit --config rew\t", "--config reward.yaml "),
             ("rlhf fit --config=trainer/c\t", "--config=trainer/cpu.yaml "),
             ("rlhf fit --config grpo.yaml --model.scal\t", "--model.scaled "),
             ("rlhf fit --config sft.yaml --model.lr_schedule=li\t", "--model.lr_schedule=linear "),
