@@ -69,6 +69,15 @@ def hyperparameters(settings: Settings) -> dict[str, Any]:
     return given | none | {name: group for name, group in groups.items() if name in given}
 
 
+def test_files_of_the_working_folder_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = settings_of("policy", 1, "quickstart/rloo.yaml")
+    (tmp_path / "quickstart").mkdir()
+    for name in ("quickstart.yaml", "quickstart/rloo.yaml", "rloo.yaml"):
+        (tmp_path / name).write_text("steps: {policy: {config: sft.yaml}}")
+    monkeypatch.chdir(tmp_path)
+    assert settings_of("policy", 1, "quickstart/rloo.yaml") == before
+
+
 def test_what_answers_in_the_end_samples_as_training_does() -> None:
     sampling = settings_of("policy", 1).model["sampling"]
     assert {name: getattr(SAMPLING, name) for name in sampling} == sampling

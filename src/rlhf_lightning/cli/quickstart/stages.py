@@ -21,7 +21,7 @@ from rlhf_lightning.callbacks.evaluate import Judged
 from rlhf_lightning.cli.errors import find_class
 from rlhf_lightning.cli.pipeline.steps import read_pipeline
 from rlhf_lightning.cli.quickstart.toy import ToyPaths, gold_score
-from rlhf_lightning.cli.recipes import read_config
+from rlhf_lightning.cli.recipes import RECIPES, read_config
 from rlhf_lightning.data import PreferenceDataModule, PromptDataModule
 from rlhf_lightning.generation.sampling import Sampling
 
@@ -100,9 +100,10 @@ def settings_of(name: str, seed: int, *others: str) -> Settings:
         seed: of all random numbers.
         *others: recipes that are stacked on `quickstart.yaml`.
     """
-    pipeline = read_pipeline(["quickstart.yaml", *others], [f"seed={seed}"], None)
-    (step,) = (step for step in pipeline.steps if step.name == name)
-    said = read_config(step.configs[0])
+    # The package's own, whatever files of these names lie in the working folder.
+    recipes = [str(RECIPES / recipe) for recipe in ("quickstart.yaml", *others)]
+    (step,) = (step for step in read_pipeline(recipes, [f"seed={seed}"], None).steps if step.name == name)
+    said = read_config(str(RECIPES / Path(step.configs[0]).name))
     parts: dict[str, dict[str, Any]] = {part: said[part].get("init_args", said[part]) for part in _PARTS}
     for key, value in step.options.items():
         part, _, argument = key.partition(".")
