@@ -52,7 +52,7 @@ def test_an_unknown_rating_names_those_that_are_known(rating):
 
 def test_tables_that_cannot_be_are_refused():
     for ratings, message in [
-        ("smal", "'smal' is none of small, large"),
+        ("smaller", "'smaller' is none of small, large"),
         ({"a": 1.0, "A": 2.0}, "must name one rating or more, each once"),
         ({}, "must name one rating or more, each once"),
     ]:
@@ -62,7 +62,7 @@ def test_tables_that_cannot_be_are_refused():
         with pytest.raises(UserError, match="rating_margins"):
             kind(rating_margins={"a": -1.0})
         with pytest.raises(UserError, match="rating_margins"):
-            kind(rating_margins="smal")
+            kind(rating_margins="smaller")
 
 
 def test_batches_ask_for_the_margins_and_a_bad_row_is_named():
