@@ -106,6 +106,7 @@ def test_a_chat_model_rates_each_answer():
         (Said('{"scores": [1, 2]}'), "scores is not a list of 3 numbers"),
         (Said('{"scores": [1, 2, NaN]}'), "scores holds what is no finite number"),
         (Said('{"scores": [1, 2, true]}'), "scores holds what is no finite number"),
+        (Said('{"scores": [1, 2, 1' + 400 * "0" + "]}"), "scores holds what is no finite number"),
         (Said("", 500), "500 Internal Server Error"),
     ],
 )

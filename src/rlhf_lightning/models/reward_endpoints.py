@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ def _rating(raw: bytes) -> str:
     found = {*_RATING.findall(str(text))}
     if not found and (bare := re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*", str(text))):
         found = {bare[1]}
-    if len(found) != 1:
+    if len(found) != 1 or not math.isfinite(float(min(found))):
         raise FailedError("a reply without one rating in [[ ]]", passing=False)
     return json.dumps([float(found.pop())])
 
@@ -168,7 +169,7 @@ def _scores(raw: bytes, keys: Sequence[str], count: int) -> str:
         raise FailedError(f"a reply that holds no {'.'.join(keys)}", passing=False) from None
     if not isinstance(found, list) or len(found) != count:
         raise FailedError(f"{'.'.join(keys)} is not a list of {count} numbers", passing=False)
-    if not all(type(each) in (int, float) and math.isfinite(each) for each in found):
+    if not all(type(each) in (int, float) and abs(each) <= sys.float_info.max for each in found):
         raise FailedError(f"{'.'.join(keys)} holds what is no finite number", passing=False)
     return json.dumps([float(each) for each in found])
 
