@@ -23,6 +23,7 @@ from helpers.stages import (
     prompt_rows,
     same_weights,
     save_llama,
+    save_reward_model,
     sgd,
     trainer,
     weights,
@@ -41,6 +42,8 @@ from rlhf_lightning import (
 )
 from rlhf_lightning.algorithms.reward_metrics import Correlations
 from rlhf_lightning.functional import correlation
+from rlhf_lightning.models.calibration import Calibration
+from rlhf_lightning.models.labels import labels_of
 from rlhf_lightning.models.scalar_lm import load_reward_model
 
 NAMES = ["helpfulness", "verbosity"]
@@ -219,6 +222,15 @@ def test_what_does_not_fit_is_refused_in_one_line(folder, tmp_path):
         data(folder, attributes=["helpfulness", "helpfulness"])
     with pytest.raises(UserError, match=r"model.attributes are helpfulness, verbosity, data.attributes verbosity"):
         fit(make(folder), data(folder, attributes=["verbosity", "helpfulness"]), max_steps=1)
+    module, swapped = make(folder), data(folder, attributes=["verbosity", "helpfulness"], test_split=0.2)
+    fit(module, data(folder), max_steps=1)
+    for measure in (trainer().validate, trainer().test):
+        with pytest.raises(UserError, match=r"model.attributes are helpfulness, verbosity, data.attributes verbosity"):
+            measure(module, swapped, verbose=False)
+    one = data(folder, attributes=["verbosity"])
+    one.setup("fit")
+    with pytest.raises(UserError, match=r"a batch has 1 scores of each response, model.attributes are helpfulness"):
+        trainer(max_steps=1).fit(make(folder), one.train_dataloader())
     with pytest.raises(UserError, match="has no trained head"):
         trainer().validate(make(folder), data(folder), verbose=False)
     rows = [*rated_rows(), {"prompt": "a", "response": " b", "helpfulness": "much", "verbosity": 1}]
@@ -240,6 +252,32 @@ def test_prepared_ratings_are_read_with_their_attributes(folder, tmp_path):
     with pytest.raises(UserError, match="prepared with the attributes helpfulness, verbosity, not verbosity"):
         data(folder, str(tmp_path / "out"), attributes=["verbosity"]).setup("fit")
     assert {path.name for path in Path(tmp_path / "out").glob("rated_*.arrow")} >= {"rated_train.arrow"}
+
+
+def test_a_calibration_of_a_reward_model_does_not_stay_with_what_goes_on_from_it(folder, tmp_path):
+    begun = save_reward_model(tmp_path / "reward", folder)
+    scalar = load_reward_model(begun)
+    scalar.calibration = Calibration(mean=0.5, std=2.0, probe_ids=[5, 6], probe_score=1.0)
+    scalar.model.save_pretrained(begun)
+    (label,) = labels_of(begun)
+    for finetune in (FineTune(), FineTune(mode="lora", rank=2, export="adapter")):
+        export = tmp_path / finetune.mode
+        module = ScoreRegressionModule(begun, attributes=[label], finetune=finetune, **CONSTANT)
+        columns = {label: "helpfulness"}
+        fit(module, data(begun, attributes=[label], columns=columns), max_steps=1, callbacks=[HFExport(str(export))])
+        assert load_reward_model(export).calibration == Calibration()
+
+
+def test_rows_that_are_only_scored_may_lack_renamed_attributes(folder):
+    rows = [row | {"help": row.pop("helpfulness")} for row in rated_rows()]
+    module = make(folder)
+    source = data(
+        folder, rows, columns={"helpfulness": "help"}, predict_data=[{"prompt": "bake", "response": " bread"}]
+    )
+    fit(module, source, max_steps=1)
+    assert len(trainer().predict(module, source)) == 1
+    with pytest.raises(UserError, match=r"needed: .* a column for each of `attributes`"):
+        data(folder, rows, columns={"helpfulness": "halp"}).setup("fit")
 
 
 def test_predictions_name_the_attributes(folder, tmp_path):

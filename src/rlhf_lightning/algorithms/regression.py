@@ -27,6 +27,7 @@ from rlhf_lightning.batches import RatedBatch, ScoringBatch, micro_batches, name
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.hidden import hidden_states
 from rlhf_lightning.host import on_host
+from rlhf_lightning.models.calibration import CALIBRATION
 from rlhf_lightning.models.classifiers import check_linear_head, draw_head, give_own_pad_token, load_classifier
 from rlhf_lightning.models.dtypes import keep_dtype
 from rlhf_lightning.models.finetune import prepare_for_training
@@ -89,6 +90,7 @@ class ScoreRegressionModule(Stage):
         model.config.id2label = dict(enumerate(self.attributes))
         model.config.label2id = {label: i for i, label in enumerate(self.attributes)}
         model.config.problem_type = "regression"
+        setattr(model.config, CALIBRATION, None)  # of a reward model that this one goes on from
         prepare_for_training(model, self.finetune, self.gradient_checkpointing)
         self.model = model
 
@@ -105,13 +107,24 @@ class ScoreRegressionModule(Stage):
             UserError: the data have other attributes.
         """
         super().on_fit_start()
+        self._check_attributes()
+        self._head_is_random = False
+
+    def _check_attributes(self) -> None:
         theirs = getattr(self.datamodule, "attributes", None)
         if theirs and list(theirs) != self.attributes:
             raise UserError(
                 f"model.attributes are {', '.join(self.attributes)}, data.attributes {', '.join(theirs)}: give both "
                 "the same, in the same order"
             )
-        self._head_is_random = False
+
+    def _check_rated(self, batch: RatedBatch) -> None:
+        self.check_batch(batch, RatedBatch, "RatingDataModule")
+        if batch.scores.shape[1] != len(self.attributes):  # one score would be held against all
+            raise UserError(
+                f"a batch has {batch.scores.shape[1]} scores of each response, model.attributes are "
+                f"{', '.join(self.attributes)}: give as many, in the same order"
+            )
 
     def predicted(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Raw scores at the last real token of each sequence, `[B, K]`, float32.
@@ -132,7 +145,7 @@ class ScoreRegressionModule(Stage):
 
     def training_step(self, batch: RatedBatch, batch_idx: int) -> Tensor:
         """One optimizer step on one batch; returns its loss, detached, for callbacks."""
-        self.check_batch(batch, RatedBatch, "RatingDataModule")
+        self._check_rated(batch)
         started, lr = time.perf_counter(), self.learning_rates()[0]
         on_host(batch.attention_mask, batch.row_ids)
         size, max_tokens = self.micro_batch_size, self.token_budget
@@ -145,7 +158,7 @@ class ScoreRegressionModule(Stage):
         return step.loss
 
     def _evaluate(self, batch: RatedBatch, stage: str) -> None:
-        self.check_batch(batch, RatedBatch, "RatingDataModule")
+        self._check_rated(batch)
         predicted, given = self.predicted(batch.input_ids, batch.attention_mask), batch.scores.float()
         self.mse.update((predicted - given).square(), batch.score_mask.float())
         self.correlations.update(predicted, given, batch.score_mask)
@@ -153,6 +166,8 @@ class ScoreRegressionModule(Stage):
 
     def _begin(self) -> None:
         self.correlations.reset()
+        if self.trainer.state.fn != TrainerFn.PREDICTING:  # what is only scored has no attributes
+            self._check_attributes()
         if self.trainer.state.fn != TrainerFn.FITTING and self._head_is_random:
             raise UserError(
                 f"'{self.model_name_or_path}' has no trained head; pass the export folder of a model of scores, or a "

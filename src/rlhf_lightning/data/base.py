@@ -23,7 +23,7 @@ from rlhf_lightning.data.limits import RANGES, TokenLimits
 from rlhf_lightning.data.packing import PackedTable
 from rlhf_lightning.data.preparing.cache import find_or_build
 from rlhf_lightning.data.preparing.filters import NO_FILTERS, Filters, Splits
-from rlhf_lightning.data.preparing.given import holds_tokens, open_tokens
+from rlhf_lightning.data.preparing.given import holds_tokens, open_tokens, say_unheeded
 from rlhf_lightning.data.preparing.manifest import PARTS, Part
 from rlhf_lightning.data.preparing.preparation import Preparation, read_all
 from rlhf_lightning.data.preparing.prepared import PreparedFolder, TokenTable
@@ -345,7 +345,10 @@ class TextDataModule(ResumableDataModule, ABC):
             if getattr(self, name) is not None:
                 raise UserError(f"{self.data} is a prepared folder with parts of its own; leave out {name}")
         limit = getattr(self.limits, self.row_limit)
-        return open_tokens(Path(str(self.data)), self.need, self.chat, limit, self.find_turns, self.cache_dir)
+        folder = open_tokens(Path(str(self.data)), self.need, self.chat, limit, self.find_turns, self.cache_dir)
+        filters = None if self.filters == NO_FILTERS else asdict(self.filters)
+        say_unheeded(folder, filters=filters, num_samples=self.num_samples)
+        return folder
 
     def _preparation(self) -> Preparation:
         given = {"data": self.data, "validation_data": self.validation_data, "test_data": self.test_data}

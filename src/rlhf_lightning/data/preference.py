@@ -18,9 +18,11 @@ from rlhf_lightning.data.collate import (
 )
 from rlhf_lightning.data.encode import EncodedRow, scored_sequence
 from rlhf_lightning.data.limits import RANGES
+from rlhf_lightning.data.preparing.given import holds_tokens
 from rlhf_lightning.data.preparing.prepared import Derived
 from rlhf_lightning.data.rows import Need, Row
 from rlhf_lightning.data.sources.ratings import RatingMargins, margins_of
+from rlhf_lightning.errors import UserError
 
 _SIDES = ("chosen", "rejected")
 
@@ -63,6 +65,17 @@ class PreferenceDataModule(TextDataModule):
         if rating_margins is not None:
             margins_of(rating_margins)
         self.rating_margins = rating_margins
+
+    def _load_parts(self) -> None:
+        super()._load_parts()
+        if self._prepared is None or self.rating_margins is None or not holds_tokens(self.data):
+            return
+        prepared = self._prepared.manifest["arguments"].get("rating_margins")
+        if prepared != margins_of(self.rating_margins):
+            how = "without" if prepared is None else "with other"
+            raise UserError(
+                f"{self.data} was prepared {how} rating_margins: leave them out here, or prepare it again with these"
+            )
 
     def _collate(self) -> Callable[[list[Any]], PreferenceBatch | RankingBatch]:
         return partial(collate_rankings if self.whole_rankings else collate_pairs, filler=self._filler)

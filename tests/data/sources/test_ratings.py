@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import PreferenceDataModule, Table, UserError
+from rlhf_lightning.cli.prepare import prepare
+from rlhf_lightning.data.preparing.filters import Filters
 from rlhf_lightning.data.rows import BadRowError
 from rlhf_lightning.data.sources.ratings import margins_of, read_rating
 from rlhf_lightning.data.sources.row_forms import RowForm
@@ -30,7 +34,11 @@ def test_the_tables_of_llama_2(table, margins):
 
 def test_a_table_of_one_s_own_of_words_or_numbers():
     ratings = {"Much Better": 0.5, "2": 0.25}
-    assert [read(rated(each), ratings).margin for each in ("much better", 2, 2.0, "2", None)] == [0.5, *[0.25] * 3, 0]
+    assert [read(rated(each), ratings).margin for each in ("much better", 2, 2.0, "2", "2.0", None, "")] == [
+        0.5,
+        *[0.25] * 4,
+        *[0] * 2,
+    ]
     named = PAIR | {"confidence": "much_better"}
     assert read(named, ratings, {"rating": "confidence"}).margin == 0.5
     assert read(PAIR | {"margin": 7}, ratings).margin == 7
@@ -42,12 +50,27 @@ def test_without_a_table_ratings_are_named_as_unread():
     assert read(rated("better"), "small").unused == ()
 
 
-@pytest.mark.parametrize("rating", ["great", "", True, 1, ["better"]])
+@pytest.mark.parametrize("need", ["finetune", "prompts"])
+def test_what_only_pairs_have_a_use_for_is_named_where_no_pair_is_made(need):
+    row = PAIR | {"margin": 2.0, "weight": 3.0}
+    assert RowForm(list(row)).read(row, "preference").unused == ()
+    assert RowForm(list(row)).read(row, need).unused == ("column 'margin'", "column 'weight'")
+
+
+@pytest.mark.parametrize("rating", ["great", " ", True, 1, ["better"]])
 def test_an_unknown_rating_names_those_that_are_known(rating):
     with pytest.raises(BadRowError, match=r"rating .* is none of much_better, same$"):
         read(rated(rating), {"much better": 1, "same": 0})
     with pytest.raises(BadRowError, match="rating stands beside a margin"):
         read_rating("same", "rating", {"same": 0.0}, 0.0)
+
+
+@pytest.mark.parametrize("spelling", [float, str, int, lambda value: f"{value}.0"])
+def test_a_rating_below_0_keeps_its_sign(spelling):
+    ratings = {"-1": 0.0, "1": 1.0}
+    assert [read(rated(spelling(each)), ratings).margin for each in (-1, 1)] == [0, 1]
+    with pytest.raises(BadRowError, match=r"is none of 3$"):
+        read(rated(spelling(-3)), {"3": 3.0})
 
 
 def test_tables_that_cannot_be_are_refused():
@@ -87,3 +110,34 @@ def test_batches_ask_for_the_margins_and_a_bad_row_is_named():
         margins([*rows[:1], rated("good"), *rows[1:]], rating_margins="small")
     with pytest.raises(UserError, match="`rating_margins` beside Table has no effect"):
         margins(Table(rows), rating_margins="small")
+
+
+def test_a_prepared_folder_has_the_margins_that_it_was_prepared_with(tmp_path):
+    folder, rows = str(tmp_path / "tokenizer"), [rated("better", prompt=str(i)) for i in range(4)]
+    tiny_tokenizer().save_pretrained(folder)
+    for out, given in (("without", {}), ("large", {"rating_margins": "large"})):
+        prepare(tmp_path / out, folder, rows, validation_split=0.25, **given)
+
+    def margins(name, **given):
+        module = PreferenceDataModule(folder, str(tmp_path / name), **given)
+        module.setup("fit")
+        return next(iter(module.train_dataloader())).margins.tolist()
+
+    assert margins("large") == margins("large", rating_margins="large") == [2, 2, 2]
+    assert margins("without") == [0, 0, 0]
+    for name, ratings, how in (("without", "large", "without"), ("large", "small", "with other")):
+        with pytest.raises(UserError, match=f"was prepared {how} rating_margins: leave them out here"):
+            margins(name, rating_margins=ratings)
+
+
+def test_a_prepared_folder_says_which_settings_it_does_not_heed(tmp_path):
+    folder, rows = str(tmp_path / "tokenizer"), [rated("better", prompt=str(i)) for i in range(8)]
+    tiny_tokenizer().save_pretrained(folder)
+    prepare(tmp_path / "six", folder, rows, num_samples=6, kinds=["preference"])
+    said = "with other filters and num_samples; a prepared folder is read as it is"
+    with pytest.warns(UserWarning, match=said):
+        PreferenceDataModule(folder, str(tmp_path / "six"), num_samples=4, filters=Filters(shuffle=True)).setup("fit")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*read as it is.*")
+        PreferenceDataModule(folder, str(tmp_path / "six"), num_samples=6).setup("fit")
+        PreferenceDataModule(folder, str(tmp_path / "six")).setup("fit")

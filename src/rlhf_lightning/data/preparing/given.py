@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +56,19 @@ def open_tokens(
             "here; a prepared folder is read as it is, prepare it again with that limit to have it obeyed"
         )
     return folder
+
+
+def say_unheeded(folder: PreparedFolder, **asked: Any) -> None:
+    """Say in one line which settings a folder was not prepared with, as nothing is made of them any more.
+
+    Args:
+        folder: given by the user.
+        **asked: settings that choose rows, as `rlhf prepare` names them; None for what is not asked for.
+    """
+    theirs = folder.manifest["arguments"]
+    known = {name: json.loads(json.dumps(value)) for name, value in asked.items() if value is not None}
+    if others := [name for name, value in known.items() if theirs.get(name) != value]:
+        rank_zero_warn(
+            f"{folder.path} was prepared with other {' and '.join(others)}; a prepared folder is read as it is, "
+            "prepare it again with these to have them obeyed"
+        )

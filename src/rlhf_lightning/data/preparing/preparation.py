@@ -103,6 +103,7 @@ class Preparation:
             "on_bad_row": self.on_bad_row,
             "find_turns": self.find_turns,
             **({"attributes": list(self.data.attributes)} if self.data.attributes else {}),
+            **({} if self.data.ratings is None else {"rating_margins": self.data.ratings}),
         }
 
     def build(self, folder: Path) -> None:

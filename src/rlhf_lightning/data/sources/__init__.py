@@ -52,11 +52,13 @@ class Source(ABC):
         name: as reports and error messages say it.
         streaming: the rows are to be read in order only.
         attributes: names of the scores that its responses are given.
+        ratings: the margin of each rating; None where ratings are not read.
     """
 
     name: str
     streaming: bool = False
     attributes: tuple[str, ...] = ()
+    ratings: dict[str, float] | None = None
 
     @abstractmethod
     def open(self) -> Rows:
@@ -267,6 +269,8 @@ class Blend(Source):
             raise UserError("the sources of a blend have different attributes; give all of them the same")
         self.sources, self.weights = sources, weights
         self.attributes = sources[0].attributes
+        first = sources[0].ratings
+        self.ratings = first if all(source.ratings == first for source in sources) else None
         self.streaming = sources[0].streaming
         self.name = " + ".join(source.name for source in sources)
 

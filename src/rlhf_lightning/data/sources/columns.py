@@ -17,6 +17,8 @@ TIE_MARGIN = "tie_margin"
 """A number, too, but of rankings alone."""
 RATING = "rating"
 """Read only where each rating has a margin."""
+OF_PAIRS = (*NUMBERS, TIE_MARGIN, RATING)
+"""What only preferences have a use for."""
 NAMES = (
     *("prompt", "response", "chosen", "rejected", "messages"),
     *("conversations", "instruction", "input", "output", "completion"),
@@ -56,6 +58,8 @@ class Columns:
         self.attributes = tuple(attributes)
         if taken := sorted({*attributes} & {*NAMES}):
             raise UserError(f"attributes: '{taken[0]}' is the name of a column with a meaning of its own; use another")
+        # Rows that are only to be scored lack what others were rated; `has` says so where it is asked for.
+        names = {ours: theirs for ours, theirs in names.items() if ours not in self.attributes or theirs in self.found}
         self._check_names(names)
         free = set(self.found) - set(names.values())
         self._theirs = {ours: ours for ours in (*NAMES, *self.attributes) if ours in free} | dict(names)

@@ -73,9 +73,12 @@ def spelt(rating: Any) -> str:
     """A rating without regard to case, and to what stands between its words; numbers as they are written shortest.
 
     Example:
-        >>> spelt(" Slightly-better "), spelt(3.0), spelt("Negligibly better / unsure")
-        ('slightly_better', '3', 'negligibly_better_unsure')
+        >>> spelt(" Slightly-better "), spelt(3.0), spelt("-3.0"), spelt("Negligibly better / unsure")
+        ('slightly_better', '3', '-3', 'negligibly_better_unsure')
     """
-    if isinstance(rating, int | float) and not isinstance(rating, bool):
-        return f"{rating:g}"
+    if not isinstance(rating, bool):
+        try:
+            return f"{float(rating):g}"
+        except (TypeError, ValueError, OverflowError):
+            pass
     return "_".join("".join(c if c.isalnum() or c == "." else " " for c in str(rating).lower()).split())

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 from rlhf_lightning.chat.messages import Response, exact_text
 from rlhf_lightning.data.rows import BadRowError, DroppedRow, LabelledRow, Need, Row, check_text
-from rlhf_lightning.data.sources.columns import BESIDE, CHOICE, NUMBERS, RATING, TIE_MARGIN, Columns
+from rlhf_lightning.data.sources.columns import BESIDE, CHOICE, NUMBERS, OF_PAIRS, RATING, TIE_MARGIN, Columns
 from rlhf_lightning.data.sources.fields import (
     is_nothing,
     read_flag,
@@ -114,6 +114,8 @@ class RowForm:
         self._source, self._ratings = source, ratings or {}
         self._columns = Columns(columns, names or {}, source, attributes, rated=bool(ratings))
         self.labelled = self._columns.labelled
+        self._used = self._columns.used
+        self._used_alone = self._used - {self._columns.name(name) for name in OF_PAIRS}
         # Asked of every row, so looked up once.
         self._stands_beside = any(self._columns.has(name) for name in BESIDE)
         answers = (self._columns.answer, "chosen", "rejected", *self._columns.ranking_names)
@@ -148,7 +150,7 @@ class RowForm:
             BadRowError: a field that cannot be used.
             DroppedRow: a sound row of no use.
         """
-        row = self._finished(self._readers[need](raw), raw)
+        row = self._finished(self._readers[need](raw), raw, need)
         if need == "rated" and all(map(math.isnan, row.scores)):
             raise DroppedRow(UNRATED)
         return row
@@ -163,7 +165,8 @@ class RowForm:
         good = read_flag(value)
         if good is None:
             raise BadRowError(f"{column} is null" if value is None else f"{column} is neither true nor false")
-        return self._finished(self._demonstration(raw) if self._columns.answer else self._last_turn(raw), raw), good
+        row = self._demonstration(raw) if self._columns.answer else self._last_turn(raw)
+        return self._finished(row, raw, "preference"), good
 
     # Which reader
 
@@ -293,12 +296,12 @@ class RowForm:
         untaught = (i for i, is_silent in enumerate(silent) if is_silent)
         return Row([turn.message for turn in turns], responses, tools=tools, untaught=tuple(untaught))
 
-    def _finished(self, row: Row, raw: RawRow) -> Row:
+    def _finished(self, row: Row, raw: RawRow, need: Need) -> Row:
         """A row with its numbers, and what else is written there."""
         margin, weight = (self._columns.beside(raw, name) for name in NUMBERS)
         if margin is not None:
             row = row._replace(margin=read_number(margin, self._columns.name("margin")))
-        if self._ratings and (rating := self._columns.beside(raw, RATING)) is not None:
+        if self._ratings and not is_nothing(rating := self._columns.beside(raw, RATING)):
             row = row._replace(margin=read_rating(rating, self._columns.name(RATING), self._ratings, margin))
         if weight is not None:
             row = row._replace(weight=read_number(weight, self._columns.name("weight")))
@@ -306,7 +309,7 @@ class RowForm:
             raise BadRowError(f"{self._columns.name('weight')} is not above 0")
         if self._columns.attributes:
             row = row._replace(scores=tuple(self._score(raw, name) for name in self._columns.attributes))
-        unused = self._unused(raw)
+        unused = self._unused(raw, self._used if need == "preference" else self._used_alone)
         return row._replace(unused=unused) if unused else row
 
     def _score(self, raw: RawRow, attribute: str) -> float:
@@ -316,11 +319,11 @@ class RowForm:
             return math.nan
         return read_number(value, self._columns.name(attribute))
 
-    def _unused(self, raw: RawRow) -> tuple[str, ...]:
+    def _unused(self, raw: RawRow, used: frozenset[str]) -> tuple[str, ...]:
         """What of a row is not read for anything: columns, and keys of turns."""
         columns, keys = [], set()
         for column, value in raw.items():
-            if column in self._columns.used:
+            if column in used:
                 if isinstance(value, list | dict) and column != self._columns.name("tools"):
                     keys |= unused_keys(value)
             elif not is_nothing(value):
