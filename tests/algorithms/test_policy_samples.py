@@ -22,6 +22,7 @@ from helpers.stages import (
     trainer,
     weights,
 )
+from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import (
     FineTune,
     HFExport,
@@ -49,8 +50,8 @@ def reward_folder(folder, tmp_path_factory):
 
 def data_of(folder, held_out=None, **settings):
     held_out = preference_rows(9) if held_out is None else held_out
-    options = {"validation_data": held_out, "batch_size": 4, "max_length": 48}
-    return PreferenceDataModule(folder, preference_rows(12), **options | settings)
+    options = {"data": preference_rows(12), "validation_data": held_out, "batch_size": 4, "max_length": 48}
+    return PreferenceDataModule(folder, **options | settings)
 
 
 def module_of(folder, **settings):
@@ -158,6 +159,19 @@ def test_whole_rankings_have_each_prompt_once(folder):
     told = [[ids.tolist() for ids in module._samples.sequences] for module in modules]
     assert len(told[0]) == len({tuple(ids) for ids in told[0]}) == 3
     assert told[0] == told[1]
+
+
+def test_a_generation_prompt_that_says_more_than_the_prompts_is_named(tmp_path):
+    tokenizer = tiny_tokenizer()
+    turns = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}assistant: <think>{% endif %}"
+    folder = save_llama(tmp_path, tokenizer)
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{i} bread"}], "chosen": "happy", "rejected": "salt"} for i in range(8)
+    ]
+    module, data = module_of(folder, calibration_samples=2), data_of(folder, rows[4:], data=rows[:4])
+    with pytest.warns(UserWarning, match="calibration_samples follow the prompts of the pairs, without what the chat"):
+        fit(module, data, max_steps=1)
 
 
 def test_a_resumed_run_is_calibrated_as_one_that_was_not_stopped(tmp_path):

@@ -182,6 +182,14 @@ def test_a_reward_function_takes_no_memory(lm, tmp_path, monkeypatch):
     assert made.assumed == []
 
 
+def test_what_a_reward_models_plan_leaves_out_is_said(lm):
+    made = request(lm, "reward", data=DATA | {"whole_rankings": True}, gpu_memory=80, calibration_samples=8)
+    assert plan(made).assumed == [
+        "rankings are taken to have 2 responses; one of K takes K / 2 times the activations",
+        "the policy that answers calibration_samples is left out; it is let go before the first step",
+    ]
+
+
 def test_a_reward_model_that_is_still_to_be_trained_has_the_policys_size(lm):
     options = {"rollout_batch_size": 8, "minibatch_size": 32}
     made = plan(request(lm, "rloo", reward="runs/no/export", **options))

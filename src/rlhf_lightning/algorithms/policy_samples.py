@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lightning.algorithms.pairs import Pairs
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.batches import length_sorted_pieces
+from rlhf_lightning.chat.writer import REWRITES
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import evaluation_mode
 from rlhf_lightning.forward.capacity import context_length
@@ -103,6 +104,7 @@ class PolicySamples:
         assert self.policy is not None
         model, tokenizer = self._model, self._tokenizer(self.policy, stage)
         prompts = self._prompts(stage, model, loader)
+        _say_rewritten(stage)
         rank_zero_info(f"{self.policy} answers {len(prompts)} held-out prompts, once, to calibrate by")
         random = stage.random_by_row(torch.tensor([row for row, _ in prompts]), "policy samples")
         share = slice(stage.global_rank, None, stage.trainer.world_size)
@@ -166,6 +168,16 @@ class PolicySamples:
                 ids, mask = (each.to(stage.device) for each in padded)
                 found[rows] = scores_at_end(scalar.raw(ids, mask), mask).double().cpu()
         return found
+
+
+def _say_rewritten(stage: Stage) -> None:
+    """Say that the template's generation prompt says more than the prompts of the pairs, which the answers follow."""
+    counts: dict[str, int] = getattr(stage.datamodule, "counts", None) or {}
+    if any(count and name.endswith(REWRITES) for name, count in counts.items()):
+        rank_zero_warn(
+            "calibration_samples follow the prompts of the pairs, without what the chat template only adds where it is "
+            "to be answered, such as `<think>`; PPO is given it, and may begin at another score than 0"
+        )
 
 
 def _prompts_of(loader: Any) -> Iterator[tuple[int, list[int]]]:

@@ -171,10 +171,14 @@ class _Planner:
     @property
     def _assumed(self) -> list[str]:
         by_memory = self.stage.micro_batch_size is None and self.stage.max_tokens_per_batch == "auto"
-        unknown = by_memory and self.request.on_gpu and self.request.gpu_memory is None
-        return (
-            [f"micro-batches are those of a GPU of {USUAL_GPU:.0f} GiB; --gpu_memory says another"] if unknown else []
-        )
+        lines = []
+        if by_memory and self.request.on_gpu and self.request.gpu_memory is None:
+            lines.append(f"micro-batches are those of a GPU of {USUAL_GPU:.0f} GiB; --gpu_memory says another")
+        if self.request.data.get("whole_rankings"):
+            lines.append("rankings are taken to have 2 responses; one of K takes K / 2 times the activations")
+        if self.request.model.get("calibration_samples"):
+            lines.append("the policy that answers calibration_samples is left out; it is let go before the first step")
+        return lines
 
     def _stage(self, depth: int | None) -> Stage:
         stage = self.skeletons.build(self.request.stage, self.request.model, self.sheet.loaded, depth)
