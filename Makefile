@@ -56,8 +56,8 @@ test-slow: $(READY)
 # removed. SEEDS=1 for a first look.
 SEEDS ?= 1 2 3
 ablations: $(READY)
-	$(BIN)/python benchmarks/ablations.py --seeds $(SEEDS) --page docs/ablations.md \
-		--picture docs/images/ablations.png
+	$(BIN)/python benchmarks/ablations.py --seeds $(SEEDS) --record benchmarks/ablations.json \
+		--page docs/ablations.md --picture docs/images/ablations.png
 
 equality: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m helpers.equality docs/distributed.md

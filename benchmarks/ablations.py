@@ -2,22 +2,25 @@
 
     python benchmarks/ablations.py                # goes on where it was stopped
     python benchmarks/ablations.py --only default dual-clip --seeds 1
-    python benchmarks/ablations.py --no-runs --page docs/ablations.md
+    python benchmarks/ablations.py --no-runs --record benchmarks/ablations.json --page docs/ablations.md
 
 SFT and the default reward model are made once for each seed; then each switch trains what it changes, the reward model
-or the last stage. A run's numbers go to `result.json` in its folder, and a switch whose settings have changed is run
-again. Models are removed once they are judged, so that all runs take little disk. Judge is the gold score of the toy
-data, on answers to 384 held-out prompts that are drawn with the same random numbers by each model.
+or the last stage. A run's numbers go to `result.json` in its folder, at the end to the record that is named, and what
+has been run with the same settings is not run again. Models are removed once they are judged, so that all runs take
+little disk. Judge is the gold score of the toy data, on answers to 384 held-out prompts that are drawn with the same
+random numbers by each model.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import shutil
 import time
 import warnings
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -27,7 +30,14 @@ from _switches import SWITCHES, Switch
 from measuring import table
 
 from rlhf_lightning.cli.quickstart.report import summarise, win_rate
-from rlhf_lightning.cli.quickstart.stages import answer, gold_accuracy, train_last, train_reward, train_sft
+from rlhf_lightning.cli.quickstart.stages import (
+    answer,
+    gold_accuracy,
+    settings_of,
+    train_last,
+    train_reward,
+    train_sft,
+)
 from rlhf_lightning.cli.quickstart.toy import (
     ToyPaths,
     build_toy_tokenizer,
@@ -40,6 +50,20 @@ from rlhf_lightning.warning_filters import filter_warnings
 
 BEGIN, END = "<!-- made by `make ablations` -->\n", "<!-- end -->\n"
 Result = dict[str, Any]
+Results = dict[str, dict[int, Result]]
+"""By the name of a switch and the seed."""
+
+
+@cache
+def _quickstart_settings(algorithm: str) -> str:
+    others = () if algorithm == "ppo" else (f"quickstart/{algorithm}.yaml",)
+    return "\n".join(repr(settings_of(stage, 1, *others)) for stage in ("sft", "reward", "policy"))
+
+
+def settings_key(switch: Switch) -> str:
+    """All that a run of a switch depends on but its seed: the quickstart's settings, and what is changed in them."""
+    changes = repr((switch.algorithm, switch.settings, switch.reward))
+    return hashlib.sha256(f"{_quickstart_settings(switch.algorithm)}\n{changes}".encode()).hexdigest()[:16]
 
 
 def base_of(folder: Path, seed: int) -> tuple[ToyPaths, Path, Path, list[dict[str, Any]]]:
@@ -58,7 +82,7 @@ def base_of(folder: Path, seed: int) -> tuple[ToyPaths, Path, Path, list[dict[st
 
 
 def run(switch: Switch, seed: int, root: Path) -> Result:
-    """One run of a switch, or its result if it has been run with these settings.
+    """One run of a switch.
 
     Args:
         switch: what is changed.
@@ -70,14 +94,9 @@ def run(switch: Switch, seed: int, root: Path) -> Result:
     """
     seeded = root / f"seed-{seed}"
     folder = seeded / "switches" / switch.name
-    path, settings = folder / "result.json", repr((switch.algorithm, switch.settings, switch.reward))
-    if path.is_file():
-        result: Result = json.loads(path.read_text(encoding="utf-8"))
-        if result["settings"] == settings:
-            return result
     shutil.rmtree(folder, ignore_errors=True)
     data, sft, reward, before = base_of(seeded, seed)
-    started, result = time.process_time(), {"settings": settings}
+    started, result = time.process_time(), {"settings": settings_key(switch)}
     if switch.reward is not None:
         reward = train_reward(sft, data, folder / "reward", seed, **switch.reward).export
         result["reward_seconds"] = time.process_time() - started
@@ -90,11 +109,11 @@ def run(switch: Switch, seed: int, root: Path) -> Result:
     result |= {**summarise(after, kl=kl), "reward_accuracy": gold_accuracy(reward, data.preferences_validation)}
     shutil.rmtree(folder)
     folder.mkdir()
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 
-def report(results: dict[str, dict[int, Result]], times: bool = False) -> str:
+def report(results: Results, times: bool = False) -> str:
     """A row for each switch: its win rates and KL by seed, their means, and with `times` its processor time."""
     default = results.get("default", {})
     lines = []
@@ -104,7 +123,8 @@ def report(results: dict[str, dict[int, Result]], times: bool = False) -> str:
             continue
         wins = [each["win_rate"] for each in found.values()]
         gained = gains(found, default).values()
-        costs = [each["seconds"] / default[seed]["seconds"] for seed, each in found.items() if seed in default]
+        timed = [(each, default.get(seed, {})) for seed, each in found.items()]
+        costs = [each["seconds"] / base["seconds"] for each, base in timed if "seconds" in each and "seconds" in base]
         lines.append(
             [
                 f"`{switch.name}`",
@@ -137,7 +157,7 @@ def gains(found: dict[int, Result], default: dict[int, Result]) -> dict[int, flo
     }
 
 
-def picture(results: dict[str, dict[int, Result]], path: Path) -> None:
+def picture(results: Results, path: Path) -> None:
     """What each switch gains, a row for each, the best on top: a dot for each seed, a bar at their mean."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -172,15 +192,32 @@ def write(page: Path, text: str) -> None:
     page.write_text(before + BEGIN + "\n" + text + "\n" + END + rest.split(END)[1], encoding="utf-8")
 
 
-def known(root: Path, seeds: list[int]) -> dict[str, dict[int, Result]]:
-    """Results that are there."""
-    found: dict[str, dict[int, Result]] = {}
+def known(root: Path, record: Path | None, seeds: list[int]) -> Results:
+    """Results of the folder and of the record, the folder's first, as far as the settings are still the same."""
+    recorded = json.loads(record.read_text(encoding="utf-8")) if record and record.is_file() else {}
+    found: Results = {}
     for switch in SWITCHES:
+        key = settings_key(switch)
         for seed in seeds:
             path = root / f"seed-{seed}" / "switches" / switch.name / "result.json"
-            if path.is_file():
-                found.setdefault(switch.name, {})[seed] = json.loads(path.read_text(encoding="utf-8"))
+            own = [json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+            for result in (*own, recorded.get(switch.name, {}).get(str(seed))):
+                if result and result["settings"] == key:
+                    found.setdefault(switch.name, {})[seed] = result
+                    break
     return found
+
+
+def keep(results: Results, record: Path) -> None:
+    """Write results to a record, whose other seeds stay; a line for each, so that changes can be read."""
+    old = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    switches = []
+    for switch in SWITCHES:
+        both = old.get(switch.name, {}) | {str(seed): each for seed, each in results.get(switch.name, {}).items()}
+        lines = [f"    {json.dumps(seed)}: {json.dumps(both[seed])}" for seed in sorted(both, key=int)]
+        if lines:
+            switches.append(f"  {json.dumps(switch.name)}: {{\n" + ",\n".join(lines) + "\n  }")
+    record.write_text("{\n" + ",\n".join(switches) + "\n}\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -191,6 +228,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--threads", type=int, default=0, help="of a run (as many as there are cores)")
     parser.add_argument("--no-runs", action="store_true", help="print what is there")
+    parser.add_argument("--record", type=Path, help="results that are there already, to which those of now are added")
     parser.add_argument("--times", action="store_true", help="processor time beside the default's: of quiet machines")
     parser.add_argument("--page", type=Path, help="put the table between the marks of this page")
     parser.add_argument("--picture", type=Path, help="draw the switches here")
@@ -200,13 +238,16 @@ def main() -> None:
     filter_warnings()
     if options.threads:
         torch.set_num_threads(options.threads)
-    if not options.no_runs:
-        for seed in options.seeds:
-            for switch in SWITCHES:
-                if options.only is None or switch.name in options.only:
-                    result = run(switch, seed, options.root)
-                    print(f"seed {seed} {switch.name}: {result['win_rate']:.1%} at {result['kl']:.2f} nats", flush=True)
-    results = known(options.root, options.seeds)
+    results = known(options.root, options.record, options.seeds)
+    for seed in [] if options.no_runs else options.seeds:
+        for switch in SWITCHES:
+            if (options.only and switch.name not in options.only) or seed in results.get(switch.name, {}):
+                continue
+            result = results.setdefault(switch.name, {})[seed] = run(switch, seed, options.root)
+            print(f"seed {seed} {switch.name}: {result['win_rate']:.1%} at {result['kl']:.2f} nats", flush=True)
+    results = {name: dict(sorted(each.items())) for name, each in results.items()}
+    if options.record:
+        keep(results, options.record)
     text = report(results, options.times)
     print(text)
     if options.page:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,55 @@ def test_the_picture_has_a_row_for_each_switch(bench: Any, tmp_path: Path) -> No
     bench("ablations").picture(found | {"one-epoch": found["default"], "dpo": found["default"]}, many)
     assert imread(many).shape[0] > imread(few).shape[0] > 100
     assert imread(few).std() > 0.05
+
+
+def test_a_record_keeps_other_seeds_and_gives_what_was_run_with_these_settings(bench: Any, tmp_path: Path) -> None:
+    script, record, root = bench("ablations"), tmp_path / "record.json", tmp_path / "runs"
+    keys = {each.name: script.settings_key(each) for each in bench("_switches").SWITCHES}
+    assert len(set(keys.values())) == len(keys)
+    found = results(bench)
+    for name, of_switch in found.items():
+        for result in of_switch.values():
+            result["settings"] = keys[name]
+    script.keep({"default": {1: found["default"][1]}, "four-epochs": found["four-epochs"]}, record)
+    script.keep({"default": {2: found["default"][2]}}, record)
+    assert script.known(root, record, [1, 2, 3]) == found
+    assert script.known(root, record, [2]) == {name: {2: each[2]} for name, each in found.items()}
+
+    later = found["default"][1] | {"win_rate": 0.99}
+    for seed, result in ((1, later), (2, later | {"settings": "others"})):
+        path = root / f"seed-{seed}" / "switches" / "default" / "result.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(result))
+    found["default"][1] = later
+    assert script.known(root, record, [1, 2]) == found
+    script.keep({"four-epochs": {1: found["four-epochs"][1] | {"settings": "others"}}}, record)
+    assert script.known(root, record, [1, 2])["four-epochs"] == {2: found["four-epochs"][2]}
+
+
+def test_what_is_in_the_record_is_not_run_again(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, record = bench("ablations"), tmp_path / "record.json"
+    default = next(each for each in bench("_switches").SWITCHES if each.name == "default")
+    found = {"default": {1: results(bench)["default"][1] | {"settings": script.settings_key(default)}}}
+    script.keep(found, record)
+    ran = []
+    monkeypatch.setattr(script, "run", lambda switch, seed, root: ran.append(seed) or found["default"][1])
+    words = ["ablations.py", "--root", str(tmp_path / "runs"), "--record", str(record), "--only", "default"]
+    monkeypatch.setattr("sys.argv", [*words, "--seeds", "1", "2"])
+    script.main()
+    assert ran == [2]
+    assert "84.0 84.0" in capsys.readouterr().out
+    assert list(json.loads(record.read_text())["default"]) == ["1", "2"]
+
+
+def test_the_page_shows_the_record(bench: Any) -> None:
+    script = bench("ablations")
+    record = json.loads((FOLDER / "ablations.json").read_text(encoding="utf-8"))
+    found = {name: {int(seed): each for seed, each in of_switch.items()} for name, of_switch in record.items()}
+    page = (FOLDER.parent / "docs" / "ablations.md").read_text(encoding="utf-8")
+    assert page.split(script.BEGIN)[1].split(script.END)[0].strip() == script.report(found).strip()
 
 
 def test_results_go_between_the_marks_of_a_page(bench: Any, tmp_path: Path) -> None:
