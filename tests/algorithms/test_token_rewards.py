@@ -1,7 +1,10 @@
 """Rewards of tokens: a function that scores each, or a reward model's score along the response."""
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from helpers.models import table_lm, table_scalar, table_tokenizer
 from helpers.stages import (
@@ -16,6 +19,7 @@ from helpers.stages import (
     trainer,
     weights,
 )
+from helpers.templates import single_bytes
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning import (
     KLPenalty,
@@ -34,6 +38,7 @@ from rlhf_lightning.algorithms.online.rollout import measure, raw_score
 from rlhf_lightning.algorithms.online.sharing import Piece
 from rlhf_lightning.algorithms.ppo import build_experience
 from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.chat.text_so_far import decode_response
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.evaluation.judge import Judge
 from rlhf_lightning.functional import kl_shaped_rewards
@@ -213,6 +218,53 @@ def test_steps_end_where_their_text_is_complete():
         ]
         assert step_ends(tokenizer, ids, mark) == expected != []
     assert step_ends(tokenizer, ids, "?") == []
+
+
+def spelt(*tokens):
+    """A tokenizer that spells bytes as Llama 2's does, and the ids of tokens, those of two hex digits being bytes."""
+    tokenizer = single_bytes()
+    return tokenizer, tokenizer.convert_tokens_to_ids([f"<0x{t}>" if t.isupper() or t.isdigit() else t for t in tokens])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mark", "expected"),
+    [
+        (("s", "0A", "0A", "t", "0A", "0A", "d"), "\n\n", [2, 5]),
+        (("s", "0A", "0A", "</s>"), "\n\n", [2]),
+        (("C3", "A9", "0A", "C3", "B1", "0A", "0A", "d"), "\n", [2, 5, 6]),
+        (("s", "0A", "</s>", "0A", "C3", "B1", "d"), "\n", [1, 3]),
+        (("s", "0A", "C3", "d"), "\n", []),  # bytes that are no characters in the end
+    ],
+)
+def test_bytes_that_complete_a_step_end_it_themselves(tokens, mark, expected):
+    """A response is whole, so no byte waits for the token that follows it."""
+    tokenizer, ids = spelt(*tokens)
+    assert step_ends(tokenizer, ids, mark) == expected
+
+
+@given(data=st.data())
+def test_a_step_ends_at_the_first_token_whose_text_holds_it(data):
+    tokenizer, bytes_ = data.draw(st.sampled_from([spelt("0A", "0A", "C3", "A9"), (tiny_tokenizer(), [5, 6])]))
+    some = [*bytes_, *tokenizer.encode("é ñ\n\n€ab", add_special_tokens=False)]
+    ids = data.draw(st.lists(st.sampled_from(some) | st.integers(0, len(tokenizer) - 1), max_size=10))
+    text, mark = decode_response(tokenizer, ids), data.draw(st.sampled_from(["\n", "\n\n", "a", " ", "é"]))
+    expected = []
+    while (at := text.find(mark, start := (expected[-1][0] if expected else 0))) >= start:
+        end = at + len(mark)
+        counts = range(1, len(ids) + 1)
+        expected.append(
+            (end, next(n for n in counts if decode_response(tokenizer, ids[:n]).startswith(text[:end])) - 1)
+        )
+    assert step_ends(tokenizer, ids, mark) == [token for _, token in expected]
+
+
+def test_a_judge_shows_bytes_where_they_stand(tmp_path):
+    tokenizer, ids = spelt("s", "0A", "0A", "C3", "A9", "t")
+    base = save_llama(tmp_path / "base", tokenizer)
+    judge = Judge.load(save_reward_model(tmp_path / "reward", base, tokenizer), dtype="float32", device="cpu")
+    judge.scores_by.chat.encode_dialogue = lambda *_: (np.array([5]), np.array(ids))
+    said = judge.token_scores(WrittenPrompt("a"), "")
+    assert [token.text for token in said] == ["s", "\n", "\n", "", "é", "t"]
 
 
 # Whole runs.

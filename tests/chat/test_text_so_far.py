@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
-from helpers.templates import shelf_tokenizer
+from helpers.templates import shelf_tokenizer, single_bytes
 from helpers.tokenizers import Slow, tiny_tokenizer
 from rlhf_lightning.chat.text_so_far import TextSoFar, decode_response
-
-
-def single_bytes() -> PreTrainedTokenizerFast:
-    """As Llama 2's, whose single bytes are ordinary tokens."""
-    whole = shelf_tokenizer("chatml", "metaspace")
-    said = json.loads(whole.backend_tokenizer.to_str())
-    said["added_tokens"] = [token for token in said["added_tokens"] if not token["content"].startswith("<0x")]
-    backend = Tokenizer.from_str(json.dumps(said))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
-
 
 TOKENIZERS = {
     "bytes": shelf_tokenizer("chatml"),

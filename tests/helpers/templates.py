@@ -5,6 +5,7 @@ None is a copy: each does in a few lines what sets its family apart.
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -164,6 +165,15 @@ def shelf_tokenizer(name: str, spelling: Spelling = "bytes", bos: bool = False) 
     )
     tokenizer.chat_template = SHELF[name].text
     return tokenizer
+
+
+def single_bytes() -> PreTrainedTokenizerFast:
+    """As Llama 2's, whose single bytes are ordinary tokens."""
+    whole = shelf_tokenizer("chatml", "metaspace")
+    said = json.loads(whole.backend_tokenizer.to_str())
+    said["added_tokens"] = [token for token in said["added_tokens"] if not token["content"].startswith("<0x")]
+    backend = Tokenizer.from_str(json.dumps(said))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
 
 
 @cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -63,6 +64,17 @@ class TextSoFar:
                 break
             count = place
         return count
+
+
+def text_by(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], whole: str) -> str:
+    """What the first tokens of a response that is complete have said of its text; nothing needs to be held back then.
+
+    Args:
+        tokenizer: the policy's.
+        ids: the first tokens.
+        whole: text of all of them.
+    """
+    return commonprefix([whole, decode_response(tokenizer, ids)])  # noqa: RUF071  # of characters, as is meant
 
 
 def completes_stop(text: str, begun: str, stop_strings: Sequence[str]) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_lightning.batches import length_sorted_pieces
 from rlhf_lightning.chat.encoder import ChatEncoder
-from rlhf_lightning.chat.text_so_far import TextSoFar
+from rlhf_lightning.chat.text_so_far import decode_response, text_by
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.data.collate import pad
 from rlhf_lightning.evaluation.policy import Dtype, default_device, dtype_on
@@ -142,9 +142,10 @@ class Judge:
         said = ids[max(0, len(ids) - len(answer)) :]
         sequence = torch.tensor([ids], device=next(model.parameters()).device)
         scores = model(sequence, torch.ones_like(sequence, dtype=torch.bool))[0, len(ids) - len(said) :].tolist()
-        reader, before, found = TextSoFar(tokenizer), "", []
+        whole, before, found = decode_response(tokenizer, said), "", []
         for n, score in enumerate(scores, 1):
-            text = reader.read(said[:n], complete=n == len(said))
+            # Bytes that begin a character may undo what was there before it.
+            text = max(before, whole if n == len(said) else text_by(tokenizer, said[:n], whole), key=len)
             found.append(TokenScore(text[len(before) :], score))
             before = text
         return found

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.chat.text_so_far import TextSoFar
+from rlhf_lightning.chat.text_so_far import TextSoFar, text_by
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.functional.masked import last_index
 from rlhf_lightning.functional.token_rewards import PerToken, rewards_along
@@ -61,11 +61,21 @@ def step_ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], step_end: 
         step_end: the text; it may begin within a token, and end within one.
     """
     reader = TextSoFar(tokenizer)
-    text, found, start = reader.read(ids, complete=True), [], 0
+    text, found, start, last = reader.read(ids, complete=True), [], 0, 0
+
+    def settled(count: int) -> int:
+        return len(reader.read(ids[:count]))
+
     while (at := text.find(step_end, start)) >= 0:
         start = at + len(step_end)
         # A text is the beginning of every later one, so its length grows with the tokens.
-        found.append(bisect_left(range(1, len(ids)), start, key=lambda count: len(reader.read(ids[:count]))))
+        latest = bisect_left(range(1, len(ids)), start, lo=last, key=settled)
+        # Tokens before it may complete the text as well, but be held back, since others could follow.
+        if latest > last:
+            last = bisect_left(range(1, latest), settled(latest), lo=last, key=settled)
+        while last < latest and len(text_by(tokenizer, ids[: last + 1], text)) < start:
+            last += 1
+        found.append(last)
     return found
 
 
