@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from helpers.classifiers import ATTRIBUTES, ENCODERS, WEIGHTS, encoder, named, pair_tokenizer, save_encoder
 from helpers.models import save_folder, tiny_classifier
+from helpers.stages import save_llama, save_reward_model
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.written import WrittenPrompt
@@ -20,6 +23,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation import Judge
 from rlhf_lightning.functional import scores_at_end
 from rlhf_lightning.models.classifiers import Classifier
+from rlhf_lightning.models.labels import labels_of
 from rlhf_lightning.models.rewarding import load_scorer
 from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM, load_reward_model
 from rlhf_lightning.models.scorers import ModelScorer, Responses, TextScorer
@@ -141,6 +145,56 @@ def test_two_labels_that_nobody_named_are_found_in_the_files(tmp_path, family):
     scorer = load_scorer(folder, ChatEncoder(tiny_tokenizer()), weights={"LABEL_1": 2.0})
     logits = plain_ids(folder, 4) if family == "llama" else plain_pairs(folder, 4)
     torch.testing.assert_close(ours(scorer, 4), 2 * logits[:, 1], **CLOSE)
+
+
+def in_older_format(folder: str, file: str = "model") -> str:
+    """The weights as `torch.save` writes them."""
+    weights = Path(folder, f"{file}.safetensors")
+    torch.save(load_file(weights), Path(folder, f"{'pytorch_' if file == 'model' else ''}{file}.bin"))
+    weights.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_labels_that_nobody_named_are_two_where_no_file_tells(tmp_path, monkeypatch, family):
+    if family == "llama":
+        folder = save_folder(tmp_path / "model", tiny_classifier(num_labels=2), tiny_tokenizer())
+    else:
+        folder = save_encoder(tmp_path / "model", num_labels=2)
+    expected = (plain_ids(folder, 4) if family == "llama" else plain_pairs(folder, 4)) @ torch.tensor([-1.0, 2.0])
+    with pytest.raises(UserError, match=r"a classifier with 2 labels \(LABEL_0, LABEL_1\)"):
+        load_scorer(in_older_format(folder), ChatEncoder(tiny_tokenizer()))
+    scorer = load_scorer(folder, ChatEncoder(tiny_tokenizer()), weights={"LABEL_0": -1.0, "LABEL_1": 2.0})
+    torch.testing.assert_close(ours(scorer, 4), expected, **CLOSE)
+    said = json.loads(Path(folder, "config.json").read_text())
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", lambda name: (said, {}))
+    assert labels_of("owner/two", fetch=True) == ["LABEL_0", "LABEL_1"]
+    assert labels_of("owner/two") == ["LABEL_0"], "nothing is asked of the hub"
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_a_reward_model_of_this_package_has_one_label_in_any_format(tmp_path, ending):
+    folder = save_reward_model(tmp_path / "reward", save_llama(tmp_path / "policy"))
+    if ending == "bin":
+        in_older_format(folder)
+    assert labels_of(folder) == ["LABEL_0"]
+    assert load_reward_model(folder).calibration.std == 2.0
+
+
+def test_an_adapter_s_labels_are_those_of_its_head_in_any_format(tmp_path):
+    base = save_folder(tmp_path / "base", tiny_classifier(num_labels=2), tiny_tokenizer())
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], modules_to_save=["score"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    assert labels_of(str(tmp_path / "adapter")) == ["LABEL_0", "LABEL_1"]
+    assert labels_of(in_older_format(str(tmp_path / "adapter"), "adapter_model")) == ["LABEL_0", "LABEL_1"]
+
+
+def test_a_language_model_of_the_hub_is_none_before_its_labels_are_spoken_of(monkeypatch):
+    said = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", lambda name: (said, {}))
+    with pytest.raises(UserError, match="'owner/model' has no trained reward head"):
+        load_reward_model("owner/model")
 
 
 def test_a_head_with_a_bias_is_folded_with_it(tmp_path):

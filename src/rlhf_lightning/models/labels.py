@@ -22,19 +22,28 @@ from transformers import PretrainedConfig
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapter_folders import CALIBRATION_FILE, is_adapter
 from rlhf_lightning.models.folders import read_config, reason_of
+from rlhf_lightning.models.peft_library import load_peft_weights
 from rlhf_lightning.runs.lineage import folder_of
 from rlhf_lightning.training.sharded import dtype_ahead, full_shape, gathered
 
 LABELS = "labels"
 """Key of an adapter folder's records under which the names of its labels stand."""
-_HEADS = ("score.", "classifier.", "classification_head.", "logits_proj.", "base_model.model.score.")
+_HEADS = (
+    "score.",
+    "classifier.",
+    "classification_head.",
+    "logits_proj.",
+    "sequence_summary.summary.",
+    "base_model.model.score.",
+)
 """What the names of the weights of a classifier's head begin with."""
 
 
 def labels_of(name: str, fetch: bool = False) -> list[str]:
     """Names of a classifier's labels, in the order of its logits; `LABEL_0` and so on where nobody named them.
 
-    transformers leaves names out of the config of two labels that nobody named; then the head says how many there are.
+    transformers leaves names out of the config of two labels that nobody named; then the head says how many there are,
+    or, where it is not in files that can be looked into, they are two.
 
     Args:
         name: folder or hub id of a classifier, or folder of its adapter.
@@ -46,17 +55,27 @@ def labels_of(name: str, fetch: bool = False) -> list[str]:
     if is_adapter(name):
         named = _recorded_labels(name)
         return named or [f"LABEL_{i}" for i in range(_rows_of_head(name) or 1)]
-    said = read_config(name) or (_fetched(name) if fetch else {})
+    said = config_of(name) if fetch else read_config(name)
     found = said.get("id2label")
     if isinstance(found, dict) and found:
         try:
             return [str(found[number]) for number in sorted(found, key=int)]
         except ValueError as error:
             raise UserError(f"id2label in the config of '{name}' does not number its labels: {error}") from error
-    return [f"LABEL_{i}" for i in range(int(said.get("num_labels") or _rows_of_head(name) or 1))]
+    return [f"LABEL_{i}" for i in range(int(said.get("num_labels") or _rows_of_head(name) or (2 if said else 1)))]
 
 
-def _fetched(name: str) -> dict[str, Any]:
+def config_of(name: str) -> dict[str, Any]:
+    """What the config of a model says, asked of the hub if it is not here.
+
+    Args:
+        name: folder or hub id.
+
+    Raises:
+        UserError: there is none, or it is not as it should be.
+    """
+    if here := read_config(name):
+        return here
     try:
         said: dict[str, Any] = PretrainedConfig.get_config_dict(name)[0]
     except Exception as e:  # whatever the hub's client raises
@@ -75,14 +94,21 @@ def _recorded_labels(name: str) -> list[str]:
 
 
 def _rows_of_head(name: str) -> int | None:
-    """How many logits the head in the files of a folder gives; None where no file says so."""
+    """How many logits the head in the files of a folder gives, 1 where they hold none; None where no file says so."""
     sizes = []
     folder = folder_of(name)
-    for path in sorted(folder.glob("*.safetensors")) if folder else []:
+    paths = sorted(folder.glob("*.safetensors")) if folder else []
+    for path in paths:
         with safe_open(path, "pt") as file:
             keys = [key for key in file.keys() if key.startswith(_HEADS) and key.endswith("weight")]  # noqa: SIM118
             sizes += [file.get_slice(key).get_shape()[0] for key in keys]
-    return min(sizes, default=None)  # the last of several layers is the smallest
+    if folder and not paths and is_adapter(name) and (folder / "adapter_model.bin").is_file():
+        try:
+            held = load_peft_weights(name, device="cpu")
+        except Exception as e:  # whatever reading a file of other people raises
+            raise UserError(f"no model with a scalar head could be loaded from '{name}': {reason_of(e)}") from e
+        sizes = [len(held[key]) for key in held if key.startswith(_HEADS) and key.endswith("weight")]
+    return min(sizes, default=1 if paths else None)  # the last of several layers is the smallest
 
 
 def label_weights(name: str, labels: Sequence[str], weights: Mapping[str, float] | None) -> list[float] | None:

@@ -29,7 +29,7 @@ from rlhf_lightning.models.classifiers import check_linear_head, draw_head, load
 from rlhf_lightning.models.folders import architectures, check_model_folder, read_config, reason_of
 from rlhf_lightning.models.fused_lora import fuse_adapters
 from rlhf_lightning.models.heads import HeadEnsemble, linear_in_float32, load_ensemble
-from rlhf_lightning.models.labels import fold_head, label_weights, labels_of
+from rlhf_lightning.models.labels import config_of, fold_head, label_weights, labels_of
 from rlhf_lightning.models.peft_library import (
     PeftConfig,
     cast_adapter_dtype,
@@ -174,12 +174,16 @@ def check_reward_model(name_or_path: str | os.PathLike[str], weights: Mapping[st
         UserError: as for `load_reward_model`, as far as its config tells.
     """
     name = check_model_folder(name_or_path)
-    is_lm = any("CausalLM" in each or "LMHead" in each for each in architectures(name))
-    if is_lm or (is_adapter(name) and not is_reward_adapter(name)):
+    if _is_language_model(read_config(name)) or (is_adapter(name) and not is_reward_adapter(name)):
         raise _untrained(name)
     if read_config(name) or is_adapter(name):  # what is on the hub alone is looked at when it is loaded
         label_weights(name, labels_of(name), weights)
     return name
+
+
+def _is_language_model(config: Mapping[str, Any]) -> bool:
+    named = config.get("architectures")
+    return isinstance(named, list) and any("CausalLM" in str(each) or "LMHead" in str(each) for each in named)
 
 
 def _untrained(name: str) -> UserError:
@@ -240,6 +244,8 @@ def load_weighed(
         UserError: as for `load_reward_model`, save that its head may be of any kind.
     """
     name = check_reward_model(name_or_path, weights)
+    if not is_adapter(name) and _is_language_model(config_of(name)):  # of which no labels need be spoken
+        raise _untrained(name)
     labels = labels_of(name, fetch=True)
     found = label_weights(name, labels, weights)
     model, missing = load_classifier(name, len(labels), dropout, trust_remote_code, nf4)
