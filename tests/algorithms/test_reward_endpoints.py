@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import socket
+from functools import partial
 from typing import Any
 
 import pytest
 import yaml
+from torch.optim import AdamW
 
 from helpers.judge_server import Said, chat, chat_server
 from helpers.stages import (
@@ -243,6 +245,24 @@ def test_a_weighted_server_that_is_down_ends_the_run_which_goes_on_from_its_chec
         third = make(folder, others)
         run(third, 3, ckpt_path=str(tmp_path / "one.ckpt"))
     assert same_weights(weights(third.policy), weights(whole.policy))
+
+
+def test_a_checkpoint_brings_the_service_back_that_is_the_main_reward(folder, tmp_path):
+    with chat_server(letters) as server:
+        module = make(folder, None, RewardEndpoint(server.url, batch_size=3), optimizer=partial(AdamW, lr=1e-3))
+        run(module, 1)
+        module.trainer.save_checkpoint(tmp_path / "one.ckpt")
+        loaded = PPOModule.load_from_checkpoint(tmp_path / "one.ckpt")
+        assert loaded.reward == module.reward
+        rows = [trainer().predict(each, data(each, predict_data=prompt_rows(3)))[0] for each in (module, loaded)]
+    assert rows[0] == rows[1]
+    assert all(0 < row["score"] < 1 for row in rows[1])
+
+
+@pytest.mark.parametrize("weights", [None, {"a": 1.0}])
+def test_what_cannot_be_a_reward_is_refused(weights):
+    with pytest.raises(UserError, match="reward is a dict: give the folder or hub id of a reward model, the import"):
+        Judge.load({"url": "http://host"}, weights=weights)
 
 
 def test_it_is_written_in_yaml_and_read_back(capsys, monkeypatch):

@@ -44,6 +44,11 @@ def find_reward(
     Raises:
         UserError: it names neither, or not what could be a reward.
     """
+    if not isinstance(reward, str) and not callable(reward):
+        raise UserError(
+            f"reward is a {type(reward).__name__}: give the folder or hub id of a reward model, the import path of a "
+            "function, a function, or a RewardEndpoint"
+        )
     if weights is not None and not (isinstance(reward, str) and not is_function(reward)):
         what = "an endpoint" if isinstance(reward, RewardEndpoint) else "a function"
         raise UserError(f"reward_weights are for the labels of a reward model, and '{_named(reward)}' is {what}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ from rlhf_lightning.models.other_rewards import (
     check_other_rewards,
     check_sources,
 )
+from rlhf_lightning.models.reward_endpoints import RewardEndpoint
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.scalar_lm import ScalarLM
 from rlhf_lightning.models.scorers import FunctionScorer, ModelScorer, TextScorer, scores_tokens
@@ -112,13 +113,15 @@ class AnsweringStage(Stage):
     ) -> None:
         other_rewards = {name: from_config(OtherReward, other) for name, other in (other_rewards or {}).items()}
         sampling = from_config(Sampling, sampling)
+        if isinstance(reward, Mapping):  # as a checkpoint holds a service
+            reward = RewardEndpoint(**reward)
         check_other_rewards(other_rewards)
         ranges = {"generation_batch_size": AT_LEAST_1, "reward_timeout": POSITIVE, "reward_weights": Range()}
         check_arguments(AnsweringStage, locals(), ranges)
         super().__init__(model_name_or_path, **options)
         checks.check_temperature(sampling)
         self.strict_loading = False  # frozen weights are not in the checkpoint; its own are checked all the same
-        self.reward = reward
+        self.reward: str | RewardEndpoint | RewardFunction = reward
         self.sampling = sampling
         self.generation_batch_size = generation_batch_size
         self.engine: Any = made_from_config("engine", engine)
