@@ -139,6 +139,20 @@ def test_what_may_pass_is_asked_again():
         assert ask(RewardEndpoint(server.url, backoff=0.0)) == [1.0, 2.0, 3.0]
 
 
+@pytest.mark.parametrize("model", [None, "judge"])
+def test_a_reply_that_breaks_off_is_asked_again(model):
+    whole = chat("[[2]]") if model else Said('{"scores": [2, 2, 2]}')
+    broken = whole._replace(body=whole.body[:12], headers={"Content-Length": str(len(whole.body))})
+    left = [broken] if model else [broken, broken]
+    with chat_server(lambda body: left.pop() if left else whole) as server:
+        assert ask(RewardEndpoint(server.url, model, backoff=0.0)) == [2.0, 2.0, 2.0]
+    with (
+        chat_server(lambda body: broken) as server,
+        pytest.raises(UserError, match=r"connection broke \(IncompleteRead"),
+    ):
+        ask(RewardEndpoint(server.url, model, retries=1, backoff=0.0))
+
+
 def test_it_judges_outside_of_training_too():
     with chat_server(letters) as server:
         judge = Judge.load(RewardEndpoint(server.url))

@@ -247,7 +247,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
     """The body, if it is complete in time: the timeout of a connection starts anew with every byte."""
-    parts, size = [], 0
+    parts, size, length = [], 0, response.length  # None where the server does not say it
     while part := response.read1(65536):
         parts.append(part)
         size += len(part)
@@ -255,6 +255,8 @@ def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
             raise TimeoutError
         if size > _LARGEST_REPLY:
             raise FailedError("a reply of more than a megabyte")
+    if length is not None and size < length:  # which read1 does not mind
+        raise http.client.IncompleteRead(b"", length - size)
     return b"".join(parts)
 
 
