@@ -109,6 +109,7 @@ def test_a_chat_model_rates_each_answer():
         (Said('{"scores": [1, 2, NaN]}'), "scores holds what is no finite number"),
         (Said('{"scores": [1, 2, true]}'), "scores holds what is no finite number"),
         (Said('{"scores": [1, 2, 1' + 400 * "0" + "]}"), "scores holds what is no finite number"),
+        (Said('{"scores": [1, 2, -1e39]}'), "scores holds what is no finite number"),
         (Said("", 500), "500 Internal Server Error"),
     ],
 )
@@ -131,6 +132,16 @@ def test_a_reply_without_a_rating_names_its_row():
         pytest.raises(UserError, match=r"row 5: a reply without one rating in \[\[ \]\]"),
     ):
         ask(RewardEndpoint(server.url, model="judge"))
+
+
+def test_a_rating_that_float32_does_not_hold_is_none():
+    with (
+        chat_server(lambda body: chat(f"[[4{39 * '0'}]]")) as server,
+        pytest.raises(UserError, match=r"row 4: a reply without one rating in \[\[ \]\]"),
+    ):
+        ask(RewardEndpoint(server.url, model="judge"))
+    with chat_server(lambda body: Said('{"scores": [3e38, -3e38, 0]}')) as server:
+        assert ask(RewardEndpoint(server.url)) == [3e38, -3e38, 0.0]
 
 
 def test_what_may_pass_is_asked_again():
