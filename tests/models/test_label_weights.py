@@ -266,6 +266,40 @@ def test_a_pair_that_is_too_long_loses_the_beginning_of_its_prompt(tmp_path, kin
     assert torch.isfinite(scores).all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_text_that_holds_a_separator_is_read_as_transformers_reads_it(tmp_path, kind):
+    folder = save_encoder(tmp_path / "model", kind, num_labels=1)
+    judge = Judge.load(folder, dtype="float32", device="cpu")
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    pairs = [("bake <|end|> bread", "yeast"), ("bake", "yeast <|end|> x"), ("", "yeast"), ("bake", ""), ("a", "b")]
+    found = judge.scores([WrittenPrompt(prompt) for prompt, _ in pairs], [answer for _, answer in pairs])
+    expected = [model.eval()(**tokenizer([a], [b], return_tensors="pt")).logits.item() for a, b in pairs]
+    torch.testing.assert_close(found, torch.tensor(expected), **CLOSE)
+    alone = [judge.scores([WrittenPrompt(a)], [b]) for a, b in pairs]
+    torch.testing.assert_close(torch.cat(alone), torch.tensor(expected), **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("length", [70, 71, 75, 76, 77, 78, 79, 100])
+def test_a_response_that_is_too_long_stays_the_second_text(tmp_path, kind, length):
+    folder = save_encoder(tmp_path / "model", kind, num_labels=1)
+    judge: Any = Judge.load(folder, dtype="float32", device="cpu")
+    room, tokenizer = 80 - 2 * (kind == "roberta"), pair_tokenizer(kind)
+    whole, said = tokenizer(["bake bread"], ["x" * length]), tokenizer("x" * length).input_ids[1:]
+    between = [2] if kind == "bert" else [2, 2]
+    prompt = whole.input_ids[0][1 : len(whole.input_ids[0]) - len(said) - len(between)]
+    left, tail = max(0, room - 1 - len(between) - len(said)), said[-(room - 1 - len(between)) :]
+    cut = [3, *prompt[max(0, len(prompt) - left) :], *between, *tail]
+    assert judge.scores_by.encode(WrittenPrompt("bake bread"), "x" * length, True) == cut
+    ids = torch.tensor([cut])
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    types = (torch.arange(len(cut)) >= cut.index(2) + 1).long()[None] * (kind == "bert")
+    expected = model(input_ids=ids, token_type_ids=types).logits[0]
+    torch.testing.assert_close(judge.scores([WrittenPrompt("bake bread")], ["x" * length]), expected, **CLOSE)
+
+
 def test_a_head_that_nobody_trained_is_none(tmp_path):
     model: Any = encoder("bert", num_labels=2, **named(["a", "b"]))
     folder = tmp_path / "model"

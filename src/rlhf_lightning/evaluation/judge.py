@@ -12,7 +12,6 @@ from rlhf_lightning.batches import length_sorted_pieces
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.text_so_far import decode_response, text_by
 from rlhf_lightning.chat.written import WrittenPrompt
-from rlhf_lightning.data.collate import pad
 from rlhf_lightning.evaluation.policy import Dtype, default_device, dtype_on
 from rlhf_lightning.models.causal_lm import freeze
 from rlhf_lightning.models.reward_endpoints import RewardEndpoint
@@ -20,7 +19,6 @@ from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFuncti
 from rlhf_lightning.models.rewarding import find_reward, load_reader
 from rlhf_lightning.models.scalar_lm import ScalarLM
 from rlhf_lightning.models.scorers import TextScorer
-from rlhf_lightning.models.tokenizer import filler_id
 
 
 class TokenScore(NamedTuple):
@@ -114,12 +112,10 @@ class Judge:
             texts, messages = [written.text for written in prompts], [written.messages for written in prompts]
             return torch.tensor(self.scores_by(texts, responses, messages, numbers), dtype=torch.float32)
         ends = [True] * len(prompts) if ended is None else ended
-        ids = [self.scores_by.encode(*row) for row in zip(prompts, responses, ends, strict=True)]
-        scores, model = torch.zeros(len(ids)), self.scores_by.model
-        for piece in length_sorted_pieces(torch.tensor([len(row) for row in ids]), None, max_tokens):
-            sequences, mask = pad([ids[i] for i in piece.tolist()], filler_id(self.scores_by.tokenizer), "right")
-            device = next(model.parameters()).device
-            scores[piece] = model.scores(sequences.to(device), mask.to(device)).float().cpu()
+        read = [self.scores_by.read(*row) for row in zip(prompts, responses, ends, strict=True)]
+        scores, device = torch.zeros(len(read)), next(self.scores_by.model.parameters()).device
+        for piece in length_sorted_pieces(torch.tensor([len(one.ids) for one in read]), None, max_tokens):
+            scores[piece] = self.scores_by.scores_of([read[i] for i in piece.tolist()], device).float().cpu()
         return scores
 
     @torch.no_grad()

@@ -156,7 +156,7 @@ class Classifier(nn.Module):
     Args:
         model: a sequence classifier.
         weights: of its logits, K numbers.
-        type_after: id after whose first occurrence a sequence has the token type 1; None for a model without types.
+        has_types: whether the second text of a pair has the token type 1.
 
     Raises:
         UserError: its config names no pad token, so that it cannot read rows of several lengths.
@@ -164,11 +164,11 @@ class Classifier(nn.Module):
 
     ensemble = None
 
-    def __init__(self, model: PreTrainedModel, weights: Sequence[float], type_after: int | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, weights: Sequence[float], has_types: bool = False) -> None:
         super().__init__()
         self.model: Any = model
         self.weights = tuple(weights)
-        self.type_after = type_after
+        self.has_types = has_types
         self.combination: ScoreCombination = "mean"
         if model.config.pad_token_id is None:
             raise UserError(f"'{model.config.name_or_path}' names no pad_token_id; set it in its config.json")
@@ -190,19 +190,20 @@ class Classifier(nn.Module):
         """Nothing is known of when it was saved: 0."""
         return 0.0
 
-    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def scores(self, input_ids: Tensor, attention_mask: Tensor, starts: Tensor | None = None) -> Tensor:
         """Weighted sum of the raw logits of each sequence, `[B]`, float32.
 
         Args:
             input_ids: `[B, T]`, int64.
             attention_mask: True for real tokens, `[B, T]`, bool, padded on the right.
+            starts: where the second text of each pair begins, `[B]`, int64; None for single texts.
         """
         # Decoders look for the last id that is no pad.
         ids = input_ids.masked_fill(~attention_mask, self.model.config.pad_token_id)
         options = {}
-        if self.type_after is not None:
-            ends = (ids == self.type_after).long()
-            options["token_type_ids"] = ((ends.cumsum(dim=1) - ends).clamp(max=1)) * attention_mask
+        if self.has_types and starts is not None:
+            places = torch.arange(ids.shape[1], device=ids.device)
+            options["token_type_ids"] = (places >= starts.unsqueeze(1)).long() * attention_mask
         logits: Tensor = self.model(input_ids=ids, attention_mask=attention_mask.long(), **options).logits.float()
         return logits @ torch.tensor(self.weights, dtype=logits.dtype, device=logits.device)
 
@@ -218,7 +219,8 @@ class PairReader:
 
     Attributes:
         prefix: what every sequence begins with.
-        type_after: see `Classifier`.
+        between: what stands between the two texts.
+        has_types: see `Classifier`.
 
     Raises:
         UserError: its tokenizer is a slow one, or gives pairs another form than is known here.
@@ -231,10 +233,11 @@ class PairReader:
         said = tokenizer(["a"], ["b"])
         ids, numbers = said.input_ids[0], self._texts(said)
         self.prefix: list[int] = ids[: numbers.index(0)]
-        types = [int(kind) for kind in said["token_type_ids"][0]] if "token_type_ids" in said else []
-        self.type_after = ids[numbers.index(1) - 1] if any(types) else None
-        first = ids.index(self.type_after) if any(types) else len(types)
-        if types != [int(place > first) for place in range(len(types))]:
+        second = numbers.index(1)
+        self.between: list[int] = ids[numbers.index(0) + numbers.count(0) : second]
+        types = [int(kind) for kind in said.get("token_type_ids", [[]])[0]]
+        self.has_types = any(types)
+        if types and types != [int(self.has_types and place >= second) for place in range(len(types))]:
             raise UserError(f"'{tokenizer.name_or_path}' gives pairs of texts token types of an unknown form")
 
     def _texts(self, said: Any) -> list[int]:
@@ -244,7 +247,7 @@ class PairReader:
     def encode_dialogue(
         self, prompt: Prompt, response: str, tools: Sequence[dict[str, Any]] = (), ended: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids up to the response, and from there on.
+        """Ids up to the response, and from there on; of one without text, from where the token type is 1.
 
         Args:
             prompt: text, or messages.
@@ -256,5 +259,7 @@ class PairReader:
         said = self.tokenizer([WrittenPrompt(prompt).text], [response], verbose=False)
         numbers = self._texts(said)
         start = numbers.index(1) if 1 in numbers else len(numbers)
+        if self.has_types:
+            start = [*map(int, said["token_type_ids"][0]), 1].index(1)
         ids = np.asarray(said.input_ids[0], dtype=np.int64)
         return ids[:start], ids[start:]

@@ -153,7 +153,7 @@ def load_reader(
         return classifier, reward_chat(classifier, tokenizer)
     rank_zero_info(f"'{found}' ({type(model).__name__}) reads a prompt and a response as a pair of texts")
     pairs = PairReader(tokenizer)
-    return Classifier(model, logits, pairs.type_after), pairs
+    return Classifier(model, logits, pairs.has_types), pairs
 
 
 def model_scorer(model: ScalarLM, chat: ChatEncoder, policy_chat: ChatEncoder) -> ModelScorer | TextScorer:

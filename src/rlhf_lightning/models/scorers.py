@@ -5,6 +5,7 @@ Notation: B responses, P padded prompt length, R padded response length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -101,6 +102,18 @@ class ModelScorer(nn.Module):
         return self.along.of(scores, batch.sequences[:, -length:], response_mask)
 
 
+class Reading(NamedTuple):
+    """A dialogue as a reward model reads it.
+
+    Attributes:
+        ids: all of it.
+        start: number of tokens before the response, or before what else the second text of a pair begins with.
+    """
+
+    ids: list[int]
+    start: int
+
+
 class TextScorer(nn.Module):
     """A frozen reward model that reads other ids than the policy: dialogues are handed over as they were written.
 
@@ -127,8 +140,8 @@ class TextScorer(nn.Module):
         self._context = model.context if isinstance(model, Classifier) else context_length(model.model.config)
         self._warned: set[str] = set()
 
-    def encode(self, written: WrittenPrompt, response: str, ended: bool) -> list[int]:
-        """Ids as in reward training, the end of the turn only where the response ended by itself.
+    def read(self, written: WrittenPrompt, response: str, ended: bool) -> Reading:
+        """A dialogue as in reward training, the end of the turn only where the response ended by itself.
 
         Args:
             written: the prompt.
@@ -137,15 +150,41 @@ class TextScorer(nn.Module):
         """
         said = self.spacing.content(written, response)
         prompt, answer = self.chat.encode_dialogue(written.prompt, said, written.tools, ended)
-        dialogue: list[int] = [*prompt.tolist(), *answer.tolist()]
-        if self._context is None or len(dialogue) <= self._context:
-            return dialogue
+        ids: list[int] = [*prompt.tolist(), *answer.tolist()]
+        if self._context is None or len(ids) <= self._context:
+            return Reading(ids, len(prompt))
         self._warn_once(
             f"prompts and responses of more than {self._context} tokens are too long for the reward model: such "
-            "prompts lose their beginning"
+            "prompts lose their beginning, and so do responses that are too long by themselves"
         )
-        begun = self.chat.prefix
-        return [*begun, *dialogue[len(dialogue) - self._context + len(begun) :]]
+        kept = self.chat.prefix
+        if isinstance(self.chat, PairReader) and len(kept) + len(self.chat.between) + len(answer) > self._context:
+            kept = [*kept, *self.chat.between]  # what is left is still the second text
+        ids = [*kept, *ids[len(ids) - self._context + len(kept) :]]
+        return Reading(ids, max(len(kept), len(ids) - len(answer)))
+
+    def encode(self, written: WrittenPrompt, response: str, ended: bool) -> list[int]:
+        """The ids of `read`; arguments as there."""
+        return self.read(written, response, ended).ids
+
+    def scores_of(self, readings: Sequence[Reading], device: torch.device) -> Tensor:
+        """Calibrated scores of dialogues, at the last real token of each, `[B]`.
+
+        Args:
+            readings: B of them.
+            device: where the model runs.
+        """
+        lengths, starts = (torch.tensor(each) for each in zip(*((len(r.ids), r.start) for r in readings), strict=True))
+        ids = nn.utils.rnn.pad_sequence(
+            [torch.tensor(reading.ids) for reading in readings],
+            batch_first=True,
+            padding_value=filler_id(self.tokenizer),
+        )
+        mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
+        ids, mask = to_device(ids, device), to_device(mask, device)
+        if isinstance(self.model, Classifier):
+            return self.model.scores(ids, mask, to_device(starts, device))
+        return self.model.scores(ids, mask)
 
     def forward(self, batch: Responses) -> Tensor:
         """Calibrated score at the last real token, `[B]`.
@@ -158,18 +197,13 @@ class TextScorer(nn.Module):
                 "the batches do not say how their prompts were written (PromptBatch.written), so the reward model, "
                 "which reads other ids than the policy, is given what is left of them without special tokens"
             )
-        device, rows = batch.sequences.device, []
+        readings = []
         for i, (written, ended) in enumerate(zip(batch.prompts_as_written, batch.ended.tolist(), strict=True)):
             try:
-                rows.append(self.encode(written, batch.responses[i], ended))
+                readings.append(self.read(written, batch.responses[i], ended))
             except RefusedTurnsError as error:
                 raise UserError(f"row {batch.rows[i]}: the reward model cannot read the prompt: {error}") from error
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = nn.utils.rnn.pad_sequence(
-            [torch.tensor(row) for row in rows], batch_first=True, padding_value=filler_id(self.tokenizer)
-        )
-        mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
-        return self.model.scores(to_device(ids, device), to_device(mask, device))
+        return self.scores_of(readings, batch.sequences.device)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
