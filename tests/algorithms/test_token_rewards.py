@@ -267,7 +267,36 @@ def test_a_judge_shows_bytes_where_they_stand(tmp_path):
     assert [token.text for token in said] == ["s", "\n", "\n", "", "é", "t"]
 
 
+def test_a_special_token_ends_steps_though_it_has_no_text():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|step|>"]})
+    ids = tokenizer("Mix flour<|step|>then wait<|step|>").input_ids
+    places = [place for place, number in enumerate(ids) if number == len(tokenizer) - 1]
+    assert step_ends(tokenizer, ids, "<|step|>") == places
+    assert len(places) == 2
+    assert step_ends(tokenizer, [*ids, tokenizer.eos_token_id], "<|end|>") == [len(ids)]
+
+
+@pytest.mark.parametrize("mark", ["\\n\\n", "\\n", "Step.\\n"])
+def test_a_line_s_end_that_a_shell_did_not_read_is_refused(mark):
+    with pytest.raises(
+        UserError, match=r"score\.step_end holds a backslash and an n .* \$'\\n\\n' in the shell$"
+    ) as error:
+        ScoreShaping(per_token="score", step_end=mark)
+    assert "\n" not in str(error.value)
+    assert ScoreShaping(per_token="score", step_end="\\neq").step_end == "\\neq"
+
+
 # Whole runs.
+
+
+@pytest.mark.parametrize(("mark", "times"), [("never said", 1), ("e", 0)])
+def test_steps_that_the_first_rollout_does_not_hold_are_said_once(folder, reward_folder, recwarn, mark, times):
+    score = ScoreShaping(per_token="score", step_end=mark)
+    run(make(folder, reward_folder, score=score, micro_batch_size=4))
+    said = [str(each.message) for each in recwarn if "no answer of the first rollout" in str(each.message)]
+    assert len(said) == times
+    assert all("holds the step_end 'never said' of reward 'main'" in each for each in said)
 
 
 def make(folder, reward, kind=PPOModule, **settings):

@@ -49,7 +49,8 @@ class OtherReward:
             the score has gained by it (Ng et al. 1999), so that the sum stays the score; `score` gives each the score
             up to it (process reward models, Lightman et al. 2023). None for the end. A function says so by a parameter
             `token_ids`.
-        step_end: give them only at tokens that complete this text, such as a line's end, and at the last one.
+        step_end: give them only at tokens that complete this text, such as a line's end, and at the last one. Or at
+            this special token. docs/ppo.md says how line ends are written.
     """
 
     reward: str | RewardEndpoint | RewardFunction

@@ -5,7 +5,7 @@ Notation: B responses, P padded prompt length, R padded response length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -302,3 +302,18 @@ def give_along(scorer: Scorer, along: TokenRewards, name: str) -> None:
             "model, or leave per_token out"
         )
     scorer.along = along
+
+
+def warn_without_steps(scorers: Mapping[str, Any]) -> None:
+    """Say in one line where the ends of steps that rewards are to stand at are in no response so far.
+
+    Args:
+        scorers: any, by name.
+    """
+    for name, scorer in scorers.items():
+        along = getattr(scorer, "along", None)
+        if isinstance(along, TokenRewards) and along.step_end is not None and not along.found:
+            rank_zero_warn(
+                f"no answer of the first rollout holds the step_end {along.step_end!r} of reward '{name}', so all that "
+                "it gives stands at their last tokens: look at how the policy ends its steps"
+            )

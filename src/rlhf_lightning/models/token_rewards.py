@@ -5,9 +5,10 @@ Notation: B responses, R padded response length.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,18 +21,21 @@ from rlhf_lightning.functional.token_rewards import PerToken, rewards_along
 from rlhf_lightning.host import on_host
 
 
-class TokenRewards(NamedTuple):
+@dataclass
+class TokenRewards:
     """How the scores of a reward model become rewards of tokens.
 
     Attributes:
         kind: as in `functional.rewards_along`.
         step_end: text at whose ends they are given, and at the last token; None for every token.
         tokenizer: the policy's, which tells where a text ends.
+        found: how many ends of steps responses have held so far.
     """
 
     kind: PerToken
     step_end: str | None
     tokenizer: PreTrainedTokenizerBase
+    found: int = field(default=0, init=False)
 
     def of(self, scores: Tensor, response_ids: Tensor, response_mask: Tensor) -> Tensor:
         """Rewards of tokens, `[B, R]`.
@@ -47,7 +51,9 @@ class TokenRewards(NamedTuple):
             ends = torch.zeros_like(mask)
             ends[torch.arange(len(mask)), last_index(mask)] = True
             for row, (said, real) in enumerate(zip(ids, mask, strict=True)):
-                ends[row, step_ends(self.tokenizer, said[real].tolist(), self.step_end)] = True
+                steps = step_ends(self.tokenizer, said[real].tolist(), self.step_end)
+                self.found += len(steps)
+                ends[row, steps] = True
             places = places & ends.to(places.device)
         return rewards_along(scores, places, self.kind)
 
@@ -58,8 +64,12 @@ def step_ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], step_end: 
     Args:
         tokenizer: of the ids.
         ids: of the response, without padding.
-        step_end: the text; it may begin within a token, and end within one.
+        step_end: the text; it may begin within a token, and end within one. Or a special token, which has no text.
     """
+    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    if step_end in special:
+        return [place for place, number in enumerate(ids) if number == special[step_end]]
     reader = TextSoFar(tokenizer)
     text, found, start, last = reader.read(ids, complete=True), [], 0, 0
 
@@ -94,4 +104,9 @@ def check_per_token(per_token: PerToken | None, step_end: str | None, prefix: st
         raise UserError(
             f"{prefix}step_end ({step_end!r}) says where {prefix}per_token gives rewards: set that, and a text that is "
             "not empty, or leave it out"
+        )
+    if step_end is not None and re.search(r"\\n(?![a-z])", step_end):  # \neq and its like are LaTeX
+        raise UserError(
+            f'{prefix}step_end holds a backslash and an n in place of a line end: write "\\n\\n" in double quotes in '
+            "YAML, and $'\\n\\n' in the shell"
         )

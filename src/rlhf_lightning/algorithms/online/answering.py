@@ -48,7 +48,7 @@ from rlhf_lightning.models.other_rewards import (
 from rlhf_lightning.models.reward_endpoints import RewardEndpoint
 from rlhf_lightning.models.reward_functions import RewardFunction
 from rlhf_lightning.models.scalar_lm import ScalarLM
-from rlhf_lightning.models.scorers import FunctionScorer, ModelScorer, TextScorer, scores_tokens
+from rlhf_lightning.models.scorers import FunctionScorer, ModelScorer, TextScorer, scores_tokens, warn_without_steps
 from rlhf_lightning.training import sum_over_ranks, synced
 from rlhf_lightning.training.reporting import report_progress
 from rlhf_lightning.training.rollouts import RolloutWeights, rollout_weights
@@ -136,6 +136,7 @@ class AnsweringStage(Stage):
         self.reference = reference
         self.rollout_engine: RolloutEngine | None = None
         self._synced_at: int | None = None
+        self._has_looked_for_steps = False
         self._compiled_before: tuple[tuple[int, int], str] | None = None
         parts = [f"score_{name}" for name in ((MAIN, *other_rewards) if other_rewards else ())]
         self.eval_means = mean_metrics("score", "raw_score", *parts, "kl", "eos_rate", "response_length")
@@ -324,6 +325,9 @@ class AnsweringStage(Stage):
             report=partial(report_progress, self, "scoring"),
             others=self.other_scorers.by_name(),
         )
+        if not self._has_looked_for_steps:
+            self._has_looked_for_steps = True
+            warn_without_steps({MAIN: self.scorer, **self.other_scorers.by_name()})
         needed = [scores for name, scores in measured.others.items() if not self.other_rewards[name].may_lack]
         for scores in (measured.scores, *needed):
             answers = {"prompts": prompts, "responses": texts, "scores": scores}
