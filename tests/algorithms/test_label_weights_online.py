@@ -27,6 +27,7 @@ from rlhf_lightning.cli.main import main
 from rlhf_lightning.evaluation.suite import evaluate
 from rlhf_lightning.models.classifiers import Classifier
 from rlhf_lightning.models.labels import fold_head
+from rlhf_lightning.models.scalar_lm import load_reward_model
 from rlhf_lightning.models.scorers import ModelScorer
 
 BY_ORDER = [0.65, 0.8, 0.0, 0.0, -0.4]
@@ -70,6 +71,24 @@ def test_attributes_are_learnt_from_as_their_weighed_sum(folders):
     assert same_weights(weights(several.policy), weights(one.policy))
     assert same_weights(weights(several.value), weights(one.value))
     assert several.hparams.reward_weights == WEIGHTS
+
+
+def test_a_value_model_that_is_named_is_weighed_as_the_reward_that_it_is(folders, tmp_path):
+    named_too = make(folders, "attributes", reward_weights=WEIGHTS, value_name_or_path=folders["attributes"])
+    alone = make(folders, "attributes", reward_weights=WEIGHTS)
+    logs = [run(module) for module in (named_too, alone)]
+    assert same_weights(weights(named_too.value), weights(alone.value))
+    assert logs[0].series("train/value_loss") == logs[1].series("train/value_loss")
+    named_too.trainer.save_checkpoint(tmp_path / "one.ckpt")
+    main(["export", str(tmp_path / "one.ckpt"), "--out", str(tmp_path / "value"), "--part", "value"])
+    exported = load_reward_model(tmp_path / "value")
+    ids = torch.tensor([[5, 6, 7, 2]])
+    torch.testing.assert_close(exported.scores(ids, ids > 0), named_too.value.scores(ids, ids > 0))
+
+
+def test_a_value_model_of_several_labels_is_refused_where_it_is_not_the_reward(folders):
+    with pytest.raises(UserError, match="is a classifier with 5 labels, and a value model has one: name one of one"):
+        make(folders, "weighed", value_name_or_path=folders["attributes"])
 
 
 def test_an_encoder_scores_and_another_model_s_attribute_is_logged_beside_it(folders):

@@ -35,7 +35,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models import rendering
 from rlhf_lightning.models.adapter_folders import adapter_base, is_adapter
 from rlhf_lightning.models.finetune_settings import FineTune
-from rlhf_lightning.models.folders import looks_local
+from rlhf_lightning.models.folders import looks_local, same_model
 from rlhf_lightning.models.heads import write_heads
 from rlhf_lightning.models.stored import stored_dtype
 from rlhf_lightning.models.tokenizer import load_tokenizer
@@ -222,7 +222,10 @@ def _load_stage(checkpoint: Checkpoint, trust_remote_code: bool) -> Stage:
     """The stage with its model and tokenizer as it had them, the weights those of its base."""
     if checkpoint.is_value:
         beside = checkpoint.said[BESIDE]
-        weights = checkpoint.settings.get("reward_weights") if checkpoint.role == "reward" else None
+        value, reward = (checkpoint.settings.get(name) for name in ("value_name_or_path", "reward"))
+        named = isinstance(value, str) and isinstance(reward, str) and same_model(value, reward)
+        is_reward = checkpoint.role == "reward" or named
+        weights = checkpoint.settings.get("reward_weights") if is_reward else None
         stage: Any = ValueStage(checkpoint.base, beside, checkpoint.finetune, trust_remote_code, weights)
     else:
         kind, _ = _PLACES[checkpoint.state["stage"]]

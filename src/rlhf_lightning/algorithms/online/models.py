@@ -30,6 +30,7 @@ from rlhf_lightning.models.finetune import choose_trained
 from rlhf_lightning.models.finetune_settings import FineTune
 from rlhf_lightning.models.folders import check_model_folder, same_model
 from rlhf_lightning.models.heads import has_heads, linear_in_float32
+from rlhf_lightning.models.labels import labels_of
 from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.other_rewards import MAIN, OtherReward, OtherScorers
 from rlhf_lightning.models.reward_endpoints import LoggedEndpoint, RewardEndpoint
@@ -46,6 +47,7 @@ from rlhf_lightning.models.scalar_lm import (
     ScalarLM,
     attach_reward_adapter,
     check_reward_model,
+    has_reward_head,
     load_reward_model,
     new_scalar_lm,
     response_values,
@@ -156,7 +158,7 @@ class ModelSource:
         for name in (self.policy, self.reference or self.policy):
             check_model_folder(name)
         if self.value is not None:
-            check_reward_model(self.value)
+            self._check_value(self.value)
         models = self.reward_models  # looks for all of them
         if functions := [name for name in self.along if name not in models]:
             raise UserError(
@@ -170,6 +172,19 @@ class ModelSource:
                 f"reward_combination {self.reward_combination} is for a reward model with several heads, and {what}: "
                 "set it to mean, or train one with num_heads"
             )
+
+    def _weights_of(self, value: str) -> Mapping[str, float] | None:
+        """What the labels count of what the value model starts from: as where the same model is the reward."""
+        return self.reward_weights if isinstance(self.reward, str) and same_model(value, self.reward) else None
+
+    def _check_value(self, value: str) -> None:
+        weights = self._weights_of(value)
+        if weights is None and has_reward_head(value) and (count := len(labels_of(check_model_folder(value)))) > 1:
+            raise UserError(
+                f"value_name_or_path '{value}' is a classifier with {count} labels, and a value model has one: name "
+                "one of one label, or the model that reward names too, whose labels reward_weights weighs"
+            )
+        check_reward_model(value, weights)
 
     @property
     def along(self) -> dict[str, tuple[PerToken, str | None]]:
@@ -269,7 +284,9 @@ class ModelSource:
         if self.value is None and beside:
             return self._beside(policy, trainable=True), scorer
         if self.value is not None:
-            value = load_reward_model(self.value, trust_remote_code=trust, nf4=self._nf4)
+            value = load_reward_model(
+                self.value, trust_remote_code=trust, nf4=self._nf4, weights=self._weights_of(self.value)
+            )
         elif (shared := shared_scalar(scorer)) is not None:
             value = shared
         elif self.finetune.mode == "lora":
