@@ -11,10 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from helpers.classifiers import ATTRIBUTES, ENCODERS, WEIGHTS, encoder, named, pair_tokenizer, save_encoder
-from helpers.models import save_folder, tiny_classifier
+from helpers.models import VOCAB_SIZE, save_folder, spread_weights, tiny_classifier
 from helpers.stages import save_llama, save_reward_model
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.chat.encoder import ChatEncoder
@@ -298,6 +298,17 @@ def test_a_response_that_is_too_long_stays_the_second_text(tmp_path, kind, lengt
     types = (torch.arange(len(cut)) >= cut.index(2) + 1).long()[None] * (kind == "bert")
     expected = model(input_ids=ids, token_type_ids=types).logits[0]
     torch.testing.assert_close(judge.scores([WrittenPrompt("bake bread")], ["x" * length]), expected, **CLOSE)
+
+
+def test_a_classifier_that_reads_padding_is_refused(tmp_path):
+    config = AutoConfig.for_model(
+        "xlnet", vocab_size=VOCAB_SIZE, d_model=16, n_layer=1, n_head=2, d_inner=16, pad_token_id=0, num_labels=1
+    )
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    spread_weights(model)
+    folder = save_folder(tmp_path / "model", model, pair_tokenizer("xlnet"))
+    with pytest.raises(UserError, match=r"\(XLNetForSequenceClassification\) gives a text other logits where padding"):
+        load_scorer(folder, ChatEncoder(tiny_tokenizer()))
 
 
 def test_a_head_that_nobody_trained_is_none(tmp_path):

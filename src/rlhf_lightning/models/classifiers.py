@@ -9,6 +9,7 @@ Notation: B batch, T padded length, K labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from rlhf_lightning.compat import has_unmerged_adapter
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import HEAD
 from rlhf_lightning.forward.capacity import context_length
+from rlhf_lightning.forward.numerics import dummy_tokens, self_test, typical_tolerance
 from rlhf_lightning.functional import ScoreCombination
 from rlhf_lightning.models.adapter_folders import (
     adapter_base,
@@ -41,6 +43,8 @@ from rlhf_lightning.models.tokenizer import own_pad_token
 from rlhf_lightning.rng import generator
 from rlhf_lightning.training.sharded import gathered, widen_now
 
+_SHORT, _LONG = 5, 13
+"""Tokens that a classifier is tried with, without padding and with it."""
 HEAD_WEIGHT = "base_model.model.score.weight"
 """What an adapter folder calls the weight of the head."""
 
@@ -146,6 +150,35 @@ def draw_head(head: nn.Linear, scale: float = 1.0) -> None:
     drawn = torch.randn(size, generator=random, dtype=torch.float32, device="cpu")
     with torch.no_grad(), gathered(head.weight):
         head.weight.copy_(drawn * (scale * (head.in_features + 1) ** -0.5))
+
+
+def check_hides_padding(name: str, model: PreTrainedModel) -> None:
+    """Refuse a classifier whose logits depend on padding: rows of several lengths are read at once.
+
+    Args:
+        name: as it was loaded.
+        model: the classifier; every process must test it.
+
+    Raises:
+        UserError: they do.
+    """
+    found = self_test(model, partial(_hides_padding, model))
+    if found is False:
+        raise UserError(
+            f"'{name}' ({type(model).__name__}) gives a text other logits where padding stands behind it, so it cannot "
+            "score rows of several lengths at once; score by a function that runs it row by row"
+        )
+
+
+def _hides_padding(model: Any) -> bool:
+    short = dummy_tokens(model, _SHORT).unsqueeze(0)  # [1, T]
+    padded = torch.full((1, _LONG), model.config.pad_token_id, device=short.device)
+    padded[:, :_SHORT] = short
+    mask = torch.zeros_like(padded)
+    mask[:, :_SHORT] = 1
+    alone = model(input_ids=short, attention_mask=torch.ones_like(short)).logits.float()
+    beside = model(input_ids=padded, attention_mask=mask).logits.float()
+    return not bool((alone - beside).norm() > typical_tolerance(model) * alone.norm())  # NaN is not judged here
 
 
 class Classifier(nn.Module):

@@ -15,7 +15,7 @@ from rlhf_lightning.chat.encoder import ChatEncoder, DialogueFormat
 from rlhf_lightning.chat.spacing import Spacing
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.forward.backbone import HEAD
-from rlhf_lightning.models.classifiers import Classifier, PairReader
+from rlhf_lightning.models.classifiers import Classifier, PairReader, check_hides_padding
 from rlhf_lightning.models.rendering import recorded_chat
 from rlhf_lightning.models.reward_endpoints import RewardEndpoint
 from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction, import_function, names_function
@@ -148,12 +148,14 @@ def load_reader(
         scalar = as_scalar(found, model, logits)
         return scalar, reward_chat(scalar, tokenizer)
     logits = logits or [1.0]
+    classifier = Classifier(model, logits)
+    check_hides_padding(found, model)
     if tokenizer.chat_template:
-        classifier = Classifier(model, logits)
         return classifier, reward_chat(classifier, tokenizer)
     rank_zero_info(f"'{found}' ({type(model).__name__}) reads a prompt and a response as a pair of texts")
     pairs = PairReader(tokenizer)
-    return Classifier(model, logits, pairs.has_types), pairs
+    classifier.has_types = pairs.has_types
+    return classifier, pairs
 
 
 def model_scorer(model: ScalarLM, chat: ChatEncoder, policy_chat: ChatEncoder) -> ModelScorer | TextScorer:
