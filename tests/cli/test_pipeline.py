@@ -147,6 +147,7 @@ def test_files_that_options_name_themselves_are_looked_at_too(here: Path, called
         "model.model_name_or_path": "model",
         "data.data": ["pairs.jsonl"],
         "data.plain_format.user": "\n" + "a" * 999,
+        "data.plain_format.assistant": "~nobody: ",
     }
     write(steps={"sft": {"config": "sft.yaml", "options": options}})
     for expected in (["sft"], [], ["sft"]):
@@ -155,6 +156,57 @@ def test_files_that_options_name_themselves_are_looked_at_too(here: Path, called
         assert steps_of(called) == expected
         if not expected:
             Path("pairs.jsonl").write_text("{}\n{}\n{}\n")
+
+
+@pytest.mark.parametrize("edited", ["own.yaml", "pairs.jsonl"])
+def test_what_is_edited_while_a_step_runs_has_changed_the_next_time(
+    here: Path,
+    called: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    edited: str,
+) -> None:
+    Path("own.yaml").write_text(Path(pipeline.steps.find_recipe("sft.yaml")).read_text())
+    write(values=VALUES, steps={"sft": {**SFT, "config": "own.yaml"}})
+    working = pipeline._call
+
+    def slow(words: list[str]) -> int:
+        code = working(words)
+        if words[0] == "fit":
+            Path(edited).write_text(Path(edited).read_text() + "\n")
+        return code
+
+    monkeypatch.setattr(pipeline, "_call", slow)
+    run("--config", "p.yaml")
+    monkeypatch.setattr(pipeline, "_call", working)
+    called.clear()
+    run("--config", "p.yaml")
+    assert steps_of(called) == ["sft"]
+    assert f"'{edited}' has changed" in capsys.readouterr().out
+    called.clear()
+    run("--config", "p.yaml")
+    assert steps_of(called) == []
+
+
+def test_a_file_that_a_step_makes_itself_is_no_change(
+    here: Path, called: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**SFT["options"], "trainer.logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "logs"}}}
+    write(values=VALUES, steps={"sft": {**SFT, "options": options}})
+    working = pipeline._call
+
+    def logging(words: list[str]) -> int:
+        Path("logs").mkdir()
+        Path("logs/metrics.csv").write_text("loss\n")
+        return working(words)
+
+    monkeypatch.setattr(pipeline, "_call", logging)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_report", lambda _: None)
+        run("--config", "p.yaml")
+        called.clear()
+        run("--config", "p.yaml")
+    assert steps_of(called) == []
 
 
 def test_a_step_that_failed_ends_the_run_with_its_code_and_is_tried_again(

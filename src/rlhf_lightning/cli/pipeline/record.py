@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,36 +41,42 @@ class Record:
         result = self._pipeline.result(self._step)
         if not result.exists():
             return f"'{result}' is gone"
-        now, before = self._now(), self._before["of"]
+        now, before = self._now, self._before["of"]
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         return f"{changed[0]} has changed" if changed else None
 
     def goes_on(self) -> bool:
         """Whether a step that was begun has the settings and inputs of now."""
-        return bool(self._before) and not self._before.get("ended") and self._before["of"] == self._now()
+        return bool(self._before) and not self._before.get("ended") and self._before["of"] == self._now
 
     def begin(self) -> None:
         """Note that the step runs."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._write(ended=False)
+        self._write(False, self._now)
 
     def end(self) -> None:
-        """Note that it has ended."""
-        self._write(ended=True)
+        """Note that it has ended, on what was there when it began: it may not have seen what was changed since."""
+        self._write(True, self._now | self._read(but=self._now))  # what is new it has made itself, such as its logs
 
-    def _write(self, ended: bool) -> None:
-        write_whole(self._path, json.dumps({"ended": ended, "of": self._now()}, indent=2) + "\n")
+    def _write(self, ended: bool, of: dict[str, str]) -> None:
+        write_whole(self._path, json.dumps({"ended": ended, "of": of}, indent=2) + "\n")
 
+    @functools.cached_property
     def _now(self) -> dict[str, str]:
-        """Its command, its config files, and what it reads from this disk, by name."""
+        """Its command, its config files, and what it reads from this disk, by name; read once, before it runs."""
         words = [word for word in self._pipeline.words(self._step) if not word.startswith("--config=")]
         found = {"its command": _hash(json.dumps(words))}
         for config in self._step.configs:
             found[f"config '{config}'"] = _hash(Path(config).read_text(encoding="utf-8"))
+        return found | self._read()
+
+    def _read(self, but: Collection[str] = ()) -> dict[str, str]:
+        """Files and folders that its options name, but for those that are known."""
+        found: dict[str, str] = {}
         for text in sorted(set(self._pipeline.inputs(self._step))):
-            path = Path(text).expanduser()
-            with contextlib.suppress(OSError, ValueError):  # a text that no path can be
-                if path.exists():
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # a text that no path can be
+                path = Path(text).expanduser()
+                if f"'{path}'" not in but and path.exists():
                     found[f"'{path}'"] = _hash_of(path)
         return found
 
