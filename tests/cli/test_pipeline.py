@@ -15,6 +15,7 @@ import yaml
 from helpers.cli_runs import command, environment, save_model, save_pairs
 from rlhf_lightning.cli import pipeline
 from rlhf_lightning.cli.main import main
+from rlhf_lightning.cli.pipeline import record
 from rlhf_lightning.errors import UserError
 
 SFT: dict[str, Any] = {
@@ -206,6 +207,52 @@ def test_a_file_that_a_step_makes_itself_is_no_change(
         run("--config", "p.yaml")
         called.clear()
         run("--config", "p.yaml")
+    assert steps_of(called) == []
+
+
+@pytest.mark.parametrize("text", ["", " ", ".", "..", "/", "runs", "runs/pipeline", "/dev/zero"])
+def test_a_text_that_names_where_the_pipeline_works_is_not_looked_into(
+    here: Path, called: list[list[str]], monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """Nor what has no end."""
+    read: set[str] = set()
+    monkeypatch.setattr(record, "_hash_of", lambda path: read.add(str(path)) or ",".join(map(str, here.rglob("*"))))
+    (here / "runs/pipeline").mkdir(parents=True)
+    options = {**SFT["options"], "data.data": "none.jsonl", "data.plain_format.system": text}
+    write(values={"model": "none"}, steps={"sft": {**SFT, "options": options}})
+    run("--config", "p.yaml")
+    called.clear()
+    run("--config", "p.yaml")
+    assert steps_of(called) == []
+    assert read == set()
+
+
+@pytest.mark.parametrize("logs", ["logs", "runs/pipeline/sft/logs"])
+def test_what_a_step_has_written_does_not_keep_it_from_going_on(
+    here: Path, called: list[list[str]], monkeypatch: pytest.MonkeyPatch, logs: str
+) -> None:
+    options = {**SFT["options"], "trainer.logger": {"class_path": "CSVLogger", "init_args": {"save_dir": logs}}}
+    write(values=VALUES, steps={"sft": {**SFT, "options": options}})
+    working = pipeline._call
+
+    def stopped(words: list[str]) -> int:
+        Path(logs).mkdir(parents=True, exist_ok=True)
+        with Path(logs, "metrics.csv").open("a") as file:
+            file.write("loss\n")
+        Path("runs/pipeline/sft").mkdir(exist_ok=True)
+        Path("runs/pipeline/sft/last.ckpt").touch()
+        return 143
+
+    monkeypatch.setattr(pipeline, "_call", stopped)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            run("--config", "p.yaml")
+    monkeypatch.setattr(pipeline, "_call", working)
+    run("--config", "p.yaml")
+    assert Path("runs/pipeline/sft/last.ckpt").is_file()
+    assert Path(logs, "metrics.csv").read_text() == "loss\nloss\n"
+    called.clear()
+    run("--config", "p.yaml")
     assert steps_of(called) == []
 
 

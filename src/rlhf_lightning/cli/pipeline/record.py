@@ -47,19 +47,25 @@ class Record:
 
     def goes_on(self) -> bool:
         """Whether a step that was begun has the settings and inputs of now."""
-        return bool(self._before) and not self._before.get("ended") and self._before["of"] == self._now
+        if not self._before or self._before.get("ended"):
+            return False
+        return all(self._now.get(name) == was for name, was in self._before["of"].items())  # what is new it has made
 
     def begin(self) -> None:
         """Note that the step runs."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._write(False, self._now)
+        self._write(False, self._begun)
 
     def end(self) -> None:
         """Note that it has ended, on what was there when it began: it may not have seen what was changed since."""
-        self._write(True, self._now | self._read(but=self._now))  # what is new it has made itself, such as its logs
+        self._write(True, self._begun | self._read(but=self._begun))  # what is new it has made itself, such as its logs
 
     def _write(self, ended: bool, of: dict[str, str]) -> None:
         write_whole(self._path, json.dumps({"ended": ended, "of": of}, indent=2) + "\n")
+
+    @property
+    def _begun(self) -> dict[str, str]:
+        return self._before["of"] if self.goes_on() else self._now
 
     @functools.cached_property
     def _now(self) -> dict[str, str]:
@@ -73,12 +79,21 @@ class Record:
     def _read(self, but: Collection[str] = ()) -> dict[str, str]:
         """Files and folders that its options name, but for those that are known."""
         found: dict[str, str] = {}
-        for text in sorted(set(self._pipeline.inputs(self._step))):
+        for text in sorted({text for text in self._pipeline.inputs(self._step) if text.strip()}):
             with contextlib.suppress(OSError, ValueError, RuntimeError):  # a text that no path can be
                 path = Path(text).expanduser()
-                if f"'{path}'" not in but and path.exists():
+                if f"'{path}'" not in but and (path.is_file() or path.is_dir()) and not self._is_its_place(path):
                     found[f"'{path}'"] = _hash_of(path)
         return found
+
+    def _is_its_place(self, path: Path) -> bool:
+        """Whether a path lies in the step's folder, or holds it, as `.` and `/` do.
+
+        The step itself writes there, so it would be another one after each run; and all that lies beside the runs would
+        be read through each time.
+        """
+        own, path = self._pipeline.folder(self._step).resolve(), path.resolve()
+        return path.is_relative_to(own) or own.is_relative_to(path)
 
 
 def place_beside(folder: Path) -> Path:
