@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,72 @@ def test_models_of_a_finished_quickstart_are_taken(tmp_path, monkeypatch, seed, 
     (tmp_path / "results.json").write_text('{"seed": 1}')
     quickstart.main(["--over_optimise", "--out", str(tmp_path), "--seed", str(seed)])
     assert calls == (["sft/export"] if made else ["stages", "sft/export"])
+
+
+def quick_stages(monkeypatch, stop_at=None):
+    """Stages that write their seed in the place of a model."""
+
+    def export(stage):
+        def train(*arguments):
+            if stage == stop_at:
+                raise KeyboardInterrupt
+            *_, folder, seed = arguments
+            (folder / "export").mkdir(parents=True, exist_ok=True)
+            (folder / "export" / "seed").write_text(str(seed))
+            return quickstart.StageResult(folder / "export", folder, dict.fromkeys(METRICS, 1.0), 1.0)
+
+        return train
+
+    def write_data(folder, seed):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in toy_paths(folder):
+            path.write_text(str(seed))
+        return toy_paths(folder)
+
+    row = {"prompt": "p", "response": "r", "gold": 1.0, "score": 1.0, "ended": True, "tokens": 3, "kl": 0.1}
+    last = export("last")
+    monkeypatch.setattr(quickstart, "write_toy_data", write_data)
+    for name in ("write_toy_model", "build_toy_tokenizer", "toy_texts", "plot_curves", "read_runs", "save_report"):
+        monkeypatch.setattr(quickstart, name, lambda *_: None)
+    monkeypatch.setattr(quickstart, "train_sft", export("sft"))
+    monkeypatch.setattr(quickstart, "train_reward", export("reward"))
+    monkeypatch.setattr(quickstart, "train_last", lambda *a: (last(*a), Course("x", "rl", [])))
+    monkeypatch.setattr(quickstart, "answer", lambda *_: [row] * 4)
+    monkeypatch.setattr(quickstart, "gold_accuracy", lambda *_: 0.9)
+
+
+METRICS = ("val/loss", "val/perplexity", "val/accuracy")
+
+
+@pytest.mark.parametrize(
+    ("other", "stop_at"),
+    [(["--over_optimise"], None), ([], "sft"), ([], "reward"), ([], "last")],
+    ids=["over_optimise", "sft", "reward", "last"],
+)
+def test_numbers_of_one_seed_say_nothing_of_models_of_another(tmp_path, monkeypatch, other, stop_at):
+    used: list[set[str]] = []
+    monkeypatch.setattr(
+        quickstart,
+        "show_over_optimisation",
+        lambda sft, reward, data, *_: used.append(
+            {(sft / "seed").read_text(), (reward / "seed").read_text(), data.sft.read_text()}
+        ),
+    )
+    words = ["--out", str(tmp_path), "--seed"]
+    quick_stages(monkeypatch)
+    quickstart.main([*words, "1"])
+    quick_stages(monkeypatch, stop_at)
+    with contextlib.suppress(KeyboardInterrupt):
+        quickstart.main([*words, "2", *other])
+    quick_stages(monkeypatch)
+    quickstart.main([*words, "1", "--over_optimise"])
+    assert used[-1] == {"1"}
+
+
+@pytest.mark.parametrize("text", ['{"seed": ', "[1]", "\xff"])
+def test_numbers_that_cannot_be_read_are_none(tmp_path, text):
+    (tmp_path / "results.json").write_text(text, encoding="latin-1")
+    assert not quickstart._is_made(tmp_path, 1)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

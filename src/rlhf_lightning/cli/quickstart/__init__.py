@@ -37,6 +37,7 @@ from rlhf_lightning.cli.quickstart.toy import (
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.report import save_report
 from rlhf_lightning.report.run import read_runs
+from rlhf_lightning.runs.whole_files import write_whole
 from rlhf_lightning.warning_filters import filter_warnings
 
 RESULTS = "results.json"
@@ -97,7 +98,7 @@ def run_quickstart(out: Path, seed: int, console: Console, algorithm: Algorithm 
     points = [(each["kl"], each["score_mean"], each["gold_mean"]) for each in (results["sft"], results[algorithm])]
     points[1:] = curve.points or points[1:]
     plot_curves(out / "curves.png", sft.log, reward.log, last.log, points, algorithm)
-    (out / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_whole(out / RESULTS, json.dumps(results, indent=2) + "\n")
     page = save_report(read_runs([out / "sft", out / "reward", out / algorithm]), out / "report.html")
     print_answers(console, before, after, algorithm.upper())
     print_table(console, results)
@@ -139,12 +140,16 @@ def _check_out(out: Path) -> None:
 
 def _is_made(out: Path, seed: int) -> bool:
     """Whether a quickstart of this seed has ended in a folder."""
-    results = out / RESULTS
-    return results.is_file() and json.loads(results.read_text(encoding="utf-8")).get("seed") == seed
+    try:
+        results: Any = json.loads((out / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(results, dict) and results.get("seed") == seed
 
 
 def _three_stages(out: Path, seed: int, console: Console) -> tuple[ToyPaths, StageResult, StageResult]:
     """Data, the SFT model and the reward model."""
+    (out / RESULTS).unlink(missing_ok=True)  # they are of the models that are replaced from here on
     console.print(Rule("1/4 data, tokenizer and a random model, made on the spot"))
     data = write_toy_data(out / "data", seed)
     base = write_toy_model(out / "base", build_toy_tokenizer(toy_texts(data)), seed)
