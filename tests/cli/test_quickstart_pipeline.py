@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
+from rlhf_lightning.cli import quickstart
 from rlhf_lightning.cli.main import main
 from rlhf_lightning.cli.pipeline.steps import read_pipeline
+from rlhf_lightning.cli.quickstart import toy as embedded
 from rlhf_lightning.cli.quickstart.stages import SAMPLING, Settings, settings_of
-from rlhf_lightning.cli.quickstart.toy import toy_paths, write_toy_data
+from rlhf_lightning.cli.quickstart.toy import ToyPaths, toy_paths, write_toy_data
 from rlhf_lightning.cli.toy import write_toy
 from rlhf_lightning.errors import UserError
 
@@ -94,12 +97,11 @@ def test_another_algorithm_takes_the_place_of_ppo(algorithm: str) -> None:
 def test_toy_data_are_those_of_the_quickstart_and_the_model_loads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = {"num_sft": 60, "num_pairs": 10, "num_prompts": 10, "num_heldout": 5}
     monkeypatch.setattr(
-        "rlhf_lightning.cli.toy.write_toy_data", lambda folder, seed: write_toy_data(folder, seed, **sizes)
+        "rlhf_lightning.cli.toy.write_toy_data", lambda folder, seed: write_toy_data(folder, seed, **SIZES)
     )
     main(["toy", "--out", str(tmp_path / "made"), "--seed", "3"])
-    written = write_toy_data(tmp_path / "data", 3, **sizes)
+    written = write_toy_data(tmp_path / "data", 3, **SIZES)
     for made, expected in zip(toy_paths(tmp_path / "made"), written, strict=True):
         assert made.read_bytes() == expected.read_bytes()
     said = capsys.readouterr().out.splitlines()
@@ -115,3 +117,78 @@ def test_toy_data_replace_nothing_of_others(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no toy data; choose another --out"):
         write_toy(tmp_path, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["diary.txt"]
+
+
+SIZES = {"num_sft": 60, "num_pairs": 10, "num_prompts": 10, "num_heldout": 5}
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    """Let Ctrl-C come while the toy data's file of this name is written."""
+    whole = embedded._write_rows
+
+    def write(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
+        whole(path, rows)
+        if path.stem == name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedded, "_write_rows", write)
+
+
+@pytest.mark.parametrize("name", ToyPaths._fields)
+def test_toy_data_that_were_stopped_are_made_by_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(
+        "rlhf_lightning.cli.toy.write_toy_data", lambda folder, seed: write_toy_data(folder, seed, **SIZES)
+    )
+    with monkeypatch.context() as patch:
+        stop_at(patch, name)
+        with pytest.raises(KeyboardInterrupt):
+            write_toy(tmp_path / "made", 1)
+    write_toy(tmp_path / "made", 1)
+    assert {path.name for path in (tmp_path / "made").iterdir()} == {
+        "model",
+        *(path.name for path in toy_paths(tmp_path)),
+    }
+
+
+@pytest.mark.parametrize("name", ToyPaths._fields)
+def test_a_quickstart_that_was_stopped_at_its_data_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(quickstart, "write_toy_data", lambda folder, seed: write_toy_data(folder, seed, **SIZES))
+    with monkeypatch.context() as patch:
+        stop_at(patch, name)
+        with pytest.raises(KeyboardInterrupt):
+            quickstart.main(["--out", str(tmp_path / "quick")])
+    monkeypatch.setattr(quickstart, "_three_stages", lambda *_: (_ for _ in ()).throw(LookupError("it goes on")))
+    with pytest.raises(LookupError, match="it goes on"):
+        quickstart.main(["--out", str(tmp_path / "quick")])
+
+
+def test_files_of_the_same_names_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("mine")
+    (tmp_path / "quick" / "data").mkdir(parents=True)
+    (tmp_path / "quick" / "data" / "prompts.jsonl").write_text("mine")
+    with pytest.raises(UserError, match="holds no toy data; choose another --out"):
+        write_toy(tmp_path, 1)
+    with pytest.raises(UserError, match="holds no quickstart; choose another --out"):
+        quickstart.main(["--out", str(tmp_path / "quick")])
+    assert (tmp_path / "prompts.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize("place", ["diary.txt", "sft.jsonl"])
+def test_a_folder_of_others_beside_an_empty_one_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "data").mkdir()
+    for path in toy_paths(tmp_path) if place == "sft.jsonl" else [tmp_path / place]:
+        path.touch()
+    with pytest.raises(UserError, match="holds no quickstart; choose another --out"):
+        quickstart.main(["--out", str(tmp_path)])
+
+
+def test_folders_without_a_file_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a quickstart leaves them that is stopped before its first file."""
+    (tmp_path / "quick" / "data").mkdir(parents=True)
+    monkeypatch.setattr(quickstart, "_three_stages", lambda *_: (_ for _ in ()).throw(LookupError("it goes on")))
+    with pytest.raises(LookupError, match="it goes on"):
+        quickstart.main(["--out", str(tmp_path / "quick")])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rlhf_lightning.cli.quickstart.toy import (
     build_toy_tokenizer,
+    is_free_for_toy_data,
     toy_paths,
     toy_texts,
     write_toy_data,
@@ -29,7 +30,7 @@ def write_toy(out: Path, seed: int) -> None:
     Raises:
         UserError: the folder holds something else.
     """
-    if out.exists() and any(out.iterdir()) and not all(path.exists() for path in toy_paths(out)):
+    if not is_free_for_toy_data(out, out):
         raise UserError(f"'{out}' is not empty and holds no toy data; choose another --out")
     data = write_toy_data(out, seed)
     write_toy_model(out / MODEL, build_toy_tokenizer(toy_texts(data)), seed)

@@ -29,6 +29,7 @@ from rlhf_lightning.cli.quickstart.stages import (
 from rlhf_lightning.cli.quickstart.toy import (
     ToyPaths,
     build_toy_tokenizer,
+    is_free_for_toy_data,
     toy_paths,
     toy_texts,
     write_toy_data,
@@ -133,8 +134,7 @@ def run_over_optimise(out: Path, seed: int, console: Console) -> list[Course]:
 
 
 def _check_out(out: Path) -> None:
-    made_here = all(path.exists() for path in toy_paths(out / "data"))
-    if out.exists() and any(out.iterdir()) and not made_here:
+    if not is_free_for_toy_data(out, out / "data"):
         raise UserError(f"'{out}' is not empty and holds no quickstart; choose another --out")
 
 

@@ -47,6 +47,8 @@ FLAW_SHARE = 0.15
 CONTEXT_LENGTH = 256
 MAX_ROWS = 500_000
 
+_UNFINISHED = ".unfinished"
+"""Lies beside toy data until all of them are written, and says whose they are."""
 _BODY_ROLES = {"advice", "decline", "alternative", "comply", "drift"}
 
 
@@ -196,6 +198,18 @@ def toy_paths(folder: Path) -> ToyPaths:
     return ToyPaths(*(folder / f"{name}.jsonl" for name in ToyPaths._fields))
 
 
+def is_free_for_toy_data(folder: Path, data: Path) -> bool:
+    """Whether a folder holds toy data, whole or half written, or no file at all: nothing of anybody else's.
+
+    Args:
+        folder: there or not.
+        data: where `write_toy_data` writes, the folder or one in it.
+    """
+    if (data / _UNFINISHED).exists() or all(path.exists() for path in toy_paths(data)):
+        return True
+    return not folder.exists() or all(path.is_dir() for path in folder.rglob("*"))
+
+
 def write_toy_data(
     folder: str | Path,
     seed: int = 1,
@@ -222,6 +236,7 @@ def write_toy_data(
         raise UserError(f"the embedded data set can have 0 to {MAX_ROWS} rows in all, not {total}; choose other sizes")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / _UNFINISHED).touch()
     paths = toy_paths(folder)
     rng = random.Random(seed)
     prompts = _distinct_prompts(rng)
@@ -234,6 +249,7 @@ def write_toy_data(
     _write_rows(paths.preferences_validation, (_preference_row(rng, *drawn) for drawn in take(num_heldout)))
     _write_rows(paths.prompts, ({"prompt": prompt} for prompt, _ in take(num_prompts)))
     _write_rows(paths.prompts_heldout, ({"prompt": prompt} for prompt, _ in take(num_heldout)))
+    (folder / _UNFINISHED).unlink()
     return paths
 
 
