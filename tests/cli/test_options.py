@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 
 import pytest
 import pytorch_lightning as pl
@@ -11,7 +14,8 @@ from jsonargparse import ArgumentParser
 
 import rlhf_lightning
 from rlhf_lightning.cli.errors import find_class
-from rlhf_lightning.cli.options import as_word, describe, trainer_keys
+from rlhf_lightning.cli.options import as_word, describe, describe_function, trainer_keys
+from rlhf_lightning.cli.spelling import FUNCTIONS
 from rlhf_lightning.compat import parser_actions
 
 CLASSES = sorted(name for name in rlhf_lightning.__all__ if name.endswith("Module"))
@@ -35,6 +39,24 @@ def test_every_option_is_found_with_its_words_choices_and_default(name):
             assert said.required, key
     assert described.summary in " ".join((find_class(name).__doc__ or "").split())
     assert all(described.groups.values())
+
+
+@pytest.mark.parametrize("command", sorted(FUNCTIONS))
+def test_every_option_of_a_function_is_found(command):
+    module, _, name = f"rlhf_lightning.{FUNCTIONS[command]}".rpartition(".")
+    function = getattr(importlib.import_module(module), name)
+    skip = {"report"} if command == "evaluate" else set()
+    parser = ArgumentParser(add_help=False)
+    parser.add_function_arguments(function, skip=skip, as_group=False)
+    found = {action.dest: action for action in parser_actions(parser) if not action.dest.endswith(".help")}
+    defaults = {key: argument.default for key, argument in inspect.signature(function).parameters.items()}
+    tasks = {key: value for key, value in defaults.items() if is_dataclass(value)}  # each a class for jsonargparse
+    inside = {f"{key}.{field.name}" for key, value in tasks.items() for field in fields(value)}
+    described = describe_function(FUNCTIONS[command])
+    assert {*described.options, *described.groups} - skip == found.keys() | inside
+    for key, option in described.options.items():
+        if key not in skip and "." not in key:
+            assert (option.default is None) == bool(found[key].required), key
 
 
 def test_words_that_an_option_takes_are_known():
@@ -65,6 +87,8 @@ def test_the_trainers_keys_are_those_of_its_parser(command):
 def test_nothing_is_imported_for_it():
     code = (
         "import sys; from rlhf_lightning.cli.options import describe, trainer_keys; describe('PPOModule')\n"
+        "from rlhf_lightning.cli.spelling import check_function\n"
+        "check_function('sample', ['--policy=a', '--reward=b', '--data=c', '--out=d'])\n"
         "trainer_keys('fit'); assert not {'torch', 'transformers', 'pytorch_lightning'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -324,6 +324,14 @@ def one(values: Any = VALUES, **changes: Any) -> dict[str, Any]:
     return {"values": values, "steps": {"sft": {**SFT, **changes}}}
 
 
+def then(run: str, config: str | None = None, **options: Any) -> dict[str, Any]:
+    """A file whose last step is another command."""
+    last = {"run": run, **({"config": config} if config else {}), "options": options}
+    return {"values": VALUES, "steps": {"sft": SFT, "reward": REWARD, "last": last}}
+
+
+SAMPLED = SAMPLE["options"]
+EVALUATED: dict[str, Any] = {"models": ["{sft}"], "data": "{data}"}
 WRONG: list[tuple[dict[str, Any], list[str], str]] = [
     (one({**VALUES, "data": None}), [], "the value 'data' is not set: pass --set data=..."),
     (one(), ["--set", "dat=x"], "--set dat: the pipeline has no value of that name; did you mean data?"),
@@ -343,6 +351,38 @@ WRONG: list[tuple[dict[str, Any], list[str], str]] = [
     (one(runs="fit"), [], "step 'sft': 'runs' is unknown; it may hold config, options, run"),
     (one(run="fits"), [], "step 'sft': run 'fits' is unknown; use fit, toy, prepare, sample, evaluate"),
     (one(options={**SFT["options"], "model.los": 1}), [], "step 'sft': unknown key 'model.los'"),
+    (
+        one(options={**SFT["options"], "model.sampling": {"temprature": 1}}),
+        [],
+        "unknown key 'model.sampling.temprature'",
+    ),
+    (
+        then("evaluate", "evaluate.yaml", **EVALUATED, taskss=["winrate"]),
+        [],
+        "step 'last': unknown key 'taskss'; `rlhf evaluate` has no such option; did you mean 'tasks'?",
+    ),
+    (then("evaluate", **EVALUATED, winrate={"jugde": "x"}), [], "unknown key 'winrate.jugde'"),
+    (then("evaluate", **EVALUATED, report=1), [], "unknown key 'report'; `rlhf evaluate` has no such option"),
+    (
+        then("evaluate", "sft.yaml", **EVALUATED),
+        [],
+        "sft.yaml' is one of another command; `rlhf evaluate` takes one of its own",
+    ),
+    (then("evaluate", "own.yaml", **EVALUATED), [], "unknown key 'sampling.temprature'"),
+    (then("evaluate", models=["{sft}"]), [], "step 'last': `rlhf evaluate` needs 'data': a file (.json, .jsonl"),
+    (then("evaluate", **EVALUATED, part="tests"), [], "part 'tests' is unknown; use all, train, validation, test"),
+    (then("sample", **SAMPLED, rewrd="x"), [], "step 'last': unknown key 'rewrd'"),
+    (then("sample", policy="{sft}", data="{data}"), [], "step 'last': `rlhf sample` needs 'reward': folder or hub id"),
+    (then("sample", **SAMPLED, keep="worst"), [], "step 'last': keep 'worst' is unknown; use best, all, pair"),
+    (
+        then("sample", **{**SAMPLED, "data": {"data": "x"}}),
+        [],
+        "--data.data belongs to the stages; `rlhf sample` takes",
+    ),
+    (then("prepare", "data.yaml", tokeniser="{sft}"), [], "unknown key 'tokeniser'"),
+    (then("prepare", "data.yaml", filters={"duplicate": "all"}), [], "unknown key 'filters.duplicate'"),
+    (then("toy", sed=1), [], "step 'last': unknown key 'sed'; `rlhf toy` has no such option; did you mean 'seed'?"),
+    (then("toy", "data.yaml"), [], "data.yaml' is one of another command; `rlhf toy` takes none"),
     (one(options=["model"]), [], "step 'sft': options must hold 'name: value' lines"),
     ({"values": VALUES, "steps": {}}, [], "'p.yaml' has no steps"),
     ({"values": VALUES, "steps": {"data": SFT}}, [], "'data' is the name of a value and of a step"),
@@ -357,6 +397,7 @@ def test_what_is_wrong_is_said_before_anything_runs(
     here: Path, called: list[list[str]], capsys: pytest.CaptureFixture[str], said: Any, words: list[str], message: str
 ) -> None:
     write(**said)
+    write("own.yaml", sampling={"temprature": 1.0})
     with pytest.raises(SystemExit) as end:
         run("--config", "p.yaml", *words)
     assert end.value.code == 2
@@ -365,6 +406,23 @@ def test_what_is_wrong_is_said_before_anything_runs(
     assert error.count("\n") == 1
     assert message in error
     assert not called
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        then("evaluate", "evaluate.yaml", **EVALUATED, winrate={"judge": "{reward}"}, sampling={"top_k": 3}),
+        then("evaluate", models=["{sft}"], data={"class_path": "Table", "init_args": {"path": "{data}"}}),
+        then("sample", **SAMPLED, keep="all", reward_weights={"x": 1.0}, columns={"prompt": "question"}),
+        then("prepare", "data.yaml", **{"tokenizer": "{sft}", "filters.duplicates": "exact", "kinds": ["prompts"]}),
+        then("prepare", tokenizer="{sft}", data="{data}", plain_format={"user": "Q: "}),
+        then("evaluate", **EVALUATED, winrate={"class_path": "WinRate", "init_args": {"judge": "x"}}),
+        then("toy", seed=3),
+    ],
+)
+def test_what_the_commands_take_is_taken(here: Path, called: list[list[str]], step: Any) -> None:
+    write(**step)
+    run("--config", "p.yaml", "--dry_run")
 
 
 def test_no_file_is_named(here: Path) -> None:

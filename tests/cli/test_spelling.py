@@ -129,3 +129,17 @@ def test_keys_of_a_config_are_looked_at_too(tmp_path, text, said):
     found = checked("--config", "sft.yaml", "--config", str(tmp_path / "own.yaml"))
     assert found.startswith(said)
     assert bool(found) == bool(said)
+
+
+def test_keys_between_braces_are_looked_at_and_what_is_no_yaml_is_left_to_the_parser():
+    recipe = resolve_recipes(["--config", "sft.yaml"])
+    for value in ("{top_k: 1}", "{top_k:", "{{user}}", "{}", "null"):
+        check_keys("fit", [*recipe, f"--model.sampling={value}"])
+    for option in (
+        "--data.plain_format.user={name}: ",
+        "--data.plain_format={user: '{name}'}",
+        "--model.optimizer={a: 1}",
+    ):
+        check_keys("fit", [*recipe, option])
+    with pytest.raises(UserError, match=r"unknown key 'model\.sampling\.topk'.* did you mean 'model\.sampling\.top_k'"):
+        check_keys("fit", [*recipe, "--model.sampling={topk: 1}"])

@@ -1,7 +1,7 @@
-"""The options of a class, read from its source: nothing is imported, so that help and typos are answered at once.
+"""The options of a class or function, read from its source: nothing is imported, so help and typos come at once.
 
-What is read is what jsonargparse finds by importing: arguments of `__init__`, those that `**kwargs` hands to the class
-below, the fields of a dataclass argument after a dot, and the docstring's words on each.
+What is read is what jsonargparse finds by importing: arguments, of a class those of `__init__`, those that `**kwargs`
+hands to the class below, the fields of a dataclass argument after a dot, and the docstring's words on each.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Option(NamedTuple):
 
 
 class Described(NamedTuple):
-    """A class.
+    """A class, or a function.
 
     Attributes:
         summary: first line of the docstring.
@@ -51,11 +51,11 @@ class Place(NamedTuple):
 
     Attributes:
         module: dotted name.
-        node: a class, or what a name stands for.
+        node: a class, a function, or what a name stands for.
     """
 
     module: str
-    node: ast.ClassDef | ast.expr
+    node: ast.ClassDef | ast.FunctionDef | ast.expr
 
 
 def describe(class_path: object) -> Described | None:
@@ -73,6 +73,18 @@ def describe(class_path: object) -> Described | None:
         module = f"{_PACKAGE}.{HOMES[name]}"
     place = _find(module, name) if module.startswith(f"{_PACKAGE}.") else None
     return _described(place) if place and isinstance(place.node, ast.ClassDef) else None
+
+
+def describe_function(path: str) -> Described:
+    """The options of one of this package's functions that a command is made of.
+
+    Args:
+        path: `module.function`, below the package.
+    """
+    module, _, name = f"{_PACKAGE}.{path}".rpartition(".")
+    tree = _tree(module)
+    functions = [n for n in (tree.body if tree else []) if isinstance(n, ast.FunctionDef) and n.name == name]
+    return _described(Place(module, functions[0]))
 
 
 def trainer_keys(command: str) -> tuple[set[str], set[str]]:
@@ -140,7 +152,7 @@ def _described(place: Place) -> Described:
         given = {k.arg: _value(module, k.value) for k in default.keywords} if isinstance(default, ast.Call) else {}
         for field, option in _described(inner).options.items():
             found[f"{name}.{field}"] = option._replace(default=given.get(field, option.default))
-    docstring = ast.get_docstring(place.node) if isinstance(place.node, ast.ClassDef) else None
+    docstring = ast.get_docstring(place.node) if isinstance(place.node, ast.ClassDef | ast.FunctionDef) else None
     return Described((docstring or "").partition("\n")[0], found, groups)
 
 
@@ -148,8 +160,11 @@ _Argument = tuple["ast.expr | None", "ast.expr | None", str, str]
 
 
 def _arguments(place: Place) -> dict[str, _Argument]:
-    """Annotation, default (None where there is none), words and module of each argument of a class."""
+    """Annotation, default (None where there is none), words and module of each argument of a class or function."""
     node = place.node
+    if isinstance(node, ast.FunctionDef):
+        words = _words(ast.get_docstring(node) or "")
+        return {n: (*pair, words.get(n, ""), place.module) for n, pair in _signature(node.args, 0).items()}
     if not isinstance(node, ast.ClassDef):
         return {}
     words = _words(ast.get_docstring(node) or "")
@@ -160,11 +175,7 @@ def _arguments(place: Place) -> dict[str, _Argument]:
         below |= _arguments(base)
     own: dict[str, tuple[ast.expr | None, ast.expr | None]] = {}
     if init is not None:
-        taken, defaults = init.args.args[1:], init.args.defaults
-        own = {a.arg: (a.annotation, None) for a in taken}
-        own |= {a.arg: (a.annotation, d) for a, d in zip(taken[len(taken) - len(defaults) :], defaults, strict=True)}
-        named = zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True)
-        own |= {a.arg: (a.annotation, d) for a, d in named}
+        own = _signature(init.args, 1)
         below = _handed_on(init, below) if init.args.kwarg else {}
     elif any("dataclass" in ast.unparse(d) for d in node.decorator_list):
         fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation)]
@@ -173,6 +184,15 @@ def _arguments(place: Place) -> dict[str, _Argument]:
     for name, (annotation, default, text, module) in below.items():
         found.setdefault(name, (annotation, default, words.get(name, text), module))
     return found
+
+
+def _signature(args: ast.arguments, skip: int) -> dict[str, tuple[ast.expr | None, ast.expr | None]]:
+    """Annotation and default of each argument after the first ones."""
+    taken, defaults = args.args[skip:], args.defaults
+    own: dict[str, tuple[ast.expr | None, ast.expr | None]] = {a.arg: (a.annotation, None) for a in taken}
+    own |= {a.arg: (a.annotation, d) for a, d in zip(taken[len(taken) - len(defaults) :], defaults, strict=True)}
+    named = zip(args.kwonlyargs, args.kw_defaults, strict=True)
+    return own | {a.arg: (a.annotation, d) for a, d in named}
 
 
 def _handed_on(init: ast.FunctionDef, below: dict[str, _Argument]) -> dict[str, _Argument]:

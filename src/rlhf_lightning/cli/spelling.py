@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.cli.options import describe, trainer_keys
+import yaml
+
+from rlhf_lightning.cli.options import describe, describe_function, trainer_keys
 from rlhf_lightning.cli.recipes import config_paths, named_classes, read_config, recipe_names, stage_recipes
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.yaml_text import load_yaml
 
 _ALSO_CALLED = {
     "model.optimizer.lr": ["lr", "learning_rate"],
@@ -49,6 +53,14 @@ _OF_EVERY_RUN = {
     "help",
     "help_all",
 }
+FUNCTIONS = {
+    "toy": "cli.toy.write_toy",
+    "prepare": "cli.prepare.prepare",
+    "sample": "cli.sample.sample",
+    "evaluate": "evaluation.suite.evaluate",
+}
+"""Commands that are one function each, and its place in the package."""
+_FROM_PYTHON = {"report"}  # what a function takes and its command does not
 _MEANT_FOR = {"model": "model_name_or_path", "data": "data"}
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _DATA_FILE = re.compile(r".+\.(jsonl?|csv|tsv|parquet|txt|gz)")
@@ -172,13 +184,59 @@ def check_keys(command: str, options: Sequence[str]) -> None:
         raise UserError(f"unknown key '{key}'{owner}{hint}")
 
 
+def check_function(command: str, options: Sequence[str]) -> None:
+    """Refuse what the parser of a command that is one function would refuse, before anything slow is imported.
+
+    Whether a value is of its type is not looked at, but for those that are one of a few words.
+
+    Args:
+        command: one of `FUNCTIONS`.
+        options: the words after it, recipes resolved, values after `=`.
+
+    Raises:
+        UserError: names a key that nothing takes, one that is lacking, or a value that is none of the words.
+    """
+    described = describe_function(FUNCTIONS[command])
+    for path in config_paths(options):
+        if command == "toy" or "model" in read_config(path):
+            takes = "none" if command == "toy" else "one of its own"
+            raise UserError(f"config '{path}' is one of another command; `rlhf {command}` takes {takes}")
+    groups = set(described.groups)
+    classes = {f"{group}.{name}" for group in groups for name in ("class_path", "init_args")}
+    known = ({*described.options, "config"} | groups | classes) - _FROM_PYTHON
+    written = [key.removesuffix("+") for key in _written(options, known)]
+    if "data.data" in written:
+        raise UserError(f"--data.data belongs to the stages; `rlhf {command}` takes --data")
+    for key in written:
+        if key not in known and not any(key.startswith(f"{name}.") for name in known - groups):
+            hint = f"; did you mean '{found}'?" if (found := nearest(key, known - classes - {"config"})) else ""
+            raise UserError(f"unknown key '{key}'; `rlhf {command}` has no such option{hint}")
+    there = {key.partition(".")[0] for key in written}
+    for name, option in described.options.items():
+        if option.default is None and "." not in name and name not in there:
+            raise UserError(f"`rlhf {command}` needs '{name}': {option.help.rstrip('.')}")
+    for word in options:
+        key, _, value = word.removeprefix("--").partition("=")
+        choices = described.options[key].choices if key in described.options else ()
+        if choices and value not in choices and choices != ("true", "false"):  # YAML has more words for these
+            raise UserError(f"{key} '{value}' is unknown; use {', '.join(choices)}")
+
+
 def _written(options: Sequence[str], known: set[str]) -> Iterator[str]:
     """Every key of configs and options, dotted, without what only jsonargparse writes."""
     for path in config_paths(options):
         yield from _keys(read_config(path), known)
     for word in options:
         if (option := re.match(r"--([\w.-]+)\+?(=|$)", word)) and not option[1].endswith(".help"):
-            yield option[1].replace(".init_args.", ".", 1)
+            yield from _keys({option[1].replace(".init_args.", ".", 1): _group(word[option.end() :])}, known)
+
+
+def _group(value: str) -> dict[str, Any] | None:
+    """The settings that a word holds between braces; None if it holds another value."""
+    with contextlib.suppress(yaml.YAMLError):
+        read = load_yaml(value, "an option") if value.startswith("{") else None
+        return read if isinstance(read, dict) else None
+    return None
 
 
 def _keys(config: dict[str, Any], known: set[str], prefix: str = "") -> Iterator[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.cli.recipes import find_recipe, read_config, resolve_recipes
-from rlhf_lightning.cli.spelling import check_keys, check_words
+from rlhf_lightning.cli.spelling import check_function, check_keys, check_words
 from rlhf_lightning.errors import UserError
 
 RESULTS = {"fit": "export", "toy": "", "prepare": "", "sample": "rows.jsonl", "evaluate": "evaluation.json"}
@@ -115,6 +115,8 @@ class Pipeline:
                 if step.run == "fit":
                     check_words(words)
                     check_keys("fit", words)
+                else:
+                    check_function(step.run, words)
             except UserError as error:
                 raise UserError(f"step '{step.name}': {error}") from error
             before.add(step.name)
