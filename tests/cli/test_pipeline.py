@@ -319,6 +319,34 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     assert "rlhf evaluate" in said
 
 
+def test_a_dry_run_tells_steps_that_take_what_is_made_anew_from_those_that_do_not(
+    here: Path, called: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the run does, whether a name or a path stands for what an earlier step leaves."""
+    other = {**SFT, "options": {**SFT["options"], "seed_everything": 7}}
+    by_path = {
+        **REWARD,
+        "options": {**REWARD["options"], "model.model_name_or_path": "runs/../runs/pipeline/sft/export"},
+    }
+    steps = {"sft": SFT, "other": other, "reward": REWARD, "by_path": by_path, "best": SAMPLE}
+    write(values=VALUES, steps=steps)
+    run("--config", "p.yaml")
+    write(values=VALUES, steps={**steps, "sft": {**SFT, "options": {**SFT["options"], "trainer.max_epochs": 2}}})
+    capsys.readouterr()
+    run("--config", "p.yaml", "--dry_run")
+    said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if not line.startswith(" "))
+    assert said == {
+        "sft": "its command has changed",
+        "other": "unchanged",
+        "reward": "what it begins with is made anew",
+        "by_path": "what it begins with is made anew",
+        "best": "what it begins with is made anew",
+    }
+    called.clear()
+    run("--config", "p.yaml")
+    assert steps_of(called) == ["sft", "reward", "by_path", "rows"]
+
+
 def one(values: Any = VALUES, **changes: Any) -> dict[str, Any]:
     """A file whose only step is changed."""
     return {"values": values, "steps": {"sft": {**SFT, **changes}}}

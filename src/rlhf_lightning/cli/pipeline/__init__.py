@@ -57,11 +57,12 @@ def main(args: Sequence[str]) -> None:
 
 
 def _say(pipeline: Pipeline) -> None:
-    known = True  # what a step that is yet to run will leave behind is not
+    anew: list[Path] = []  # folders of steps that are yet to run: what they will leave behind is not known
     for step in pipeline.steps:
         record = Record(pipeline, step)
-        why = record.why_again() or (None if known else "what it begins with is made anew")
-        known = why is None
+        why = record.why_again() or ("what it begins with is made anew" if record.begins_within(anew) else None)
+        if why is not None:
+            anew.append(pipeline.folder(step))
         print(f"{step.name}: {'unchanged' if why is None else why}\n  {pipeline.shown(step)}")
 
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,15 @@ class Record:
             return False
         return all(self._now.get(name) == was for name, was in self._before["of"].items())  # what is new it has made
 
+    def begins_within(self, folders: Collection[Path]) -> bool:
+        """Whether the step takes something that lies in one of these.
+
+        Args:
+            folders: of other steps.
+        """
+        places = [folder.resolve() for folder in folders]
+        return any(path.resolve().is_relative_to(place) for path in self._inputs() for place in places)
+
     def begin(self) -> None:
         """Note that the step runs."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,14 +86,21 @@ class Record:
         return found | self._read()
 
     def _read(self, but: Collection[str] = ()) -> dict[str, str]:
-        """Files and folders that its options name, but for those that are known."""
+        """Of files and folders that its options name, but for those that are known."""
         found: dict[str, str] = {}
+        for path in self._inputs():
+            if f"'{path}'" not in but:
+                with contextlib.suppress(OSError):
+                    found[f"'{path}'"] = _hash_of(path)
+        return found
+
+    def _inputs(self) -> Iterator[Path]:
+        """Files and folders that its options name."""
         for text in sorted({text for text in self._pipeline.inputs(self._step) if text.strip()}):
             with contextlib.suppress(OSError, ValueError, RuntimeError):  # a text that no path can be
                 path = Path(text).expanduser()
-                if f"'{path}'" not in but and (path.is_file() or path.is_dir()) and not self._is_its_place(path):
-                    found[f"'{path}'"] = _hash_of(path)
-        return found
+                if (path.is_file() or path.is_dir()) and not self._is_its_place(path):
+                    yield path
 
     def _is_its_place(self, path: Path) -> bool:
         """Whether a path lies in the step's folder, or holds it, as `.` and `/` do.
