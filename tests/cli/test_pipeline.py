@@ -411,6 +411,37 @@ WRONG: list[tuple[dict[str, Any], list[str], str]] = [
     (then("prepare", "data.yaml", filters={"duplicate": "all"}), [], "unknown key 'filters.duplicate'"),
     (then("toy", sed=1), [], "step 'last': unknown key 'sed'; `rlhf toy` has no such option; did you mean 'seed'?"),
     (then("toy", "data.yaml"), [], "data.yaml' is one of another command; `rlhf toy` takes none"),
+    (
+        one(options={**SFT["options"], "ckpt_path": "some.ckpt"}),
+        [],
+        "step 'sft': leave out 'ckpt_path', the pipeline sets it itself: to 'auto'",
+    ),
+    (one(options={**SFT["options"], "ckpt": "last"}), [], "leave out 'ckpt', the pipeline sets 'ckpt_path' itself"),
+    (
+        one(options={**SFT["options"], "trainer": {"default_root_dir": "/else"}}),
+        [],
+        "leave out 'trainer.default_root_dir', the pipeline sets it itself: to 'runs/pipeline/sft'",
+    ),
+    (
+        then("sample", **SAMPLED, out="x.jsonl"),
+        [],
+        "step 'last': leave out 'out', the pipeline sets it itself: to 'runs/pipeline/last/rows.jsonl'",
+    ),
+    (then("evaluate", **EVALUATED, out="x"), [], "leave out 'out', the pipeline sets it itself"),
+    (then("toy", out="x"), [], "leave out 'out', the pipeline sets it itself"),
+    (
+        one(config=["sft.yaml", "resume.yaml"]),
+        [],
+        "config 'resume.yaml' says ckpt_path, which the pipeline sets itself",
+    ),
+    (one(options={**SFT["options"], "config": "own.yaml"}), [], "step 'sft': write config beside options, not below"),
+    (
+        {"values": VALUES, "steps": {"sft": SFT, "reward": None}},
+        [],
+        "step 'reward' is null: write 'config: ...' and 'options: ...' below it, or leave its name out",
+    ),
+    (one(config=[None]), [], "step 'sft': config must be the name of a file, or a list of such names"),
+    (one(config=3), [], "step 'sft': config must be the name of a file, or a list of such names"),
     (one(options=["model"]), [], "step 'sft': options must hold 'name: value' lines"),
     ({"values": VALUES, "steps": {}}, [], "'p.yaml' has no steps"),
     ({"values": VALUES, "steps": {"data": SFT}}, [], "'data' is the name of a value and of a step"),
@@ -426,6 +457,7 @@ def test_what_is_wrong_is_said_before_anything_runs(
 ) -> None:
     write(**said)
     write("own.yaml", sampling={"temprature": 1.0})
+    write("resume.yaml", ckpt_path="some.ckpt")
     with pytest.raises(SystemExit) as end:
         run("--config", "p.yaml", *words)
     assert end.value.code == 2

@@ -88,13 +88,14 @@ class Pipeline:
         Args:
             step: one of the pipeline's.
         """
-        options = {key: _filled(value, self.named) for key, value in step.options.items()}
-        place = self.result(step) if step.run == "sample" else self.folder(step)
-        options[_OUT[step.run]] = str(place)
-        if step.run == "fit":
-            options["ckpt_path"] = "auto"
+        options = {key: _filled(value, self.named) for key, value in step.options.items()} | self._own(step)
         given = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()]
         return [step.run, *(f"--config={config}" for config in step.configs), *given]
+
+    def _own(self, step: Step) -> dict[str, str]:
+        """Options that are the pipeline's to set."""
+        place = self.result(step) if step.run == "sample" else self.folder(step)
+        return {_OUT[step.run]: str(place)} | ({"ckpt_path": "auto"} if step.run == "fit" else {})
 
     def shown(self, step: Step) -> str:
         """The command of a step as somebody would type it."""
@@ -110,6 +111,7 @@ class Pipeline:
         for step in self.steps:
             if unknown := sorted(step.inputs - before):
                 raise UserError(f"step '{step.name}': {_unknown(unknown[0], before, [s.name for s in self.steps])}")
+            self._check_own(step)
             try:
                 words = resolve_recipes(self.words(step)[1:])
                 if step.run == "fit":
@@ -120,6 +122,21 @@ class Pipeline:
             except UserError as error:
                 raise UserError(f"step '{step.name}': {error}") from error
             before.add(step.name)
+
+    def _check_own(self, step: Step) -> None:
+        """Refuse what the pipeline's own settings would replace, but for the folder that every recipe names."""
+        for name, value in self._own(step).items():
+            for key in step.options.keys() - _GROUPS:
+                if name.startswith(key):  # Lightning takes the beginning of an option for all of it
+                    what = "it" if key == name else f"'{name}'"
+                    raise UserError(
+                        f"step '{step.name}': leave out '{key}', the pipeline sets {what} itself: to '{value}'"
+                    )
+        if "config" in step.options:
+            raise UserError(f"step '{step.name}': write config beside options, not below")
+        for config in step.configs:
+            if step.run == "fit" and read_config(config).get("ckpt_path") not in (None, "auto"):
+                raise UserError(f"step '{step.name}': config '{config}' says ckpt_path, which the pipeline sets itself")
 
 
 def read_pipeline(configs: Sequence[str], given: Sequence[str], out: Path | None) -> Pipeline:
@@ -154,7 +171,7 @@ def read_pipeline(configs: Sequence[str], given: Sequence[str], out: Path | None
     values = merged["values"] | assigned
     if unset := [name for name, value in values.items() if value is None]:
         raise UserError(f"the value '{unset[0]}' is not set: pass --set {unset[0]}=...")
-    steps = tuple(_step(name, said or {}) for name, said in merged["steps"].items())
+    steps = tuple(_step(name, said) for name, said in merged["steps"].items())
     if not steps:
         raise UserError(f"'{configs[-1]}' has no steps; a pipeline holds 'steps:' with a name for each")
     for step in steps:
@@ -171,6 +188,10 @@ def _assignment(word: str) -> tuple[str, str]:
 
 
 def _step(name: str, said: Any) -> Step:
+    if said is None:
+        raise UserError(
+            f"step '{name}' is null: write 'config: ...' and 'options: ...' below it, or leave its name out"
+        )
     if not isinstance(said, dict):
         raise UserError(f"step '{name}' must hold 'config: ...' and 'options: ...' lines")
     if not str(name).isidentifier():
@@ -182,6 +203,8 @@ def _step(name: str, said: Any) -> Step:
     if not isinstance(options, dict):
         raise UserError(f"step '{name}': options must hold 'name: value' lines")
     configs = [configs] if isinstance(configs, str) else configs
+    if not isinstance(configs, list) or not all(isinstance(config, str) for config in configs):
+        raise UserError(f"step '{name}': config must be the name of a file, or a list of such names")
     return Step(str(name), run, tuple(find_recipe(config) for config in configs), dict(_flat(options)))
 
 
