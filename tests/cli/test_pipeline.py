@@ -266,7 +266,7 @@ def test_a_step_that_failed_ends_the_run_with_its_code_and_is_tried_again(
         run("--config", "p.yaml")
     assert end.value.code == 2
     said = capsys.readouterr().err
-    assert said == "2/2 reward: ended with code 2; the same command tries it again, once it is mended\n"
+    assert said == "2/2 reward: ended with code 2; the same command tries it again, once it is fixed\n"
     monkeypatch.setattr(pipeline, "_call", working)
     called.clear()
     run("--config", "p.yaml")

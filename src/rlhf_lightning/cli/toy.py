@@ -15,6 +15,7 @@ from rlhf_lightning.cli.quickstart.toy import (
     write_toy_model,
 )
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.warning_filters import filter_warnings
 
 MODEL = "model"
 """Folder of the untrained model, beside the data."""
@@ -53,6 +54,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder for them (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of data and weights (%(default)s)")
     parsed = parser.parse_args(args)
+    filter_warnings()
     write_toy(parsed.out, parsed.seed)
     for path in toy_paths(parsed.out):
         print(path)

@@ -81,7 +81,7 @@ def _run(pipeline: Pipeline, step: Step, title: str) -> None:
     record.begin()
     code = _call(pipeline.words(step))
     if code:
-        then = "goes on from here" if code in (130, 143) else "tries it again, once it is mended"
+        then = "goes on from here" if code in (130, 143) else "tries it again, once it is fixed"
         print(f"{title}: ended with code {code}; the same command {then}", file=sys.stderr)
         sys.exit(code)
     made = pipeline.result(step)
