@@ -277,7 +277,7 @@ def test_rows_that_are_only_scored_may_lack_renamed_attributes(folder):
     fit(module, source, max_steps=1)
     assert len(trainer().predict(module, source)) == 1
     with pytest.raises(UserError, match=r"needed: .* a column for each of `attributes`"):
-        data(folder, rows, columns={"helpfulness": "halp"}).setup("fit")
+        data(folder, rows, columns={"helpfulness": "helped"}).setup("fit")
 
 
 def test_predictions_name_the_attributes(folder, tmp_path):

@@ -380,9 +380,9 @@ WRONG: list[tuple[dict[str, Any], list[str], str]] = [
     (one(run="fits"), [], "step 'sft': run 'fits' is unknown; use fit, toy, prepare, sample, evaluate"),
     (one(options={**SFT["options"], "model.los": 1}), [], "step 'sft': unknown key 'model.los'"),
     (
-        one(options={**SFT["options"], "model.sampling": {"temprature": 1}}),
+        one(options={**SFT["options"], "model.sampling": {"temperatur_": 1}}),
         [],
-        "unknown key 'model.sampling.temprature'",
+        "unknown key 'model.sampling.temperatur_'",
     ),
     (
         then("evaluate", "evaluate.yaml", **EVALUATED, taskss=["winrate"]),
@@ -396,7 +396,7 @@ WRONG: list[tuple[dict[str, Any], list[str], str]] = [
         [],
         "sft.yaml' is one of another command; `rlhf evaluate` takes one of its own",
     ),
-    (then("evaluate", "own.yaml", **EVALUATED), [], "unknown key 'sampling.temprature'"),
+    (then("evaluate", "own.yaml", **EVALUATED), [], "unknown key 'sampling.temperatur_'"),
     (then("evaluate", models=["{sft}"]), [], "step 'last': `rlhf evaluate` needs 'data': a file (.json, .jsonl"),
     (then("evaluate", **EVALUATED, part="tests"), [], "part 'tests' is unknown; use all, train, validation, test"),
     (then("sample", **SAMPLED, rewrd="x"), [], "step 'last': unknown key 'rewrd'"),
@@ -456,7 +456,7 @@ def test_what_is_wrong_is_said_before_anything_runs(
     here: Path, called: list[list[str]], capsys: pytest.CaptureFixture[str], said: Any, words: list[str], message: str
 ) -> None:
     write(**said)
-    write("own.yaml", sampling={"temprature": 1.0})
+    write("own.yaml", sampling={"temperatur_": 1.0})
     write("resume.yaml", ckpt_path="some.ckpt")
     with pytest.raises(SystemExit) as end:
         run("--config", "p.yaml", *words)
