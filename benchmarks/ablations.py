@@ -101,7 +101,9 @@ def run(switch: Switch, seed: int, root: Path) -> Result:
         reward = train_reward(sft, data, folder / "reward", seed, **switch.reward).export
         result["reward_seconds"] = time.process_time() - started
         started = time.process_time()
-    last, _ = train_last(switch.algorithm, sft, reward, data, folder / "last", seed, **switch.settings)
+    settings = {"reward": reward, **switch.settings}
+    by = settings.pop("reward")
+    last, _ = train_last(switch.algorithm, sft, by, data, folder / "last", seed, **settings)
     result["seconds"] = time.process_time() - started
     after = answer(last.export, reward, sft, data.prompts_heldout)
     kl = sum(row["kl"] for row in after) / len(after)

@@ -6,12 +6,13 @@ import importlib
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 from matplotlib.image import imread
 
 from rlhf_lightning import RewardModule
-from rlhf_lightning.cli.quickstart.stages import merged, settings_of
+from rlhf_lightning.cli.quickstart.stages import GoldCurve, StageResult, merged, settings_of
 from rlhf_lightning.models.heads import HEADS_FILE
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -95,6 +96,27 @@ def test_a_record_keeps_other_seeds_and_gives_what_was_run_with_these_settings(b
     assert script.known(root, record, [1, 2]) == found
     script.keep({"four-epochs": {1: found["four-epochs"][1] | {"settings": "others"}}}, record)
     assert script.known(root, record, [1, 2])["four-epochs"] == {2: found["four-epochs"][2]}
+
+
+def test_every_switch_hands_its_stages_what_they_take(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def last(algorithm: str, sft: Path, reward: Path, data: Any, folder: Path, *given: Any, **settings: Any) -> Any:
+        folder.mkdir(parents=True)
+        return StageResult(folder, folder, {}, 0.0), GoldCurve()
+
+    script, rewards = bench("ablations"), {}
+    base = (script.toy_paths(tmp_path), tmp_path / "sft", tmp_path / "reward", [{"gold": 1.0}])
+    monkeypatch.setattr(script, "base_of", lambda folder, seed: base)
+    monkeypatch.setattr(script, "train_last", create_autospec(script.train_last, side_effect=last))
+    monkeypatch.setattr(script, "train_reward", create_autospec(script.train_reward))
+    monkeypatch.setattr(script, "answer", lambda *given: [{"gold": 1.0, "kl": 2.0}])
+    monkeypatch.setattr(script, "summarise", lambda rows, kl: {"kl": kl})
+    monkeypatch.setattr(script, "gold_accuracy", lambda *given: 0.9)
+    for switch in bench("_switches").SWITCHES:
+        assert script.run(switch, 1, tmp_path / "runs")["kl"] == 2.0
+        rewards[switch.name] = str(script.train_last.call_args.args[2])
+    assert {name for name, reward in rewards.items() if reward.endswith("stages.gold")} == {"gold-as-reward"}
 
 
 def test_what_is_in_the_record_is_not_run_again(

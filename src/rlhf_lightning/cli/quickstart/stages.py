@@ -176,14 +176,14 @@ def train_reward(sft: Path, data: ToyPaths, folder: Path, seed: int, **options: 
 
 
 def train_last(
-    algorithm: Algorithm, sft: Path, reward: Path, data: ToyPaths, folder: Path, seed: int, **settings: Any
+    algorithm: Algorithm, sft: Path, reward: Path | str, data: ToyPaths, folder: Path, seed: int, **settings: Any
 ) -> tuple[StageResult, GoldCurve]:
     """Improve the SFT model, against the reward model or, with DPO, from the pairs that it was trained on.
 
     Args:
         algorithm: which.
         sft: export of the SFT stage.
-        reward: export of the reward stage.
+        reward: export of the reward stage, or the import path of a function.
         data: the embedded data.
         folder: where the run lives.
         seed: of all random numbers.
