@@ -133,7 +133,7 @@ def report(results: Results, times: bool = False) -> str:
                 switch.what,
                 " ".join(f"{100 * win:.1f}" for win in wins),
                 f"{100 * mean(wins):.1f}",
-                f"{mean(gained):+.1f}" if gained and switch.name != "default" else "",
+                f"{round(mean(gained), 1) + 0.0:+.1f}" if gained and switch.name != "default" else "",
                 f"{mean(each['kl'] for each in found.values()):.1f}",
                 f"{mean(each['gold_mean'] for each in found.values()):.2f}",
                 *([f"{mean(costs):.2f}" if costs else ""] if times else []),
