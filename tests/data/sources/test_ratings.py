@@ -55,6 +55,8 @@ def test_what_only_pairs_have_a_use_for_is_named_where_no_pair_is_made(need):
     row = PAIR | {"margin": 2.0, "weight": 3.0}
     assert RowForm(list(row)).read(row, "preference").unused == ()
     assert RowForm(list(row)).read(row, need).unused == ("column 'margin'", "column 'weight'")
+    asked = {"rating": "p", "chosen": "r", "rejected": "x"}  # under a name of ours that means something else
+    assert RowForm(list(asked), {"prompt": "rating"}).read(asked, need).unused == ()
 
 
 @pytest.mark.parametrize("rating", ["great", " ", True, 1, ["better"]])

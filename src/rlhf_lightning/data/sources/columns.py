@@ -41,6 +41,7 @@ class Columns:
     Attributes:
         found: as given.
         used: those that are read for one kind of example or another.
+        used_alone: those of them that are read where no pair is made.
 
     Raises:
         UserError: `names` says a name of ours or a column that does not exist.
@@ -67,7 +68,9 @@ class Columns:
         # What a row may hold or not is read also where the first rows, which say the columns, do not hold it.
         optional = (name for name in (*NUMBERS, TIE_MARGIN, RATING, *BESIDE, "input") if name not in names.values())
         self._optional = {name: name for name in optional} | self._theirs
-        self.used = frozenset(self._optional[name] for name in self._names_read() if name in self._optional)
+        read = [name for name in self._names_read() if name in self._optional]
+        self.used = frozenset(self._optional[name] for name in read)
+        self.used_alone = frozenset(self._optional[name] for name in read if name not in OF_PAIRS)
 
     def has(self, *names: str) -> bool:
         """Whether there are columns for all these names of ours."""

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 from rlhf_lightning.chat.messages import Response, exact_text
 from rlhf_lightning.data.rows import BadRowError, DroppedRow, LabelledRow, Need, Row, check_text
-from rlhf_lightning.data.sources.columns import BESIDE, CHOICE, NUMBERS, OF_PAIRS, RATING, TIE_MARGIN, Columns
+from rlhf_lightning.data.sources.columns import BESIDE, CHOICE, NUMBERS, RATING, TIE_MARGIN, Columns
 from rlhf_lightning.data.sources.fields import (
     is_nothing,
     read_flag,
@@ -114,8 +114,6 @@ class RowForm:
         self._source, self._ratings = source, ratings or {}
         self._columns = Columns(columns, names or {}, source, attributes, rated=bool(ratings))
         self.labelled = self._columns.labelled
-        self._used = self._columns.used
-        self._used_alone = self._used - {self._columns.name(name) for name in OF_PAIRS}
         # Asked of every row, so looked up once.
         self._stands_beside = any(self._columns.has(name) for name in BESIDE)
         answers = (self._columns.answer, "chosen", "rejected", *self._columns.ranking_names)
@@ -309,7 +307,7 @@ class RowForm:
             raise BadRowError(f"{self._columns.name('weight')} is not above 0")
         if self._columns.attributes:
             row = row._replace(scores=tuple(self._score(raw, name) for name in self._columns.attributes))
-        unused = self._unused(raw, self._used if need == "preference" else self._used_alone)
+        unused = self._unused(raw, self._columns.used if need == "preference" else self._columns.used_alone)
         return row._replace(unused=unused) if unused else row
 
     def _score(self, raw: RawRow, attribute: str) -> float:
