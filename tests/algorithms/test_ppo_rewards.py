@@ -271,13 +271,13 @@ def test_the_folder_of_reward_training_records_its_rendering_and_ppo_reads_by_it
     fit(RewardModule(base, **settings), data, max_steps=1, callbacks=[HFExport(str(tmp_path / "rm"))])
     expected = {tuple(ids) for ids in trained_ids(base, rows, tmp_path / "cache", **options).values()}
 
-    shown, encode = [], TextScorer.encode
+    shown, read = [], TextScorer.read
 
     def spy(self, written, said, ended):
-        shown.append(encode(self, written, "Buy it!", True))
-        return encode(self, written, said, ended)
+        shown.append(read(self, written, "Buy it!", True).ids)
+        return read(self, written, said, ended)
 
-    monkeypatch.setattr(TextScorer, "encode", spy)
+    monkeypatch.setattr(TextScorer, "read", spy)
     policy = save_llama(tmp_path / "policy", tokenizer_of(CHATML))
     module = PPOModule(policy, str(tmp_path / "rm"), **SIZES)
     prompts = PromptDataModule(policy, rows, rollout_batch_size=2, max_prompt_length=50, **held_out)
