@@ -159,6 +159,40 @@ def test_files_that_options_name_themselves_are_looked_at_too(here: Path, called
             Path("pairs.jsonl").write_text("{}\n{}\n{}\n")
 
 
+def test_files_that_a_config_or_a_glob_names_are_looked_at(here: Path, called: list[list[str]]) -> None:
+    parts = here / "parts"
+    parts.mkdir()
+    (parts / "1.jsonl").write_text("{}\n")
+    (here / "own.jsonl").write_text("{}\n")
+    (here / "other.jsonl").write_text("{}\n")
+    init_args = {"data": [{"path": "own.jsonl"}], "validation_data": "other.jsonl"}
+    write(
+        "own.yaml", data={"class_path": "SFTDataModule", "init_args": init_args}, trainer={"default_root_dir": "logs"}
+    )
+    options = {"model.model_name_or_path": "{model}", "data.validation_data": "parts/*.jsonl"}
+    write(values=VALUES, steps={"sft": {"config": ["sft.yaml", "own.yaml"], "options": options}})
+    for changed, again in [
+        (None, True),
+        ("own.jsonl", True),
+        ("other.jsonl", False),  # an option names another
+        ("parts/1.jsonl", True),
+        ("parts/2.jsonl", True),
+        ("parts/note.txt", False),
+        ("logs/log", False),
+        ("logs/more", False),  # where the config says that it is to work, and the pipeline another place
+    ]:
+        if changed:
+            Path(changed).parent.mkdir(exist_ok=True)
+            Path(changed).write_text("another\n")
+        called.clear()
+        run("--config", "p.yaml")
+        assert steps_of(called) == (["sft"] if again else []), changed
+    (parts / "2.jsonl").unlink()
+    called.clear()
+    run("--config", "p.yaml")
+    assert steps_of(called) == ["sft"]
+
+
 @pytest.mark.parametrize("edited", ["own.yaml", "pairs.jsonl"])
 def test_what_is_edited_while_a_step_runs_has_changed_the_next_time(
     here: Path,
@@ -385,6 +419,21 @@ WRONG: list[tuple[dict[str, Any], list[str], str]] = [
         "unknown key 'model.sampling.temperatur_'",
     ),
     (
+        one(options={**SFT["options"], "model.finetune.mode": "lorra"}),
+        [],
+        "step 'sft': model.finetune.mode: expected one of all, last_layer, lora, got lorra",
+    ),
+    (
+        one(options={**SFT["options"], "model.finetune": {"mode": "lorra"}}),
+        [],
+        "step 'sft': model.finetune.mode: expected one of all, last_layer, lora, got lorra",
+    ),
+    (
+        one(config=["sft.yaml", "modes.yaml"]),
+        [],
+        "step 'sft': model.lr_schedule: expected one of cosine, linear, constant, got cosin",
+    ),
+    (
         then("evaluate", "evaluate.yaml", **EVALUATED, taskss=["winrate"]),
         [],
         "step 'last': unknown key 'taskss'; `rlhf evaluate` has no such option; did you mean 'tasks'?",
@@ -398,10 +447,14 @@ WRONG: list[tuple[dict[str, Any], list[str], str]] = [
     ),
     (then("evaluate", "own.yaml", **EVALUATED), [], "unknown key 'sampling.temperatur_'"),
     (then("evaluate", models=["{sft}"]), [], "step 'last': `rlhf evaluate` needs 'data': a file (.json, .jsonl"),
-    (then("evaluate", **EVALUATED, part="tests"), [], "part 'tests' is unknown; use all, train, validation, test"),
+    (
+        then("evaluate", **EVALUATED, part="tests"),
+        [],
+        "step 'last': part: expected one of all, train, validation, test, got tests",
+    ),
     (then("sample", **SAMPLED, rewrd="x"), [], "step 'last': unknown key 'rewrd'"),
     (then("sample", policy="{sft}", data="{data}"), [], "step 'last': `rlhf sample` needs 'reward': folder or hub id"),
-    (then("sample", **SAMPLED, keep="worst"), [], "step 'last': keep 'worst' is unknown; use best, all, pair"),
+    (then("sample", **SAMPLED, keep="worst"), [], "step 'last': keep: expected one of best, all, pair, got worst"),
     (
         then("sample", **{**SAMPLED, "data": {"data": "x"}}),
         [],
@@ -458,6 +511,7 @@ def test_what_is_wrong_is_said_before_anything_runs(
     write(**said)
     write("own.yaml", sampling={"temperatur_": 1.0})
     write("resume.yaml", ckpt_path="some.ckpt")
+    write("modes.yaml", model={"init_args": {"lr_schedule": "cosin"}})
     with pytest.raises(SystemExit) as end:
         run("--config", "p.yaml", *words)
     assert end.value.code == 2

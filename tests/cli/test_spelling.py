@@ -121,7 +121,8 @@ def test_options_of_a_class_of_somebodys_own_pass():
         ("trainer: {max_stepz: 3}\n", "unknown key 'trainer.max_stepz'; did you mean 'trainer.max_steps'?"),
         ("trainer: {logger: {class_path: a.B, init_args: {x: 1}}}\n", ""),
         ("model: {init_args: {optimizer: {class_path: a.B, init_args: {x: 1}}}}\n", ""),
-        ("model: {init_args: {sampling: null}, dict_kwargs: {x: 1}}\n", ""),
+        ("model: {init_args: {optimizer: null}, dict_kwargs: {x: 1}}\n", ""),
+        ("model: {init_args: {sampling: null}}\n", "model.sampling has settings of its own, and null is none; set"),
     ],
 )
 def test_keys_of_a_config_are_looked_at_too(tmp_path, text, said):
@@ -133,7 +134,7 @@ def test_keys_of_a_config_are_looked_at_too(tmp_path, text, said):
 
 def test_keys_between_braces_are_looked_at_and_what_is_no_yaml_is_left_to_the_parser():
     recipe = resolve_recipes(["--config", "sft.yaml"])
-    for value in ("{top_k: 1}", "{top_k:", "{{user}}", "{}", "null"):
+    for value in ("{top_k: 1}", "{top_k:", "{{user}}", "{}"):
         check_keys("fit", [*recipe, f"--model.sampling={value}"])
     for option in (
         "--data.plain_format.user={name}: ",

@@ -149,10 +149,13 @@ def _wrong_type(message: str, path: str) -> str | None:
     expected = [e.split(". Got value")[0] for e in re.findall(r"Expected an? (.+)", message)]
     ignored = ("NoneType", "Namespace", "path but", "dot import path", "torch.Tensor")
     kinds = dict.fromkeys(_readable(e) for e in expected if not any(word in e for word in ignored))
-    given = re.findall(r"(?:Got value|Given value): (.+)", message)
-    if not (path and kinds and given):
+    given = re.findall(r"(?:Got value|Given value): (.*)", message)
+    if not (path and given):
         return None
-    return f"{path}: expected {' or '.join(kinds)}, got {given[0].split('. Got value')[0].strip()}"
+    got = re.sub(r"NestedArg\(key='\w+', val='(.*)'\)", r"\1", given[0].split(". Got value")[0].strip())
+    if not kinds:
+        return None if got else f"{path} needs a value, or leave it out"
+    return f"{path}: expected {' or '.join(kinds)}, got {got or 'nothing'}"
 
 
 def one_line(message: str, known_keys: Iterable[str] = ()) -> str:

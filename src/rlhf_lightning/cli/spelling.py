@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rlhf_lightning.cli.options import describe, describe_function, trainer_keys
+from rlhf_lightning.cli.options import Option, as_word, describe, describe_function, trainer_keys
 from rlhf_lightning.cli.recipes import config_paths, named_classes, read_config, recipe_names, stage_recipes
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.yaml_text import load_yaml
@@ -150,7 +151,7 @@ def check_words(options: Sequence[str]) -> None:
 
 
 def check_keys(command: str, options: Sequence[str]) -> None:
-    """Refuse a key that nothing takes, before anything slow is imported.
+    """Refuse a key that nothing takes, and a value that is none of a few words, before anything slow is imported.
 
     What cannot be known without importing it passes: classes of others, what is inside an optimizer or a callback, and
     a word that is the beginning of an option.
@@ -160,17 +161,20 @@ def check_keys(command: str, options: Sequence[str]) -> None:
         options: the words after it, recipes resolved.
 
     Raises:
-        UserError: names the key, and the one that it is most likely meant for.
+        UserError: names the key, and the one that it is most likely meant for; or the value, and the words.
     """
     made, called = trainer_keys(command)
     known = _OF_EVERY_RUN | called | {f"trainer.{name}" for name in made}
     owners, groups = {}, {"model", "data", "trainer"}
+    options_of: dict[str, Option] = {}
     for part, config in named_classes(options).items():
         if described := describe(path := config.get("class_path")):
             owners[part] = str(path).rpartition(".")[2]
             groups |= {f"{part}.{name}" for name in described.groups}
-            known |= {f"{part}.{name}" for name in described.options} | groups
-    for written in _written(options, known):
+            options_of |= {f"{part}.{name}": option for name, option in described.options.items()}
+            known |= options_of.keys() | groups
+    written_values = list(_written(options, known))
+    for written, _ in written_values:
         key = written.removesuffix("+")  # which adds to a list
         part = key.partition(".")[0]
         if part in ("model", "data") and "." in key:
@@ -182,6 +186,7 @@ def check_keys(command: str, options: Sequence[str]) -> None:
         owner = f": {owners[part]} has no such argument" if part in owners and "." in key else ""
         hint = f"; did you mean '{found}'?" if (found := nearest(key, known)) else ""
         raise UserError(f"unknown key '{key}'{owner}{hint}")
+    _check_values(written_values, options_of)
 
 
 def check_function(command: str, options: Sequence[str]) -> None:
@@ -204,7 +209,8 @@ def check_function(command: str, options: Sequence[str]) -> None:
     groups = set(described.groups)
     classes = {f"{group}.{name}" for group in groups for name in ("class_path", "init_args")}
     known = ({*described.options, "config"} | groups | classes) - _FROM_PYTHON
-    written = [key.removesuffix("+") for key in _written(options, known)]
+    values = list(_written(options, known))
+    written = [key.removesuffix("+") for key, _ in values]
     if "data.data" in written:
         raise UserError(f"--data.data belongs to the stages; `rlhf {command}` takes --data")
     for key in written:
@@ -215,31 +221,42 @@ def check_function(command: str, options: Sequence[str]) -> None:
     for name, option in described.options.items():
         if option.default is None and "." not in name and name not in there:
             raise UserError(f"`rlhf {command}` needs '{name}': {option.help.rstrip('.')}")
-    for word in options:
-        key, _, value = word.removeprefix("--").partition("=")
-        choices = described.options[key].choices if key in described.options else ()
-        if choices and value not in choices and choices != ("true", "false"):  # YAML has more words for these
-            raise UserError(f"{key} '{value}' is unknown; use {', '.join(choices)}")
+    _check_values(values, described.options)
 
 
-def _written(options: Sequence[str], known: set[str]) -> Iterator[str]:
-    """Every key of configs and options, dotted, without what only jsonargparse writes."""
+def _check_values(written: Iterable[tuple[str, Any]], options: Mapping[str, Option]) -> None:
+    """Refuse a value that is none of the few words that an option takes, and a group of options without settings.
+
+    Of several values for one option the last counts.
+    """
+    for key, value in dict(written).items():
+        choices, word = options[key].choices if key in options else (), as_word(value)
+        if choices and choices != ("true", "false") and word not in choices:  # YAML has more words for these
+            raise UserError(f"{key}: expected one of {', '.join(choices)}, got {word or 'nothing'}")
+        inside = next((name for name in options if name.startswith(f"{key}.")), None)
+        if inside and (word == "null" or not isinstance(value, str | dict)):  # a text may name a file with settings
+            raise UserError(f"{key} has settings of its own, and {word} is none; set {inside}, or leave {key} out")
+
+
+def _written(options: Sequence[str], known: set[str]) -> Iterator[tuple[str, Any]]:
+    """Every key of configs and options, dotted, without what only jsonargparse writes, and its value."""
     for path in config_paths(options):
         yield from _keys(read_config(path), known)
-    for word in options:
+    for word, following in pairwise([*options, ""]):
         if (option := re.match(r"--([\w.-]+)\+?(=|$)", word)) and not option[1].endswith(".help"):
-            yield from _keys({option[1].replace(".init_args.", ".", 1): _group(word[option.end() :])}, known)
+            value = word[option.end() :] if option[2] else following if following[:2] != "--" else ""
+            yield from _keys({option[1].replace(".init_args.", ".", 1): _group(value)}, known)
 
 
-def _group(value: str) -> dict[str, Any] | None:
-    """The settings that a word holds between braces; None if it holds another value."""
+def _group(value: str) -> Any:
+    """The settings that a word holds between braces, or else the word."""
     with contextlib.suppress(yaml.YAMLError):
-        read = load_yaml(value, "an option") if value.startswith("{") else None
-        return read if isinstance(read, dict) else None
-    return None
+        read = load_yaml(value, "an option") if value.startswith("{") else value
+        return read if isinstance(read, dict) else value
+    return value
 
 
-def _keys(config: dict[str, Any], known: set[str], prefix: str = "") -> Iterator[str]:
+def _keys(config: dict[str, Any], known: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in config.items():
         key = f"{prefix}{name}"
         if prefix in ("model.", "data.") and name in ("class_path", "init_args", "dict_kwargs"):
@@ -247,4 +264,4 @@ def _keys(config: dict[str, Any], known: set[str], prefix: str = "") -> Iterator
         elif isinstance(value, dict) and any(other.startswith(f"{key}.") for other in known):
             yield from _keys(value, known, f"{key}.")
         else:
-            yield key
+            yield key, value

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +88,7 @@ class Record:
         return found | self._read()
 
     def _read(self, but: Collection[str] = ()) -> dict[str, str]:
-        """Of files and folders that its options name, but for those that are known."""
+        """Of files and folders that its settings name, but for those that are known."""
         found: dict[str, str] = {}
         for path in self._inputs():
             if f"'{path}'" not in but:
@@ -95,12 +97,14 @@ class Record:
         return found
 
     def _inputs(self) -> Iterator[Path]:
-        """Files and folders that its options name."""
+        """Files and folders that its settings name, each by itself or by a glob."""
         for text in sorted({text for text in self._pipeline.inputs(self._step) if text.strip()}):
-            with contextlib.suppress(OSError, ValueError, RuntimeError):  # a text that no path can be
+            with contextlib.suppress(OSError, ValueError, RuntimeError, re.error):  # a text that no path can be
                 path = Path(text).expanduser()
-                if (path.is_file() or path.is_dir()) and not self._is_its_place(path):
-                    yield path
+                found = sorted(map(Path, glob.iglob(str(path), recursive=True))) if glob.has_magic(text) else []
+                for each in [path, *found]:
+                    if (each.is_file() or each.is_dir()) and not self._is_its_place(each):
+                        yield each
 
     def _is_its_place(self, path: Path) -> bool:
         """Whether a path lies in the step's folder, or holds it, as `.` and `/` do.

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ RESULTS = {"fit": "export", "toy": "", "prepare": "", "sample": "rows.jsonl", "e
 _OUT = {"fit": "trainer.default_root_dir", "toy": "out", "prepare": "out", "sample": "out", "evaluate": "out"}
 _NAMED = re.compile(r"\{(\w+)\}")
 _GROUPS = {"model", "data", "trainer"}
+_WRITTEN = {"out", "default_root_dir", "dirpath", "save_dir", "cache_dir"}
+"""Settings that name what a step writes; below `trainer`, where callbacks and loggers stand, `path` does, too."""
 _KEYS = {"out", "values", "steps"}
 _STEP_KEYS = {"run", "config", "options"}
 
@@ -74,13 +76,21 @@ class Pipeline:
         return {**self.values, **{step.name: str(self.result(step)) for step in self.steps}}
 
     def inputs(self, step: Step) -> Iterator[str]:
-        """All texts among the options of a step, some of which are paths.
+        """All texts among the settings of a step, some of which are paths, but for places that it writes to.
 
         Args:
-            step: one of the pipeline's.
+            step: one of the pipeline's; what its options say replaces what its config files do.
         """
-        for value in step.options.values():
-            yield from _texts_in(_filled(value, self.named))
+        settings: dict[str, Any] = {}
+        for config in step.configs:
+            settings |= _settings(read_config(config))
+        for key, value in _settings(dict(step.options)).items():
+            settings = {name: was for name, was in settings.items() if not f"{name}.".startswith(f"{key}.")}
+            settings[key] = _filled(value, self.named)
+        for key, value in settings.items():
+            written = _WRITTEN | {"path"} if key.startswith("trainer.") else _WRITTEN
+            if key.rpartition(".")[2] not in written:
+                yield from _texts_in(value, written)
 
     def words(self, step: Step) -> list[str]:
         """The command of a step, after `rlhf`.
@@ -217,12 +227,25 @@ def _flat(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield str(key), value
 
 
-def _texts_in(value: Any) -> Iterator[str]:
+def _settings(said: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted names, as they are written on the command line."""
+    found: dict[str, Any] = {}
+    for name, value in said.items():
+        key = f"{prefix}{name}".replace(".init_args.", ".")
+        if isinstance(value, dict) and value:
+            found |= _settings(value, prefix if name == "init_args" else f"{key}.")
+        else:
+            found[key] = value
+    return found
+
+
+def _texts_in(value: Any, but: Collection[str] = ()) -> Iterator[str]:
+    """The texts in a value, however deep, but for those of these names."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _texts_in(each)
+        for each in [value[name] for name in value.keys() - but] if isinstance(value, dict) else value:
+            yield from _texts_in(each, but)
 
 
 def _filled(value: Any, named: Mapping[str, Any]) -> Any:
