@@ -1,5 +1,7 @@
 """Rewards of tokens: a function that scores each, or a reward model's score along the response."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -45,7 +47,7 @@ from rlhf_lightning.functional import kl_shaped_rewards
 from rlhf_lightning.generation.engine import Generation
 from rlhf_lightning.models.reward_functions import ScoringFunction
 from rlhf_lightning.models.scalar_lm import Calibration
-from rlhf_lightning.models.scorers import FunctionScorer, ModelScorer
+from rlhf_lightning.models.scorers import FunctionScorer, ModelScorer, warn_without_steps
 from rlhf_lightning.models.token_rewards import TokenRewards, step_ends
 
 EOS = 3
@@ -297,6 +299,13 @@ def test_steps_that_the_first_rollout_does_not_hold_are_said_once(folder, reward
     said = [str(each.message) for each in recwarn if "no answer of the first rollout" in str(each.message)]
     assert len(said) == times
     assert all("holds the step_end 'never said' of reward 'main'" in each for each in said)
+
+
+@pytest.mark.parametrize("elsewhere", [0, 1])
+def test_steps_that_only_another_rank_has_met_are_there(recwarn, elsewhere):
+    scorer = SimpleNamespace(along=TokenRewards("score", "e", None))
+    warn_without_steps({"main": scorer}, lambda found: found + elsewhere)
+    assert len(recwarn) == (not elsewhere)
 
 
 def make(folder, reward, kind=PPOModule, **settings):

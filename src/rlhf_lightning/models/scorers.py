@@ -5,7 +5,7 @@ Notation: B responses, P padded prompt length, R padded response length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -304,15 +304,18 @@ def give_along(scorer: Scorer, along: TokenRewards, name: str) -> None:
     scorer.along = along
 
 
-def warn_without_steps(scorers: Mapping[str, Any]) -> None:
-    """Say in one line where the ends of steps that rewards are to stand at are in no response so far.
+def warn_without_steps(scorers: Mapping[str, Any], sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+    """Say in one line where the ends of steps that rewards are to stand at are in no response so far, of any rank.
 
     Args:
-        scorers: any, by name.
+        scorers: any, by name, the same on every rank.
+        sum_over_ranks: adds up a number of every rank.
     """
     for name, scorer in scorers.items():
         along = getattr(scorer, "along", None)
-        if isinstance(along, TokenRewards) and along.step_end is not None and not along.found:
+        if not isinstance(along, TokenRewards) or along.step_end is None:
+            continue
+        if not sum_over_ranks(torch.tensor(float(along.found))).item():
             rank_zero_warn(
                 f"no answer of the first rollout holds the step_end {along.step_end!r} of reward '{name}', so all that "
                 "it gives stands at their last tokens: look at how the policy ends its steps"

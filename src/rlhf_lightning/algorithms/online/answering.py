@@ -327,7 +327,7 @@ class AnsweringStage(Stage):
         )
         if not self._has_looked_for_steps:
             self._has_looked_for_steps = True
-            warn_without_steps({MAIN: self.scorer, **self.other_scorers.by_name()})
+            warn_without_steps({MAIN: self.scorer, **self.other_scorers.by_name()}, partial(sum_over_ranks, self))
         needed = [scores for name, scores in measured.others.items() if not self.other_rewards[name].may_lack]
         for scores in (measured.scores, *needed):
             answers = {"prompts": prompts, "responses": texts, "scores": scores}
