@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation import Judge
 from rlhf_lightning.functional import scores_at_end
-from rlhf_lightning.models.classifiers import Classifier
+from rlhf_lightning.models import classifiers
+from rlhf_lightning.models.classifiers import Classifier, check_hides_padding
 from rlhf_lightning.models.labels import labels_of
 from rlhf_lightning.models.rewarding import load_scorer
 from rlhf_lightning.models.scalar_lm import Calibration, ScalarLM, load_reward_model
@@ -309,6 +311,19 @@ def test_a_classifier_that_reads_padding_is_refused(tmp_path):
     folder = save_folder(tmp_path / "model", model, pair_tokenizer("xlnet"))
     with pytest.raises(UserError, match=r"\(XLNetForSequenceClassification\) gives a text other logits where padding"):
         load_scorer(folder, ChatEncoder(tiny_tokenizer()))
+
+
+@pytest.mark.parametrize("why", ["it raised", "its weights are spread over processes"])
+def test_where_it_cannot_be_tried_what_padding_does_that_is_said(monkeypatch, recwarn, why):
+    model = encoder("bert", num_labels=1)
+    if why == "it raised":
+        monkeypatch.setattr(model, "forward", Mock(side_effect=RuntimeError(why)))
+    else:
+        monkeypatch.setattr(classifiers, "is_sharded", lambda _: True)
+    check_hides_padding("bert", model)
+    assert [str(each.message) for each in recwarn] == [
+        f"it was not tried whether padding changes what 'bert' says of a text: {why}"
+    ]
 
 
 def test_a_head_that_nobody_trained_is_none(tmp_path):
