@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Commands that steps gave, each of which leaves what such a command leaves."""
     commands: list[list[str]] = []
 
-    def call(words: list[str]) -> int:
+    def call(words: list[str]) -> tuple[int, int]:
         commands.append(list(words))
         options = dict(word.removeprefix("--").split("=", 1) for word in words[1:] if "=" in word)
         if words[0] == "fit":
@@ -65,7 +67,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         elif words[0] == "sample":
             Path(options["out"]).parent.mkdir(parents=True, exist_ok=True)
             Path(options["out"]).write_text("{}\n")
-        return 0
+        return 0, 0
 
     monkeypatch.setattr(pipeline, "_call", call)
     return commands
@@ -205,7 +207,7 @@ def test_what_is_edited_while_a_step_runs_has_changed_the_next_time(
     write(values=VALUES, steps={"sft": {**SFT, "config": "own.yaml"}})
     working = pipeline._call
 
-    def slow(words: list[str]) -> int:
+    def slow(words: list[str]) -> tuple[int, int]:
         code = working(words)
         if words[0] == "fit":
             Path(edited).write_text(Path(edited).read_text() + "\n")
@@ -230,7 +232,7 @@ def test_a_file_that_a_step_makes_itself_is_no_change(
     write(values=VALUES, steps={"sft": {**SFT, "options": options}})
     working = pipeline._call
 
-    def logging(words: list[str]) -> int:
+    def logging(words: list[str]) -> tuple[int, int]:
         Path("logs").mkdir()
         Path("logs/metrics.csv").write_text("loss\n")
         return working(words)
@@ -269,13 +271,13 @@ def test_what_a_step_has_written_does_not_keep_it_from_going_on(
     write(values=VALUES, steps={"sft": {**SFT, "options": options}})
     working = pipeline._call
 
-    def stopped(words: list[str]) -> int:
+    def stopped(words: list[str]) -> tuple[int, int]:
         Path(logs).mkdir(parents=True, exist_ok=True)
         with Path(logs, "metrics.csv").open("a") as file:
             file.write("loss\n")
         Path("runs/pipeline/sft").mkdir(exist_ok=True)
         Path("runs/pipeline/sft/last.ckpt").touch()
-        return 143
+        return 143, 0
 
     monkeypatch.setattr(pipeline, "_call", stopped)
     for _ in range(2):
@@ -295,7 +297,7 @@ def test_a_step_that_failed_ends_the_run_with_its_code_and_is_tried_again(
 ) -> None:
     write(values=VALUES, steps={"sft": SFT, "reward": REWARD})
     working = pipeline._call
-    monkeypatch.setattr(pipeline, "_call", lambda words: 2 if "reward" in words[1] else working(words))
+    monkeypatch.setattr(pipeline, "_call", lambda words: (2, 0) if "reward" in words[1] else working(words))
     with pytest.raises(SystemExit) as end:
         run("--config", "p.yaml")
     assert end.value.code == 2
@@ -314,10 +316,10 @@ def test_a_step_that_was_stopped_goes_on_only_with_what_it_had_begun_with(
     write(values=VALUES, steps={"sft": SFT})
     working = pipeline._call
 
-    def stopped(words: list[str]) -> int:
+    def stopped(words: list[str]) -> tuple[int, int]:
         (here / "runs/pipeline/sft").mkdir(parents=True, exist_ok=True)
         (here / "runs/pipeline/sft/last.ckpt").write_text("half")
-        return 143
+        return 143, 0
 
     for options, kept in ({}, "sft"), ({"model.loss_x": None}, "sft.1"):
         monkeypatch.setattr(pipeline, "_call", stopped)
@@ -331,6 +333,43 @@ def test_a_step_that_was_stopped_goes_on_only_with_what_it_had_begun_with(
         (here / "runs/pipeline/.sft.step.json").unlink()
         (here / f"runs/pipeline/{kept}/last.ckpt").unlink()
         subprocess.run(["rm", "-r", "runs"], check=True)
+
+
+LATE = """
+import json, os, signal, sys
+from pathlib import Path
+
+name = sys.argv[1]
+out = next((word.partition("=")[2] for word in sys.argv if "default_root_dir=" in word), "")
+if out:
+    Path(out, "export").mkdir(parents=True)
+    Path("calls").open("a").write(Path(out).name + " ")
+    if Path(out).name == "sft":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.kill(os.getppid(), getattr(signal, NAME))  # and ends as if nothing had been
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_told_to_stop_when_a_step_has_all_but_ended_no_other_begins(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, code: int
+) -> None:
+    Path("late.py").write_text(LATE.replace("NAME", repr(name)))
+    monkeypatch.setattr(pipeline, "_RLHF", (sys.executable, str(here / "late.py")))
+    write(values=VALUES, steps={"sft": SFT, "reward": REWARD})
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # heard also where the tests run in the background
+    try:
+        with pytest.raises(SystemExit) as end:
+            run("--config", "p.yaml")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert end.value.code == code
+    assert "1/2 sft: stopped after it; the same command goes on from here" in capsys.readouterr().err
+    run("--config", "p.yaml")
+    assert Path("calls").read_text().split() == ["sft", "reward"]
 
 
 def test_later_files_and_words_win(here: Path, called: list[list[str]]) -> None:
@@ -572,6 +611,8 @@ def test_a_whole_pipeline_is_stopped_goes_on_and_is_then_left_alone(tmp_path: Pa
     words = command("pipeline", "--config", "p.yaml")
     options: dict[str, Any] = {"cwd": tmp_path, "text": True, "env": environment()}
     said = ""
+    # A child of what runs in the background ignores Ctrl-C, which is sent here.
+    options |= {"preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **options
     ) as first:

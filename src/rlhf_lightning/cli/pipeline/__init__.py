@@ -7,7 +7,6 @@ stopped goes on. So the same command may be given at any time. What a step is re
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import subprocess
@@ -18,6 +17,8 @@ from pathlib import Path
 from rlhf_lightning.cli.pipeline.record import Record, place_beside
 from rlhf_lightning.cli.pipeline.steps import Pipeline, Step, read_pipeline
 from rlhf_lightning.errors import UserError
+
+_RLHF = (sys.executable, "-m", "rlhf_lightning")
 
 
 def main(args: Sequence[str]) -> None:
@@ -79,7 +80,7 @@ def _run(pipeline: Pipeline, step: Step, title: str) -> None:
         print(f"{title}: what was there is in '{beside}'", flush=True)
     print(f"{title}: {why}\n  {pipeline.shown(step)}", flush=True)
     record.begin()
-    code = _call(pipeline.words(step))
+    code, told = _call(pipeline.words(step))
     if code:
         then = "goes on from here" if code in (130, 143) else "tries it again, once it is fixed"
         print(f"{title}: ended with code {code}; the same command {then}", file=sys.stderr)
@@ -88,25 +89,46 @@ def _run(pipeline: Pipeline, step: Step, title: str) -> None:
     if not made.exists():
         raise UserError(f"step '{step.name}' has left no '{made}': its recipe needs the callback HFExport")
     record.end()
+    if told:  # too late for the step
+        print(f"{title}: stopped after it; the same command goes on from here", file=sys.stderr)
+        sys.exit(told)
 
 
-def _call(words: Sequence[str]) -> int:
-    """Run a command of `rlhf`, which has the terminal, and saves before it ends when it is told to stop."""
-    with subprocess.Popen([sys.executable, "-m", "rlhf_lightning", *words]) as process:
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        try:
-            while True:
-                with contextlib.suppress(KeyboardInterrupt):  # of which the terminal has told the step, too
-                    code = process.wait()
-                    return code if code >= 0 else 128 - code
-        finally:
-            signal.signal(signal.SIGTERM, before)
+def _call(words: Sequence[str]) -> tuple[int, int]:
+    """Run a command of `rlhf`, which has the terminal, and saves before it ends when it is told to stop.
+
+    Args:
+        words: of it, after `rlhf`.
+
+    Returns:
+        The code it ended with, and that of having been told to stop, 0 if nobody did.
+    """
+    told: list[int] = []
+    running: list[subprocess.Popen[bytes]] = []
+
+    def note(number: int, _: object) -> None:
+        told.append(number)
+        for process in running if number == signal.SIGTERM else []:  # of Ctrl-C the terminal tells the step, too
+            process.terminate()
+
+    taken = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in taken}
+    try:
+        with subprocess.Popen([*_RLHF, *words]) as process:
+            running.append(process)
+            if signal.SIGTERM in told:
+                process.terminate()
+            code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code, 128 + told[0] if told else 0
 
 
 def _report(pipeline: Pipeline) -> None:
     runs = [pipeline.folder(step) for step in pipeline.steps if step.run == "fit"]
     page = pipeline.out / "report.html"
-    if runs and (code := _call(["report", *map(str, runs), "--out", str(page)])):
-        sys.exit(code)
+    if runs and any(codes := _call(["report", *map(str, runs), "--out", str(page)])):
+        sys.exit(max(codes))
     for step in pipeline.steps:
         print(f"{step.name:12} {os.path.relpath(pipeline.result(step))}")
