@@ -68,3 +68,30 @@ def test_a_name_that_no_file_can_have_is_not_found(name):
     with pytest.raises(UserError, match=r"neither in the working folder nor a recipe") as caught:
         find_recipe(name)
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("trainer: {max_steps: 7}\nmodel: {}\ntrainer: {max_epochs: 1}\n", "line 3: 'trainer' stands there a second"),
+        ("trainer:\n  callbacks:\n    - {init_args: {a: 1,\n      a: 2}}\n", "line 4: 'a' stands there a second"),
+        ('{"model": {}, "model": {}}', "line 1: 'model' stands there a second"),
+    ],
+)
+def test_a_key_that_stands_twice_in_one_place_is_refused(tmp_path, text, line):
+    path = tmp_path / "given.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"given.yaml' {line}"):
+        read_config(str(path))
+
+
+def test_the_same_key_in_two_places_is_none(tmp_path):
+    path = tmp_path / "given.yaml"
+    path.write_text("x: &x {a: 1}\ny: &y {b: 2}\nz: [*x, *x, {<<: *x, <<: *y, a: 3}]\n")
+    assert read_config(str(path))["z"] == [{"a": 1}, {"a": 1}, {"a": 3, "b": 2}]
+    assert resolve_recipes(["--model.reward={a, a}"]) == ["--model.reward={a, a}"]
+
+
+def test_a_folder_is_no_config(tmp_path):
+    with pytest.raises(UserError, match=r"config '.*' is a folder; name a file in it"):
+        find_recipe(str(tmp_path))

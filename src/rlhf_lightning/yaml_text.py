@@ -17,6 +17,10 @@ _MOST = 100_000  # values, each as often as aliases repeat it
 _SUSPECT = re.compile(r"[\[{&*]|.{1000}", re.DOTALL)
 
 
+class _TwiceError(UserError):
+    """A key stands twice in one place."""
+
+
 class _Loader(yaml.SafeLoader):
     """Stops where values lie too deep in each other, long before Python does."""
 
@@ -31,15 +35,17 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def load_yaml(text: str, name: str) -> Any:
+def load_yaml(text: str, name: str, keys_once: bool = False) -> Any:
     """What YAML says: plain values, never objects.
 
     Args:
         text: YAML or JSON.
         name: what error messages call it.
+        keys_once: refuse a key that stands twice in one place, of which YAML forgets the first.
 
     Raises:
-        UserError: it is too large or too deep, or its aliases lead in a circle or to more values than anybody writes.
+        UserError: it is too large or too deep, its aliases lead in a circle or to more values than anybody writes, or
+            it has a key twice.
         yaml.YAMLError: it is no YAML.
     """
     if len(text) > _LONGEST:
@@ -53,11 +59,36 @@ def load_yaml(text: str, name: str) -> Any:
         if node is None:
             return None
         _measure(node, {})
+        if keys_once and (twice := _key_twice(node)):
+            raise _TwiceError(
+                f"{name} line {twice.start_mark.line + 1}: '{twice.value}' stands there a second time, and what the "
+                "first one holds would be lost; write both as one"
+            )
         return loader.construct_document(node)
+    except _TwiceError:
+        raise
     except UserError as error:
         raise UserError(f"{name}: {error}; write it in a simpler way") from error
     except (ValueError, OverflowError) as error:  # such as a date in month 13
         raise yaml.YAMLError(str(error)) from error
+
+
+def _key_twice(node: yaml.Node) -> yaml.ScalarNode | None:
+    """The second one of two keys that are the same, but for `<<`, which may merge several mappings."""
+    waiting, seen = [node], {id(node)}
+    while waiting:
+        node = waiting.pop()
+        keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        found: set[tuple[str, str]] = set()
+        for key in keys:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if (name := (key.tag, key.value)) in found:
+                    return key
+                found.add(name)
+        inner = [value for _, value in node.value] if keys else node.value if isinstance(node.value, list) else []
+        waiting += [each for each in inner if id(each) not in seen]
+        seen.update(map(id, inner))
+    return None
 
 
 def check_values(words: Iterable[str]) -> None:

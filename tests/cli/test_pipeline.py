@@ -502,6 +502,20 @@ WRONG: list[tuple[dict[str, Any], list[str], str]] = [
     (then("prepare", "data.yaml", tokeniser="{sft}"), [], "unknown key 'tokeniser'"),
     (then("prepare", "data.yaml", filters={"duplicate": "all"}), [], "unknown key 'filters.duplicate'"),
     (then("toy", sed=1), [], "step 'last': unknown key 'sed'; `rlhf toy` has no such option; did you mean 'seed'?"),
+    (then("toy", seed="abc"), [], "step 'last': seed: expected int, got abc"),
+    (then("toy", seed=None), [], "step 'last': seed: expected int, got null"),
+    (then("sample", **{**SAMPLED, "k": "many"}), [], "step 'last': k: expected int, got many"),
+    (
+        one(options={**SFT["options"], "model.optimizer": None}),
+        [],
+        "step 'sft': model.optimizer: expected a class or function, got null",
+    ),
+    (
+        one(options={**SFT["options"], "model.max_tokens_per_batch": "lots"}),
+        [],
+        "step 'sft': model.max_tokens_per_batch: expected int or one of auto, got lots",
+    ),
+    ({**one(), "out": 5}, [], "'p.yaml': out must be the name of a folder, not 5"),
     (then("toy", "data.yaml"), [], "data.yaml' is one of another command; `rlhf toy` takes none"),
     (
         one(options={**SFT["options"], "ckpt_path": "some.ckpt"}),
@@ -571,6 +585,11 @@ def test_what_is_wrong_is_said_before_anything_runs(
         then("prepare", tokenizer="{sft}", data="{data}", plain_format={"user": "Q: "}),
         then("evaluate", **EVALUATED, winrate={"class_path": "WinRate", "init_args": {"judge": "x"}}),
         then("toy", seed=3),
+        then("sample", **{**SAMPLED, "temperature": "1e-1", "columns": None}),
+        one(
+            options={**SFT["options"], "model.gradient_clip_val": None, "model.compile": "yes", "data.max_length": "64"}
+        ),
+        one(options={**SFT["options"], "model.max_tokens_per_batch": "auto", "data.stage_split": {"sft": 0.5}}),
     ],
 )
 def test_what_the_commands_take_is_taken(here: Path, called: list[list[str]], step: Any) -> None:

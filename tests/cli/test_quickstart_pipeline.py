@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import yaml
+from pytorch_lightning.demos.boring_classes import BoringModel
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.cli import quickstart
@@ -164,6 +166,22 @@ def test_a_quickstart_that_was_stopped_at_its_data_begins_again(
     monkeypatch.setattr(quickstart, "_three_stages", lambda *_: (_ for _ in ()).throw(LookupError("it goes on")))
     with pytest.raises(LookupError, match="it goes on"):
         quickstart.main(["--out", str(tmp_path / "quick")])
+
+
+def test_ctrl_c_in_training_ends_a_quickstart_with_the_code_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(BoringModel):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
+    fit = pl.Trainer(max_steps=1, accelerator="cpu", enable_checkpointing=False, **options).fit
+    monkeypatch.setattr(quickstart, "_three_stages", lambda *_: fit(Interrupted()))
+    with pytest.raises(SystemExit) as end:
+        main(["quickstart", "--out", str(tmp_path / "quick")])
+    assert end.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_files_of_the_same_names_are_not_replaced(tmp_path: Path) -> None:

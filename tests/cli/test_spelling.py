@@ -121,7 +121,7 @@ def test_options_of_a_class_of_somebodys_own_pass():
         ("trainer: {max_stepz: 3}\n", "unknown key 'trainer.max_stepz'; did you mean 'trainer.max_steps'?"),
         ("trainer: {logger: {class_path: a.B, init_args: {x: 1}}}\n", ""),
         ("model: {init_args: {optimizer: {class_path: a.B, init_args: {x: 1}}}}\n", ""),
-        ("model: {init_args: {optimizer: null}, dict_kwargs: {x: 1}}\n", ""),
+        ("model: {init_args: {micro_batch_size: null}, dict_kwargs: {x: 1}}\n", ""),
         ("model: {init_args: {sampling: null}}\n", "model.sampling has settings of its own, and null is none; set"),
     ],
 )

@@ -110,8 +110,9 @@ def _unknown_class(message: str, path: str) -> str | None:
         return f"{path}: there is no Python module '{module[1]}'"
     word = re.search(r"Expected a dot import path string: (\S+)", message)
     if word and (home := _HOMES.get(path.rpartition(".")[2])):
-        classes = {name.lower(): name for name in dir(importlib.import_module(home))}
-        close = difflib.get_close_matches(word[1].lower(), list(classes), n=1)
+        package = importlib.import_module(home)
+        classes = {name.lower(): name for name in dir(package) if isinstance(getattr(package, name), type)}
+        close = difflib.get_close_matches(word[1].lower(), list(classes), n=1, cutoff=0.5)
         hint = f"did you mean '{home}.{classes[close[0]]}'?" if close else "write package.module.Class"
         return f"{path}: there is no class '{word[1]}'; {hint}"
     return None
@@ -173,6 +174,12 @@ def one_line(message: str, known_keys: Iterable[str] = ()) -> str:
     if required := re.search(r"arguments are required: (\w+(?:, \w+)*)$", message):
         names = required[1].split(", ")
         return f"{' and '.join(names)} missing; pass {' and '.join(f'--{name}' for name in names)}"
+    if lacking := re.search(
+        r"Problem with given class_path '([\w.]+)':\s+the following arguments are required: (.+)", message
+    ):
+        return f"{path}: {lacking[1].rpartition('.')[2]} needs {lacking[2]}; write it below init_args"
+    if bare := re.fullmatch(r"Unexpected config: (\w+):\s*(?:null)?\s*", message):
+        return f"{bare[1]} holds nothing; give it a value, or leave it out"
     if "arguments are required: " in message:
         return f"nothing says which model and data to use; pass --config with a recipe ({recipe_list()})"
     if missing := re.search(r"""(?:Key|Option) ["']([\w.]+)["'] is required""", message):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -25,11 +26,13 @@ class Option(NamedTuple):
         default: as the source has it; "" where it is not a plain value, None where one must be given.
         help: the docstring's words.
         choices: the words that it takes, if they are few.
+        kinds: names of the types that it takes, `None` among them; "" for one that its source does not tell.
     """
 
     default: str | None
     help: str
     choices: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ("",)
 
 
 class Described(NamedTuple):
@@ -144,7 +147,8 @@ def _described(place: Place) -> Described:
     for name, (annotation, default, text, module) in _arguments(place).items():
         inner = _dataclass(module, annotation)
         if inner is None:
-            found[name] = Option(_value(module, default), text, _choices(module, annotation))
+            kinds = tuple(_kinds(module, annotation))
+            found[name] = Option(_value(module, default), text, _choices(module, annotation), kinds)
             continue
         groups[name] = text
         if isinstance(default, ast.Name) and (constant := _find(module, default.id)):
@@ -224,12 +228,42 @@ def _dataclass(module: str, annotation: ast.expr | None) -> Place | None:
 def _choices(module: str, annotation: ast.expr | None) -> tuple[str, ...]:
     if isinstance(annotation, ast.Name) and (place := _find(module, annotation.id)):
         annotation = place.node if isinstance(place.node, ast.expr) else None
-    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Literal":
-        values = ast.literal_eval(annotation.slice)
-        return tuple(map(str, values if isinstance(values, tuple) else (values,)))
+    if annotation is not None and (words := literal_words(ast.unparse(annotation))):
+        return words
     if isinstance(annotation, ast.Name) and annotation.id == "bool":
         return ("true", "false")
     return ()
+
+
+def literal_words(kind: str) -> tuple[str, ...]:
+    """The words of a `Literal`; none of anything else.
+
+    Args:
+        kind: a type as its source has it.
+
+    Example:
+        >>> literal_words("Literal['cut', 'drop']"), literal_words("int")
+        (('cut', 'drop'), ())
+    """
+    if not kind.startswith("Literal["):
+        return ()
+    values = ast.literal_eval(kind.removeprefix("Literal[")[:-1])
+    return tuple(map(str, values if isinstance(values, tuple) else (values,)))
+
+
+def _kinds(module: str, annotation: ast.expr | None) -> Iterator[str]:
+    if isinstance(annotation, ast.BinOp):
+        yield from _kinds(module, annotation.left)
+        yield from _kinds(module, annotation.right)
+    elif isinstance(annotation, ast.Name) and annotation.id not in ("int", "float", "bool", "str"):
+        place = _find(module, annotation.id)
+        if place and isinstance(place.node, ast.expr):  # a name for a type
+            yield from _kinds(place.module, place.node)
+        else:
+            yield annotation.id if place else ""
+    elif annotation is not None:
+        text = ast.unparse(annotation)
+        yield "" if re.search(r"\b(Any|Optional|Union|object)\b", text) else text
 
 
 def _value(module: str, default: ast.expr | None) -> str | None:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import difflib
 import functools
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -56,6 +57,8 @@ def find_recipe(name: str) -> str:
         with contextlib.suppress(OSError, ValueError):  # a name that no file can have
             if candidate.is_file():
                 return str(candidate)
+    if os.path.isdir(name):
+        raise UserError(f"config '{name}' is a folder; name a file in it, or a recipe ({recipe_list()})")
     stem, names = Path(name).with_suffix("").as_posix(), recipe_names()
     close = [n for n in names if Path(n).stem == Path(stem).name] or difflib.get_close_matches(f"{stem}.yaml", names, 1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
@@ -90,7 +93,7 @@ def read_config(path: str) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)  # a start asks for each config five times
 def _parsed(text: str, name: str) -> Any:
-    return load_yaml(text, name)
+    return load_yaml(text, name, keys_once=True)
 
 
 def _misshapen(config: dict[str, Any], prefix: str = "") -> str:
@@ -98,7 +101,9 @@ def _misshapen(config: dict[str, Any], prefix: str = "") -> str:
     for key, value in config.items():
         name = f"{prefix}.{key}".strip(".")
         if key == "init_args" or name == "trainer":
-            if not isinstance(value, dict | None):
+            if value is None:
+                return f"{name} holds nothing; write 'key: value' lines below it, or leave it out"
+            if not isinstance(value, dict):
                 return f"{name} holds {value!r}, not settings as 'key: value' lines"
         elif (key == "class_path" and not isinstance(value, str | None)) or (name == "model" and value is True):
             return f"{name} holds {value!r}, not the name of a class"

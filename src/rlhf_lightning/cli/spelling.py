@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_lightning.cli.options import Option, as_word, describe, describe_function, trainer_keys
+from rlhf_lightning.cli.options import Option, as_word, describe, describe_function, literal_words, trainer_keys
 from rlhf_lightning.cli.recipes import config_paths, named_classes, read_config, recipe_names, stage_recipes
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.yaml_text import load_yaml
@@ -63,6 +63,7 @@ FUNCTIONS = {
 """Commands that are one function each, and its place in the package."""
 _FROM_PYTHON = {"report"}  # what a function takes and its command does not
 _MEANT_FOR = {"model": "model_name_or_path", "data": "data"}
+_BOOLEANS = {"true", "false", "yes", "no", "on", "off"}
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _DATA_FILE = re.compile(r".+\.(jsonl?|csv|tsv|parquet|txt|gz)")
 _COMMANDS = {"train": "fit", "evaluate": "validate", "eval": "validate"}
@@ -225,17 +226,39 @@ def check_function(command: str, options: Sequence[str]) -> None:
 
 
 def _check_values(written: Iterable[tuple[str, Any]], options: Mapping[str, Option]) -> None:
-    """Refuse a value that is none of the few words that an option takes, and a group of options without settings.
-
-    Of several values for one option the last counts.
-    """
+    """Refuse a value that an option cannot take, as far as its source tells; of several for one the last counts."""
     for key, value in dict(written).items():
-        choices, word = options[key].choices if key in options else (), as_word(value)
-        if choices and choices != ("true", "false") and word not in choices:  # YAML has more words for these
-            raise UserError(f"{key}: expected one of {', '.join(choices)}, got {word or 'nothing'}")
+        word = as_word(value)
+        if key in options and (expected := _expected(options[key], value)):
+            raise UserError(f"{key}: expected {expected}, got {word or 'nothing'}")
         inside = next((name for name in options if name.startswith(f"{key}.")), None)
         if inside and (word == "null" or not isinstance(value, str | dict)):  # a text may name a file with settings
             raise UserError(f"{key} has settings of its own, and {word} is none; set {inside}, or leave {key} out")
+
+
+def _expected(option: Option, value: Any) -> str:
+    """What an option takes, where a value is plainly nothing of it; otherwise an empty text."""
+    word, words = as_word(value), [choice for kind in option.kinds for choice in literal_words(kind)]
+    takes: list[str] = []
+    for kind in option.kinds:
+        if kind in ("int", "float"):
+            takes, fits = [*takes, kind], _is_number(word)
+        elif kind == "bool":
+            takes, fits = [*takes, kind], word.lower() in _BOOLEANS
+        elif kind == "None" or kind.startswith("Literal["):
+            fits = word == "null" if kind == "None" else word in words
+        else:  # what else there is can only be told from null, a text from that neither
+            name = "a class or function" if kind.startswith("Callable") else kind.partition("[")[0]
+            takes, fits = [*takes, name], word != "null" or kind in ("", "str")
+        if fits:
+            return ""
+    return " or ".join([*takes, *([f"one of {', '.join(words)}"] if words else [])])
+
+
+def _is_number(word: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return float(word.replace(".inf", "inf")) is not None
+    return False
 
 
 def _written(options: Sequence[str], known: set[str]) -> Iterator[tuple[str, Any]]:

@@ -108,6 +108,7 @@ def _call(words: Sequence[str]) -> tuple[int, int]:
 
     def note(number: int, _: object) -> None:
         told.append(number)
+        os.write(2, f"{signal.Signals(number).name}: the pipeline ends with this step\n".encode())
         for process in running if number == signal.SIGTERM else []:  # of Ctrl-C the terminal tells the step, too
             process.terminate()
 

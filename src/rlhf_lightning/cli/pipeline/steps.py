@@ -172,6 +172,8 @@ def read_pipeline(configs: Sequence[str], given: Sequence[str], out: Path | None
                 raise UserError(f"'{config}': {key} must hold 'name: ...' lines")
             merged[key] |= said.get(key) or {}
         merged["out"] = said.get("out", merged.get("out"))
+        if not isinstance(merged["out"], str | None):
+            raise UserError(f"'{config}': out must be the name of a folder, not {merged['out']!r}")
     assigned = dict(map(_assignment, given))
     for name in assigned:
         if name not in merged["values"]:
@@ -207,7 +209,7 @@ def _step(name: str, said: Any) -> Step:
     if not str(name).isidentifier():
         raise UserError(f"step '{name}': use letters, digits and _ in its name, which is also that of its folder")
     _refuse_unknown(said, _STEP_KEYS, f"step '{name}'")
-    run, configs, options = said.get("run", "fit"), said.get("config") or [], said.get("options") or {}
+    run, configs, options = said.get("run") or "fit", said.get("config") or [], said.get("options") or {}
     if run not in RESULTS:
         raise UserError(f"step '{name}': run '{run}' is unknown; use {', '.join(RESULTS)}")
     if not isinstance(options, dict):

@@ -182,7 +182,12 @@ def main(args: Sequence[str]) -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
     filter_warnings()
-    if parsed.over_optimise:
-        run_over_optimise(parsed.out, parsed.seed, Console())
-    else:
-        run_quickstart(parsed.out, parsed.seed, Console(), parsed.algorithm)
+    try:
+        if parsed.over_optimise:
+            run_over_optimise(parsed.out, parsed.seed, Console())
+        else:
+            run_quickstart(parsed.out, parsed.seed, Console(), parsed.algorithm)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into code 1 and no word
+            raise KeyboardInterrupt from error
+        raise
