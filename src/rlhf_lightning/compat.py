@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial
 from inspect import signature
+from itertools import count
 from typing import Any
 
 import torch
@@ -69,10 +70,13 @@ def attention_function(
 
     Args:
         model: nothing changes where it takes no attention functions, or uses another one.
-        name: what the model's configs call the function meanwhile.
+        name: what the model's configs call the function meanwhile, with a `_` more where a block that is not yet left,
+            such as a stream of another model, has that name.
         attend: the function.
         make_mask: makes the mask that it is given; None for no mask, without a look at what it would be made of.
     """
+    name = next(each for each in (name + "_" * number for number in count()) if each not in _names_in_use)
+    _names_in_use.add(name)
     configs: list[Any] = []
     if takes_attention_functions(model):
         owners = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
@@ -89,6 +93,10 @@ def attention_function(
             config._attn_implementation = SDPA
         # What is registered stays so, with all that it holds on to: caches and masks.
         AttentionInterface.register(name, sdpa_attention_forward)
+        _names_in_use.remove(name)
+
+
+_names_in_use: set[str] = set()
 
 
 def has_unmerged_adapter(model: PreTrainedModel) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -285,8 +286,11 @@ def test_settings_given_in_part_keep_the_defaults_of_the_algorithm(llama):
 class Copying(TransformersEngine):
     """Answers with weights of its own."""
 
+    made: ClassVar[list] = []
+
     def __init__(self, model, tokenizer, batch_size=None):
         super().__init__(copy.deepcopy(model), tokenizer, batch_size)
+        self.made.append(self)
         self.source, self.asleep = model, False
 
     def sync_weights(self):
@@ -310,7 +314,8 @@ def test_an_engine_with_weights_of_its_own_has_those_of_now(llama, tmp_path):
     data = data_module(llama, validation_data=prompt_rows(3))
     trainer().validate(module, data, verbose=False)
     fit(module, data, max_epochs=2)
-    assert module.rollout_engine.asleep
+    assert all(engine.asleep for engine in Copying.made)
+    assert module.rollout_engine is None
     module.trainer.save_checkpoint(tmp_path / "run.ckpt")
     trainer().validate(module, data, verbose=False)
     loaded = RLOOModule.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True, reward=share_of_letters)

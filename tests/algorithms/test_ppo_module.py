@@ -309,6 +309,12 @@ def test_a_checkpoint_holds_the_sizes_that_decoding_is_compiled_for(folder, rewa
     assert second.run_state()["compiled_step"] == [rows + 1, columns + 64]  # where it is stopped before it has answered
     run(second, iterations=1)
     assert second.run_state()["compiled_step"] == [rows + 1, columns + 64]
+    second.load_run_state(
+        {**state, "compiled_step": [rows + 2, columns + 64]}
+    )  # where it has answered before it resumes
+    run(second, iterations=1)
+    assert second.run_state()["compiled_step"] == [rows + 2, columns + 64]
+    assert second.rollout_engine is None  # nothing of a run stays in memory
 
 
 def test_policy_and_value_model_have_their_own_learning_rates(folder, reward_folder):

@@ -65,6 +65,16 @@ def test_other_sequences_are_run_as_ever():
     assert all(map(torch.equal, found, expected))
 
 
+def test_the_same_tokens_with_other_borders_are_run_as_ever():
+    policy, reference = pair("llama")
+    ids = torch.tensor([[5, 6, 7, 8, 0, 0, 0, 0], [9, 10, 11, 12, 13, 14, 15, 16]])
+    other = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [13, 14, 15, 16, 0, 0, 0, 0]])
+    expected = hidden_states(reference, other, other > 0)
+    with common_trunk(policy, reference):
+        hidden_states(policy, ids, ids > 0)
+        assert torch.equal(hidden_states(reference, other, other > 0), expected)
+
+
 def test_models_that_differ_from_the_first_block_on_have_nothing_in_common():
     policy, reference = pair("llama", "all")
     assert not have_common_trunk(policy, reference)

@@ -193,3 +193,8 @@ def test_a_class_of_models_that_cannot_says_so_once(monkeypatch):
             assert without(lm, *batch([9, 2])) is None
     assert without(tiny_causal_lm("llama"), *batch([9, 2])) is not None
     assert said == ["FalconForCausalLM computes the padding of its batches, too: it uses ALiBi"]
+
+
+def test_rows_of_nothing_but_padding_are_computed_as_ever():
+    model, ids = tiny_causal_lm("llama").eval(), torch.ones(2, 3, dtype=torch.long)
+    assert hidden_states(model, ids, torch.zeros(2, 3, dtype=torch.bool)).shape == (2, 3, 16)

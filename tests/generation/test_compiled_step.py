@@ -1,5 +1,6 @@
 """A compiled decoding step says what the plain one says, and is compiled no more often than it must be."""
 
+import warnings
 from inspect import Signature, signature
 from types import SimpleNamespace
 
@@ -338,8 +339,17 @@ def test_where_drawing_cannot_be_compiled_it_goes_on_without(fault, monkeypatch)
     with pytest.warns(UserWarning, match=f"compile_decoding: tokens are drawn from the logits as without it.*{fault}"):
         found = answer(compiled)
     assert_same(found, answer(plain))
+    longer = (COLUMNS + 1, *LENGTHS)  # room is made for more columns
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(answer(compiled, longer), answer(plain, longer))
     assert_same(answer(compiled), answer(plain))
     assert compiled.compiled_step.trusted
+    resumed = engines(grouped())[1]
+    with pytest.warns(UserWarning, match=fault):
+        resumed.compiled_step.go_on_with(*compiled.compiled_step.said)
+    assert resumed.compiled_step.said == compiled.compiled_step.said
+    assert_same(answer(resumed), answer(plain))
 
 
 def test_one_that_says_nothing_is_not_used_either(counter, monkeypatch):

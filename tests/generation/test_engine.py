@@ -274,6 +274,21 @@ def test_an_error_in_between_leaves_the_model_as_it_was():
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize(("first", "second"), [((8, 8, 8, 2), (8,) * 9 + (2,)), ((8,) * 9 + (2,), (8, 8, 8, 2))])
+def test_streams_of_two_models_may_take_turns(first, second):
+    """More than eight rows are read in groups, each of which sees the columns it needs."""
+    sampling, expected, streams = Sampling(temperature=0.0, max_new_tokens=6, min_new_tokens=6), [], []
+    for seed, lengths in enumerate((first, second)):
+        mask = torch.arange(8) >= 8 - torch.tensor(lengths).unsqueeze(1)
+        asked = torch.randint(3, 60, mask.shape, generator=torch.Generator().manual_seed(seed)), mask
+        engine = TransformersEngine(precise(tiny_causal_lm("llama", seed)), tiny_tokenizer())
+        expected.append(engine.generate(*asked, sampling).response_ids)
+        streams.append(engine.stream(*asked, sampling))
+    *_, answers = zip(*streams, strict=True)
+    for found, wanted in zip(answers, expected, strict=True):
+        assert torch.equal(found.response_ids, wanted)
+
+
 def test_tokens_of_several_batches_are_counted_together():
     counts = []
     run(model_of("llama-grouped"), Sampling(max_new_tokens=3, min_new_tokens=3), batch_size=5, on_token=counts.append)

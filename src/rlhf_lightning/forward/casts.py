@@ -3,7 +3,7 @@
 Lightning's autocast keeps no casts: each forward pass, and so each micro-batch and each decoded token, reads all the
 weights in float32 and writes them again in half precision. Here the layers of a model see casts that were made once,
 for as long as the weights do not change. What is computed is the same to the last bit: autocast would have cast the
-same numbers in the same way.
+same numbers in the same way. Only DoRA also reads weights outside of products, whose norms then come of the casts.
 
 Embeddings, norms and heads of scalars stay as they are, for autocast leaves them alone, too.
 """

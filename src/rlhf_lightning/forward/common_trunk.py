@@ -33,12 +33,12 @@ class _Memory:
     """What the common blocks were given and said when the first model was run."""
 
     def __init__(self) -> None:
-        self.given: Tensor | None = None
+        self.given: list[Tensor] = []
         self.said: Any = None
         self.is_told = False
 
     def note_given(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.given, self.said = _hidden(args, kwargs).clone(), None
+        self.given, self.said = [tensor.clone() for tensor in _given(args, kwargs)], None
 
     def note_said(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.said = tree_map_only(Tensor, torch.clone, output)  # whoever goes on may write over it
@@ -46,15 +46,16 @@ class _Memory:
     def tell(self, forward: Callable[..., Any], is_first: bool, *args: Any, **kwargs: Any) -> Any:
         """In the place of a block's forward: what the last common block said, where all was given the same."""
         if is_first:
-            given = _hidden(args, kwargs)
-            same = self.said is not None and self.given is not None and self.given.shape == given.shape
-            self.is_told = same and torch.equal(given, self.given)  # type: ignore[arg-type]
+            given = _given(args, kwargs)
+            same = self.said is not None and len(given) == len(self.given)
+            self.is_told = same and all(map(torch.equal, given, self.given))
         return self.said if self.is_told else forward(*args, **kwargs)
 
 
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Hidden states, and their positions, by which sequences in one row are told apart."""
+    given = [args[0] if args else kwargs["hidden_states"], kwargs.get("position_ids")]
+    return [tensor for tensor in given if isinstance(tensor, Tensor)]
 
 
 @contextmanager

@@ -221,6 +221,8 @@ def unpadded_hidden_states(
         starts = (placed[mask] == 0).nonzero().squeeze(1)  # [sequences], places among N
         ends = torch.cat([starts[1:], mask.sum().reshape(1)])  # [sequences]
         parts = [[length] for length in (ends - starts).tolist()]
+    if not parts:  # nothing but padding
+        return None
     longest = max(map(sum, parts))
     if exceeds_sliding_window(model, longest, longest):
         return None

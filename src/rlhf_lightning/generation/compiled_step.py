@@ -59,6 +59,7 @@ class CompiledStep:
         self.cache: RolloutCache | None = None
         self.num_rows, self.capacity = num_rows, 0
         self.checks_left = 0
+        self.drawn_plainly = ""  # why, where only the step is compiled
         self._picking: CompiledPick | None = None
         self.cache_argument = cache_argument(model)
         self.reason = _obstacle(model)
@@ -75,14 +76,22 @@ class CompiledStep:
         """Why it was given up on the way, on which rounding depends, too; empty if it was not."""
         return self.reason if self.capacity else ""
 
-    def go_on_with(self, sizes: tuple[int, int], complaint: str = "") -> None:
+    @property
+    def said(self) -> tuple[tuple[int, int], str, str]:
+        """What `go_on_with` takes."""
+        return self.sizes, self.complaint, self.drawn_plainly
+
+    def go_on_with(self, sizes: tuple[int, int], complaint: str = "", drawn_plainly: str = "") -> None:
         """Take over from the run that a checkpoint is of, so that rounding stays the same.
 
         Args:
             sizes: its `sizes`; no batch has been read yet.
             complaint: its `complaint`.
+            drawn_plainly: why it drew tokens without compiled code, if it did.
         """
         self.num_rows, self.capacity = sizes
+        if drawn_plainly:
+            self._draw_plainly(drawn_plainly)
         if complaint and not self.reason:
             self._give_up(complaint)
 
@@ -198,7 +207,7 @@ class CompiledStep:
         return picked
 
     def _draw_plainly(self, reason: str) -> None:
-        self._picking = None
+        self.drawn_plainly, self._picking = reason, None
         rank_zero_warn(f"compile_decoding: tokens are drawn from the logits as without it: {reason}")
 
     def _read(self) -> Tensor:
@@ -231,7 +240,7 @@ class CompiledStep:
         keep_generated_code()
         mode = "reduce-overhead" if self.is_replayed else "default"
         self._compiled = torch.compile(self._run, fullgraph=True, dynamic=False, mode=mode)
-        self._picking = CompiledPick(self.model, rows, self.is_replayed)
+        self._picking = None if self.drawn_plainly else CompiledPick(self.model, rows, self.is_replayed)
         self._picks_left = self.checks_left
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)  # [N, 1]
         self.positions = torch.zeros_like(self.ids)  # [N, 1]

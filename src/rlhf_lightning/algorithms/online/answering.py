@@ -137,7 +137,7 @@ class AnsweringStage(Stage):
         self.rollout_engine: RolloutEngine | None = None
         self._synced_at: int | None = None
         self._has_looked_for_steps = False
-        self._compiled_before: tuple[tuple[int, int], str] | None = None
+        self._compiled_before: tuple[tuple[int, int], str, str] | None = None
         parts = [f"score_{name}" for name in ((MAIN, *other_rewards) if other_rewards else ())]
         self.eval_means = mean_metrics("score", "raw_score", *parts, "kl", "eos_rate", "response_length")
 
@@ -205,10 +205,13 @@ class AnsweringStage(Stage):
             warn_own_reference(self.model_name_or_path)
 
     def teardown(self, stage: str) -> None:
-        """Let the engine give back what it holds."""
+        """Let the engine give back what it holds; another run makes its own, which it may compile."""
         super().teardown(stage)
+        if (compiled := self._compiled_step) is not None:
+            self._compiled_before = compiled.said
         if self.rollout_engine is not None:
             self.rollout_engine.close()
+            self.rollout_engine = None
 
     def on_fit_start(self) -> None:
         """Check that the longest sequence fits the models."""

@@ -381,8 +381,9 @@ class OnlineStage(AnsweringStage):
         if self.other_rewards:
             state["part_moments"] = self.combination.state()
         compiled = self._compiled_step
-        before = self._compiled_before if compiled is None else (compiled.sizes, compiled.complaint)
-        return state if before is None else {**state, "compiled_step": list(before[0]), "not_compiled": before[1]}
+        if (before := self._compiled_before if compiled is None else compiled.said) is None:
+            return state
+        return {**state, "compiled_step": list(before[0]), "not_compiled": before[1], "drawn_plainly": before[2]}
 
     def load_run_state(self, state: dict[str, Any]) -> None:
         """Go on with the adapted KL coefficient, the moments and the random numbers of a checkpoint."""
@@ -392,4 +393,4 @@ class OnlineStage(AnsweringStage):
         self.score_moments = RunningMoments(**state["score_moments"])
         self.combination.load(state.get("part_moments", {}))
         if (sizes := state.get("compiled_step")) is not None:
-            self._compiled_before = tuple(sizes), state.get("not_compiled", "")
+            self._compiled_before = tuple(sizes), state.get("not_compiled", ""), state.get("drawn_plainly", "")
