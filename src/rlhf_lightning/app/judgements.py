@@ -273,7 +273,7 @@ class Judgements:
         """
         rows = self.preferences()
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        Path(path).write_text(lines, encoding="utf-8")
+        Path(path).expanduser().write_text(lines, encoding="utf-8")
         return len(rows)
 
     def close(self) -> None:

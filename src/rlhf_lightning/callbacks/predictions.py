@@ -29,7 +29,7 @@ class PredictionWriter(BasePredictionWriter):
         self.path = path
 
     def _target(self, trainer: pl.Trainer) -> Path:
-        return Path(self.path) if self.path else Path(trainer.default_root_dir) / "predictions.jsonl"
+        return Path(self.path).expanduser() if self.path else Path(trainer.default_root_dir) / "predictions.jsonl"
 
     def _part(self, trainer: pl.Trainer, rank: int) -> Path:
         target = self._target(trainer)

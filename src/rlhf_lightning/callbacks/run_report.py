@@ -54,7 +54,7 @@ class RunReport(Callback):
                 return
             root = Path(trainer.default_root_dir)
             run = read_run(root, files=files)
-            path = save_report([run], Path(self.path) if self.path else root / "report.html")
+            path = save_report([run], Path(self.path).expanduser() if self.path else root / "report.html")
             rank_zero_info("\n".join(summary_lines(run, str(path))))
         except Exception as e:  # a training that is done must not fail by its picture
             kind = "" if isinstance(e, UserError) else f"{type(e).__name__}: "

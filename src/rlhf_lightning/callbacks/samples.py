@@ -80,7 +80,7 @@ class SampleTexts(Callback):
         self._answered_at, self._size = state_dict["answered_at"], state_dict["size"]
 
     def _file(self, trainer: pl.Trainer) -> Path:
-        return Path(self.path) if self.path else Path(trainer.default_root_dir) / "samples.md"
+        return Path(self.path).expanduser() if self.path else Path(trainer.default_root_dir) / "samples.md"
 
     def _cut(self, path: Path) -> None:
         rest = path.read_bytes()[self._size :] if path.is_file() else b""

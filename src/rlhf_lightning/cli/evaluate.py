@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rlhf_lightning.cli.places import at_home
 from rlhf_lightning.cli.recipes import config_paths, read_config
 from rlhf_lightning.cli.stages import OneLineParser, user_error
 from rlhf_lightning.errors import UserError
@@ -53,7 +54,7 @@ def main(options: Sequence[str]) -> None:
     evaluation.print_table(console if console.is_terminal else Console(width=_WIDTH))
     print()
     for name, file in (("numbers", RESULTS), ("each row", LINES)):
-        print(f"{name:10}{settings['out']}/{file}")
+        print(f"{name:10}{at_home(settings['out'])}/{file}")
 
 
 def settings_of(words: list[str]) -> dict[str, Any]:

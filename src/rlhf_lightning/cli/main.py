@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from rlhf_lightning import __version__
+from rlhf_lightning.cli.places import refuse_empty
 from rlhf_lightning.cli.recipes import recipe_names, resolve_recipes
 from rlhf_lightning.cli.short_help import short_help
 from rlhf_lightning.cli.spelling import check_keys, check_words, command_hint
@@ -161,10 +162,12 @@ def _dispatch(command: str, options: list[str]) -> None:
             print(short_help(command, resolved), end="")
             sys.exit(0)
         check_keys(command, resolved)
+        refuse_empty(command, resolved)
         _leave_frames_out()
         _say_what_takes_long()
         _load("stages").run_stage(command, resolved)
     elif command in COMMANDS:
+        refuse_empty(command, resolved)
         if command not in AT_ONCE:
             _say_what_takes_long()
         _load(COMMANDS[command]).main(resolved)

@@ -53,7 +53,7 @@ def find_recipe(name: str) -> str:
     Raises:
         UserError: it is in neither place.
     """
-    for candidate in (Path(name), RECIPES / name):
+    for candidate in (Path(name), RECIPES / name, Path(os.path.expanduser(name))):
         with contextlib.suppress(OSError, ValueError):  # a name that no file can have
             if candidate.is_file():
                 return str(candidate)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf_lightning.cli.places import at_home
 from rlhf_lightning.report import save_report
 from rlhf_lightning.report.headline import summary_lines
 from rlhf_lightning.report.run import read_runs
@@ -30,7 +31,7 @@ def main(args: Sequence[str]) -> None:
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, its default_root_dir")
     parser.add_argument(
-        "--out", type=Path, help="the HTML file; by default report.html in the folder of the run, or of all runs"
+        "--out", type=at_home, help="the HTML file; by default report.html in the folder of the run, or of all runs"
     )
     parsed = parser.parse_args(args)
     runs = read_runs(parsed.runs)

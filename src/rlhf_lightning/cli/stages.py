@@ -28,6 +28,7 @@ from rlhf_lightning.callbacks import RunReport, ShortSummary, StageProgressBar, 
 from rlhf_lightning.callbacks.run_folder import RunFolder
 from rlhf_lightning.callbacks.stopping import is_launched
 from rlhf_lightning.cli.errors import arguments_of, find_class, one_line
+from rlhf_lightning.cli.places import at_home, expand_home
 from rlhf_lightning.cli.recipes import named_classes
 from rlhf_lightning.cli.resuming import begin_together, check_ckpt_path, is_over, measure_together, shows
 from rlhf_lightning.cli.spelling import HELP_ALL
@@ -137,6 +138,10 @@ class RLHFCLI(LightningCLI):
         command, *options = sys.argv[1:]
         # Checkpoints hold plain data only; loading one never runs code from it.
         self.config = parser.parse_args([command, "--weights_only=true", *as_configs(options)])
+        given = self.config[command]
+        expand_home(given.trainer)
+        if given.get("ckpt_path"):
+            given.ckpt_path = str(at_home(given.ckpt_path))
 
     def _parse_ckpt_path(self) -> None:
         """Take weights and progress from a checkpoint, and every setting from the command line.

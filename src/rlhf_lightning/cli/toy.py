@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf_lightning.cli.places import at_home
 from rlhf_lightning.cli.quickstart.toy import (
     build_toy_tokenizer,
     is_free_for_toy_data,
@@ -51,7 +52,7 @@ def main(args: Sequence[str]) -> None:
         description="Write the generated text that the quickstart learns from, rows for all stages, and a random model "
         "of 570,000 weights with its tokenizer, as files that every command takes.",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder for them (%(default)s)")
+    parser.add_argument("--out", type=at_home, default=Path("runs/toy"), help="folder for them (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of data and weights (%(default)s)")
     parsed = parser.parse_args(args)
     filter_warnings()

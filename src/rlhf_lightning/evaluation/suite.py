@@ -191,6 +191,7 @@ def run_tasks(
         out: folder to write to.
         settings: as `evaluation.json` says them.
     """
+    out = Path(out).expanduser()
     lines, evaluation = Lines(out), Evaluation(plain(settings))
     rows: dict[Need, list[TextRow]] = {}
     for task in tasks:

@@ -83,7 +83,7 @@ class VLLMServer(RolloutEngine):
         self.timeout = timeout
         self._parallel = batch_size or 64
         self._weights = PolicyWeights(model, lora)
-        self._temporary = tempfile.TemporaryDirectory(prefix="rlhf-vllm-", dir=folder)
+        self._temporary = tempfile.TemporaryDirectory(prefix="rlhf-vllm-", dir=folder and os.path.expanduser(folder))
         self._sent = 0  # times that weights were sent
         self._changed = True
         (served, *_) = self._get("/v1/models")["data"]

@@ -48,6 +48,8 @@ def check_model_folder(name_or_path: str | os.PathLike[str]) -> str:
         UserError: it means a folder, and the folder is missing or holds no model.
     """
     name = os.path.expanduser(os.fspath(name_or_path))
+    if not name.strip():
+        raise UserError("the model has an empty name; pass a Hugging Face folder or hub id")
     if not looks_local(name):
         return name
     folder = Path(name)

@@ -28,6 +28,8 @@ def load_tokenizer(
     if isinstance(name_or_path, PreTrainedTokenizerBase):
         return name_or_path
     name = os.path.expanduser(os.fspath(name_or_path))
+    if not name.strip():
+        raise UserError("the tokenizer has an empty name; pass a Hugging Face folder or hub id")
     if looks_local(name) and not Path(name).is_dir():
         raise UserError(f"tokenizer folder '{name}' does not exist; pass a Hugging Face folder or hub id")
     if trust_remote_code:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.cli.places import at_home, refuse_empty
 from rlhf_lightning.cli.recipes import find_recipe, read_config, resolve_recipes
 from rlhf_lightning.cli.spelling import check_function, check_keys, check_words
 from rlhf_lightning.errors import UserError
@@ -124,6 +125,7 @@ class Pipeline:
             self._check_own(step)
             try:
                 words = resolve_recipes(self.words(step)[1:])
+                refuse_empty(step.run, words)
                 if step.run == "fit":
                     check_words(words)
                     check_keys("fit", words)
@@ -189,7 +191,9 @@ def read_pipeline(configs: Sequence[str], given: Sequence[str], out: Path | None
     for step in steps:
         if step.name in values:
             raise UserError(f"'{step.name}' is the name of a value and of a step; rename one of them")
-    return Pipeline(Path(out or merged["out"] or "runs/pipeline"), values, steps)
+    if merged["out"] == "":
+        raise UserError("out is empty; name a folder, or leave it out")
+    return Pipeline(at_home(str(out or merged["out"] or "runs/pipeline")), values, steps)
 
 
 def _assignment(word: str) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
+from rlhf_lightning.cli.places import at_home
 from rlhf_lightning.cli.quickstart.over_optimise import Course, show_over_optimisation
 from rlhf_lightning.cli.quickstart.report import plot_curves, print_answers, print_table, summarise, win_rate
 from rlhf_lightning.cli.quickstart.stages import (
@@ -170,7 +171,7 @@ def main(args: Sequence[str]) -> None:
         description="Train a tiny model from scratch through SFT, reward model and PPO, or another algorithm, on text "
         "that the package generates, and compare its answers before and after. Takes a few minutes on 2 CPU cores.",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the run (%(default)s)")
+    parser.add_argument("--out", type=at_home, default=Path("runs/quickstart"), help="folder of the run (%(default)s)")
     parser.add_argument("--algorithm", choices=[*LAST], default="ppo", help="how the run ends (%(default)s)")
     parser.add_argument(
         "--over_optimise",

@@ -80,6 +80,8 @@ def open_parts(
         return open_object(data, partial(choose_splits, split=split), file_fingerprint)
     if not is_local(data):
         return _open_hub(str(data), split, streaming, subset)
+    if not str(data):  # which a path would take for the working folder
+        raise UserError("the data have an empty name; pass a file, a folder or a hub id")
     path = Path(data).expanduser()
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return _open_saved(path, split)
