@@ -283,7 +283,8 @@ def test_a_loader_of_another_size_is_refused(folder):
 def test_prompt_and_response_must_fit_the_context(folder):
     sampling = Sampling(max_new_tokens=24)
     run(PPOModule(folder, share_of_letters, **SIZES | {"sampling": sampling}))  # 40 + 24 = 64
-    message = r"^max_prompt_length \(41\) \+ sampling\.max_new_tokens \(24\) exceed the context of '.*' \(64 tokens\)$"
+    message = r"^max_prompt_length \(41\) \+ sampling\.max_new_tokens \(24\) exceed the context of '.*' \(64 tokens\)"
+    message += r"; lower --data\.max_prompt_length or --model\.sampling\.max_new_tokens$"
     with pytest.raises(UserError, match=message):
         run(PPOModule(folder, share_of_letters, **SIZES | {"sampling": sampling}), max_prompt_length=41)
 
@@ -291,7 +292,11 @@ def test_prompt_and_response_must_fit_the_context(folder):
 def test_and_the_context_of_the_reward_model(folder, reward_folder):
     config = Path(reward_folder, "config.json")
     config.write_text(config.read_text().replace('"max_position_embeddings": 64', '"max_position_embeddings": 40'))
-    with pytest.raises(UserError, match=r"exceed the context of '.*reward' \(40 tokens\)$"):
+    with pytest.raises(
+        UserError,
+        match=r"exceed the context of '.*reward' \(40 tokens\); lower --data\.max_prompt_length or "
+        r"--model\.sampling\.max_new_tokens$",
+    ):
         run(PPOModule(folder, reward_folder, **SIZES))
 
 

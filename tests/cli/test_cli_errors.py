@@ -13,6 +13,7 @@ from rlhf_lightning.cli.main import main
 
 BASE = ["fit", *SFT, *short("lm", "pairs.jsonl", "run")]
 PPO_RUN = ["fit", *PPO, *short("lm", "pairs.jsonl", "run")]
+ANSWERS = ["--policy=lm", "--reward=operator.eq", "--data=pairs.jsonl"]
 FILES = {
     "broken.yaml": "trainer:\n  max_steps: 3\n model: [1\n",
     "list.yaml": "- 1\n",
@@ -185,7 +186,18 @@ CASES = [
     ([*BASE, "--data.data=broken.jsonl"], "broken.jsonl line 1: broken JSON"),
     ([*BASE, "--data.data=null.jsonl"], "null.jsonl line 2: prompt is null"),
     ([*BASE, "--data.data=messages.jsonl"], "messages.jsonl line 1: tokenizer lm has no chat template"),
-    ([*BASE, "--data.max_length=4000"], "max_length (4000) is beyond the 96 positions of lm"),
+    (
+        [*BASE, "--data.max_length=4000"],
+        "max_length (4000) is beyond the 96 positions of lm; pass --data.max_length 96",
+    ),
+    (
+        [*PPO_RUN, "--model.reward=operator.eq", "--data.max_prompt_length=97"],
+        "max_prompt_length (97) is beyond the 96 positions of lm; pass --data.max_prompt_length below 96",
+    ),
+    (
+        ["prepare", "--tokenizer=lm", "--data=pairs.jsonl", "--out=x"],
+        "max_length (512) is beyond the 96 positions of lm; pass --max_length 96",
+    ),
     ([*BASE, "--model.model_name_or_path=./missing"], "model folder './missing' does not exist"),
     ([*BASE, "--model.model_name_or_path=empty_folder"], "'empty_folder' is not a model folder: it has no config.json"),
     ([*BASE, "--ckpt_path=missing.ckpt"], "--ckpt_path: 'missing.ckpt' does not exist"),
@@ -258,6 +270,52 @@ def test_bad_input_gets_one_line_and_leaves_nothing(inputs, monkeypatch, capsys,
     monkeypatch.setattr("sys.argv", ["rlhf"])
     before = sorted(inputs.rglob("*"))
     assert refused(capsys, args).startswith(message)
+    assert sorted(inputs.rglob("*")) == before
+
+
+FILE_IN_THE_WAY = [
+    (["toy", "--out=file"], "--out file: '{file}' is a file"),
+    (["toy", "--out=file/x"], "--out file/x: '{file}' is a file"),
+    (["quickstart", "--out=file"], "--out file: '{file}' is a file"),
+    (["quickstart", "--over_optimise", "--out=file"], "--out file: '{file}' is a file"),
+    (["pipeline", "--config=pipe.yaml", "--out=file"], "--out file/sft: '{file}' is a file"),
+    (["evaluate", "--models", "lm", "--data=pairs.jsonl", "--out=file"], "--out file: '{file}' is a file"),
+    (
+        ["evaluate", "--models", "lm", "--data=pairs.jsonl", "--out=made"],
+        "--out made/evaluation.json: there is a folder",
+    ),
+    (["sample", *ANSWERS, "--out=file/rows.jsonl"], "--out file: '{file}' is a file"),
+    (["sample", *ANSWERS, "--out=made"], "--out made: there is a folder"),
+    (["sample", *ANSWERS, "--out=made/rows"], "--out made/rows: there is a folder 'made/rows.partial'"),
+    ([*BASE, "--trainer.default_root_dir=file"], "--trainer.default_root_dir: 'file' cannot be written (File exists)"),
+    (
+        [*BASE, "--trainer.callbacks=[{class_path: rlhf_lightning.HFExport, init_args: {dirpath: file/x}}]"],
+        "the export would go to {file}: '{file}' is a file",
+    ),
+    (
+        ["predict", *BASE[1:-1], "--trainer.default_root_dir=file"],
+        "--trainer.default_root_dir file: '{file}' is a file",
+    ),
+    (
+        ["predict", *BASE[1:-1], "--trainer.default_root_dir=made"],
+        "PredictionWriter: path made/predictions.jsonl: there is a folder of that name",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"), FILE_IN_THE_WAY, ids=[" ".join(a[:1] + a[-1:]) for a, _ in FILE_IN_THE_WAY]
+)
+def test_what_lies_in_the_way_of_results_is_said_before_work_begins(inputs, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(inputs)
+    monkeypatch.setattr("sys.argv", ["rlhf"])
+    (inputs / "file").touch()
+    for name in ("rows.partial", "evaluation.json", "predictions.jsonl"):
+        (inputs / "made" / name).mkdir(parents=True, exist_ok=True)
+    options = "{model: {model_name_or_path: lm}, data: {data: pairs.jsonl}}"
+    (inputs / "pipe.yaml").write_text(f"steps:\n  sft:\n    config: sft.yaml\n    options: {options}\n")
+    before = sorted(inputs.rglob("*"))
+    assert refused(capsys, args).startswith(message.format(file=inputs / "file"))
     assert sorted(inputs.rglob("*")) == before
 
 

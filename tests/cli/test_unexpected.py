@@ -52,6 +52,12 @@ def wrapped(error):
         (wrapped(OSError(errno.EIO, "x", "a/b")), 1, "a/b: Input/output error; the disk, or the way to it, failed"),
         (OSError(errno.EROFS, "x", "a/b"), 2, "a/b: Read-only file system; choose a place that you may use"),
         (FileNotFoundError(errno.ENOENT, "x", "a/b"), 2, "a/b: No such file or directory; check the path"),
+        (
+            FileExistsError(errno.EEXIST, "x", "a/b"),
+            2,
+            "a/b: File exists; choose another place, or move away what is th",
+        ),
+        (NotADirectoryError(errno.ENOTDIR, "x", "a/b"), 2, "a/b: Not a directory; check the path"),
         (OSError(errno.ENAMETOOLONG, "x", "a" * 5000), 2, "a" * 300 + " ...: File name too long; check the path"),
         (MemoryError(), 2, "memory ran out (MemoryError); smaller batches, lengths or models need less"),
         (

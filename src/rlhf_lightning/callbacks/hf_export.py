@@ -17,7 +17,7 @@ from rlhf_lightning.algorithms.lineage import trained_on
 from rlhf_lightning.algorithms.reward import RewardModule
 from rlhf_lightning.algorithms.stage import Stage
 from rlhf_lightning.arguments import check_arguments, constructor_arguments
-from rlhf_lightning.callbacks.export_folder import check_place, finish_replacing, replace_folder
+from rlhf_lightning.callbacks.export_folder import check_place, finish_replacing, real_place, replace_folder
 from rlhf_lightning.callbacks.model_card import Told
 from rlhf_lightning.callbacks.model_folder import write_around
 from rlhf_lightning.chat.encoder import ChatEncoder
@@ -29,6 +29,7 @@ from rlhf_lightning.models.saving import MAX_SHARD_SIZE, check_shard_size, whole
 from rlhf_lightning.models.written_folders import AdapterFolder, ModelFolder
 from rlhf_lightning.runs.lineage import is_ours, new_record
 from rlhf_lightning.runs.signals import Stopped
+from rlhf_lightning.runs.writable import check_folder
 
 
 class HFExport(Callback):
@@ -83,6 +84,8 @@ class HFExport(Callback):
             )
         target = self.target(trainer)
         if trainer.is_global_zero:
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                check_folder("the export would go to", real_place(target).parent)
             finish_replacing(target)
         trainer.strategy.barrier()
         check_place(target)

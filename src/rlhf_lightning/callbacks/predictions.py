@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from rlhf_lightning.runs.whole_files import write_whole
+from rlhf_lightning.runs.writable import check_file, check_folder
 from rlhf_lightning.training import gather_objects
 
 _LINES_AT_ONCE = 10_000
@@ -34,6 +35,14 @@ class PredictionWriter(BasePredictionWriter):
     def _part(self, trainer: pl.Trainer, rank: int) -> Path:
         target = self._target(trainer)
         return target.with_name(f"{target.name}.rank{rank}")
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a file that cannot be written, before models are loaded."""
+        if stage != "predict":
+            return
+        if not self.path:
+            check_folder("--trainer.default_root_dir", Path(trainer.default_root_dir))
+        check_file("PredictionWriter: path", self._target(trainer))
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove what a killed run may have left of this rank's part."""

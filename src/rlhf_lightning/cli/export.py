@@ -17,6 +17,7 @@ from rlhf_lightning.cli.functions import run_function
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.saving import MAX_SHARD_SIZE, check_shard_size
 from rlhf_lightning.runs.checkpoint_files import MANIFEST, checkpoints_in, newest_whole
+from rlhf_lightning.runs.writable import check_folder
 
 
 def export(
@@ -80,6 +81,7 @@ def _check_out(folder: Path, checkpoint: Path, overwrite: bool) -> None:
     place = real_place(folder)
     if place in [checkpoint.resolve(), *checkpoint.resolve().parents]:
         raise UserError(f"--out {folder}: the checkpoint lies in it; choose another folder")
+    check_folder("--out: it lies in", place.parent)
     finish_replacing(folder)
     check_place(folder)
     if place.is_dir() and any(place.iterdir()) and not overwrite:

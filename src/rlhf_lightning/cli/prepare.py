@@ -125,7 +125,7 @@ def prepare(
     splits = Splits(validation=validation_split, test=test_split, stages=stage_split, by=split_by)
     rated = tuple(attributes or ())
     loaded = load_tokenizer(tokenizer, trust_remote_code)
-    check_context(loaded, "max_length", max_length)
+    check_context(loaded, "max_length", max_length, "pass --max_length")
     preparation = Preparation(
         data=as_source(data, columns, rated, rating_margins),
         validation_data=None if validation_data is None else as_source(validation_data, columns, rated, rating_margins),

@@ -26,6 +26,7 @@ from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.folders import check_model_folder
 from rlhf_lightning.models.rewarding import find_reward
 from rlhf_lightning.runs.whole_files import write_whole
+from rlhf_lightning.runs.writable import check_file
 
 _OURS = {"row", "prompt", "k", "policy", "reward"}
 """What each row of ours holds."""
@@ -98,9 +99,9 @@ def sample(
     sampling = Sampling(temperature, top_k, top_p, 1 if max_new_tokens is None else max_new_tokens)
     if temperature == 0 and k > 1:
         raise UserError(f"temperature 0 draws the same answer {k} times; set it above 0, or k to 1")
+    target, partial = _places(out, overwrite)
     check_model_folder(policy)
     find_reward(reward, timeout, reward_weights)
-    target, partial = _places(out, overwrite)
     rows = read_rows(data, "prompts", part=part, columns=columns, num_samples=num_samples)
     bench = Bench(
         [policy],
@@ -133,8 +134,9 @@ def _places(out: str, overwrite: bool) -> tuple[Path, Path]:
     """The file, and the one in which its rows stand until all are made."""
     target = Path(out).expanduser()
     partial = target.with_name(f"{target.name}.partial")
-    if target.is_dir():
-        raise UserError(f"--out {out}: there is a folder of that name; name a file")
+    check_file("--out", target)
+    if partial.is_dir():
+        raise UserError(f"--out {out}: there is a folder '{partial}', where its rows are to stand; name another file")
     if target.exists() and not _is_ours(target):
         raise UserError(
             f"--out {out}: the file is there already, and not what `rlhf sample` writes; name another, or move it away"

@@ -16,6 +16,7 @@ from rlhf_lightning.cli.quickstart.toy import (
     write_toy_model,
 )
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.runs.writable import check_folder
 from rlhf_lightning.warning_filters import filter_warnings
 
 MODEL = "model"
@@ -32,6 +33,7 @@ def write_toy(out: Path, seed: int) -> None:
     Raises:
         UserError: the folder holds something else.
     """
+    check_folder("--out", out)
     if not is_free_for_toy_data(out, out):
         raise UserError(f"'{out}' is not empty and holds no toy data; choose another --out")
     data = write_toy_data(out, seed)

@@ -21,6 +21,7 @@ _HINTS = {
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that you may use, or change its permissions"
     ),
+    errno.EEXIST: "choose another place, or move away what is there",
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG), "check the path"),
 }
 """What to do where a path or its disk is to blame, by what the system says."""

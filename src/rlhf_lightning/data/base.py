@@ -312,7 +312,8 @@ class TextDataModule(ResumableDataModule, ABC):
         if self._chat is None:
             tokenizer = load_tokenizer(self._tokenizer_source, self.trust_remote_code)
             self._chat = ChatEncoder(tokenizer, self.dialogue_format, self.chat_template, self.plain_format)
-            check_context(tokenizer, self.row_limit, getattr(self.limits, self.row_limit))
+            cure = f"pass --data.{self.row_limit}{'' if self.row_limit == 'max_length' else ' below'}"  # room to answer
+            check_context(tokenizer, self.row_limit, getattr(self.limits, self.row_limit), cure)
 
     def _load_parts(self) -> None:
         """Open the prepared parts, unless that is done."""

@@ -14,13 +14,14 @@ from rlhf_lightning.forward.capacity import RESIZE, context_length
 from rlhf_lightning.models.adapter_folders import folder_config
 
 
-def check_context(tokenizer: PreTrainedTokenizerBase, name: str, length: int) -> None:
+def check_context(tokenizer: PreTrainedTokenizerBase, name: str, length: int, cure: str = "lower it to") -> None:
     """Refuse a limit beyond the context of the model that lies in the tokenizer's folder, if one does.
 
     Args:
         tokenizer: loaded from anywhere.
         name: of the limit.
         length: its value, in tokens.
+        cure: what to do; the positions follow.
 
     Raises:
         UserError: the model has fewer positions than that.
@@ -28,7 +29,8 @@ def check_context(tokenizer: PreTrainedTokenizerBase, name: str, length: int) ->
     config = folder_config(tokenizer.name_or_path or "")
     context = None if config is None else context_length(config)
     if context is not None and length > context:
-        raise UserError(f"{name} ({length}) is beyond the {context} positions of {tokenizer.name_or_path}; lower it")
+        said = f"{name} ({length}) is beyond the {context} positions of {tokenizer.name_or_path}"
+        raise UserError(f"{said}; {cure} {context}")
 
 
 def check_ids(tokenizer: PreTrainedTokenizerBase, largest_id: Callable[[], int]) -> None:

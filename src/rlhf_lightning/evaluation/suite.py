@@ -20,7 +20,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.best_of_n import BestOfN
 from rlhf_lightning.evaluation.kl import KL
 from rlhf_lightning.evaluation.perplexity import Perplexity
-from rlhf_lightning.evaluation.results import Evaluation, Lines, key_of_settings
+from rlhf_lightning.evaluation.results import LINES, RESULTS, Evaluation, Lines, key_of_settings
 from rlhf_lightning.evaluation.reward import Reward
 from rlhf_lightning.evaluation.rouge import Rouge
 from rlhf_lightning.evaluation.rows import TextRow, read_rows
@@ -28,6 +28,7 @@ from rlhf_lightning.evaluation.task import Bench, Report, Task, name_of, no_repo
 from rlhf_lightning.evaluation.winrate import WinRate
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.folders import check_model_folder
+from rlhf_lightning.runs.writable import check_file
 
 _RANGES = {
     **dict.fromkeys(("num_samples", "batch_size", "max_tokens"), AT_LEAST_1),
@@ -192,6 +193,8 @@ def run_tasks(
         settings: as `evaluation.json` says them.
     """
     out = Path(out).expanduser()
+    for file in (RESULTS, LINES):
+        check_file("--out", out / file)
     lines, evaluation = Lines(out), Evaluation(plain(settings))
     rows: dict[Need, list[TextRow]] = {}
     for task in tasks:

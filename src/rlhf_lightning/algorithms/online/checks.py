@@ -53,7 +53,8 @@ def check_context(part: Any, max_prompt_length: int | None, max_new_tokens: int)
     if context and max_prompt_length and max_prompt_length + max_new_tokens > context:
         raise UserError(
             f"max_prompt_length ({max_prompt_length}) + sampling.max_new_tokens ({max_new_tokens}) exceed the context "
-            f"of '{model.config.name_or_path}' ({context} tokens)"
+            f"of '{model.config.name_or_path}' ({context} tokens); lower --data.max_prompt_length or "
+            "--model.sampling.max_new_tokens"
         )
 
 

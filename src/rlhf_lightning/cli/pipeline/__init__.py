@@ -17,6 +17,7 @@ from pathlib import Path
 from rlhf_lightning.cli.pipeline.record import Record, place_beside
 from rlhf_lightning.cli.pipeline.steps import Pipeline, Step, read_pipeline
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.runs.writable import check_folder
 
 _RLHF = (sys.executable, "-m", "rlhf_lightning")
 
@@ -49,6 +50,8 @@ def main(args: Sequence[str]) -> None:
     parsed = parser.parse_args(args)
     pipeline = read_pipeline(parsed.config, parsed.set, parsed.out)
     pipeline.check()
+    for step in pipeline.steps:
+        check_folder("--out", pipeline.folder(step))
     if parsed.dry_run:
         _say(pipeline)
         return

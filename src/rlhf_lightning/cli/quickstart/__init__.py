@@ -40,6 +40,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.report import save_report
 from rlhf_lightning.report.run import read_runs
 from rlhf_lightning.runs.whole_files import write_whole
+from rlhf_lightning.runs.writable import check_folder
 from rlhf_lightning.warning_filters import filter_warnings
 
 RESULTS = "results.json"
@@ -135,6 +136,7 @@ def run_over_optimise(out: Path, seed: int, console: Console) -> list[Course]:
 
 
 def _check_out(out: Path) -> None:
+    check_folder("--out", out)
     if not is_free_for_toy_data(out, out / "data"):
         raise UserError(f"'{out}' is not empty and holds no quickstart; choose another --out")
 

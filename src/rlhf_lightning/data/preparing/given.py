@@ -48,7 +48,7 @@ def open_tokens(
     if find_turns and not folder.manifest["arguments"]["find_turns"]:
         raise UserError(f"{folder.path} was prepared without the turns that `loss_on: turns` needs")
     longest = max(int(folder.part(need, part).total_lengths.max(initial=0)) for part in PARTS)
-    check_context(chat.tokenizer, f"the longest row of {folder.path}", longest)
+    check_context(chat.tokenizer, f"the longest row of {folder.path}", longest, "prepare it with --max_length")
     check_ids(chat.tokenizer, lambda: folder.largest_id(need))
     if longest > limit:
         rank_zero_warn(
