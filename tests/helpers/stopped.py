@@ -9,6 +9,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from rlhf_lightning.errors import UserError
+
 
 class SignalAt(pl.Callback):
     """Sends a signal in a hook of Lightning's.
@@ -40,3 +42,14 @@ class FullDisk(pl.Callback):
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == self.step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+class Fails(pl.Callback):
+    """Fails after some optimizer steps, by something the user can fix."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise UserError("no more")

@@ -14,6 +14,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from rlhf_lightning.arguments import check_arguments
 
+_INNER_FIRST = (
+    "_val_progress_bar",
+    "_test_progress_bar",
+    "_predict_progress_bar",
+    "_train_progress_bar",
+)
+"""Lightning's bars; one that stands below another is taken away before it."""
+
 
 class StageProgressBar(TQDMProgressBar):
     """Lightning's bar, plus a second one for the parts of a long step: generating, scoring, updating.
@@ -74,6 +82,10 @@ class StageProgressBar(TQDMProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the terminal clean, and log as before."""
+        """Leave the terminal clean, with the bar of the training where it stood, and log as before."""
         self._close()
+        bars = [getattr(self, name) for name in _INNER_FIRST]
+        for bar in (bar for bar in bars if bar is not None):
+            bar.leave = bar is self._train_progress_bar
+            bar.close()
         self._redirection.close()

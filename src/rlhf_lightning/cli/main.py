@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -15,7 +16,8 @@ from rlhf_lightning import __version__
 from rlhf_lightning.cli.places import refuse_empty
 from rlhf_lightning.cli.recipes import recipe_names, resolve_recipes
 from rlhf_lightning.cli.short_help import short_help
-from rlhf_lightning.cli.spelling import check_keys, check_words, command_hint
+from rlhf_lightning.cli.spelling import HELP_ALL, check_keys, check_words, command_hint
+from rlhf_lightning.cli.streams import begin_line, flush_output, open_streams, watch_output
 from rlhf_lightning.cli.unexpected import said_of, take_debug, wants_traceback
 from rlhf_lightning.errors import RankError, UserError
 from rlhf_lightning.runs.secrets import without_secrets
@@ -41,6 +43,10 @@ COMMANDS = {
 
 AT_ONCE = ("pipeline", "report", "env", "completion")
 """Those that need no PyTorch."""
+
+IN_FILES = {*STAGE_COMMANDS, "quickstart", "toy", "pipeline", "prepare", "evaluate", "sample", "export"}
+"""Those whose result is in files, and which go on when nobody reads what they say."""
+_ONLY_SAYS = ("-h", "--help", HELP_ALL, "--print_config", "--dry_run")
 
 OVERVIEW = """\
 usage: rlhf COMMAND [options]
@@ -95,24 +101,26 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point: print the overview, run the quickstart, prepare data, or hand over to LightningCLI.
 
     Leaves with one line on stderr and code 2 where the user can fix something, and code 1 where something failed that
-    nobody foresaw; with 130 after Ctrl-C. Tracebacks are shown with `--debug` or `RLHF_DEBUG=1` only.
+    nobody foresaw; with 130 after Ctrl-C; with 141 where nobody reads its output any more. Tracebacks are shown with
+    `--debug` or `RLHF_DEBUG=1` only.
 
     Args:
         args: the words after `rlhf`; None for those of this process.
     """
+    open_streams()
     words = take_debug(list(sys.argv[1:] if args is None else args))
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(OVERVIEW.format(recipes="\n  ".join(recipe_names())), end="")
-        return
-    if words[0] == "--version":
-        print(f"rlhf-lightning {__version__}")
-        return
+    watch_output(is_needed=_only_says(words))
     try:
-        _dispatch(words[0], words[1:])
+        try:
+            _answer(words)
+        finally:
+            flush_output()
     except KeyboardInterrupt:
+        begin_line()
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as e:
+        begin_line()
         if wants_traceback():
             traceback.print_exception(e)
         line, code = said_of(e)
@@ -120,6 +128,21 @@ def main(args: Sequence[str] | None = None) -> None:
             is_stop = isinstance(e, RankError) and e.is_stop
             print(f"{'' if is_stop else 'error: '}{without_secrets(' '.join(line.split()))}", file=sys.stderr)
         sys.exit(code)
+
+
+def _only_says(words: list[str]) -> bool:
+    """Whether a command has no other result than what it prints."""
+    asked = {word.partition("=")[0] for word in words}
+    return not words or words[0] not in IN_FILES or not asked.isdisjoint(_ONLY_SAYS)
+
+
+def _answer(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(OVERVIEW.format(recipes="\n  ".join(recipe_names())), end="")
+    elif words[0] == "--version":
+        print(f"rlhf-lightning {__version__}")
+    else:
+        _dispatch(words[0], words[1:])
 
 
 def _say_what_takes_long() -> None:
@@ -131,6 +154,12 @@ def _leave_frames_out() -> None:
     """Keep PyTorch from writing 50 lines of its own stack whenever another process of the run is gone."""
     if not wants_traceback():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when it is imported
+
+
+def _keep_matplotlib_quiet() -> None:
+    """Leave out what it says of its cache where a home cannot be written; it is imported by much, before any filter."""
+    said = ("mkdir -p failed for path", "Matplotlib created a temporary cache directory")
+    logging.getLogger("matplotlib").addFilter(lambda record: not record.getMessage().startswith(said))
 
 
 def _load(name: str) -> ModuleType:
@@ -156,6 +185,7 @@ def _keep_what_is_there() -> None:
 
 def _dispatch(command: str, options: list[str]) -> None:
     resolved = resolve_recipes(options)
+    _keep_matplotlib_quiet()
     if command in STAGE_COMMANDS:
         check_words(resolved)
         if {"--help", "-h"} & set(resolved):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -88,7 +89,8 @@ class SignalWatch:
                 raise Stopped(name)
             if self.note:
                 # Not print, which must not be called while it is running already, as it may be here.
-                os.write(2, f"{name}: {self.note}\n".encode())
+                with suppress(OSError):  # Ctrl-C ends the reader of a pipe, too
+                    os.write(2, f"{name}: {self.note}\n".encode())
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 
