@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from helpers.stages import preference_rows, prompt_rows, save_llama, save_reward_model
 from helpers.tokenizers import tiny_tokenizer
 from rlhf_lightning.cli.main import main
-from rlhf_lightning.evaluation import Judge, Policy
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.evaluation import Judge, Policy, policy
 from rlhf_lightning.evaluation.rows import read_rows
 from rlhf_lightning.generation.sampling import Sampling
 
@@ -103,6 +105,29 @@ def test_bad_input_is_one_line(models, prompts, tmp_path, capsys):
     assert "has no trained reward head" in refused(capsys, "score", models[0], "--file", pairs)
     assert "is there already" in refused(capsys, "generate", models[0], "--prompt", "hi", "--out", prompts)
     assert "unknown key" in refused(capsys, "generate", models[0], "--promt", "hi")
+
+
+@pytest.mark.parametrize("command", ["generate", "score"])
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        *((name, "write cpu, cuda or cuda:1") for name in ("gpu", "cud", "", "cuda:", "meta", "cpu:1")),
+        *((name, "this machine has no CUDA device; write cpu") for name in ("cuda", "cuda:999")),
+    ],
+)
+def test_a_device_that_is_not_there_is_said_before_anything_is_read(monkeypatch, capsys, command, device, said):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    line = refused(capsys, command, "no/model", "--file", "none.jsonl", "--device", device)
+    shown = device or "''"
+    assert line.splitlines()[-1] == f"error: --device {shown}: {said}"
+
+
+def test_a_cuda_device_beyond_the_last_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert policy.find_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(UserError, match=r"--device cuda:2: the last CUDA device of this machine is cuda:1; write that"):
+        policy.find_device("cuda:2")
 
 
 def test_a_file_is_made_only_where_there_is_something_to_write(models, prompts, tmp_path, capsys):

@@ -18,7 +18,7 @@ from rlhf_lightning.app.terminal import TerminalChat
 from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.cli.stages import OneLineParser
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.policy import Dtype
+from rlhf_lightning.evaluation.policy import Dtype, find_device
 from rlhf_lightning.evaluation.rows import read_rows
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.warning_filters import filter_warnings
@@ -72,6 +72,7 @@ def main(options: Sequence[str]) -> None:
     """
     filter_warnings()
     given = _parser().parse_args(list(options))
+    find_device(given.device)
     sampling = Sampling(
         given.temperature, given.top_k, given.top_p, 1 if given.max_new_tokens is None else given.max_new_tokens
     )

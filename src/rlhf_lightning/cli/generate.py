@@ -16,7 +16,7 @@ from rlhf_lightning.chat.written import WrittenPrompt
 from rlhf_lightning.cli.functions import run_function
 from rlhf_lightning.data.sources import DataSource
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.policy import Answer, Dtype, Policy
+from rlhf_lightning.evaluation.policy import Answer, Dtype, Policy, find_device
 from rlhf_lightning.evaluation.rows import Part, TextRow, read_rows
 from rlhf_lightning.generation.sampling import Sampling
 
@@ -64,9 +64,10 @@ def generate(
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
-        UserError: no such model, an empty prompt, or data that cannot be read.
+        UserError: no such model or device, an empty prompt, or data that cannot be read.
     """
     check_arguments(generate, locals(), {"batch_size": AT_LEAST_1})
+    find_device(device)
     sampling = Sampling(temperature, top_k, top_p, 1 if max_new_tokens is None else max_new_tokens)
     if (prompt is None) == (file is None):
         raise UserError("nothing is asked, or two things; pass either --prompt or --file")

@@ -16,7 +16,7 @@ from rlhf_lightning.cli.evaluate import reporting
 from rlhf_lightning.cli.functions import run_function
 from rlhf_lightning.data.sources import DataSource
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.policy import Dtype
+from rlhf_lightning.evaluation.policy import Dtype, find_device
 from rlhf_lightning.evaluation.rejection import Keep, Rejection, Sampled, SystemKept, check_settings, sample_rows
 from rlhf_lightning.evaluation.rejection import settings_of as settings_of_rows
 from rlhf_lightning.evaluation.results import Lines
@@ -95,6 +95,7 @@ def sample(
         UserError: something the user can fix.
     """
     check_arguments(sample, locals(), {"batch_size": AT_LEAST_1, "reward_weights": Range()})
+    find_device(device)
     rejection = Rejection(k, keep, unfinished, label, system, system_kept)
     sampling = Sampling(temperature, top_k, top_p, 1 if max_new_tokens is None else max_new_tokens)
     if temperature == 0 and k > 1:

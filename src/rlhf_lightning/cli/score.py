@@ -14,7 +14,7 @@ from rlhf_lightning.cli.generate import write_line, written_to
 from rlhf_lightning.data.sources import DataSource, as_source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.judge import Judge
-from rlhf_lightning.evaluation.policy import Dtype
+from rlhf_lightning.evaluation.policy import Dtype, find_device
 from rlhf_lightning.evaluation.results import finite
 from rlhf_lightning.evaluation.rows import Part, TextRow, read_rows
 
@@ -51,9 +51,10 @@ def score(
             `{helpfulness: 0.65, verbosity: -0.4}`; needed where it has several.
 
     Raises:
-        UserError: no such reward, or data that cannot be read.
+        UserError: no such reward or device, or data that cannot be read.
     """
     check_arguments(score, locals(), {"reward_weights": Range()})
+    find_device(device)
     if file is None:
         raise UserError("nothing is scored; pass --file")
     source = as_source(file, columns)

@@ -12,7 +12,7 @@ from rlhf_lightning.batches import length_sorted_pieces
 from rlhf_lightning.chat.encoder import ChatEncoder
 from rlhf_lightning.chat.text_so_far import decode_response, text_by
 from rlhf_lightning.chat.written import WrittenPrompt
-from rlhf_lightning.evaluation.policy import Dtype, default_device, dtype_on
+from rlhf_lightning.evaluation.policy import Dtype, dtype_on, find_device
 from rlhf_lightning.models.causal_lm import freeze
 from rlhf_lightning.models.reward_endpoints import RewardEndpoint
 from rlhf_lightning.models.reward_functions import RewardFunction, ScoringFunction
@@ -66,12 +66,12 @@ class Judge:
             weights: what the labels of a reward model count; None where it has one.
 
         Raises:
-            UserError: it names neither.
+            UserError: it names neither, or there is no such device.
         """
         found = find_reward(reward, timeout, weights)
         if not isinstance(found, str):
             return cls(found, found.name)
-        place, before = default_device() if device is None else torch.device(device), torch.get_default_dtype()
+        place, before = find_device(device), torch.get_default_dtype()
         torch.set_default_dtype(dtype_on(place, dtype))
         try:
             model, chat = load_reader(found, trust_remote_code, weights=weights)

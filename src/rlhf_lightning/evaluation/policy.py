@@ -6,6 +6,7 @@ Notation: B prompts, P padded prompt length, R tokens of a response.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from typing import Literal, NamedTuple
@@ -104,9 +105,9 @@ class Policy:
             trust_remote_code: allow the folder to run Python code of its own.
 
         Raises:
-            UserError: there is no language model at that place.
+            UserError: there is no language model at that place, or no such device.
         """
-        place = default_device() if device is None else torch.device(device)
+        place = find_device(device)
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype_on(place, dtype))
         try:
@@ -327,9 +328,37 @@ class Policy:
         return found
 
 
-def default_device() -> torch.device:
-    """The first GPU, if there is one."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+def find_device(device: str | torch.device | None) -> torch.device:
+    """Where models run.
+
+    Args:
+        device: `cpu`, `cuda`, `cuda:1` and so on; None for the first GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device.
+
+    Example:
+        >>> find_device("cpu")
+        device(type='cpu')
+    """
+    if isinstance(device, torch.device):
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is None:
+        return torch.device("cuda", 0) if count else torch.device("cpu")
+    asked = f"--device {device or repr('')}"
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", device):
+        raise UserError(f"{asked}: write cpu, cuda or cuda:1")
+    kind, _, index = device.partition(":")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"{asked}: this machine has no Metal device; write cpu")
+    if kind == "cuda" and not count:
+        raise UserError(f"{asked}: this machine has no CUDA device; write cpu")
+    if kind == "cuda" and int(index or 0) >= count:
+        raise UserError(
+            f"{asked}: the last CUDA device of this machine is cuda:{count - 1}; write that, or a lower one"
+        )
+    return torch.device(device)
 
 
 def dtype_on(device: torch.device, dtype: Dtype) -> torch.dtype:
