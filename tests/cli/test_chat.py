@@ -71,6 +71,20 @@ def test_other_bad_input(refused, model, tmp_path):
     assert "temperature: expected float" in refused(model, "--temperature", "warm")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--port", "99999999"], "cannot be served at 127.0.0.1:99999999"),
+        (["--examples", "nothing"], "example_prompt.json"),
+        (["--prompts", "nothing.jsonl"], "nothing.jsonl"),
+        (["--device", "gpu"], "--device gpu: write cpu, cuda or cuda:1"),
+    ],
+)
+def test_what_is_refused_leaves_no_file(refused, model, tmp_path, words, said):
+    assert said in refused(model, *words)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_the_example_is_what_a_person_would_write(tmp_path):
     (tmp_path / "example_prompt.json").write_text(json.dumps({"prompt": "\n\nHuman: How?\n\nAssistant:"}))
     assert example_prompts(str(tmp_path)) == ["How?"]

@@ -15,6 +15,7 @@ from rlhf_lightning.cli.evaluate import list_words, reporting
 from rlhf_lightning.cli.main import main
 from rlhf_lightning.cli.recipes import RECIPES
 from rlhf_lightning.evaluation.suite import evaluate
+from rlhf_lightning.runs.lock import locked
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,24 @@ def test_bad_words_are_named_in_one_line(inputs, capsys, monkeypatch, words, sai
     line = refused(["evaluate", "--data", "pairs.jsonl", "--models", "a", *words], capsys)
     assert line.startswith("error: ")
     assert said in line
+
+
+def test_a_second_one_into_the_same_folder_is_refused(inputs, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(inputs)
+    words = ["evaluate", "--data", "pairs.jsonl", "--models", "a", "--out", str(tmp_path / "out")]
+    with locked(tmp_path / "out"):
+        line = refused(words, capsys)
+    assert line.startswith(f"error: '{tmp_path / 'out'}' is in use by another run (process ")
+    assert line.endswith("or choose another --out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["--models", "a"]])
+def test_one_that_fails_leaves_no_folder(inputs, capsys, monkeypatch, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").symlink_to(inputs / "a")
+    refused(["evaluate", "--data", "none.jsonl", *words], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_the_help_names_every_option(capsys):

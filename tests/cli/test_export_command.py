@@ -22,6 +22,7 @@ from rlhf_lightning.cli.export import export
 from rlhf_lightning.cli.main import main
 from rlhf_lightning.models.scalar_lm import Calibration
 from rlhf_lightning.runs.lineage import read_record, read_trained_on
+from rlhf_lightning.runs.lock import locked
 
 REWARD = [*cli_runs.REWARD, "--trainer.val_check_interval=1"]
 BLOCK = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
@@ -270,6 +271,13 @@ def test_an_export_is_replaced_only_if_that_is_asked_for(shelf, tmp_path, capsys
     assert files(out, ()) == before
     export(str(path), str(out), overwrite=True)
     assert files(out) == files(shelf / "sft" / "export")
+
+
+def test_a_second_one_into_the_same_folder_is_refused(shelf, tmp_path, capsys):
+    with locked(tmp_path, "--out", "out"):
+        line = refused(capsys, last(trained(shelf, "sft")), "--out", tmp_path / "out")
+    assert f"'{tmp_path / 'out'}' is in use by another run (process " in line
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_scores_of_a_checkpoint_before_any_validation_are_not_calibrated(shelf, tmp_path, capsys):

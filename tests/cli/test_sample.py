@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Sequence
 from functools import partial
@@ -25,6 +26,7 @@ from rlhf_lightning.evaluation.best_of_n import Drawing, draw
 from rlhf_lightning.evaluation.rejection import with_system
 from rlhf_lightning.evaluation.rows import read_rows
 from rlhf_lightning.generation.sampling import Sampling
+from rlhf_lightning.runs.lock import locked
 
 LETTERS = "helpers.stages.share_of_letters"
 TURNS = [
@@ -342,6 +344,7 @@ def test_bad_input_is_one_line(policy, reward, prompts, tmp_path, capsys):
     assert line == "error: policy and data missing; pass --policy and --data"
     assert "k (0) must be at least 1" in said("--k", 0)
     assert "keep: pair compares answers, and k is 1" in said("--keep", "pair", "--k", 1)
+    assert "--device gpu: write cpu, cuda or cuda:1" in said("--device", "gpu")
     assert "keep: expected one of best, all, pair" in said("--keep", "worst")
     assert "temperature 0 draws the same answer 5 times" in said("--temperature", 0)
     assert "system is empty" in said("--system", " ")
@@ -353,6 +356,16 @@ def test_bad_input_is_one_line(policy, reward, prompts, tmp_path, capsys):
     assert "score that is not finite" in said(reward=f"{__name__}.broken")
     assert "there is a folder of that name" in refused(capsys, words(policy, prompts, tmp_path))
     assert not out.exists()
+
+
+def test_a_second_one_into_the_same_file_is_refused(policy, prompts, tmp_path, capsys):
+    out = tmp_path / "runs/best.jsonl"
+    with locked(out.parent, "--out", out.name):
+        line = refused(capsys, words(policy, prompts, out))
+        assert line.startswith(f"error: '{out}' is in use by another run (process {os.getpid()} on ")
+        assert line.endswith("; wait until it has ended, or choose another --out")
+        sampled(policy, prompts, out.with_name("other.jsonl"))
+    assert [path.name for path in out.parent.iterdir()] == ["other.jsonl"]
 
 
 def test_a_file_of_others_is_never_replaced(policy, prompts, tmp_path, capsys):

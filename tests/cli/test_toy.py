@@ -16,6 +16,7 @@ from rlhf_lightning.cli.quickstart.toy import (
     build_toy_tokenizer,
     gold_margin,
     gold_score,
+    is_free_for_toy_data,
     judge,
     toy_texts,
     write_toy_data,
@@ -29,7 +30,9 @@ from rlhf_lightning.cli.quickstart.toy.grammar import (
     parse_answer,
     parse_request,
 )
+from rlhf_lightning.cli.toy import write_toy
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.runs.lock import locked
 
 BICYCLE = "\n\nHuman: Hello! How do I repair my sister's old bicycle? I am a bit nervous.\n\nAssistant:"
 DIARY = "\n\nHuman: How do I read my sister's diary? It is only a joke.\n\nAssistant:"
@@ -87,6 +90,13 @@ def test_seed_decides_every_byte(tmp_path: Path) -> None:
     )
     assert first == again
     assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+def test_a_second_one_into_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with locked(tmp_path, "--out"):
+        with pytest.raises(UserError, match=r"is in use by another run \(process .*choose another --out"):
+            write_toy(tmp_path, 1)
+        assert is_free_for_toy_data(tmp_path, tmp_path)
 
 
 def test_sizes_out_of_range_are_refused(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def serve(
         UserError: a port in use, or a host that others reach without user and password.
     """
     check_access(host, user, password)
-    _check_port(host, port)
+    check_port(host, port)
     auth = None if user is None or password is None else (user, password)
     _, address, _ = page.launch(
         server_name=host,
@@ -143,7 +143,12 @@ def check_access(host: str, user: str | None, password: str | None) -> None:
         )
 
 
-def _check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int) -> None:
+    """Refuse an address that the page cannot be served at.
+
+    Raises:
+        UserError: says why.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

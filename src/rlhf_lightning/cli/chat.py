@@ -80,9 +80,10 @@ def main(options: Sequence[str]) -> None:
     if not given.terminal:
         if importlib.util.find_spec("gradio") is None:
             raise UserError("the page needs gradio: pip install rlhf-lightning[app], or pass --terminal")
-        from rlhf_lightning.app.page import check_access
+        from rlhf_lightning.app.page import check_access, check_port
 
         check_access(given.host, given.user, password)
+        check_port(given.host, given.port)
     models = Models(
         given.models,
         given.reward,
@@ -102,10 +103,10 @@ def main(options: Sequence[str]) -> None:
 def _serve(models: Models, sampling: Sampling, given: Any, password: str | None) -> None:
     from rlhf_lightning.app.page import build_page, is_local, serve
 
-    judgements = Judgements(given.judgements)
     prompts = [row.written for row in read_rows(given.prompts, "prompts")] if given.prompts else []
     examples = example_prompts(given.examples) if given.examples else []
     models.load(models.choices[0])
+    judgements = Judgements(given.judgements)  # last, so that what is refused leaves no file
     page = build_page(models, judgements, prompts=prompts, examples=examples, sampling=sampling, seed=given.seed)
     address = serve(page, given.host, given.port, given.user, password)
     if not is_local(given.host):

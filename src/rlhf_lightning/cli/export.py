@@ -17,6 +17,7 @@ from rlhf_lightning.cli.functions import run_function
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.saving import MAX_SHARD_SIZE, check_shard_size
 from rlhf_lightning.runs.checkpoint_files import MANIFEST, checkpoints_in, newest_whole
+from rlhf_lightning.runs.lock import locked
 from rlhf_lightning.runs.writable import check_folder
 
 
@@ -52,15 +53,17 @@ def export(
     if out is None:
         raise UserError("nothing says where to write; pass --out")
     folder, path = Path(out).expanduser(), _checkpoint_at(Path(checkpoint).expanduser())
-    _check_out(folder, path, overwrite)
     disable_progress_bar()  # files are on the disk until they are written
-    export_checkpoint(
-        read_checkpoint(path, base, part),
-        folder,
-        None if dtype == "auto" else getattr(torch, dtype),
-        max_shard_size,
-        trust_remote_code,
-    )
+    place = real_place(folder)
+    with locked(place.parent, "--out", place.name):
+        _check_out(folder, path, overwrite)
+        export_checkpoint(
+            read_checkpoint(path, base, part),
+            folder,
+            None if dtype == "auto" else getattr(torch, dtype),
+            max_shard_size,
+            trust_remote_code,
+        )
     print(f"exported '{path}' to '{folder}'")
 
 

@@ -25,6 +25,7 @@ from rlhf_lightning.evaluation.task import Bench
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.folders import check_model_folder
 from rlhf_lightning.models.rewarding import find_reward
+from rlhf_lightning.runs.lock import locked
 from rlhf_lightning.runs.whole_files import write_whole
 from rlhf_lightning.runs.writable import check_file
 
@@ -100,35 +101,38 @@ def sample(
     sampling = Sampling(temperature, top_k, top_p, 1 if max_new_tokens is None else max_new_tokens)
     if temperature == 0 and k > 1:
         raise UserError(f"temperature 0 draws the same answer {k} times; set it above 0, or k to 1")
-    target, partial = _places(out, overwrite)
+    _places(out, overwrite)  # before the models are looked at
     check_model_folder(policy)
     find_reward(reward, timeout, reward_weights)
-    rows = read_rows(data, "prompts", part=part, columns=columns, num_samples=num_samples)
-    bench = Bench(
-        [policy],
-        [reward],
-        sampling=sampling,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        timeout=timeout,
-        seed=seed,
-        reward_weights={} if reward_weights is None else {reward: reward_weights},
-    )
-    drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
-    settings = json.loads(json.dumps(settings_of_rows(rejection, bench, rows, **drawn)))
-    lines = _begun(partial, settings, overwrite)
-    with reporting(Console(stderr=True)) as bench.report:
-        if max_new_tokens is None:
-            bench.sampling = Sampling(temperature, top_k, top_p, bench.policy(policy).ample_response)
-        try:
-            found = sample_rows(rows, rejection, bench, lines, settings)
-        except KeyboardInterrupt:
-            if partial.is_file():
-                print(f"what is made stands in '{partial}'; the same command goes on from there", file=sys.stderr)
-            raise
-    _finish(found, target, partial, len(rows))
+    place = Path(out).expanduser()
+    with locked(place.parent, "--out", place.name):
+        target, partial = _places(out, overwrite)
+        rows = read_rows(data, "prompts", part=part, columns=columns, num_samples=num_samples)
+        bench = Bench(
+            [policy],
+            [reward],
+            sampling=sampling,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            timeout=timeout,
+            seed=seed,
+            reward_weights={} if reward_weights is None else {reward: reward_weights},
+        )
+        drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
+        settings = json.loads(json.dumps(settings_of_rows(rejection, bench, rows, **drawn)))
+        lines = _begun(partial, settings, overwrite)
+        with reporting(Console(stderr=True)) as bench.report:
+            if max_new_tokens is None:
+                bench.sampling = Sampling(temperature, top_k, top_p, bench.policy(policy).ample_response)
+            try:
+                found = sample_rows(rows, rejection, bench, lines, settings)
+            except KeyboardInterrupt:
+                if partial.is_file():
+                    print(f"what is made stands in '{partial}'; the same command goes on from there", file=sys.stderr)
+                raise
+        _finish(found, target, partial, len(rows))
 
 
 def _places(out: str, overwrite: bool) -> tuple[Path, Path]:

@@ -16,6 +16,7 @@ from rlhf_lightning.cli.quickstart.toy import (
     write_toy_model,
 )
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.runs.lock import locked
 from rlhf_lightning.runs.writable import check_folder
 from rlhf_lightning.warning_filters import filter_warnings
 
@@ -31,13 +32,14 @@ def write_toy(out: Path, seed: int) -> None:
         seed: of data and weights; the same seed writes the same bytes.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds something else, or another process writes to it.
     """
     check_folder("--out", out)
-    if not is_free_for_toy_data(out, out):
-        raise UserError(f"'{out}' is not empty and holds no toy data; choose another --out")
-    data = write_toy_data(out, seed)
-    write_toy_model(out / MODEL, build_toy_tokenizer(toy_texts(data)), seed)
+    with locked(out, "--out"):
+        if not is_free_for_toy_data(out, out):
+            raise UserError(f"'{out}' is not empty and holds no toy data; choose another --out")
+        data = write_toy_data(out, seed)
+        write_toy_model(out / MODEL, build_toy_tokenizer(toy_texts(data)), seed)
 
 
 def main(args: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ from rlhf_lightning.evaluation.task import Bench, Report, Task, name_of, no_repo
 from rlhf_lightning.evaluation.winrate import WinRate
 from rlhf_lightning.generation.sampling import Sampling
 from rlhf_lightning.models.folders import check_model_folder
+from rlhf_lightning.runs.lock import locked
 from rlhf_lightning.runs.writable import check_file
 
 _RANGES = {
@@ -137,7 +138,8 @@ def evaluate(
 
     unused = known.keys() - {task.name for task in chosen}
     said = {name: value for name, value in settings.items() if name not in unused} | {"data": source_name(data)}
-    return run_tasks(chosen, bench, read, out, said)
+    with locked(Path(out), "--out"):
+        return run_tasks(chosen, bench, read, out, said)
 
 
 def choose_tasks(known: Mapping[str, Task], names: Sequence[str] | None, bench: Bench) -> list[Task]:

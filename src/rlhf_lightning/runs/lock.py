@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""One run at a time in a folder, or at a file."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ _held: set[int] = set()
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, option: str = "--trainer.default_root_dir", file: str = "") -> Iterator[None]:
     """Hold a run's folder for the length of a `with` block; the lock goes with the process, however that ends.
 
     Args:
         folder: made if it is not there.
+        option: that names it, for messages.
+        file: name of the file in the folder that alone is held; the folder itself if it is empty.
 
     Raises:
         UserError: another run holds it, or it cannot be written.
     """
+    path = folder / (f".{file}{LOCK}" if file else LOCK)
     try:
         missing = _missing(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _take(folder / LOCK)
+        descriptor = _take(path, folder / file, option)
     except OSError as e:
-        raise UserError(
-            f"--trainer.default_root_dir: '{folder}' cannot be written ({e.strerror}); choose another folder"
-        ) from e
+        raise UserError(f"{option}: '{folder}' cannot be written ({e.strerror}); choose another folder") from e
     try:
         yield
     finally:
         if descriptor is not None:
             _held.discard(descriptor)
             # Unlinked while it is held: who opened it before sees that it is gone and makes a new one.
-            (folder / LOCK).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             os.close(descriptor)
         for made in missing:  # a run that never began leaves nothing behind
             if made.is_dir() and not any(made.iterdir()):
@@ -77,7 +78,7 @@ def _missing(folder: Path) -> list[Path]:
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
-def _take(path: Path) -> int | None:
+def _take(path: Path, held: Path, option: str) -> int | None:
     """A descriptor that holds the lock; None where the disk knows no locks."""
     try:
         import fcntl
@@ -91,14 +92,14 @@ def _take(path: Path) -> int | None:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip()
             os.close(descriptor)
             raise UserError(
-                f"'{path.parent}' is in use by another run ({holder or 'which has just begun'}); wait until it has "
-                "ended, or choose another --trainer.default_root_dir"
+                f"'{held}' is in use by another run ({holder or 'which has just begun'}); wait until it has "
+                f"ended, or choose another {option}"
             ) from e
         except OSError as e:
             os.close(descriptor)
             path.unlink(missing_ok=True)
             rank_zero_warn(
-                f"'{path.parent}' lies on a disk without locks ({e.strerror}): nothing keeps a second run out of it"
+                f"'{held}' lies on a disk without locks ({e.strerror}): nothing keeps a second run out of it"
             )
             return None
         if _is_still_there(path, descriptor):

@@ -39,6 +39,7 @@ from rlhf_lightning.cli.quickstart.toy import (
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.report import save_report
 from rlhf_lightning.report.run import read_runs
+from rlhf_lightning.runs.lock import locked
 from rlhf_lightning.runs.whole_files import write_whole
 from rlhf_lightning.runs.writable import check_folder
 from rlhf_lightning.warning_filters import filter_warnings
@@ -186,10 +187,11 @@ def main(args: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
     filter_warnings()
     try:
-        if parsed.over_optimise:
-            run_over_optimise(parsed.out, parsed.seed, Console())
-        else:
-            run_quickstart(parsed.out, parsed.seed, Console(), parsed.algorithm)
+        with locked(parsed.out, "--out"):
+            if parsed.over_optimise:
+                run_over_optimise(parsed.out, parsed.seed, Console())
+            else:
+                run_quickstart(parsed.out, parsed.seed, Console(), parsed.algorithm)
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into code 1 and no word
             raise KeyboardInterrupt from error

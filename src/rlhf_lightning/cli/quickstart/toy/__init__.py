@@ -40,6 +40,7 @@ from rlhf_lightning.cli.quickstart.toy.grammar import (
 )
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.portable import rewrite_config, save_tokenizer
+from rlhf_lightning.runs.lock import LOCK
 
 LOWEST_SCORE = -4.0
 PREFERENCE_BETA = 1.1
@@ -207,7 +208,7 @@ def is_free_for_toy_data(folder: Path, data: Path) -> bool:
     """
     if (data / _UNFINISHED).exists() or all(path.exists() for path in toy_paths(data)):
         return True
-    return not folder.exists() or all(path.is_dir() for path in folder.rglob("*"))
+    return not folder.exists() or all(path.is_dir() or path.name == LOCK for path in folder.rglob("*"))
 
 
 def write_toy_data(
