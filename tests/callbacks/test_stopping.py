@@ -42,10 +42,11 @@ from rlhf_lightning.runs.signals import SignalWatch, Stopped
 
 @pytest.fixture(autouse=True)
 def sigint_is_heard():
-    """Processes that a shell starts in the background ignore SIGINT from the start."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Processes that a shell starts in the background ignore SIGINT from the start, and SIGHUP after `nohup`."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGHUP, before[1])
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,7 @@ def whole(folders, tmp_path_factory):
     [
         ("sft", "on_train_batch_start", 1, "SIGTERM"),  # finishes the batch, and begins no validation
         ("ppo", "on_train_batch_start", 1, "SIGINT"),
+        ("sft", "on_train_batch_start", 2, "SIGHUP"),  # of a terminal that hangs up
         ("sft", "on_train_batch_end", 3, "SIGINT"),  # at an epoch's end
         ("sft", "on_validation_batch_start", 2, "SIGTERM"),
         ("sft", "on_validation_batch_start", 3, "SIGTERM"),
@@ -153,9 +155,9 @@ def whole(folders, tmp_path_factory):
 )
 def test_stopped_and_resumed_is_as_never_stopped(whole, folders, tmp_path, stage, hook, batch, name):
     logged, learnt = whole[stage]
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     send = SignalAt(hook, batch * BUILD[stage][1], [name])
-    first = stopped(stage, folders, tmp_path, send, code={"SIGTERM": 143, "SIGINT": 130}[name])
+    first = stopped(stage, folders, tmp_path, send, code={"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}[name])
 
     assert {number: signal.getsignal(number) for number in before} == before
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

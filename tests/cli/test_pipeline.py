@@ -346,26 +346,27 @@ if out:
     Path("calls").open("a").write(Path(out).name + " ")
     if Path(out).name == "sft":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         os.kill(os.getppid(), getattr(signal, NAME))  # and ends as if nothing had been
 """
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_told_to_stop_when_a_step_has_all_but_ended_no_other_begins(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, code: int
 ) -> None:
     Path("late.py").write_text(LATE.replace("NAME", repr(name)))
     monkeypatch.setattr(pipeline, "_RLHF", (sys.executable, str(here / "late.py")))
     write(values=VALUES, steps={"sft": SFT, "reward": REWARD})
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # heard also where the tests run in the background
+    number = getattr(signal, name)  # heard in the background, too, where some are ignored
+    handler = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    before = signal.signal(number, handler)
     try:
         with pytest.raises(SystemExit) as end:
             run("--config", "p.yaml")
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(number) == handler
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
     assert end.value.code == code
     assert "1/2 sft: stopped after it; the same command goes on from here" in capsys.readouterr().err
     run("--config", "p.yaml")

@@ -32,11 +32,12 @@ _COMPLETING = "training is done, completing the run; Ctrl-C once more ends it at
 class Stopping(Callback):
     """Lets a run be stopped at any time without losing a step, and saves it every few minutes in case it is killed.
 
-    After SIGTERM, SIGINT (Ctrl-C), or SIGUSR1 in a job of SLURM, training finishes its batch, in PPO the iteration;
-    all processes agree on which one, wherever the signal came. Then the `last` checkpoint of the run's own
-    `ModelCheckpoint` is written and the process ends with code 143, after Ctrl-C 130. A validation is broken off, and
-    run once more in full by who resumes. Before training, and outside of `fit`, a signal ends the run at once. When
-    the last batch is done, the run is completed first. A second Ctrl-C ends it at once, without saving.
+    After SIGTERM, SIGINT (Ctrl-C), SIGHUP of a terminal, or SIGUSR1 in a job of SLURM, training finishes its batch, in
+    PPO the iteration; all processes agree on which one, wherever the signal came. Then the `last` checkpoint of the
+    run's own `ModelCheckpoint` is written and the process ends with code 143, after Ctrl-C 130, after SIGHUP 129. A
+    validation is broken off, and run once more in full by who resumes. Before training, and outside of `fit`, a signal
+    ends the run at once. When the last batch is done, the run is completed first. A second Ctrl-C ends it at once,
+    without saving.
 
     An exception that leaves weights as the last batch left them ends a run on one process with a checkpoint, too.
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: SIGTERM of a scheduler, SIGINT of a keyboard, SIGUSR1 of SLURM before a time limit.
+"""Signals that ask a run to stop: of schedulers, of a keyboard, of a terminal that hangs up, of SLURM before its limit.
 
 A run is left at once where nothing is lost by it. Where weights change it is asked, and leaves when it can.
 """
@@ -12,7 +12,7 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 143}
+EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 143, "SIGHUP": 129}
 """Exit codes of a run that was stopped and can be resumed, by the signal that stopped it."""
 
 _active: list[SignalWatch] = []
@@ -104,6 +104,8 @@ class SignalWatch:
 
 def _numbers() -> list[signal.Signals]:
     numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP"):
+        numbers.append(signal.SIGHUP)
     if "SLURM_JOB_ID" in os.environ and hasattr(signal, "SIGUSR1"):
         numbers.append(signal.SIGUSR1)
     return numbers

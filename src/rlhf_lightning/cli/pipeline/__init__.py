@@ -7,6 +7,7 @@ stopped goes on. So the same command may be given at any time. What a step is re
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from rlhf_lightning.cli.pipeline.steps import Pipeline, Step, read_pipeline
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runs.writable import check_folder
 
+_STOPPING = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 _RLHF = (sys.executable, "-m", "rlhf_lightning")
 
 
@@ -85,7 +87,7 @@ def _run(pipeline: Pipeline, step: Step, title: str) -> None:
     record.begin()
     code, told = _call(pipeline.words(step))
     if code:
-        then = "goes on from here" if code in (130, 143) else "tries it again, once it is fixed"
+        then = "goes on from here" if code in (129, 130, 143) else "tries it again, once it is fixed"
         print(f"{title}: ended with code {code}; the same command {then}", file=sys.stderr)
         sys.exit(code)
     made = pipeline.result(step)
@@ -111,17 +113,18 @@ def _call(words: Sequence[str]) -> tuple[int, int]:
 
     def note(number: int, _: object) -> None:
         told.append(number)
-        os.write(2, f"{signal.Signals(number).name}: the pipeline ends with this step\n".encode())
-        for process in running if number == signal.SIGTERM else []:  # of Ctrl-C the terminal tells the step, too
-            process.terminate()
+        with contextlib.suppress(OSError):  # Ctrl-C ends the reader of a pipe, too
+            os.write(2, f"{signal.Signals(number).name}: the pipeline ends with this step\n".encode())
+        for process in running if number != signal.SIGINT else []:  # of Ctrl-C the terminal tells the step, too
+            process.send_signal(number)
 
-    taken = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) != signal.SIG_IGN]
+    taken = [each for each in _STOPPING if signal.getsignal(each) != signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in taken}
     try:
         with subprocess.Popen([*_RLHF, *words]) as process:
             running.append(process)
-            if signal.SIGTERM in told:
-                process.terminate()
+            for number in set(told) - {signal.SIGINT}:
+                process.send_signal(number)
             code = process.wait()
     finally:
         for number, handler in before.items():
