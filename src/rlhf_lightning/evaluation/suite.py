@@ -138,8 +138,11 @@ def evaluate(
 
     unused = known.keys() - {task.name for task in chosen}
     said = {name: value for name, value in settings.items() if name not in unused} | {"data": source_name(data)}
-    with locked(Path(out), "--out"):
-        return run_tasks(chosen, bench, read, out, said)
+    place = Path(out).expanduser()
+    for file in (RESULTS, LINES):
+        check_file("--out", place / file)
+    with locked(place, "--out"):
+        return run_tasks(chosen, bench, read, place, said)
 
 
 def choose_tasks(known: Mapping[str, Task], names: Sequence[str] | None, bench: Bench) -> list[Task]:
@@ -195,8 +198,6 @@ def run_tasks(
         settings: as `evaluation.json` says them.
     """
     out = Path(out).expanduser()
-    for file in (RESULTS, LINES):
-        check_file("--out", out / file)
     lines, evaluation = Lines(out), Evaluation(plain(settings))
     rows: dict[Need, list[TextRow]] = {}
     for task in tasks:

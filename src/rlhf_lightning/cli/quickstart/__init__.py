@@ -137,7 +137,6 @@ def run_over_optimise(out: Path, seed: int, console: Console) -> list[Course]:
 
 
 def _check_out(out: Path) -> None:
-    check_folder("--out", out)
     if not is_free_for_toy_data(out, out / "data"):
         raise UserError(f"'{out}' is not empty and holds no quickstart; choose another --out")
 
@@ -186,6 +185,7 @@ def main(args: Sequence[str]) -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
     filter_warnings()
+    check_folder("--out", parsed.out)
     try:
         with locked(parsed.out, "--out"):
             if parsed.over_optimise:
